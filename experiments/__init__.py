@@ -1,0 +1,1 @@
+"""Tables of the pruning papers as Python objects, and the code that runs their cells."""
