@@ -1,0 +1,125 @@
+"""Makes a language model smaller: `prune(model, method, windows)` and the methods.
+
+import pruners
+report = pruners.prune(model, pruners.Wanda(sparsity=0.5), windows)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pruners import anatomy
+from pruners.calibrate import Progress
+from pruners.gblm import GBLM, Gradient
+from pruners.magnitude import Magnitude
+from pruners.random_baseline import Random
+from pruners.report import Report
+from pruners.sparsegpt import SparseGPT
+from pruners.suggest import unknown
+from pruners.wanda import Wanda
+
+METHODS: dict[str, type[Any]] = {
+    "magnitude": Magnitude,
+    "wanda": Wanda,
+    "sparsegpt": SparseGPT,
+    "gblm": GBLM,
+    "gradient": Gradient,
+    "random": Random,
+}
+
+__all__ = [
+    "GBLM",
+    "METHODS",
+    "Gradient",
+    "Magnitude",
+    "Random",
+    "Report",
+    "SparseGPT",
+    "Wanda",
+    "gather",
+    "method",
+    "prune",
+]
+
+
+def method(name: str, **hyperparameters: Any) -> Any:
+    """The method of that name; ValueError with the nearest names for an unknown one."""
+    if name not in METHODS:
+        raise ValueError(unknown("method", name, METHODS))
+    return METHODS[name](**hyperparameters)
+
+
+def gather(
+    model: PreTrainedModel,
+    method: Any,
+    windows: Int[Tensor, "count length"] | None,
+    *,
+    progress: Progress | None = None,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """The dense model's statistics that `method` needs, for methods of the same `statistics_key` to share."""
+    if method.statistics_key is None:
+        return {}
+    _check_windows(model, method, windows)
+    return method.gather(model, windows, progress=progress, **options)
+
+
+def prune(
+    model: PreTrainedModel,
+    method: Any,
+    windows: Int[Tensor, "count length"] | None = None,
+    *,
+    statistics: Mapping[str, Tensor] | None = None,
+    batch_size: int = 8,
+    device: torch.device | str | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Report:
+    """Prune `model` in place.
+
+    `windows` are calibration tokens [count, length] (None for methods that need none); `statistics` what `gather`
+    returned for them, computed here if absent; `batch_size` windows go through a block at once and change no result;
+    `device` holds one block at a time (None: where the model is); `progress(done, total)` is called per block.
+    Raises ValueError for windows that do not fit the model, NaN or inf in weights or activations, an unknown family.
+    """
+    _check_windows(model, method, windows)
+    started = time.perf_counter()
+    dense = gather(model, method, windows) if statistics is None else statistics
+    gathered = time.perf_counter() - started
+    with torch.no_grad():
+        report = method.prune(
+            model, windows, dense=dense, batch_size=batch_size, device=device, progress=progress, **options
+        )
+    if dense and statistics is None:
+        report.seconds = {"gather": gathered, **report.seconds}
+    return report
+
+
+def _check_windows(model: PreTrainedModel, method: Any, windows: Tensor | None) -> None:
+    anatomy.family(model)
+    if not method.needs_windows:
+        return
+    if windows is None or windows.numel() == 0:
+        raise ValueError(f"{method!r} needs calibration windows; got none. Pass a LongTensor [count, length].")
+    if windows.ndim != 2 or windows.dtype != torch.long:
+        raise ValueError(
+            f"Calibration windows are a LongTensor [count, length]; got {windows.dtype} {list(windows.shape)}."
+        )
+    config: Any = model.config
+    positions, vocabulary = config.max_position_embeddings, config.vocab_size
+    if windows.shape[1] > positions:
+        raise ValueError(
+            f"Windows of {windows.shape[1]} tokens are longer than the model's {positions} positions; use shorter ones."
+        )
+    if windows.max() >= vocabulary or windows.min() < 0:
+        raise ValueError(
+            f"Token {int(windows.max())} is outside the model's vocabulary of {vocabulary}: "
+            "the windows were made with another model's tokenizer."
+        )

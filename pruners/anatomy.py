@@ -1,0 +1,116 @@
+"""Where each decoder family keeps its blocks, heads and projections: one entry a family, told apart by `model_type`.
+
+attention   query, key, value share one input; output reads the heads' concatenation
+MLP         inward projections (gate and up, or fc1) share one input; outward reads the neurons
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from pruners.suggest import unknown
+
+
+@dataclass(frozen=True)
+class Family:
+    """Dotted names: of the list of blocks within the model, of everything else within a block."""
+
+    blocks: str
+    query: str
+    key: str
+    value: str
+    output: str
+    inward: tuple[str, ...]
+    outward: str
+    attention: str = "self_attn"
+
+    @property
+    def shared_inputs(self) -> tuple[tuple[str, ...], ...]:
+        """Projections grouped by the input that they share, in the order in which a block runs them."""
+        return ((self.query, self.key, self.value), (self.output,), self.inward, (self.outward,))
+
+
+LLAMA = Family(
+    blocks="model.layers",
+    query="self_attn.q_proj",
+    key="self_attn.k_proj",
+    value="self_attn.v_proj",
+    output="self_attn.o_proj",
+    inward=("mlp.gate_proj", "mlp.up_proj"),
+    outward="mlp.down_proj",
+)
+OPT = Family(
+    blocks="model.decoder.layers",
+    query="self_attn.q_proj",
+    key="self_attn.k_proj",
+    value="self_attn.v_proj",
+    output="self_attn.out_proj",
+    inward=("fc1",),
+    outward="fc2",
+)
+FAMILIES = {"llama": LLAMA, "mistral": LLAMA, "opt": OPT}
+
+
+@dataclass(frozen=True)
+class Block:
+    """One decoder block: `name` is its dotted name in the model, e.g. `model.layers.3`."""
+
+    index: int
+    name: str
+    module: nn.Module
+    family: Family
+
+    def linear(self, projection: str) -> nn.Linear:
+        linear = self.module.get_submodule(projection)
+        if type(linear) is not nn.Linear:
+            raise TypeError(
+                f"{self.name}.{projection} is a {type(linear).__name__}; pruning needs a plain torch.nn.Linear. "
+                "Merge adapters and load the model unquantised first."
+            )
+        return linear
+
+    def linears(self) -> dict[str, nn.Linear]:
+        """Every projection of the block by its name within the block."""
+        return {name: self.linear(name) for names in self.family.shared_inputs for name in names}
+
+    @property
+    def attention(self) -> Any:
+        return self.module.get_submodule(self.family.attention)
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head, in channels."""
+        return self.attention.head_dim
+
+
+def family(model: nn.Module) -> Family:
+    """The model's entry; ValueError says what to add where there is none."""
+    model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    if model_type not in FAMILIES:
+        raise ValueError(
+            f"{unknown('decoder family', model_type, FAMILIES)} "
+            "To add one, name its blocks and projections in FAMILIES of pruners/anatomy.py."
+        )
+    return FAMILIES[model_type]
+
+
+def blocks(model: nn.Module) -> list[Block]:
+    """The decoder blocks in order; ValueError if a block holds linear layers that the family's entry does not name."""
+    kind = family(model)
+    found = [
+        Block(index, f"{kind.blocks}.{index}", module, kind)
+        for index, module in enumerate(model.get_submodule(kind.blocks).children())
+    ]
+    for block in found:
+        strangers = {name for name, m in block.module.named_modules() if isinstance(m, nn.Linear)} - set(
+            block.linears()
+        )
+        if strangers:
+            raise ValueError(
+                f"{block.name} holds linear layers that pruners/anatomy.py does not name: "
+                f"{', '.join(sorted(strangers))}. Add them to the family's entry, or merge adapters first."
+            )
+    return found

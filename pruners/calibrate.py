@@ -1,0 +1,289 @@
+"""Input statistics and the one block-by-block loop: the only place with hooks.
+
+The decoder is replayed one block at a time.  The first block's inputs are caught together with all of its keyword
+arguments and replayed unchanged, cache off; a single buffer of hidden states [windows, tokens, width] is updated in
+place.  Projections that read the same input share one statistic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from accelerate.utils import send_to_device
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pruners import anatomy
+from pruners.anatomy import Block
+
+Progress = Callable[[int, int], None]
+
+
+class Statistic(Protocol):
+    """What is kept of a projection's inputs; made with their width and device, fed batch by batch."""
+
+    def __init__(self, width: int, device: torch.device) -> None: ...
+
+    def add(self, x: Float[Tensor, "windows tokens inp"]) -> None: ...
+
+    def finite(self) -> bool: ...
+
+
+class InputNorm:
+    """||x_i|| over all calibration tokens; `windows` counts the sequences.  Summed in float64 over windows."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.sum_of_squares = torch.zeros(width, dtype=torch.float64, device=device)
+        self.windows = 0
+
+    def add(self, x: Float[Tensor, "windows tokens inp"]) -> None:
+        self.sum_of_squares += x.float().square().sum(1).double().sum(0)
+        self.windows += len(x)
+
+    @property
+    def norm(self) -> Float[Tensor, " inp"]:
+        return self.sum_of_squares.sqrt().float()
+
+    def finite(self) -> bool:
+        return bool(self.sum_of_squares.isfinite().all())
+
+
+class Hessian:
+    """H = 2/N sum_t x_t x_t^T over all calibration tokens of N windows, in float32 (SparseGPT, eq. 1)."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.sum = torch.zeros(width, width, device=device)
+        self.windows = 0
+
+    def add(self, x: Float[Tensor, "windows tokens inp"]) -> None:
+        tile = -(-x.shape[-1] // 4)  # H is symmetric: what lies below the diagonal tiles is not computed
+        for window in x.float():  # one by one, so that the sum does not depend on the batch size
+            for start in range(0, x.shape[-1], tile):
+                rows = slice(start, start + tile)
+                self.sum[rows, start:].addmm_(window[:, rows].T, window[:, start:])
+        self.windows += len(x)
+
+    @property
+    def matrix(self) -> Float[Tensor, "inp inp"]:
+        upper = self.sum.triu()
+        return (upper + upper.triu(1).T) * (2 / self.windows)
+
+    def finite(self) -> bool:
+        return bool(self.sum.isfinite().all())
+
+
+def walk(
+    model: nn.Module,
+    windows: Int[Tensor, "count length"],
+    statistic: type[Statistic],
+    *,
+    sequential: bool = True,
+    groups: Callable[[Block], tuple[tuple[str, ...], ...]] = lambda block: block.family.shared_inputs,
+    batch_size: int = 8,
+    device: torch.device | str | None = None,
+) -> Iterator[tuple[Block, dict[str, Any]]]:
+    """Yield each block with the statistics of its projections' inputs, by projection name.
+
+    Whatever the caller does to the block before asking for the next one is seen by the later blocks when
+    `sequential`; else later blocks get dense outputs and one pass serves both.  `device` holds one block at a time
+    (None: where the model is).  Raises ValueError, naming block and projection, where an input is not finite.
+    """
+    blocks = anatomy.blocks(model)
+    with _evaluating(model):
+        stream = _Stream(model, windows, batch_size, device)
+        for block in blocks:
+            with _moved(block.module, device):
+                last = block is blocks[-1]
+                seen = stream.observe(block, groups(block), statistic, advance=not sequential and not last)
+                _refuse_non_finite(block, seen)
+                yield block, seen
+                if sequential and not last:
+                    stream.advance(block)
+
+
+def gradients(
+    model: nn.Module,
+    windows: Int[Tensor, "count length"],
+    weights: Mapping[str, Tensor],
+    consume: Callable[[str, Tensor], None],
+    *,
+    batch_size: int = 1,
+    checkpointing: bool = False,
+    progress: Progress | None = None,
+) -> None:
+    """Backward passes of the mean next-token loss; `consume(name, gradient)` sees each weight's gradient once a batch.
+
+    A gradient is handed over and freed as soon as backward has produced it, so memory stays at weights plus one
+    gradient plus activations.  Dropout is off; no other parameter gets a gradient.  float16 losses are scaled by
+    1024 during backward and unscaled before `consume`, so that small gradients do not underflow.
+    """
+    scale = 1024.0 if model.dtype == torch.float16 else 1.0
+
+    def handle(name: str, weight: Tensor) -> None:
+        gradient, weight.grad = weight.grad, None
+        assert gradient is not None  # the hook runs once the gradient is there
+        if not gradient.isfinite().all():
+            raise ValueError(f"The gradient of {name} is not finite; use --dtype bfloat16 or float32.")
+        consume(name, gradient.float().div_(scale) if scale != 1 else gradient)
+
+    with ExitStack() as stack:
+        stack.enter_context(_only_trainable(model, weights))
+        if checkpointing:
+            stack.enter_context(_checkpointed(model))
+        for name, weight in weights.items():
+            stack.callback(weight.register_post_accumulate_grad_hook(partial(handle, name)).remove)
+        batches = windows.split(batch_size)
+        for index, batch in enumerate(batches):
+            batch = batch.to(next(iter(weights.values())).device)
+            loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+            (loss * scale).backward()
+            if progress:
+                progress(index + 1, len(batches))
+
+
+class _Caught(Exception):  # noqa: N818  (a signal that enough of a forward pass has run, not an error)
+    pass
+
+
+class _Stream:
+    """Hidden states between two blocks, and the keyword arguments that every block is called with."""
+
+    def __init__(self, model: nn.Module, windows: Tensor, batch_size: int, device: torch.device | str | None) -> None:
+        first = anatomy.blocks(model)[0].module
+        self.batch_size = min(batch_size, len(windows))
+        self.kwargs: dict[int, dict[str, Any]] = {}  # by batch size: masks and positions depend on nothing else here
+        self.hidden = torch.empty(0)
+        for start in range(0, len(windows), self.batch_size):
+            hidden, kwargs = _inputs_of(first, model, windows[start : start + self.batch_size])
+            if not start:
+                self.hidden = hidden.new_empty((len(windows), *hidden.shape[1:]), device=device or hidden.device)
+            self.hidden[start : start + len(hidden)] = hidden
+            self.kwargs.setdefault(len(hidden), send_to_device(kwargs, self.hidden.device))
+
+    @torch.no_grad()
+    def observe(
+        self, block: Block, groups: tuple[tuple[str, ...], ...], statistic: type[Statistic], advance: bool
+    ) -> dict[str, Any]:
+        """Run the block and gather statistics; unless its outputs are wanted, stop once every input has been seen."""
+        length = self.hidden.shape[1]
+        linears = [block.linear(names[0]) for names in groups]
+        made = [statistic(linear.in_features, self.hidden.device) for linear in linears]
+        pending: set[int] = set()
+
+        def look(which: int, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            made[which].add(args[0].reshape(-1, length, args[0].shape[-1]))
+            pending.discard(which)
+            if not pending and not advance:
+                raise _Caught
+
+        with ExitStack() as stack:
+            for which, linear in enumerate(linears):
+                stack.callback(linear.register_forward_pre_hook(partial(look, which)).remove)
+            for start in range(0, len(self.hidden), self.batch_size):
+                pending.update(range(len(linears)))
+                try:
+                    outputs = self._run(block, start)
+                except _Caught:
+                    continue
+                if advance:
+                    self.hidden[start : start + len(outputs)] = outputs
+        return {name: made[which] for which, names in enumerate(groups) for name in names}
+
+    @torch.no_grad()
+    def advance(self, block: Block) -> None:
+        for start in range(0, len(self.hidden), self.batch_size):
+            outputs = self._run(block, start)
+            self.hidden[start : start + len(outputs)] = outputs
+
+    def _run(self, block: Block, start: int) -> Tensor:
+        inputs = self.hidden[start : start + self.batch_size]
+        outputs = block.module(inputs, **self.kwargs[len(inputs)])
+        return outputs if isinstance(outputs, Tensor) else outputs[0]
+
+
+def _inputs_of(block: nn.Module, model: nn.Module, windows: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    """The hidden states [windows, tokens, width] and keyword arguments with which the model calls `block`."""
+    caught: list[tuple[Tensor, dict[str, Any]]] = []
+
+    def catch(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        kwargs = dict(kwargs)
+        hidden = args[0] if args else kwargs.pop("hidden_states")
+        if len(args) > 1:
+            raise TypeError("The model calls its blocks with more than one positional argument; name them.")
+        caught.append((hidden, kwargs))
+        raise _Caught
+
+    handle = block.register_forward_pre_hook(catch, with_kwargs=True)
+    try:
+        with torch.no_grad(), suppress(_Caught):
+            model(input_ids=windows.to(next(model.parameters()).device), use_cache=False)
+    finally:
+        handle.remove()
+    return caught[0]
+
+
+def _refuse_non_finite(block: Block, seen: Mapping[str, Any]) -> None:
+    for name, statistic in seen.items():
+        if not statistic.finite():
+            raise ValueError(
+                f"The inputs of {block.name}.{name} hold NaN or inf. Check the checkpoint, or use --dtype bfloat16 or "
+                "float32: float16 overflows in some models."
+            )
+
+
+@contextmanager
+def _moved(module: nn.Module, device: torch.device | str | None) -> Iterator[None]:
+    """The module on `device` for a while, then back where it was."""
+    home = next(module.parameters()).device
+    if device is not None:
+        module.to(device)
+    try:
+        yield
+    finally:
+        if device is not None:
+            module.to(home)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off for a while."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def _only_trainable(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Evaluation mode, with gradients for these weights alone; everything as before afterwards."""
+    before = {p: p.requires_grad for p in model.parameters()}
+    model.requires_grad_(False)
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    try:
+        with _evaluating(model), torch.enable_grad():
+            yield
+    finally:
+        for parameter, wanted in before.items():
+            parameter.requires_grad_(wanted)
+            parameter.grad = None
+
+
+@contextmanager
+def _checkpointed(model: nn.Module) -> Iterator[None]:
+    """Blocks recompute their activations during backward (transformers' own switch works in training mode only)."""
+    modules = [block.module for block in anatomy.blocks(model)]
+    for module in modules:
+        module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward

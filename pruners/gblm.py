@@ -1,0 +1,84 @@
+"""GBLM-Pruner: Wanda's score plus the weight times the gradient's size over the calibration windows.
+
+    S[o, i] = |W[o, i]| * (||x_i|| / sqrt(N) + alpha * G[o, i])        Das et al. 2023, arXiv:2311.04902
+    G[o, i] = sum_n |g_n[o, i]|  (l1)   or   sqrt(sum_n g_n[o, i]^2)  (l2)
+
+g_n is the gradient of the mean next-token loss of window n on the dense model.  G is not divided by the number of
+windows N: it grows with N (l1) or sqrt(N) (l2) while the activation term does not, so alpha = 100 holds for the
+papers' N = 128; for another N, alpha * 128 / N (l1) or alpha * sqrt(128 / N) (l2) keeps the balance.
+
+Departures of the released code: gradients in float16 without loss scaling and l1 accumulated in float16 (here float32
+or better, scaled); model.train() during the gradient pass, which drops out activations of OPT (here off).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from pruners import anatomy, calibrate
+from pruners.calibrate import InputNorm
+from pruners.unstructured import Unstructured
+
+
+def score(
+    weight: Float[Tensor, "out inp"], x: InputNorm, gradient: Float[Tensor, "out inp"], alpha: float
+) -> Float[Tensor, "out inp"]:
+    return weight.float().abs() * (x.norm / math.sqrt(x.windows) + alpha * gradient)
+
+
+def gradient_norms(
+    model: nn.Module, windows: Int[Tensor, "count length"], norm: str, **options: Any
+) -> dict[str, Float[Tensor, "out inp"]]:
+    """G of every projection in float32, by full name; memory is the weights, G and one gradient."""
+    weights = {f"{b.name}.{name}": lin.weight for b in anatomy.blocks(model) for name, lin in b.linears().items()}
+    sums = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
+
+    def add(name: str, gradient: Tensor) -> None:
+        gradient = gradient.float()
+        if norm == "l1":
+            sums[name] += gradient.abs_()
+        else:
+            sums[name].addcmul_(gradient, gradient)
+
+    calibrate.gradients(model, windows, weights, add, **options)
+    return sums if norm == "l1" else {name: total.sqrt_() for name, total in sums.items()}
+
+
+@dataclass(frozen=True)
+class Gradient(Unstructured):
+    """|W| * G alone, the paper's ablation; within rows."""
+
+    norm: Literal["l1", "l2"] = "l2"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.norm not in ("l1", "l2"):
+            raise ValueError(f"norm is 'l1' or 'l2'; got {self.norm!r}.")
+
+    @property
+    def statistics_key(self) -> dict[str, str]:
+        return {"kind": "gradient_norms", "norm": self.norm}
+
+    def gather(self, model: nn.Module, windows: Tensor, **options: Any) -> dict[str, Tensor]:
+        return gradient_norms(model, windows, self.norm, **options)
+
+    def score(self, name: str, weight: Tensor, x: Any, dense: Mapping[str, Tensor]) -> Tensor:
+        return weight.float().abs() * dense[name].to(weight.device)
+
+
+@dataclass(frozen=True)
+class GBLM(Gradient):
+    norm: Literal["l1", "l2"] = "l1"
+    alpha: float = 100.0
+
+    NEEDS = InputNorm
+
+    def score(self, name: str, weight: Tensor, x: InputNorm, dense: Mapping[str, Tensor]) -> Tensor:
+        return score(weight, x, dense[name].to(weight.device), self.alpha)

@@ -1,0 +1,46 @@
+"""Magnitude: the smallest weights matter least.
+
+    S[o, i] = |W[o, i]|        no data; one threshold per matrix
+
+The papers' baseline.  The released codes zero everything up to and including the threshold, one weight (and its
+ties) more than asked; here exactly the asked number goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from pruners import select
+from pruners.unstructured import Unstructured
+
+
+def score(weight: Float[Tensor, "out inp"]) -> Float[Tensor, "out inp"]:
+    return weight.float().abs()
+
+
+@dataclass(frozen=True)
+class Grouped(Unstructured):
+    """`group` says among whom weights compete: their `matrix` (one threshold) or their own output `row`."""
+
+    group: Literal["matrix", "row"] = "matrix"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.group not in ("matrix", "row"):
+            raise ValueError(f"group is 'matrix' or 'row'; got {self.group!r}.")
+
+    def gone(self, score: Float[Tensor, "out inp"]) -> Bool[Tensor, "out inp"]:
+        if self.group == "matrix" and not self.pattern:
+            return select.per_matrix(score, self.asked)
+        return super().gone(score)
+
+
+@dataclass(frozen=True)
+class Magnitude(Grouped):
+    def score(self, name: str, weight: Tensor, x: Any, dense: Mapping[str, Tensor]) -> Tensor:
+        return score(weight)

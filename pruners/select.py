@@ -1,0 +1,104 @@
+"""Scores to what goes: per row, per matrix, n:m.
+
+The lowest scores go, exactly as many as asked; among equal scores the lower index goes first.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """`n:m` keeps n of every m consecutive inputs of a row, as the hardware reads it."""
+
+    n: int
+    m: int
+
+    @classmethod
+    def parse(cls, text: str) -> Pattern:
+        found = re.fullmatch(r"(\d+):(\d+)", text)
+        if not found or not 0 < int(found[1]) < int(found[2]):
+            raise ValueError(f"A pattern is n:m with 0 < n < m, such as 2:4; got {text!r}.")
+        return cls(int(found[1]), int(found[2]))
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.n / self.m
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+
+def check_share(name: str, share: float) -> float:
+    """The share itself if it lies in [0, 1), else ValueError."""
+    if not 0 <= share < 1:
+        raise ValueError(f"{name} is the share removed and lies in [0, 1); got {share}.")
+    return share
+
+
+def agreed_sparsity(sparsity: float | None, pattern: str | None) -> float:
+    """The sparsity that both ask for; 0.5 where neither says."""
+    if pattern is None:
+        return check_share("sparsity", 0.5 if sparsity is None else sparsity)
+    parsed = Pattern.parse(pattern)
+    if sparsity is not None and abs(sparsity - parsed.sparsity) > 1e-9:
+        raise ValueError(
+            f"{parsed} keeps {parsed.n} of every {parsed.m} weights, so sparsity is {parsed.sparsity}; got {sparsity}. "
+            "Drop `sparsity`, or drop `pattern` for unstructured pruning."
+        )
+    return parsed.sparsity
+
+
+def lowest(score: Float[Tensor, "*rows inp"], count: int) -> Bool[Tensor, "*rows inp"]:
+    """The `count` lowest of each row."""
+    if count == 0:
+        return torch.zeros_like(score, dtype=torch.bool)
+    threshold = _kth_lowest(score, count)
+    gone = score < threshold
+    ties = score == threshold
+    wanted = count - gone.sum(-1, keepdim=True)
+    crowded = (ties.sum(-1, keepdim=True) > wanted).squeeze(-1)
+    if crowded.any():
+        ties[crowded] &= ties[crowded].cumsum(-1) <= wanted[crowded]
+    return gone | ties
+
+
+def per_row(score: Float[Tensor, "out inp"], sparsity: float) -> Bool[Tensor, "out inp"]:
+    """Wanda's comparison group: every output loses the same share, int(inp * sparsity) inputs."""
+    return lowest(score, int(score.shape[-1] * sparsity))
+
+
+def per_matrix(score: Float[Tensor, "out inp"], sparsity: float) -> Bool[Tensor, "out inp"]:
+    """One threshold for the matrix: int(out * inp * sparsity) weights go."""
+    return lowest(score.flatten(), int(score.numel() * sparsity)).view_as(score)
+
+
+def n_of_m(score: Float[Tensor, "out inp"], pattern: Pattern) -> Bool[Tensor, "out inp"]:
+    """The m - n lowest of every m consecutive inputs; ValueError if m does not divide the width."""
+    if score.shape[-1] % pattern.m:
+        raise ValueError(
+            f"{pattern} needs rows of a multiple of {pattern.m} weights; this matrix has {score.shape[-1]}. "
+            "Use unstructured sparsity, or a pattern that divides the width."
+        )
+    grouped = score.unflatten(-1, (-1, pattern.m))
+    rank = torch.zeros(grouped.shape, dtype=torch.uint8 if pattern.m < 256 else torch.int32, device=score.device)
+    for left in range(pattern.m):
+        for right in range(left + 1, pattern.m):
+            left_goes_first = grouped[..., left] <= grouped[..., right]
+            rank[..., right] += left_goes_first
+            rank[..., left] += ~left_goes_first
+    return (rank < pattern.m - pattern.n).flatten(-2)
+
+
+def _kth_lowest(score: Tensor, count: int) -> Tensor:
+    if score.device.type == "cpu":  # numpy's selection is some ten times faster than torch's here
+        part = np.partition(score.numpy(), count - 1, axis=-1)[..., count - 1 : count]
+        return torch.from_numpy(part)
+    return score.kthvalue(count, dim=-1, keepdim=True).values

@@ -1,0 +1,114 @@
+"""What the methods that zero single weights have in common: the fields `sparsity` and `pattern`, and the walk."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from pruners import anatomy, calibrate, select
+from pruners.anatomy import Block
+from pruners.calibrate import Progress, Statistic
+from pruners.report import Projection, Report
+from pruners.select import Pattern
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """Zeroes single weights of the linear layers inside decoder blocks; everything else stays bit for bit.
+
+    `sparsity` is the share removed (default 0.5, or what `pattern` implies); `pattern` "n:m" keeps n of every m
+    consecutive inputs of a row.  ValueError where the two disagree or lie out of range.
+    """
+
+    sparsity: float | None = None
+    pattern: str | None = None
+
+    NEEDS: ClassVar[type[Statistic] | None] = None
+    statistics_key: ClassVar[Any] = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sparsity", select.agreed_sparsity(self.sparsity, self.pattern))
+
+    @property
+    def needs_windows(self) -> bool:
+        return self.NEEDS is not None or self.statistics_key is not None
+
+    def gather(self, model: nn.Module, windows: Int[Tensor, "count length"], **options: Any) -> dict[str, Tensor]:
+        """Statistics of the dense model by projection name; most methods need none."""
+        return {}
+
+    def score(self, name: str, weight: Float[Tensor, "out inp"], x: Any, dense: Mapping[str, Tensor]) -> Tensor:
+        """How much each weight of projection `name` matters [out, inp]; `x` is what NEEDS saw of its inputs."""
+        raise TypeError(f"{type(self).__name__} scores nothing.")
+
+    def gone(self, score: Float[Tensor, "out inp"]) -> Bool[Tensor, "out inp"]:
+        """What the scores condemn: within rows, or by the pattern."""
+        if self.pattern:
+            return select.n_of_m(score, Pattern.parse(self.pattern))
+        return select.per_row(score, self.asked)
+
+    @property
+    def asked(self) -> float:
+        assert self.sparsity is not None  # __post_init__ has filled it in
+        return self.sparsity
+
+    def remove(self, linears: Mapping[str, nn.Linear], x: Any, dense: Mapping[str, Tensor]) -> None:
+        """Prune, in place, projections that share the input `x`, given by full name."""
+        for name, linear in linears.items():
+            linear.weight.data.masked_fill_(self.gone(self.score(name, linear.weight.data, x, dense)), 0)
+
+    def prune(
+        self,
+        model: nn.Module,
+        windows: Int[Tensor, "count length"] | None,
+        *,
+        dense: Mapping[str, Tensor],
+        progress: Progress | None = None,
+        **options: Any,
+    ) -> Report:
+        report = Report(repr(self), self.asked)
+        started = time.perf_counter()
+        blocks = anatomy.blocks(model)
+        self._check_widths(blocks)
+        for block, seen in self._walk(model, windows, **options):
+            for names in block.family.shared_inputs:
+                linears = {f"{block.name}.{name}": block.linear(name) for name in names}
+                _refuse_non_finite(linears)
+                self.remove(linears, seen.get(names[0]), dense)
+                report.projections += [Projection.of(name, linear, self.asked) for name, linear in linears.items()]
+            if progress:
+                progress(block.index + 1, len(blocks))
+        report.seconds["prune"] = time.perf_counter() - started
+        return report
+
+    def _walk(
+        self, model: nn.Module, windows: Tensor | None, **options: Any
+    ) -> Iterator[tuple[Block, Mapping[str, Any]]]:
+        if self.NEEDS is None or windows is None:
+            return ((block, {}) for block in anatomy.blocks(model))
+        return calibrate.walk(model, windows, self.NEEDS, **options)
+
+    def _check_widths(self, blocks: list[Block]) -> None:
+        if self.pattern is None:
+            return
+        pattern = Pattern.parse(self.pattern)
+        for block in blocks:
+            for name, linear in block.linears().items():
+                if linear.in_features % pattern.m:
+                    raise ValueError(
+                        f"{pattern} needs rows of a multiple of {pattern.m} weights; {block.name}.{name} has "
+                        f"{linear.in_features}. Use unstructured sparsity, or a pattern that divides the width."
+                    )
+
+
+def _refuse_non_finite(linears: Mapping[str, nn.Linear]) -> None:
+    for name, linear in linears.items():
+        if not linear.weight.isfinite().all():
+            raise ValueError(
+                f"{name}.weight holds NaN or inf; nothing sound can be pruned from it. Check the checkpoint."
+            )
