@@ -1,0 +1,1 @@
+"""Records into tables and figures; no model is ever loaded here."""

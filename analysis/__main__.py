@@ -1,0 +1,79 @@
+"""Tables and figures from the records of a table's cells.
+
+python -m analysis table embedded.demo
+python -m analysis figure embedded.demo
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+EXIT_FAILED, EXIT_USAGE = 1, 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit status: 0 all well, 1 something failed, 2 asked for something unknown."""
+    asked = parser().parse_args(arguments)
+    from experiments.failures import sentence  # torch takes seconds to import; --help should not
+
+    try:
+        asked.command(asked)
+    except Exception as error:  # noqa: BLE001  (the one place where an error becomes a sentence and an exit status)
+        if asked.debug:
+            traceback.print_exc()
+        print(sentence(error), file=sys.stderr)
+        return EXIT_USAGE if isinstance(error, LookupError) else EXIT_FAILED
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python -m analysis", description=(__doc__ or "").splitlines()[0])
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    table = commands.add_parser("table", help="print Markdown; write .md, .csv and .tex under the results folder")
+    table.set_defaults(command=_table)
+    figure = commands.add_parser("figure", help="perplexity by method, as .svg and .png under the results folder")
+    figure.set_defaults(command=_figure)
+    figure.add_argument("--measure", metavar="KEY", help="the protocol key to show, where several were measured")
+    for command in (table, figure):
+        command.add_argument("table", metavar="TABLE")
+        command.add_argument("--model", metavar="NAME|FOLDER", help="the same table on another model")
+        command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="number format of the model")
+        command.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="default: results")
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return top
+
+
+def _table(asked: argparse.Namespace) -> None:
+    from analysis import written
+    from analysis.rows import rows
+    from experiments.tables import find
+
+    table = find(asked.table)
+    made = rows(table, asked.results, asked.model, asked.dtype)
+    paths = written.write(table, made, asked.results / _stem(asked))
+    print(written.markdown(table, made))
+    print(f"Written: {', '.join(map(str, paths))}", file=sys.stderr)
+
+
+def _figure(asked: argparse.Namespace) -> None:
+    from analysis import figures
+    from analysis.rows import rows
+    from experiments.tables import find
+
+    table = find(asked.table)
+    made = rows(table, asked.results, asked.model, asked.dtype)
+    paths = figures.save(figures.perplexity(table, made, asked.measure), asked.results / _stem(asked))
+    print(f"Written: {', '.join(map(str, paths))}", file=sys.stderr)
+
+
+def _stem(asked: argparse.Namespace) -> str:
+    parts = (asked.table, Path(asked.model).name if asked.model else None, asked.dtype)
+    return ".".join(part for part in parts if part)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

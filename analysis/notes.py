@@ -1,0 +1,66 @@
+"""What stands below a table: protocol, calibration, where the numbers were made, failures and what is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from analysis.rows import Row, keys
+from experiments.records import Record
+from experiments.spec import Table
+
+
+def notes(table: Table, rows: Sequence[Row]) -> list[str]:
+    """One sentence a note, plain text."""
+    done = [row.record for row in rows if row.record]
+    return [
+        *(_protocol(key, rows) for key in keys(rows)),
+        *_distinct(_calibration(record) for record in done),
+        *_distinct(_origin(record) for record in done),
+        *_distinct(note for record in done for note in _partial(record)),
+        *(f"{row.label} failed: {row.failure.message}" for row in rows if row.failure and not row.record),
+        *_missing(table, rows),
+    ]
+
+
+def _protocol(key: str, rows: Sequence[Row]) -> str:
+    measured = next(found for row in rows if (found := row.measure(key)) is not None)
+    counts = ""
+    if "windows" in measured and "tokens" in measured:
+        counts = f": {measured['windows']:,} windows, {measured['tokens']:,} tokens"
+    spread = "; ± one standard error over windows" if "standard_error" in measured else ""
+    stream = f"; tokens {measured['token_sha256'][:12]}" if "token_sha256" in measured else ""
+    return f"{key}{counts}{spread}{stream}."
+
+
+def _calibration(record: Record) -> str | None:
+    windows = record.spec["windows"]
+    if windows is None:
+        return None
+    seed = "" if windows["sampling"] == "first" else f", seed {windows['seed']}"
+    return (
+        f"Calibration: {windows['count']:,} x {windows['length']:,} tokens of {windows['corpus']} "
+        f"({windows['sampling']}{seed})."
+    )
+
+
+def _origin(record: Record) -> str:
+    made = record.made_by
+    commit = f"commit {made.commit[:10]}{' with local changes' if made.dirty else ''}" if made.commit else "no commit"
+    return f"{record.spec['model']['name']} in {made.dtype} on {made.device}, {commit}, torch {made.packages['torch']}."
+
+
+def _partial(record: Record) -> list[str]:
+    return [f"{name} was only a part of the data set." for name, source in record.data.items() if _is_partial(source)]
+
+
+def _is_partial(source: dict) -> bool:
+    return source.get("complete") is False
+
+
+def _missing(table: Table, rows: Sequence[Row]) -> list[str]:
+    missing = sum(row.state == "missing" for row in rows)
+    return [f"{missing} of {len(rows)} cells are missing: python -m experiments run {table.name}"] if missing else []
+
+
+def _distinct(sentences) -> list[str]:
+    return [sentence for sentence in dict.fromkeys(sentences) if sentence]

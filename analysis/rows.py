@@ -1,0 +1,90 @@
+"""A table's rows: every declared cell beside its record, its failure, or nothing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments import records, tables
+from experiments.labels import full, labels
+from experiments.records import Failure, Record
+from experiments.spec import Run, Table, digest
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Row:
+    """`method` and `setting` are what a reader calls the cell."""
+
+    method: str
+    setting: str
+    run: Run
+    record: Record | None
+    failure: Failure | None
+
+    @property
+    def state(self) -> str:
+        return "done" if self.record else "failed" if self.failure else "missing"
+
+    @property
+    def label(self) -> str:
+        return full((self.method, self.setting))
+
+    def measure(self, key: str) -> dict[str, Any] | None:
+        """What was measured under this very protocol key, if anything."""
+        return self.record.measures.get(key) if self.record else None
+
+
+def rows(table: Table, root: Path, model: str | None = None, dtype: str | None = None) -> list[Row]:
+    """One row per declared cell, in the table's order; raises LookupError if none was ever run."""
+    runs = tables.runs(table, model, dtype)
+    found, failed = records.load(root, table.name), records.load_failures(root, table.name)
+    done, broken = _newest(found.values()), _newest(failed.values())
+    made = [
+        Row(method, setting, run, done.get(_key(run.spec())), broken.get(_key(run.spec())))
+        for run, (method, setting) in zip(runs, labels(runs), strict=True)
+    ]
+    if all(row.state == "missing" for row in made):
+        raise LookupError(_nothing(table, root, runs, found.values()))
+    return made
+
+
+def keys(made: Iterable[Row]) -> list[str]:
+    """The protocol keys that were measured, in order of appearance."""
+    return list(dict.fromkeys(key for row in made if row.record for key in row.record.measures))
+
+
+def _newest(stored: Iterable[Any]) -> dict[str, Any]:
+    """By spec without the model's exact identity, which only the machine that has the model knows."""
+    newest: dict[str, Any] = {}
+    for item in sorted(stored, key=lambda item: item.at if isinstance(item, Failure) else item.made_by.at):
+        before = newest.get(_key(item.spec))
+        if before is not None and isinstance(item, Record):
+            logger.warning(
+                "%s and %s differ only in the version of the model; the newer, %s, is shown.",
+                before.id, item.id, item.id,
+            )  # fmt: skip
+        newest[_key(item.spec)] = item
+    return newest
+
+
+def _key(spec: dict[str, Any]) -> str:
+    return digest({**spec, "model": spec["model"]["name"]})
+
+
+def _nothing(table: Table, root: Path, runs: list[Run], found: Iterable[Record]) -> str:
+    asked = ", ".join(sorted({_protocol(run.spec(), [m.key for m in run.measures]) for run in runs}))
+    other = sorted({_protocol(record.spec, list(record.measures)) for record in found})
+    hint = f" Its records there are of {'; '.join(other)}." if other else ""
+    return (
+        f"No record of {table.name} for {asked} under {records.folder(root, table.name)}.{hint} "
+        f"Run `python -m experiments run {table.name}`, or name another --results, --model or --dtype."
+    )
+
+
+def _protocol(spec: dict[str, Any], measured: list[str]) -> str:
+    return f"{spec['model']['name']} in {spec['dtype']} at {' '.join(measured)}"

@@ -1,0 +1,129 @@
+"""Run the cells of a paper's table on this machine.
+
+python -m experiments list
+python -m experiments show embedded.demo
+python -m experiments run embedded.demo --method wanda
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tabulate import tabulate
+
+if TYPE_CHECKING:
+    from experiments.cells import Cell
+    from experiments.spec import Run
+
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit status: 0 all well, 1 something failed, 2 asked for something unknown, 130 interrupted."""
+    asked = parser().parse_args(arguments)
+    from experiments.failures import sentence  # torch and transformers take seconds to import; --help should not
+
+    try:
+        return int(asked.command(asked))
+    except KeyboardInterrupt:
+        print("Stopped. Finished cells are kept; the same command continues with the others.", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except Exception as error:  # noqa: BLE001  (the one place where an error becomes a sentence and an exit status)
+        if asked.debug:
+            traceback.print_exc()
+        print(sentence(error), file=sys.stderr)
+        return EXIT_USAGE if isinstance(error, LookupError) else EXIT_FAILED
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python -m experiments", description=(__doc__ or "").splitlines()[0])
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    listing = commands.add_parser("list", help="tables, models, methods and corpora")
+    listing.set_defaults(command=_list)
+    show = commands.add_parser("show", help="a table's cells and whether they are done")
+    show.set_defaults(command=_show)
+    run = commands.add_parser("run", help="run the cells that have no record yet")
+    run.set_defaults(command=_run)
+    for command in (show, run):
+        _add_selection(command)
+    run.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    run.add_argument("--batch-size", type=_positive, default=8, help="windows at once; changes no number (default: 8)")
+    run.add_argument("--data-dir", type=Path, help="local data sets (default: $PRUNING_DATA_DIR, otherwise the Hub)")
+    for command in (listing, show, run):
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return top
+
+
+def _add_selection(command: argparse.ArgumentParser) -> None:
+    command.add_argument("table", metavar="TABLE")
+    command.add_argument("--model", metavar="NAME|FOLDER", help="the same table on another model")
+    command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="number format of the model")
+    command.add_argument("--method", nargs="+", default=[], metavar="NAME", help="only these methods (or: dense)")
+    command.add_argument("--only", nargs="+", default=[], metavar="ID|LABEL", help="only these cells")
+    command.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="default: results")
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value
+
+
+def _list(asked: argparse.Namespace) -> int:
+    import pruners
+    from experiments import corpora, models
+    from experiments.tables import TABLES
+
+    print(tabulate([(t.name, len(t.runs()), t.title) for t in TABLES.values()], ("table", "cells", "title")))
+    for kind, names in (("models", models.CATALOGUE), ("methods", pruners.METHODS), ("corpora", corpora.NAMES)):
+        print(f"\n{kind}: {', '.join(names)}")
+    print("A local model folder can stand wherever a model's name does.")
+    return 0
+
+
+def _show(asked: argparse.Namespace) -> int:
+    from experiments import records
+
+    done, failed = records.load(asked.results, asked.table), records.load_failures(asked.results, asked.table)
+    rows = []
+    for cell in _chosen(asked):
+        state = "done" if cell.id in done else "failed" if cell.id in failed else "missing"
+        keys = ", ".join(measure.key for measure in cell.run.measures)
+        rows.append((cell.label, cell.id, state, cell.run.model, _calibration(cell.run), keys))
+    print(tabulate(rows, ("cell", "id", "state", "model", "calibration", "measures"), disable_numparse=True))
+    return 0
+
+
+def _run(asked: argparse.Namespace) -> int:
+    from experiments.run import Settings, run_table
+
+    settings = Settings(asked.results, asked.device, asked.batch_size, asked.data_dir)
+    outcome = run_table(asked.table, _chosen(asked), settings)
+    counts = f"{len(outcome.done)} done now, {len(outcome.found)} before, {len(outcome.failed)} failed"
+    print(f"{asked.table}: {counts}; python -m analysis table {asked.table}", file=sys.stderr)
+    return EXIT_FAILED if outcome.failed else 0
+
+
+def _chosen(asked: argparse.Namespace) -> list[Cell]:
+    from experiments import cells, tables
+
+    table = tables.find(asked.table)
+    return cells.choose(cells.cells(tables.runs(table, asked.model, asked.dtype)), asked.method, asked.only)
+
+
+def _calibration(run: Run) -> str:
+    from experiments.spec import needs_windows
+
+    windows = run.windows
+    if not windows or not needs_windows(run.method):
+        return "none"
+    return f"{windows.corpus} {windows.count} x {windows.length} {windows.sampling}, seed {windows.seed}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

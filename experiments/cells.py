@@ -1,0 +1,82 @@
+"""The cells of a table with their ids and labels, and the order in which they are best run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from experiments import measures, models
+from experiments.labels import full, labels
+from experiments.spec import Run, digest, needs_windows
+from pruners.suggest import unknown
+
+OVERHEAD_TOKENS = 500  # loading and writing, as tokens that could have gone through the model meanwhile
+
+
+@dataclass(frozen=True)
+class Cell:
+    run: Run
+    id: str
+    label: str
+
+    @property
+    def work(self) -> float:
+        """Rough work in tokens through the model, for estimates of the time left."""
+        return OVERHEAD_TOKENS + self.pruning_work + sum(map(measures.work_tokens, self.run.measures))
+
+    @property
+    def pruning_work(self) -> float:
+        run = self.run
+        if not run.windows or not needs_windows(run.method):
+            return 0
+        passes = 5 if run.method.statistics_key else 2  # a backward pass counts as two
+        return passes * run.windows.count * run.windows.length
+
+
+def cells(runs: Sequence[Run]) -> list[Cell]:
+    """One cell per run; raises LookupError for a model nobody knows."""
+    identities = {name: _identity(name) for name in dict.fromkeys(run.model for run in runs)}
+    named = zip(runs, labels(runs), strict=True)
+    return [Cell(run, run.id(identities[run.model]), full(label)) for run, label in named]
+
+
+def choose(found: Sequence[Cell], methods: Iterable[str] = (), only: Iterable[str] = ()) -> list[Cell]:
+    """Cells of these methods (names, or `dense`) and with these ids or labels; LookupError names what is nearest."""
+    methods, only = [name.lower() for name in methods], [name.lower() for name in only]
+    _refuse_unknown("method", methods, {method_name(cell.run) for cell in found})
+    _refuse_unknown("cell", only, {cell.label.lower() for cell in found} | {cell.id for cell in found})
+    chosen = [cell for cell in found if not methods or method_name(cell.run) in methods]
+    return [cell for cell in chosen if not only or cell.id in only or cell.label.lower() in only]
+
+
+def method_name(run: Run) -> str:
+    return run.spec()["method"]["name"] if run.method is not None else "dense"
+
+
+def ordered(found: Sequence[Cell]) -> list[Cell]:
+    """Cells of one model next to each other, and among them those that share statistics."""
+    first: dict[Any, int] = {}
+    for index, cell in enumerate(found):
+        first.setdefault(cell.run.model, index)
+        first.setdefault(_sharing(cell), index)
+    return sorted(found, key=lambda cell: (first[cell.run.model], first[_sharing(cell)]))
+
+
+def _identity(model: str) -> dict[str, str]:
+    try:
+        models.find(model)
+    except ValueError as error:
+        raise LookupError(str(error)) from error
+    return models.identity(model)
+
+
+def _sharing(cell: Cell) -> str:
+    key = cell.run.method.statistics_key if cell.run.method is not None else None
+    return digest({"statistics": key, "model": cell.run.model}) if key else cell.id
+
+
+def _refuse_unknown(kind: str, asked: Iterable[str], known: set[str]) -> None:
+    for name in asked:
+        if name not in known:
+            raise LookupError(unknown(f"{kind} of this table", name, known))

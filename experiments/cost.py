@@ -1,0 +1,86 @@
+"""What a cell costs and where it ran: stage seconds, peak memory, commit, device, package versions."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "safetensors", "accelerate", "lm-eval")
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+class Stages:
+    """Seconds per stage of one cell, and the peak memory since it was made."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.started = time.perf_counter()
+        _forget_peak()
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - started, 3)
+
+    def finished(self) -> dict[str, float]:
+        return {**self.seconds, "total": round(time.perf_counter() - self.started, 3)}
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Of the accelerator's allocator on CUDA; elsewhere the process's largest resident size."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest if sys.platform == "darwin" else largest * 1024
+
+
+def _forget_peak() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with suppress(OSError):  # Linux forgets a process's peak when asked; elsewhere it covers the cells before as well
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"cuda ({torch.cuda.get_device_name(device)})"
+    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def packages() -> dict[str, str]:
+    """Versions of what moves numbers; a package that is not installed is left out."""
+    found = {}
+    for name in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def commit() -> tuple[str | None, bool | None]:
+    """The commit of this code and whether tracked files outside results/ differ from it; None without git."""
+    changes = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")
+    head = _git("rev-parse", "HEAD")
+    return head, None if changes is None else bool(changes)
+
+
+def _git(*arguments: str) -> str | None:
+    with suppress(OSError, subprocess.CalledProcessError):
+        command = ["git", "-C", str(REPOSITORY), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return None

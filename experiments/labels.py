@@ -1,0 +1,61 @@
+"""What a reader calls a cell: a method's label (`GBLM l1`) and its setting (`50 %`, `2:4`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import MISSING, Field, fields
+from typing import Any
+
+from experiments.spec import Run
+
+SETTINGS = ("sparsity", "pattern", "ratio")
+
+
+def labels(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """(method, setting) of every run.
+
+    A hyperparameter is named where it differs from its default or between the table's runs of the same method.
+    """
+    varying = _varying([run.method for run in runs if run.method is not None])
+    return [(_method(run.method, varying), setting(run.method)) for run in runs]
+
+
+def setting(method: Any) -> str:
+    """`2:4` for a pattern, otherwise the asked share, e.g. `50 %`; empty for the dense model."""
+    if pattern := getattr(method, "pattern", None):
+        return str(pattern)
+    share = getattr(method, "sparsity", None) or getattr(method, "ratio", None)
+    return "" if share is None else f"{100 * share:g} %"
+
+
+def full(label: tuple[str, str]) -> str:
+    """Both parts as one, e.g. `GBLM l1 50 %`."""
+    return " ".join(part for part in label if part)
+
+
+def _method(method: Any, varying: set[tuple[type, str]]) -> str:
+    if method is None:
+        return "Dense"
+    shown = [field for field in _hyperparameters(method) if _is_shown(field, method, varying)]
+    return " ".join([type(method).__name__, *(_value(field.name, getattr(method, field.name)) for field in shown)])
+
+
+def _is_shown(field: Field[Any], method: Any, varying: set[tuple[type, str]]) -> bool:
+    value = getattr(method, field.name)
+    return (type(method), field.name) in varying or (field.default is not MISSING and value != field.default)
+
+
+def _varying(methods: Sequence[Any]) -> set[tuple[type, str]]:
+    seen: dict[tuple[type, str], set[str]] = {}
+    for method in methods:
+        for field in _hyperparameters(method):
+            seen.setdefault((type(method), field.name), set()).add(repr(getattr(method, field.name)))
+    return {key for key, values in seen.items() if len(values) > 1}
+
+
+def _hyperparameters(method: Any) -> list[Field[Any]]:
+    return [field for field in fields(method) if field.name not in SETTINGS]
+
+
+def _value(name: str, value: Any) -> str:
+    return value if isinstance(value, str) else f"{name}={value}"

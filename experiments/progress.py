@@ -1,0 +1,77 @@
+"""How far a table is: bars and the time left on a terminal, one plain line per cell elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+Callback = Callable[[int, int], None]
+
+
+class Board:
+    """`works` is the rough work of every cell to come; `seconds_per_work` what is known before the first is done."""
+
+    def __init__(self, works: Sequence[float] = (), seconds_per_work: float | None = None) -> None:
+        self.console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+        self.total, self.cells = sum(works), len(works)
+        self.finished_work, self.finished_cells, self.partial = 0.0, 0, 0.0
+        self.prior = seconds_per_work
+        self.started = time.monotonic()
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"))
+        self.bars = Progress(*columns, console=self.console, disable=not self.console.is_terminal, transient=True)
+        self.overall = self.bars.add_task("cells", total=self.total or None, note="")
+        self.current = self.bars.add_task("", total=None, note="", visible=False)
+
+    def __enter__(self) -> Board:
+        self.started = time.monotonic()
+        self.bars.start()
+        self._show()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.bars.stop()
+
+    def stage(self, name: str, work: float = 0.0) -> Callback:
+        """Start a stage of the current cell that counts as `work`; call the result with (done, total)."""
+        before = self.partial
+        self.bars.update(self.current, description=name, completed=0, total=None, note="", visible=True)
+
+        def advance(done: int, total: int) -> None:
+            self.partial = before + work * done / total
+            self.bars.update(self.current, completed=done, total=total, note=f"{done}/{total}")
+            self._show()
+
+        return advance
+
+    def finish(self, work: float, line: str) -> None:
+        """The current cell is over, done or failed; say so."""
+        self.finished_work, self.finished_cells, self.partial = self.finished_work + work, self.finished_cells + 1, 0.0
+        self._show()
+        left = f"; about {self.left()} left" if self.finished_cells < self.cells else ""
+        self.say(f"[{self.finished_cells}/{self.cells}] {line}{left}")
+
+    def say(self, line: str) -> None:
+        self.console.print(line)
+
+    def left(self) -> str:
+        """The time left, e.g. `4 min`."""
+        done, elapsed = self.finished_work + self.partial, time.monotonic() - self.started
+        known = self.finished_cells or done > 0.02 * self.total
+        rate = elapsed / done if known and done else self.prior
+        return "an unknown time" if rate is None else duration(rate * max(0.0, self.total - done))
+
+    def _show(self) -> None:
+        done = min(self.finished_work + self.partial, self.total)
+        note = f"{self.finished_cells}/{self.cells}, about {self.left()} left"
+        self.bars.update(self.overall, completed=done, note=note)
+
+
+def duration(seconds: float) -> str:
+    """`40 s`, `4 min` or `2.5 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
