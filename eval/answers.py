@@ -1,0 +1,82 @@
+"""Answers that survive a kill: one JSON line for every finished batch of an evaluation.
+
+A batch is the unit of storing and of resuming.  It is found again by the tokens that went into it, so the batches of
+a resumed evaluation are made of the same requests and its answers have the same bits.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+Answer = tuple[float, bool]  # log-likelihood in nats, and whether greedy decoding would say the same
+logger = logging.getLogger(__name__)
+
+
+class AnswerStore:
+    """A file of answers that belong to one model, named by `identity`; another model's file is started anew.
+
+    A line that a kill cut short, or that its checksum disowns, ends what is believed: the file is cut there.
+    """
+
+    def __init__(self, path: Path, identity: str) -> None:
+        self.path = Path(path)
+        self._known: dict[str, list[Answer]] = {}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = self._read(identity) if self.path.exists() else 0
+        with self.path.open("ab") as file:
+            file.truncate(kept)
+        if not kept:
+            self._append({"identity": identity})
+
+    def __len__(self) -> int:
+        """How many answers are known."""
+        return sum(map(len, self._known.values()))
+
+    def get(self, batch: str) -> list[Answer] | None:
+        return self._known.get(batch)
+
+    def put(self, batch: str, answers: Sequence[Answer]) -> None:
+        """Keep a batch's answers, on disk before this returns."""
+        self._known[batch] = list(answers)
+        self._append({"batch": batch, "answers": answers})
+
+    def remove(self) -> None:
+        """Delete the file: the evaluation is finished and recorded elsewhere."""
+        self.path.unlink(missing_ok=True)
+
+    def _append(self, content: dict[str, Any]) -> None:
+        text = json.dumps(content).encode()
+        with self.path.open("ab") as file:
+            file.write(b"%08x " % zlib.crc32(text) + text + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _read(self, identity: str) -> int:
+        """Bytes at the head of the file that can be believed."""
+        kept = 0
+        for number, line in enumerate(self.path.read_bytes().splitlines(keepends=True)):
+            content = _parse(line)
+            if content is None:
+                logger.warning("%s: line %d is damaged; the answers from there on are asked again.", self.path, number)
+                break
+            if number == 0 and content != {"identity": identity}:
+                logger.warning("%s holds another model's answers; starting anew.", self.path)
+                break
+            if "batch" in content:
+                self._known[content["batch"]] = [(float(nats), bool(greedy)) for nats, greedy in content["answers"]]
+            kept += len(line)
+        return kept
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    checksum, _, text = line.rstrip(b"\n").partition(b" ")
+    if not line.endswith(b"\n") or checksum != b"%08x" % zlib.crc32(text):
+        return None
+    content: dict[str, Any] = json.loads(text)
+    return content

@@ -1,0 +1,158 @@
+"""lm-eval's scoring of a model that is already in memory.
+
+Requests are sorted by length and packed into batches of about the same number of tokens; a batch that does not fit
+is halved, and so are the ones after it.  The head is applied only where an answer is read off.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import inspect
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from lm_eval.models.huggingface import HFLM
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from eval.answers import Answer, AnswerStore
+
+Request = tuple[Any, list[int], list[int]]  # what was asked, the tokens before, the tokens to score
+Progress = Callable[[int, int], None]
+TOKENS_PER_BATCH = {"cpu": 2_048}  # a CPU gains nothing from more
+ACCELERATOR_TOKENS_PER_BATCH = 32_768  # halved on out-of-memory
+
+
+class Scorer(HFLM):
+    """The `lm` that lm-eval asks; `batch_size` None packs batches by tokens.
+
+    `truncated` counts, per task, the documents whose beginning did not fit the model's positions (lm-eval cuts it).
+    Raises ValueError if the tokenizer has more tokens than the model has embeddings.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int | None = None,
+        store: AnswerStore | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        check_tokenizer(model, tokenizer)
+        super().__init__(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=1, softmax_dtype="float32")
+        self._max_length = self.max_length
+        self.tokenizer.model_max_length = 10**30  # too long prompts are counted here, not warned of one by one
+        self.truncated: Counter[str] = Counter()
+        self._asked_size, self._store, self._progress = batch_size, store, progress
+        self._largest = batch_size or ACCELERATOR_TOKENS_PER_BATCH
+        self._keep = 0
+        self._takes_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[Answer]:
+        answers: list[Answer] = super().loglikelihood(requests, disable_tqdm=True)
+        long = {(r.task_name, r.doc_id) for r, cut in zip(requests, self._cut, strict=True) if cut}
+        self.truncated.update(task for task, _ in long)
+        return answers
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Request], disable_tqdm: bool = True, override_bs: int | None = None
+    ) -> list[Answer]:
+        self._cut = [len(before) + len(scored) > self.max_length + 1 for _, before, scored in requests]
+        answers: dict[int, Answer] = {}
+        for batch in self._batches(requests):
+            answers.update(zip(batch, self._known_or_asked([requests[i] for i in batch]), strict=True))
+            if self._progress:
+                self._progress(len(answers), len(requests))
+        return [answers[i] for i in range(len(requests))]
+
+    def _batches(self, requests: Sequence[Request]) -> list[list[int]]:
+        """Indices of every batch, longest requests first; the same for the same requests, finished or not."""
+        tokens = [before + scored for _, before, scored in requests]
+        batches: list[list[int]] = []
+        room = 0
+        for index in sorted(range(len(tokens)), key=lambda i: (-len(tokens[i]), tokens[i])):
+            if room <= 0:
+                batches.append([])
+                room = self._asked_size or max(1, self._tokens_per_batch // min(len(tokens[index]), self.max_length))
+            batches[-1].append(index)
+            room -= 1
+        return batches
+
+    @property
+    def _tokens_per_batch(self) -> int:
+        return TOKENS_PER_BATCH.get(self.device.type, ACCELERATOR_TOKENS_PER_BATCH)
+
+    def _known_or_asked(self, requests: list[Request]) -> list[Answer]:
+        key = digest(requests)
+        if self._store is not None and (known := self._store.get(key)):
+            return known
+        if len(requests) > self._largest or (answers := self._ask(requests)) is None:
+            half = (len(requests) + 1) // 2
+            return self._known_or_asked(requests[:half]) + self._known_or_asked(requests[half:])
+        if self._store is not None:
+            self._store.put(key, answers)
+        return answers
+
+    def _ask(self, requests: list[Request]) -> list[Answer] | None:
+        """One forward pass; None if it needs more memory than there is and can be split."""
+        self.batch_size_per_gpu = len(requests)
+        lengths = [min(len(before) + len(scored), self.max_length + 1) - 1 for _, before, scored in requests]
+        starts = [length - len(scored) for length, (_, _, scored) in zip(lengths, requests, strict=True)]
+        self._keep = max(lengths) - min(starts)
+        try:
+            answers = super()._loglikelihood_tokens(requests, disable_tqdm=True)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error) or len(requests) == 1:
+                raise
+        else:
+            return _finite(answers)
+        self._largest = (len(requests) + 1) // 2
+        clear_device_cache(garbage_collection=True)
+        return None
+
+    def _model_call(self, inps: torch.Tensor, attn_mask: Any = None, labels: Any = None) -> torch.Tensor:
+        if not self._takes_keep:
+            return super()._model_call(inps, attn_mask, labels)
+        with torch.inference_mode():
+            return self.model(inps, use_cache=False, logits_to_keep=self._keep).logits
+
+
+def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """ValueError if the tokenizer can name tokens that the model has no embedding for."""
+    rows = len(model.get_input_embeddings().get_parameter("weight"))
+    if len(tokenizer) > rows:
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer):,} tokens and the model {rows:,} embeddings, so it does not belong to "
+            "this model; give the tokenizer that the model was trained with."
+        )
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """SHA-256 of the logits for a few fixed tokens: another weight, dtype or kind of device gives another one."""
+    rows = len(model.get_input_embeddings().get_parameter("weight"))
+    tokens = torch.arange(1, 17, device=model.device).remainder(rows)[None]
+    with torch.inference_mode():
+        logits = model(tokens, use_cache=False).logits
+    return hashlib.sha256(logits.float().cpu().numpy().tobytes()).hexdigest()
+
+
+def digest(requests: Sequence[Request]) -> str:
+    """Names a batch by its tokens."""
+    tokens = [(before, scored) for _, before, scored in requests]
+    return hashlib.sha256(repr(tokens).encode()).hexdigest()
+
+
+def out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or should_reduce_batch_size(error)
+
+
+def _finite(answers: list[Answer]) -> list[Answer]:
+    if any(nats != nats for nats, _ in answers):
+        raise FloatingPointError(
+            "The model gives log-likelihoods that are not a number, so no accuracy means anything; look for NaN or "
+            "overflow in its weights, or run it with --dtype float32."
+        )
+    return answers

@@ -1,0 +1,119 @@
+"""Where the documents of lm-eval's tasks come from: the Hub, or files of a local folder.
+
+By default each task reads its own Hub data set; those of the papers' tasks are all free of scripts in lm-eval 0.4.13
+(piqa reads baber/piqa).  With a folder, the same tasks read `tasks/<task>_<split>.jsonl`, gzipped or not.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+from huggingface_hub import constants
+from huggingface_hub.utils import get_session
+
+HUB_TIMEOUT_S = 5
+SUFFIXES = (".jsonl", ".jsonl.gz")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Files by split, each the first that exists of the names given, and the columns that the task reads."""
+
+    splits: dict[str, tuple[str, ...]]
+    columns: tuple[str, ...]
+
+
+def _tested(task: str, *columns: str) -> Source:
+    return Source({split: (f"tasks/{task}_{split}",) for split in ("validation", "test")}, columns)
+
+
+def _validated(task: str, *columns: str, also: tuple[str, ...] = ()) -> Source:
+    return Source({"validation": (f"tasks/{task}_validation", *also)}, columns)
+
+
+SOURCES = {
+    "arc_challenge": _tested("arc_challenge", "question", "choices", "answerKey"),
+    "arc_easy": _tested("arc_easy", "question", "choices", "answerKey"),
+    "boolq": _validated("boolq", "passage", "question", "label"),
+    "hellaswag": _validated(
+        "hellaswag", "activity_label", "ctx_a", "ctx_b", "endings", "label",
+        also=("tasks/hellaswag_validation_full_reconstructed", "tasks/hellaswag_validation_1000"),
+    ),
+    "openbookqa": _tested("openbookqa", "question_stem", "choices", "answerKey"),
+    "piqa": _validated("piqa", "goal", "sol1", "sol2", "label"),
+    "rte": _validated("rte", "sentence1", "sentence2", "label"),
+    "wikitext": Source({split: (f"wikitext2/pages_{split}",) for split in ("validation", "test")}, ("page",)),
+    "winogrande": _validated("winogrande_xl", "sentence", "option1", "option2", "answer"),
+}  # fmt: skip
+
+
+def changes(task: str, data_dir: Path | None) -> dict[str, Any]:
+    """The task's configuration as far as its documents are concerned: {} reads the Hub.
+
+    Raises FileNotFoundError naming the file that is missing and ValueError for one without the task's columns.
+    """
+    if data_dir is None:
+        return {}
+    files = {split: str(path) for split, path in _files(task, data_dir).items()}
+    # lm-eval loads the training split for few-shot prompts even where there are none
+    return {
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": files},
+        "training_split": None,
+    }
+
+
+def provenance(task: str, data_dir: Path | None) -> dict[str, Any]:
+    """Where the documents came from, for the record: files with their SHA-256, or the Hub."""
+    if data_dir is None:
+        return {"source": "hub"}
+    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in _files(task, data_dir).values()}
+    return {"source": "files", "sha256": digests}
+
+
+def hub_reachable() -> bool:
+    """Whether data sets can be had from the Hub: it answers, or downloads of an earlier day are asked for."""
+    if constants.HF_HUB_OFFLINE:
+        return True
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT_S)
+    except (httpx.HTTPError, OSError):
+        return False
+    return True
+
+
+def _files(task: str, data_dir: Path) -> dict[str, Path]:
+    if task not in SOURCES:
+        raise FileNotFoundError(
+            f"no layout is known for it in a data folder (only for {', '.join(SOURCES)}); leave out --data-dir to read "
+            "it from the Hub"
+        )
+    files = {split: _first(names, Path(data_dir)) for split, names in SOURCES[task].splits.items()}
+    for path in files.values():
+        _check_columns(path, SOURCES[task].columns)
+    return files
+
+
+def _first(names: tuple[str, ...], data_dir: Path) -> Path:
+    for name in names:
+        for suffix in SUFFIXES:
+            if (path := data_dir / f"{name}{suffix}").exists():
+                return path
+    raise FileNotFoundError(f"there is no {names[0]}.jsonl or {names[0]}.jsonl.gz in {data_dir}")
+
+
+def _check_columns(path: Path, columns: tuple[str, ...]) -> None:
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as lines:
+        found = json.loads(next(lines, "{}"))
+    if absent := [column for column in columns if column not in found]:
+        raise ValueError(
+            f"{path.name} has the columns {', '.join(sorted(found)) or 'none'}; the task needs {', '.join(absent)}, too"
+        )
