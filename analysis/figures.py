@@ -9,21 +9,15 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, ScalarFormatter
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from analysis.rows import Row, keys
 from experiments import files
 from experiments.spec import Table
 from pruners.suggest import unknown
 
-COLOURS = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-)  # Okabe and Ito: safe for colour-blind eyes
+# Okabe and Ito's colours, told apart by colour-blind readers; markers tell settings apart in grey print.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = "osD^vP"
 LOG_ABOVE = 4.0  # largest over smallest perplexity
 STYLE: dict[Any, Any] = {
@@ -35,21 +29,24 @@ STYLE: dict[Any, Any] = {
 
 
 def perplexity(table: Table, rows: Sequence[Row], key: str | None = None) -> Figure:
-    """Methods downwards, perplexity to the right, one colour and marker per setting, the dense model as a line.
+    """Methods downwards, perplexity to the right; a panel per model, its dense perplexity as a line.
 
-    Raises ValueError if several protocol keys were measured and none is asked for, LookupError for an unknown key.
+    Settings have their own colour and marker.  Raises ValueError if several protocol keys were measured and none is
+    asked for, LookupError for a key that nobody measured.
     """
     key = _one_key(rows, key)
     measured = [row for row in rows if row.measure(key)]
+    methods = list(dict.fromkeys(row.method for row in measured if row.run.method is not None))
+    settings = list(dict.fromkeys(row.setting for row in measured if row.run.method is not None))
+    models = list(dict.fromkeys(row.run.model for row in measured))
     with matplotlib.rc_context(STYLE):
-        pruned = [row for row in measured if row.run.method is not None]
-        methods = list(dict.fromkeys(row.method for row in pruned))
-        figure = Figure(figsize=(6.4, 1.5 + 0.42 * max(2, len(methods))), layout="constrained")
-        axes = figure.subplots()
-        _draw_dense(axes, measured, key)
-        for index, setting in enumerate(dict.fromkeys(row.setting for row in pruned)):
-            _draw_setting(axes, [row for row in pruned if row.setting == setting], methods, index, key)
-        _dress(axes, table, measured, methods, key)
+        size = (1.6 + 4.8 * len(models), 1.7 + 0.42 * max(2, len(methods)))
+        figure = Figure(figsize=size, layout="constrained")
+        panels = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
+        for axes, model in zip(panels, models, strict=True):
+            _draw(axes, [row for row in measured if row.run.model == model], methods, settings, key)
+            axes.set_title(f"{table.title}: {Path(model).name}", loc="left", fontsize=10, pad=24)
+        figure.supxlabel(f"perplexity, {key}\nbars: ± 1 standard error over windows; lower is better", fontsize=9)
     return figure
 
 
@@ -69,40 +66,62 @@ def _one_key(rows: Sequence[Row], key: str | None) -> str:
     if key is not None and key not in known:
         raise LookupError(unknown("protocol key", key, known))
     if key is None and len(known) != 1:
-        raise ValueError(f"A figure shows one protocol; choose with --measure one of: {', '.join(known) or 'none'}.")
+        raise ValueError(
+            f"A figure shows one protocol; choose with --measure one of: {', '.join(known)}."
+            if known
+            else "No perplexity was measured, so there is nothing to draw."
+        )
     return key or known[0]
 
 
-def _draw_dense(axes: Axes, measured: Sequence[Row], key: str) -> None:
-    for row in measured:
+def _draw(axes: Axes, rows: Sequence[Row], methods: list[str], settings: list[str], key: str) -> None:
+    for row in rows:
         if row.run.method is None:
-            value, error = _value(row, key)
-            axes.axvspan(value - error, value + error, color="0.9", linewidth=0)
-            axes.axvline(value, color="0.35", linestyle="--", linewidth=1.2, label=f"dense ({value:.2f})")
+            _draw_dense(axes, *_value(row, key))
+    for index, setting in enumerate(settings):
+        shift = 0.24 * (index - (len(settings) - 1) / 2)
+        drawn = [row for row in rows if row.setting == setting and row.run.method is not None]
+        heights = [methods.index(row.method) + shift for row in drawn]
+        _draw_setting(axes, [_value(row, key) for row in drawn], heights, index, setting)
+    _dress(axes, [_value(row, key)[0] for row in rows], methods)
 
 
-def _draw_setting(axes: Axes, rows: Sequence[Row], methods: list[str], index: int, key: str) -> None:
-    values, errors = zip(*(_value(row, key) for row in rows), strict=True)
-    heights = [methods.index(row.method) + 0.16 * (index - 0.5) for row in rows]
+def _draw_dense(axes: Axes, value: float, error: float) -> None:
+    axes.axvspan(value - error, value + error, color="0.9", linewidth=0)
+    axes.axvline(value, color="0.35", linestyle="--", linewidth=1.2, label=f"dense ({_short(value)})")
+
+
+def _draw_setting(
+    axes: Axes, values: list[tuple[float, float]], heights: list[float], index: int, setting: str
+) -> None:
+    colour = COLOURS[index % len(COLOURS)]
     axes.errorbar(
-        values, heights, xerr=errors, linestyle="none", capsize=3, markersize=6,
-        color=COLOURS[index % len(COLOURS)], marker=MARKERS[index % len(MARKERS)], label=rows[0].setting,
+        [value for value, _ in values], heights, xerr=[error for _, error in values], label=setting, color=colour,
+        linestyle="none", marker=MARKERS[index % len(MARKERS)], markersize=5, elinewidth=1.2, capsize=2.5,
     )  # fmt: skip
+    for (value, error), height in zip(values, heights, strict=True):
+        axes.annotate(
+            _short(value), (value + error, height), xytext=(5, 0), textcoords="offset points",
+            verticalalignment="center", fontsize=7.5, color=colour,
+        )  # fmt: skip
 
 
-def _dress(axes: Axes, table: Table, measured: Sequence[Row], methods: list[str], key: str) -> None:
-    values = [_value(row, key)[0] for row in measured]
+def _dress(axes: Axes, values: list[float], methods: list[str]) -> None:
     axes.set_yticks(range(len(methods)), methods)
     axes.set_ylim(len(methods) - 0.5, -0.5)
-    axes.set_xlabel(f"perplexity, {key} (bars: ± 1 standard error over windows; left is better)")
-    axes.set_title(table.title, loc="left", fontsize=10)
     axes.grid(axis="x", color="0.92")
     axes.set_axisbelow(True)
     if max(values) / min(values) > LOG_ABOVE:
         axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(ScalarFormatter())
-        axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.margins(x=0.12)
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=4, borderaxespad=0.2, fontsize=8.5)
+
+
+def _short(value: float) -> str:
+    return f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
 
 
 def _value(row: Row, key: str) -> tuple[float, float]:

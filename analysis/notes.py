@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
 from analysis.rows import Row, keys
 from experiments.records import Record
 from experiments.spec import Table
+
+
+def title(table: Table, rows: Sequence[Row]) -> str:
+    """The table's title with its models, e.g. `Unstructured pruning without retraining: smollm2-135m`."""
+    return f"{table.title}: {', '.join(dict.fromkeys(Path(row.run.model).name for row in rows))}"
 
 
 def notes(table: Table, rows: Sequence[Row]) -> list[str]:
@@ -46,14 +53,14 @@ def _calibration(record: Record) -> str | None:
 def _origin(record: Record) -> str:
     made = record.made_by
     commit = f"commit {made.commit[:10]}{' with local changes' if made.dirty else ''}" if made.commit else "no commit"
-    return f"{record.spec['model']['name']} in {made.dtype} on {made.device}, {commit}, torch {made.packages['torch']}."
+    return f"{Path(record.spec['model']['name']).name} in {made.dtype} on {made.device}, {commit}, torch {made.packages['torch']}."
 
 
 def _partial(record: Record) -> list[str]:
     return [f"{name} was only a part of the data set." for name, source in record.data.items() if _is_partial(source)]
 
 
-def _is_partial(source: dict) -> bool:
+def _is_partial(source: dict[str, Any]) -> bool:
     return source.get("complete") is False
 
 
@@ -62,5 +69,5 @@ def _missing(table: Table, rows: Sequence[Row]) -> list[str]:
     return [f"{missing} of {len(rows)} cells are missing: python -m experiments run {table.name}"] if missing else []
 
 
-def _distinct(sentences) -> list[str]:
+def _distinct(sentences: Iterable[str | None]) -> list[str]:
     return [sentence for sentence in dict.fromkeys(sentences) if sentence]

@@ -73,7 +73,8 @@ def _newest(stored: Iterable[Any]) -> dict[str, Any]:
 
 
 def _key(spec: dict[str, Any]) -> str:
-    return digest({**spec, "model": spec["model"]["name"]})
+    # A folder's place is no part of what it is.
+    return digest({**spec, "model": Path(spec["model"]["name"]).name})
 
 
 def _nothing(table: Table, root: Path, runs: list[Run], found: Iterable[Record]) -> str:

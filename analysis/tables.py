@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -18,7 +19,7 @@ MISSING = "—"
 
 @dataclass(frozen=True)
 class Quantity:
-    """A number that a measure may hold, the name of its standard error there, and its digits in print."""
+    """A number that a measure may hold, the name of its standard error there, and its digits in print (none from 1,000 on)."""
 
     name: str
     error: str | None = None
@@ -49,6 +50,7 @@ class Column:
         value, error, digits = self.value(row), self.error(row), self.quantity.digits
         if value is None:
             return "failed" if row.state == "failed" else MISSING
+        digits = digits if abs(value) < 1000 else 0
         return f"{value:,.{digits}f}" + (f" ± {error:,.{digits}f}" if error is not None else "")
 
     def _field(self, row: Row, name: str) -> float | None:
@@ -81,7 +83,7 @@ def text(rows: Sequence[Row]) -> pd.DataFrame:
         [
             {
                 "Method": row.method,
-                **({"Model": row.run.model} if several else {}),
+                **({"Model": Path(row.run.model).name} if several else {}),
                 "Setting": row.setting,
                 "Sparsity": _share(row),
                 **{column.title: column.text(row) for column in found},

@@ -6,12 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from analysis import tables
-from analysis.notes import notes
+from analysis.notes import notes, title
 from analysis.rows import Row
 from experiments import files
 from experiments.spec import Table
 
-TEX = {"\\": r"\textbackslash{}", "±": r"$\pm$", "—": "---"} | {sign: f"\\{sign}" for sign in "&%$#_{}"}
+TEX = {
+    **{sign: f"\\{sign}" for sign in "&%$#_{}"},
+    **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
+    **{"±": r"$\pm$", "—": "---", "-": "-{}", "<": "$<$", ">": "$>$"},
+}
 
 
 def write(table: Table, rows: Sequence[Row], path: Path) -> list[Path]:
@@ -32,13 +36,13 @@ def markdown(table: Table, rows: Sequence[Row]) -> str:
     sides = ["left" if name in ("Method", "Model") else "right" for name in frame.columns]
     body = frame.to_markdown(index=False, colalign=sides, disable_numparse=True)
     listed = "\n".join(f"- {note}" for note in notes(table, rows))
-    return f"**{table.title}** (`{table.name}`)\n\n{body}\n\n{listed}\n"
+    return f"**{title(table, rows)}** (`{table.name}`)\n\n{body}\n\n{listed}\n"
 
 
 def latex(table: Table, rows: Sequence[Row]) -> str:
     """A `table` environment; needs \\usepackage{booktabs}."""
     frame = tables.text(rows).map(_escaped)
-    caption = ". ".join([table.title, " ".join(notes(table, rows))])
+    caption = ". ".join([title(table, rows), " ".join(notes(table, rows))])
     return frame.rename(columns=_escaped).to_latex(
         index=False,
         column_format="".join("l" if name in ("Method", "Model") else "r" for name in frame.columns),

@@ -80,7 +80,7 @@ def _list(asked: argparse.Namespace) -> int:
     from experiments.tables import TABLES
 
     print(tabulate([(t.name, len(t.runs()), t.title) for t in TABLES.values()], ("table", "cells", "title")))
-    for kind, names in (("models", models.CATALOGUE), ("methods", pruners.METHODS), ("corpora", corpora.NAMES)):
+    for kind, names in (("models", models.CATALOGUE), ("methods", pruners.METHODS), ("corpora", corpora.SOURCES)):
         print(f"\n{kind}: {', '.join(names)}")
     print("A local model folder can stand wherever a model's name does.")
     return 0
