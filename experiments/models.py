@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -124,7 +125,7 @@ def _check_complete(model: Model, info: dict[str, Any]) -> None:
 def _refused(model: Model, error: OSError) -> str:
     if model.hub is None:
         return f"{model.name} could not be loaded: {error}"
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    reason = shorten(str(error) or type(error).__name__, 200)
     return (
         f"{model.name} ({model.hub}) did not come from the Hub: {reason} Check the connection, accept the licence on "
         f"the model's page if it asks ({model.licence}) and run `hf auth login`, or name a local folder with "

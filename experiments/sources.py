@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from datasets import Dataset, load_dataset
@@ -153,7 +154,7 @@ def _from_hub(name: str, source: Source) -> Records:
         paths = [hf_hub_download(repository, file, repo_type="dataset", revision=revision) for file in files]
     except OSError as error:
         raise OSError(
-            f"{name} ({repository}) did not come from the Hub: {str(error).splitlines()[0]} Check the connection, or "
+            f"{name} ({repository}) did not come from the Hub: {shorten(str(error), 200)} Check the connection, or "
             f"name a folder that holds {source.local[0]} (--data-dir or {DATA_DIR})."
         ) from error
     kind = "parquet" if files[0].endswith(".parquet") else "json"
