@@ -119,7 +119,7 @@ def _from_package(source: Source, package: str) -> Records:
     path = wheels.file(package, source.file)
     documents = re.split(f"(?<={re.escape(source.end)})", path.read_bytes().decode())
     origin = {"package": package, "version": wheels.version(package), "files": {path.name: _sha256(path)}}
-    return Records([document for document in documents if document], origin)
+    return Records(tuple(document for document in documents if document), origin)
 
 
 def _from_folder(name: str, source: Source, folder: Path) -> Records:
