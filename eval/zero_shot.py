@@ -86,9 +86,7 @@ def zero_shot(
         loaded, missing = _load(tasks)
         store = AnswerStore(resume, fingerprint(model)) if resume else None
         scorer = Scorer(model, tokenizer, batch_size, store, progress)
-        outcome = (
-            lm_eval.evaluator.evaluate(scorer, {"tasks": loaded}, limit=limit, bootstrap_iters=0) if loaded else {}
-        )
+        outcome = evaluate(scorer, {"tasks": loaded}, limit=limit, bootstrap_iters=0) if loaded else {}
     scores = {name: _score(name, outcome, scorer.truncated[name]) for name in loaded}
     samples = [_row(name, sample) for name in loaded for sample in outcome["samples"][name]]
     return ZeroShotResult(scores, missing, samples)

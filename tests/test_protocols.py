@@ -1,0 +1,97 @@
+"""The papers' protocols by name, and the window counts that tell a wrong text or tokenizer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from experiments import corpora, protocols, task_data
+
+SHARED = Path(__file__).resolve().parents[1].parent / "shared"
+needs_data = pytest.mark.skipif(not (SHARED / "data").exists(), reason="../shared/data is absent")
+TOKENS = {"llama": 341_469, "opt": 287_645}
+
+
+def keys(name: str, positions: int | None = None) -> list[str]:
+    return [measure.key for measure in protocols.perplexity(name, positions)]
+
+
+def test_protocol_keys():
+    assert keys("llm_pruner") == ["wikitext2/test@128", "ptb/validation@128"]
+    assert keys("flap") == ["wikitext2/test@128"]
+    assert keys("gblm") == ["wikitext2/test@2048"]
+    assert keys("sparsegpt") == ["wikitext2/test@2048", "ptb/test@2048", "c4/validation@2048[:256]"]
+
+
+@pytest.mark.parametrize(("positions", "window"), [(2048, 2048), (4096, 4096), (131_072, 4096)])
+def test_wanda_and_perp_read_windows_of_the_models_own_length(positions, window):
+    assert keys("wanda", positions) == keys("perp", positions) == [f"wikitext2/test@{window}"]
+
+
+def test_conventions_differ_as_the_papers_do():
+    llm_pruner, wanda, gblm = map(protocols.zero_shot, ("llm_pruner", "wanda", "gblm"))
+    assert protocols.zero_shot("flap").metrics == llm_pruner.metrics
+    assert set(wanda.tasks) - set(llm_pruner.tasks) == {"rte"}
+    assert set(llm_pruner.tasks) - set(wanda.tasks) == {"piqa"}
+    assert set(wanda.metrics.values()) == {"acc"}
+    assert [t for t, m in llm_pruner.metrics.items() if m == "acc_norm"] == ["hellaswag", "arc_challenge", "openbookqa"]
+    assert len(gblm.tasks) == 6
+
+
+def test_unknown_names_get_the_nearest():
+    with pytest.raises(ValueError, match="llm_pruner"):
+        protocols.perplexity("llm-pruner")
+    with pytest.raises(ValueError, match="wanda"):
+        protocols.zero_shot("wanda_sp")
+    with pytest.raises(ValueError, match="give the model's positions"):
+        protocols.perplexity("wanda")
+
+
+@needs_data
+@pytest.mark.parametrize(
+    ("tokenizer", "window", "windows"),
+    [("llama", 2048, 166), ("llama", 4096, 83), ("llama", 128, 2667), ("opt", 2048, 140)],
+)
+def test_window_counts_of_wikitext2_test(tokenizer, window, windows, streams):
+    assert len(streams[tokenizer]) == TOKENS[tokenizer]
+    assert len(streams[tokenizer]) // window == windows
+
+
+@pytest.fixture(scope="module")
+def streams():
+    from transformers import AutoTokenizer
+
+    folder = SHARED / "data/tokenizers"
+    return {
+        name: corpora.token_ids("wikitext2/test", AutoTokenizer.from_pretrained(folder / name), SHARED / "data")
+        for name in TOKENS
+    }
+
+
+def rows(path: Path, *contents: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(content) + "\n" for content in contents))
+
+
+def test_a_folder_swaps_only_the_documents(tmp_path):
+    rows(tmp_path / "tasks/piqa_validation.jsonl", {"goal": "", "sol1": "", "sol2": "", "label": 0})
+    swapped = task_data.changes("piqa", tmp_path)
+    assert set(swapped) == {"dataset_path", "dataset_name", "dataset_kwargs", "training_split"}
+    assert task_data.changes("piqa", None) == {}
+    assert list(task_data.provenance("piqa", tmp_path)["sha256"]) == ["piqa_validation.jsonl"]
+
+
+def test_a_missing_file_and_a_missing_column_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no tasks/rte_validation\.jsonl"):
+        task_data.changes("rte", tmp_path)
+    rows(tmp_path / "tasks/rte_validation.jsonl", {"premise": "", "label": 0})
+    with pytest.raises(ValueError, match="columns label, premise; the task needs sentence1, sentence2"):
+        task_data.changes("rte", tmp_path)
+
+
+@needs_data
+def test_hellaswag_reads_all_documents_where_they_are():
+    files = task_data.changes("hellaswag", SHARED / "data")["dataset_kwargs"]["data_files"]
+    assert files["validation"].endswith("hellaswag_validation_full_reconstructed.jsonl.gz")

@@ -1,0 +1,212 @@
+"""lm-eval's tasks on local documents: against log-likelihoods worked out by hand, resumed, halved and refused."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from eval import zero_shot as zs
+from eval.answers import AnswerStore
+from eval.scorer import Scorer
+from experiments import models, protocols, task_data
+
+SHARED = Path(__file__).resolve().parents[1].parent / "shared"
+DATA = SHARED / "data"
+pytestmark = pytest.mark.skipif(not DATA.exists(), reason="../shared/data is absent")
+SEVEN = protocols.zero_shot("llm_pruner").tasks
+
+
+def sources(*tasks: str) -> dict:
+    return {task: task_data.changes(task, DATA) for task in tasks}
+
+
+@pytest.fixture(scope="module")
+def stories():
+    folder = DATA / "models/stories260K/hf"
+    return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def seven(stories):
+    return zs.zero_shot(*stories, sources(*SEVEN), limit=5)
+
+
+def log_likelihood(model, tokenizer, prompt: str, answer: str) -> float:
+    """Nats of `answer` after `prompt`, token by token in float64."""
+    tokens, before = tokenizer.encode(prompt + answer), len(tokenizer.encode(prompt))
+    with torch.no_grad():
+        logs = model(torch.tensor([tokens])).logits[0].double().log_softmax(-1)
+    return sum(float(logs[i - 1, tokens[i]]) for i in range(before, len(tokens)))
+
+
+def test_all_seven_tasks_give_both_accuracies(seven):
+    assert tuple(seven.tasks) == SEVEN
+    assert seven.missing == {}
+    for task in seven.tasks.values():
+        assert task.documents == 5
+        assert set(task.metrics) == set(task.standard_errors) == {"acc", "acc_norm"}
+        assert task.metrics["acc"] == pytest.approx(sum(task.per_document["acc"]) / 5)
+
+
+@pytest.mark.parametrize(("task", "file"), [("arc_easy", "arc_easy_test"), ("openbookqa", "openbookqa_test")])
+def test_accuracy_equals_a_hand_computation(stories, seven, task, file):
+    documents = [json.loads(line) for line in (DATA / f"tasks/{file}.jsonl").read_text().splitlines()[:5]]
+    found = [sample for sample in seven.samples if sample["task"] == task]
+    for document, sample in zip(documents, found, strict=True):
+        prompt = document.get("question_stem") or f"Question: {document['question']}\nAnswer:"
+        choices = document["choices"]["text"]
+        nats = torch.tensor([log_likelihood(*stories, prompt, f" {choice}") for choice in choices])
+        gold = document["choices"]["label"].index(document["answerKey"])
+        assert sample["answers"] == pytest.approx(nats.tolist(), abs=2e-3)
+        assert sample["acc"] == (nats.argmax() == gold)
+        assert sample["acc_norm"] == ((nats / torch.tensor([len(c) for c in choices])).argmax() == gold)
+
+
+def test_batching_moves_no_answer(stories, seven):
+    one_by_one = zs.zero_shot(*stories, sources("piqa", "boolq"), limit=5, batch_size=1)
+    packed = [sample for sample in seven.samples if sample["task"] in one_by_one.tasks]
+    for sample, other in zip(sorted(packed, key=str), sorted(one_by_one.samples, key=str), strict=True):
+        assert sample["answers"] == pytest.approx(other["answers"], abs=1e-3)
+
+
+def test_a_broken_off_evaluation_resumes_to_the_same_bits(stories, seven, tmp_path):
+    def stop_after_half(done: int, total: int) -> None:
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    asked: list[int] = []
+    arguments = {"limit": 5, "resume": tmp_path / "answers.jsonl"}
+    with pytest.raises(KeyboardInterrupt):
+        zs.zero_shot(*stories, sources(*SEVEN), **arguments, progress=stop_after_half)
+    hook = stories[0].register_forward_hook(lambda module, inputs, output: asked.append(1))
+    resumed = zs.zero_shot(*stories, sources(*SEVEN), **arguments)
+    again = len(asked)
+    hook.remove()
+    assert resumed == seven
+    assert resumed.samples == seven.samples
+    stored = (tmp_path / "answers.jsonl").read_text().count("batch")
+    assert 1 < again < 0.6 * stored  # one forward pass is the fingerprint
+
+
+def test_out_of_memory_halves_the_batches(stories, monkeypatch):
+    model, tokenizer = stories
+    sizes, forward = [], model.forward
+
+    def little_memory(tokens, **kwargs):
+        sizes.append(len(tokens))
+        if len(tokens) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate more than there is.")
+        return forward(tokens, **kwargs)
+
+    expected = zs.zero_shot(model, tokenizer, sources("piqa"), limit=8, batch_size=1)
+    monkeypatch.setattr(model, "forward", little_memory)
+    found = zs.zero_shot(model, tokenizer, sources("piqa"), limit=8, batch_size=16)
+    assert found.tasks["piqa"].metrics == expected.tasks["piqa"].metrics
+    assert sizes[:3] == [16, 8, 4]
+    assert max(sizes[3:]) == 2
+
+
+def test_no_more_memory_for_one_request_is_an_error(stories, monkeypatch):
+    def no_memory(tokens, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(stories[0], "forward", no_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        zs.zero_shot(*stories, sources("piqa"), limit=2)
+
+
+def test_a_task_without_documents_does_not_stop_the_others(stories, tmp_path):
+    broken = {**sources("piqa")["piqa"], "dataset_kwargs": {"data_files": {"validation": str(tmp_path / "no.jsonl")}}}
+    found = zs.zero_shot(*stories, {"rte": broken, **sources("piqa")}, limit=2)
+    assert list(found.tasks) == ["piqa"]
+    assert "rte: its documents cannot be read" in found.missing["rte"]
+    assert "no.jsonl" in found.missing["rte"]
+
+
+def test_perplexity_tasks_of_lm_eval_run_too(stories):
+    found = zs.zero_shot(*stories, sources("wikitext"), limit=1).tasks["wikitext"]
+    assert found.metrics["word_perplexity"] > found.metrics["byte_perplexity"] > 1
+    assert found.standard_errors == {}
+
+
+def test_documents_that_do_not_fit_are_counted(stories):
+    model, tokenizer = stories
+    scorer = Scorer(model, tokenizer)
+    assert scorer.max_length == model.config.max_position_embeddings == 512
+    found = zs.zero_shot(model, tokenizer, sources("boolq"), limit=5).tasks["boolq"]
+    lengths = [
+        len(tokenizer.encode(json.loads(line)["passage"])) for line in first_lines("boolq_validation.jsonl.gz", 5)
+    ]
+    assert found.truncated == sum(length > 480 for length in lengths) > 0
+
+
+def first_lines(name: str, count: int) -> list[str]:
+    return gzip.decompress((DATA / "tasks" / name).read_bytes()).decode().splitlines()[:count]
+
+
+@pytest.mark.parametrize(
+    ("tasks", "limit", "message"),
+    [({"hela_swag": {}}, 2, "hellaswag"), ({"piqa": {}}, 0, "at least 1; got 0")],
+)
+def test_bad_input_is_one_clear_sentence(stories, tasks, limit, message):
+    with pytest.raises(ValueError, match=message):
+        zs.zero_shot(*stories, tasks, limit=limit)
+
+
+def test_a_tokenizer_of_another_model_is_refused(stories):
+    small = LlamaForCausalLM(LlamaConfig(vocab_size=100, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                                         num_attention_heads=1))  # fmt: skip
+    with pytest.raises(ValueError, match="512 tokens and the model 100 embeddings"):
+        zs.zero_shot(small, stories[1], sources("piqa"), limit=1)
+
+
+def test_a_model_that_gives_nan_is_refused():
+    folder = DATA / "models/stories260K/hf"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    model.model.norm.weight.data[0] = float("nan")
+    with pytest.raises(FloatingPointError, match="not a number"):
+        zs.zero_shot(model, tokenizer, sources("piqa"), limit=1)
+
+
+def test_samples_are_kept_in_the_same_bytes(seven, tmp_path):
+    for name in ("one", "two"):
+        zs.write_samples(seven.samples, tmp_path / name)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    assert zs.read_samples(tmp_path / "one") == seven.samples
+
+
+def test_answers_survive_a_torn_line(tmp_path):
+    store = AnswerStore(tmp_path / "answers", "model")
+    store.put("a", [(-1.25, True)])
+    store.put("b", [(-0.1, False), (float("-inf"), False)])
+    text = (tmp_path / "answers").read_bytes()
+    (tmp_path / "answers").write_bytes(text[:-5])
+    torn = AnswerStore(tmp_path / "answers", "model")
+    assert torn.get("a") == [(-1.25, True)]
+    assert torn.get("b") is None
+    torn.put("b", [(-0.1, False), (float("-inf"), False)])
+    assert (tmp_path / "answers").read_bytes() == text
+
+
+def test_answers_of_another_model_or_with_changed_digits_are_not_believed(tmp_path):
+    AnswerStore(tmp_path / "answers", "model").put("a", [(-1.25, True)])
+    edited = (tmp_path / "answers").read_text().replace("1.25", "1.24")
+    (tmp_path / "answers").write_text(edited)
+    assert len(AnswerStore(tmp_path / "answers", "model")) == 0
+    AnswerStore(tmp_path / "answers", "model").put("a", [(-1.25, True)])
+    assert len(AnswerStore(tmp_path / "answers", "another model")) == 0
+
+
+def test_all_seven_tasks_run_on_the_embedded_model():
+    try:
+        model, tokenizer = models.load("smollm2-135m")
+    except ModuleNotFoundError as error:
+        pytest.skip(str(error))
+    found = zs.zero_shot(model, tokenizer, sources(*SEVEN), limit=1)
+    assert tuple(found.tasks) == SEVEN
+    assert {task.truncated for task in found.tasks.values()} == {0}
