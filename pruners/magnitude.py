@@ -2,8 +2,7 @@
 
     S[o, i] = |W[o, i]|        no data; one threshold per matrix
 
-The papers' baseline.  The released codes zero everything up to and including the threshold, one weight (and its
-ties) more than asked; here exactly the asked number goes.
+The papers' baseline.
 """
 
 from __future__ import annotations

@@ -7,8 +7,6 @@
 Frantar & Alistarh 2023, arXiv:2301.00774.  The mask is chosen per block of `block_size` columns over all rows of a
 matrix (or per m columns for n:m), with the columns to its left already accounted for.  Projections that share an input
 share H and its factorisation and are solved stacked; each still picks its own mask.
-
-Departures of the released code: its threshold removes one weight (and its ties) a column block more than asked.
 """
 
 from __future__ import annotations
@@ -91,17 +89,18 @@ class SparseGPT(Unstructured):
 def inverse_factor(hessian: Float[Tensor, "inp inp"], damping: float, name: str) -> Float[Tensor, "inp inp"]:
     """U with H^-1 = U^T U, upper triangular; where H is not positive definite, damping grows tenfold, with a warning.
 
-    Raises ValueError once damping exceeds the mean diagonal itself.
+    Factorised in float64: in float32 the rounding of an ill-conditioned H alone flips mask entries.  Raises ValueError
+    once damping exceeds the mean diagonal itself.
     """
     mean = hessian.diagonal().mean()
     while damping <= 1:
-        damped = hessian.clone()
+        damped = hessian.double()
         damped.diagonal().add_(damping * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
             factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not failed:
-                return factor
+                return factor.float()
         log.warning("%s: the Hessian is not positive definite at damping %g; trying %g.", name, damping, 10 * damping)
         damping *= 10
     raise ValueError(f"{name}: the Hessian cannot be factorised even with damping 1; calibrate with more windows.")

@@ -1,0 +1,135 @@
+"""Perplexity as the pruning papers measure it.
+
+    ppl = exp(mean over windows of the mean next-token cross-entropy)
+
+The token stream is cut into non-overlapping windows, the tail is dropped, and labels are shifted by one inside a
+window.  All windows are equally long, so averaging windows or tokens is the same number (`targets` of the papers:
+LLM-Pruner averages tokens, the others windows).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+LOGITS = 2**25  # float32 logits held at once (128 MiB)
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """`nll_per_window` are mean next-token losses in nats; `tokens` counts windows * window, as the papers do."""
+
+    perplexity: float
+    windows: int
+    tokens: int
+    nll_per_window: tuple[float, ...]
+    token_sha256: str
+
+    @property
+    def standard_error(self) -> float | None:
+        """Of the perplexity, over windows (delta method); None for a single window, which has no spread."""
+        if self.windows < 2:
+            return None
+        deviation = float(torch.tensor(self.nll_per_window, dtype=torch.float64).std())
+        return self.perplexity * deviation / math.sqrt(self.windows)
+
+
+def perplexity(
+    model: PreTrainedModel,
+    token_ids: Int[Tensor, " tokens"],
+    window: int,
+    batch_size: int = 8,
+    progress: Callable[[int, int], None] | None = None,
+) -> PerplexityResult:
+    """Perplexity of `model` over the windows of `token_ids`, in float32 log-softmax whatever the model's dtype.
+
+    The head runs on as many tokens at a time as keep the logits within 128 MiB.  Raises ValueError where the stream is
+    shorter than one window, the window longer than the model's positions, a token outside the vocabulary, or a loss is
+    not finite.
+    """
+    windows = _windows(model, token_ids, window)
+    losses: list[Tensor] = []
+    with _evaluating(model), torch.inference_mode():
+        _refuse_work_after_the_head(model, windows[:1, :8].to(model.device))
+        for start in range(0, len(windows), batch_size):
+            losses += _nll(model, windows[start : start + batch_size].to(model.device)).cpu()
+            if progress:
+                progress(min(start + batch_size, len(windows)), len(windows))
+    nll = torch.stack(losses)
+    if not nll.isfinite().all():
+        raise ValueError("The loss is NaN or inf in some windows: the model overflows; use bfloat16 or float32.")
+    return PerplexityResult(
+        perplexity=float(nll.mean().exp()),
+        windows=len(windows),
+        tokens=windows.numel(),
+        nll_per_window=tuple(nll.tolist()),
+        token_sha256=token_sha256(windows),
+    )
+
+
+def token_sha256(token_ids: Int[Tensor, "..."]) -> str:
+    """SHA-256 of the tokens as little-endian 64-bit integers."""
+    return hashlib.sha256(token_ids.cpu().contiguous().numpy().astype("<i8").tobytes()).hexdigest()
+
+
+def _windows(model: PreTrainedModel, token_ids: Tensor, window: int) -> Int[Tensor, "windows window"]:
+    count = token_ids.numel() // window if window > 1 else 0
+    if count == 0:
+        raise ValueError(
+            f"Perplexity needs at least one window of two or more tokens; got {token_ids.numel()} tokens for windows "
+            f"of {window}. Give more text or a shorter window."
+        )
+    positions = model.config.max_position_embeddings
+    if window > positions:
+        raise ValueError(
+            f"Windows of {window} tokens are longer than the model's {positions} positions; use shorter ones."
+        )
+    if int(token_ids.max()) >= model.config.vocab_size:
+        raise ValueError(
+            f"Token {int(token_ids.max())} is outside the model's vocabulary of {model.config.vocab_size}: "
+            "the tokenizer belongs to another model."
+        )
+    return token_ids.flatten()[: count * window].view(count, window)
+
+
+def _nll(model: PreTrainedModel, batch: Int[Tensor, "windows window"]) -> Float[Tensor, " windows"]:
+    """Mean next-token loss of each window, float64."""
+    hidden = model.get_decoder()(input_ids=batch, use_cache=False).last_hidden_state[:, :-1]
+    head = model.get_output_embeddings()
+    flat, labels = hidden.flatten(0, 1), batch[:, 1:].flatten()
+    chunk = max(1, LOGITS // model.config.vocab_size)
+    losses = [
+        F.cross_entropy(head(flat[at : at + chunk]).float(), labels[at : at + chunk], reduction="none")
+        for at in range(0, len(flat), chunk)
+    ]
+    return torch.cat(losses).view(len(batch), -1).double().mean(1)
+
+
+def _refuse_work_after_the_head(model: PreTrainedModel, few: Int[Tensor, "one few"]) -> None:
+    """Some families scale or cap logits after the head, which chunking the head would silently leave out."""
+    ours = model.get_output_embeddings()(model.get_decoder()(input_ids=few, use_cache=False).last_hidden_state)
+    theirs = model(input_ids=few, use_cache=False).logits
+    if not torch.allclose(ours.float(), theirs.float(), rtol=1e-2, atol=1e-2, equal_nan=True):
+        raise ValueError(
+            f"{type(model).__name__} changes its logits after the output head; eval/perplexity.py does not know how. "
+            "Add that step to _nll before measuring this family."
+        )
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

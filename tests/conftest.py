@@ -1,0 +1,69 @@
+"""Shared fixtures: real data where it is there, tiny models always."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from jaxtyping import install_import_hook
+
+with install_import_hook(["pruners", "eval"], "beartype.beartype"):  # shapes in signatures hold, in tests
+    import eval
+    import pruners  # noqa: F401
+
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+)
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data folder is not beside the project")
+
+SIZES = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "max_position_embeddings": 64}
+CONFIGS = {
+    "llama multi-head": LlamaConfig(
+        **SIZES, intermediate_size=48, num_attention_heads=4, num_key_value_heads=4, eos_token_id=2
+    ),
+    "llama grouped-query": LlamaConfig(
+        **SIZES, intermediate_size=48, num_attention_heads=6, num_key_value_heads=3, head_dim=8, eos_token_id=2
+    ),
+    "opt": OPTConfig(**SIZES, ffn_dim=48, num_attention_heads=4, word_embed_proj_dim=32, dropout=0.1),
+}
+
+
+def tiny(kind: str, seed: int = 0) -> PreTrainedModel:
+    """A random two-block model of that kind, in float32; biases and norms too are random."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = copy.deepcopy(CONFIGS[kind])
+        model = (OPTForCausalLM if kind == "opt" else LlamaForCausalLM)(config).eval()
+        for parameter in model.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.fixture(params=CONFIGS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def windows() -> torch.Tensor:
+    """Six windows of 16 tokens within the tiny models' vocabulary."""
+    return torch.randint(3, 96, (6, 16), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="session")
+def stories() -> Callable[[], PreTrainedModel]:
+    """A trained 260,032-parameter grouped-query LLaMA; every call loads a fresh one."""
+    folder = SHARED / "data/models/stories260K/hf"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is absent")
+    return lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
