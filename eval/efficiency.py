@@ -1,0 +1,147 @@
+"""What a model costs: parameters, multiply-accumulates, weight bytes, and how fast it runs here.
+
+Counts are exact and need no particular hardware (a model on the meta device will do); timings belong to the device,
+dtype and shapes written beside them and to nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+
+from eval import latency
+from eval.latency import Progress
+
+MACS_TOKENS = 64  # as LLM-Pruner counts, one sequence
+ZEROS_WORTH_A_NOTE = 0.01
+NO_SPEED_UP = (
+    "Unstructured: no speed-up expected. The zeros lie inside dense matrices, so the same bytes move and the same "
+    "multiplications run."
+)
+TWO_FOUR = (
+    "2:4: no speed-up expected from dense kernels. Semi-structured kernels can help compute-bound prefill on devices "
+    "that have them; decoding is bound by bandwidth."
+)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Parameters (each tied one once), MACs of one sequence of `macs_tokens`, bytes of the weights as stored.
+
+    `nonzero_parameters` is None on the meta device, where there are no values.
+    """
+
+    parameters: int
+    decoder_parameters: int
+    nonzero_parameters: int | None
+    macs: int
+    macs_tokens: int
+    weight_bytes: int
+
+
+def counts(model: PreTrainedModel, macs_tokens: int = MACS_TOKENS) -> Counts:
+    """Count what the modules really hold and do, so cut models with ragged blocks come out right."""
+    return Counts(
+        parameters=_numel(model),
+        decoder_parameters=_numel(decoder_blocks(model)),
+        nonzero_parameters=None if model.device.type == "meta" else _nonzero(model),
+        macs=macs(model, macs_tokens),
+        macs_tokens=macs_tokens,
+        weight_bytes=weight_bytes(model),
+    )
+
+
+def efficiency(
+    model: PreTrainedModel,
+    batch_sizes: Sequence[int] = (1,),
+    lengths: Sequence[int] = (64,),
+    new_tokens: int = 16,
+    repetitions: int = 5,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Counts, and under `timing` prefill and decode for every batch size and length; plain JSON values.
+
+    No batch size or no length asks for the counts alone.  Raises ValueError where a prompt and its new tokens are
+    longer than the model's positions.
+    """
+    cells = [(batch, length) for batch in batch_sizes for length in lengths]
+    found = {**asdict(counts(model)), "note": speed_note(model)}
+    if not cells:
+        return found
+    for _, length in cells:
+        latency.check_fits(model, length, new_tokens)
+    speed = latency.bandwidth(model.device)
+    bound = bytes_per_step(model) / speed
+    runs = []
+    for done, (batch, length) in enumerate(cells, start=1):
+        runs.append(latency.measure(model, batch, length, new_tokens, repetitions))
+        if progress:
+            progress(done, len(cells))
+    where = {**latency.where(model), "bandwidth_bytes_per_s": speed, "decode_bound_s": bound}
+    return {**found, "timing": {**where, "runs": runs}}
+
+
+def macs(model: PreTrainedModel, tokens: int = MACS_TOKENS) -> int:
+    """Multiply-accumulates of every matrix product in a forward pass over one sequence of `tokens`.
+
+    Half the FLOPs of torch's counter; attention counts whole, without the causal half being left out, as in the
+    papers.  The plain attention kernel is used, since the counter does not see into the fused one for CPUs.
+    """
+    latency.check_fits(model, tokens, 0)
+    ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        model(ids, use_cache=True)  # with a cache transformers reads no values of the mask, which meta tensors lack
+    return counter.get_total_flops() // 2
+
+
+def decoder_blocks(model: nn.Module) -> nn.ModuleList:
+    """The model's largest list of modules, which is its decoder blocks in every family here."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise ValueError(f"{type(model).__name__} has no list of decoder blocks, so they cannot be counted.")
+    return max(lists, key=_numel)
+
+
+def weight_bytes(model: nn.Module) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def bytes_per_step(model: PreTrainedModel) -> int:
+    """Weight bytes that decoding one token must read: all, but for input embeddings that are no output head, too."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head is not None and embedding.weight is head.weight
+    return weight_bytes(model) - (0 if tied else weight_bytes(embedding))
+
+
+def speed_note(model: PreTrainedModel) -> str | None:
+    """Why zeros in the decoder's matrices bring no speed; None where there are hardly any."""
+    if model.device.type == "meta":
+        return None
+    weights = [module.weight for module in decoder_blocks(model).modules() if isinstance(module, nn.Linear)]
+    zeros = sum(weight.numel() - int(weight.count_nonzero()) for weight in weights)
+    if zeros < ZEROS_WORTH_A_NOTE * sum(weight.numel() for weight in weights):
+        return None
+    return TWO_FOUR if all(is_two_four(weight) for weight in weights) else NO_SPEED_UP
+
+
+def is_two_four(weight: torch.Tensor) -> bool:
+    """Whether at most two of every four consecutive inputs are kept in every row."""
+    if weight.shape[1] % 4:
+        return False
+    return bool((weight.unflatten(1, (-1, 4)).count_nonzero(dim=-1) <= 2).all())
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _nonzero(module: nn.Module) -> int:
+    return sum(int(parameter.count_nonzero()) for parameter in module.parameters())

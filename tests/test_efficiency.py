@@ -1,0 +1,132 @@
+"""Parameters and multiply-accumulates against closed formulas; timings against what must hold of any."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+
+from eval import latency, semi_structured
+from eval.efficiency import NO_SPEED_UP, TWO_FOUR, bytes_per_step, counts, decoder_blocks, efficiency, macs, speed_note
+
+SMALL = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 88, "num_hidden_layers": 3, "num_attention_heads": 4}
+LLAMA_7B = {"vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32,
+            "num_attention_heads": 32}  # fmt: skip
+
+
+def llama(device: str = "cpu", **changes) -> LlamaForCausalLM:
+    config = LlamaConfig(**{"max_position_embeddings": 256, **SMALL, **changes})
+    with torch.device(device), torch.random.fork_rng():
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config).eval()
+
+
+def llama_macs(c: LlamaConfig, tokens: int) -> int:
+    """Projections, both attention products over whole [tokens, tokens] scores, and the head."""
+    head = c.hidden_size // c.num_attention_heads
+    groups = c.num_key_value_heads * head
+    block = c.hidden_size * (2 * c.hidden_size + 2 * groups + 3 * c.intermediate_size)
+    scores = 2 * c.hidden_size * tokens
+    return tokens * (c.num_hidden_layers * (block + scores) + c.hidden_size * c.vocab_size)
+
+
+@pytest.mark.parametrize("heads", [4, 2, 1])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_macs_equal_the_closed_formula(heads, device):
+    model = llama(device, num_key_value_heads=heads)
+    assert macs(model, 64) == llama_macs(model.config, 64)
+    assert macs(model, 100) == llama_macs(model.config, 100)
+
+
+def test_llama_7b_on_the_meta_device():
+    found = counts(llama("meta", **LLAMA_7B).half())
+    assert found.parameters == 6_738_415_616
+    assert found.decoder_parameters == 6_738_415_616 - 2 * 32_000 * 4096 - 4096
+    assert found.weight_bytes == 2 * found.parameters
+    assert found.nonzero_parameters is None
+    assert found.macs == pytest.approx(424.02e9, rel=1e-3)  # as LLM-Pruner publishes
+
+
+def test_attention_is_counted_whatever_kernel_the_model_uses():
+    assert len({macs(llama(attn_implementation=kind), 64) for kind in ("eager", "sdpa")}) == 1
+
+
+def test_opt_counts_its_biases_and_positions():
+    config = OPTConfig(vocab_size=96, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
+                       word_embed_proj_dim=32, max_position_embeddings=80)  # fmt: skip
+    found = counts(OPTForCausalLM(config))
+    assert found.decoder_parameters == 2 * (4 * (32 * 32 + 32) + 2 * 32 * 64 + 64 + 32 + 4 * 32)
+    assert found.parameters == found.decoder_parameters + 96 * 32 + 82 * 32 + 2 * 32
+    assert found.macs == 64 * (2 * (4 * 32 * 32 + 2 * 32 * 64 + 2 * 32 * 64) + 32 * 96)
+
+
+def test_a_block_that_was_cut_counts_as_it_is():
+    model = llama()
+    before = counts(model)
+    mlp = decoder_blocks(model)[1].mlp
+    for linear in (mlp.gate_proj, mlp.up_proj):
+        linear.weight = torch.nn.Parameter(linear.weight[:50].clone())
+    mlp.down_proj.weight = torch.nn.Parameter(mlp.down_proj.weight[:, :50].clone())
+    after = counts(model)
+    assert before.parameters - after.parameters == 3 * 38 * 32
+    assert before.macs - after.macs == 64 * 3 * 38 * 32
+    assert before.weight_bytes - after.weight_bytes == 4 * 3 * 38 * 32
+
+
+def test_zeros_are_parameters_but_not_nonzero_ones():
+    model = llama()
+    before = counts(model)
+    decoder_blocks(model)[0].mlp.up_proj.weight.data[:44] = 0
+    after = counts(model)
+    assert after.parameters == before.parameters
+    assert before.nonzero_parameters - after.nonzero_parameters == 44 * 32
+
+
+def test_tied_embeddings_count_once_and_are_read_in_every_step():
+    tied, untied = llama(tie_word_embeddings=True), llama(tie_word_embeddings=False)
+    assert counts(untied).parameters - counts(tied).parameters == 96 * 32
+    assert bytes_per_step(tied) == bytes_per_step(untied) == counts(tied).weight_bytes
+
+
+def test_reports_say_which_zeros_bring_no_speed():
+    model = llama()
+    assert speed_note(model) is None
+    weights = [m.weight.data for m in decoder_blocks(model).modules() if isinstance(m, torch.nn.Linear)]
+    for weight in weights:
+        weight.unflatten(1, (-1, 4))[..., :2] = 0
+    assert speed_note(model) == TWO_FOUR
+    weights[0][0, :4] = torch.tensor([0.0, 1.0, 1.0, 1.0])
+    assert speed_note(model) == NO_SPEED_UP
+
+
+def test_timings_carry_device_dtype_shape_and_bound():
+    found = efficiency(llama(), batch_sizes=(1, 2), lengths=(8, 16), new_tokens=3, repetitions=3)
+    timing = found["timing"]
+    assert [(run["batch"], run["length"]) for run in timing["runs"]] == [(1, 8), (1, 16), (2, 8), (2, 16)]
+    assert (timing["dtype"], timing["device"][:4]) == ("torch.float32", "cpu:")
+    assert timing["decode_bound_s"] == pytest.approx(bytes_per_step(llama()) / timing["bandwidth_bytes_per_s"])
+    for run in timing["runs"]:
+        assert 0 < run["decode_s"]["q1"] <= run["decode_s"]["median"] <= run["decode_s"]["q3"]
+        assert run["prefill_tokens_per_s"] == pytest.approx(run["batch"] * run["length"] / run["prefill_s"]["median"])
+        assert run["peak_bytes"] > counts(llama()).weight_bytes
+
+
+def test_no_shapes_give_the_counts_alone():
+    assert "timing" not in efficiency(llama(), batch_sizes=())
+
+
+def test_decoding_sees_one_token_at_a_time():
+    model, lengths = llama(), []
+    model.register_forward_pre_hook(lambda module, inputs: lengths.append(inputs[0].shape[1]))
+    latency.measure(model, batch=1, length=12, new_tokens=4, repetitions=1)
+    runs = latency.WARM_UP + 1
+    assert lengths == [12] * runs + [12, 1, 1, 1, 1] * runs
+
+
+def test_a_prompt_longer_than_the_models_positions_is_refused():
+    with pytest.raises(ValueError, match="250 tokens and 16 new ones are longer than the model's 256 positions"):
+        efficiency(llama(), lengths=(250,), new_tokens=16)
+
+
+def test_the_semi_structured_probe_says_why_it_did_not_run():
+    assert "need a CUDA device; this is cpu" in semi_structured.probe(llama())["skipped"]
