@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -59,7 +58,7 @@ def method(name: str, **hyperparameters: Any) -> Any:
 def gather(
     model: PreTrainedModel,
     method: Any,
-    windows: Int[Tensor, "count length"] | None,
+    windows: Tensor | None,
     *,
     progress: Progress | None = None,
     **options: Any,
@@ -74,7 +73,7 @@ def gather(
 def prune(
     model: PreTrainedModel,
     method: Any,
-    windows: Int[Tensor, "count length"] | None = None,
+    windows: Tensor | None = None,
     *,
     statistics: Mapping[str, Tensor] | None = None,
     batch_size: int = 8,

@@ -7,10 +7,11 @@ place.  Projections that read the same input share one statistic.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
@@ -24,17 +25,20 @@ from pruners.anatomy import Block
 Progress = Callable[[int, int], None]
 
 
-class Statistic(Protocol):
+class Statistic(ABC):
     """What is kept of a projection's inputs; made with their width and device, fed batch by batch."""
 
+    @abstractmethod
     def __init__(self, width: int, device: torch.device) -> None: ...
 
+    @abstractmethod
     def add(self, x: Float[Tensor, "windows tokens inp"]) -> None: ...
 
+    @abstractmethod
     def finite(self) -> bool: ...
 
 
-class InputNorm:
+class InputNorm(Statistic):
     """||x_i|| over all calibration tokens; `windows` counts the sequences.  Summed in float64 over windows."""
 
     def __init__(self, width: int, device: torch.device) -> None:
@@ -53,7 +57,7 @@ class InputNorm:
         return bool(self.sum_of_squares.isfinite().all())
 
 
-class Hessian:
+class Hessian(Statistic):
     """H = 2/N sum_t x_t x_t^T over all calibration tokens of N windows, in float32 (SparseGPT, eq. 1)."""
 
     def __init__(self, width: int, device: torch.device) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -55,7 +55,7 @@ def gradient_norms(
 class Gradient(Unstructured):
     """|W| * G alone, the paper's ablation; within rows."""
 
-    norm: Literal["l1", "l2"] = "l2"
+    norm: str = "l2"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,7 +75,7 @@ class Gradient(Unstructured):
 
 @dataclass(frozen=True)
 class GBLM(Gradient):
-    norm: Literal["l1", "l2"] = "l1"
+    norm: str = "l1"
     alpha: float = 100.0
 
     NEEDS = InputNorm

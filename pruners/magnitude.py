@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -26,7 +26,7 @@ def score(weight: Float[Tensor, "out inp"]) -> Float[Tensor, "out inp"]:
 class Grouped(Unstructured):
     """`group` says among whom weights compete: their `matrix` (one threshold) or their own output `row`."""
 
-    group: Literal["matrix", "row"] = "matrix"
+    group: str = "matrix"
 
     def __post_init__(self) -> None:
         super().__post_init__()

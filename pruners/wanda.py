@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor
@@ -25,7 +24,7 @@ def score(weight: Float[Tensor, "out inp"], x: InputNorm) -> Float[Tensor, "out 
 
 @dataclass(frozen=True)
 class Wanda(Grouped):
-    group: Literal["matrix", "row"] = "row"
+    group: str = "row"
 
     NEEDS = InputNorm
 

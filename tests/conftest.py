@@ -11,7 +11,6 @@ import torch
 from jaxtyping import install_import_hook
 
 with install_import_hook(["pruners", "eval"], "beartype.beartype"):  # shapes in signatures hold, in tests
-    import eval
     import pruners  # noqa: F401
 
 from transformers import (
@@ -26,15 +25,15 @@ from transformers import (
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data folder is not beside the project")
 
-SIZES = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "max_position_embeddings": 64}
+SIZES = {"vocab_size": 96, "hidden_size": 48, "num_hidden_layers": 2, "max_position_embeddings": 64}
 CONFIGS = {
     "llama multi-head": LlamaConfig(
-        **SIZES, intermediate_size=48, num_attention_heads=4, num_key_value_heads=4, eos_token_id=2
+        **SIZES, intermediate_size=64, num_attention_heads=4, num_key_value_heads=4, eos_token_id=2
     ),
     "llama grouped-query": LlamaConfig(
-        **SIZES, intermediate_size=48, num_attention_heads=6, num_key_value_heads=3, head_dim=8, eos_token_id=2
+        **SIZES, intermediate_size=64, num_attention_heads=6, num_key_value_heads=3, head_dim=8, eos_token_id=2
     ),
-    "opt": OPTConfig(**SIZES, ffn_dim=48, num_attention_heads=4, word_embed_proj_dim=32, dropout=0.1),
+    "opt": OPTConfig(**SIZES, ffn_dim=64, num_attention_heads=4, word_embed_proj_dim=48, dropout=0.1),
 }
 
 

@@ -1,0 +1,55 @@
+"""The golden cases: the authors' released code on the embedded model with its groups expanded to multi-head."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pruners
+import pytest
+import torch
+from eval.perplexity import perplexity
+from experiments import models
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tests.conftest import SHARED
+
+FOLDER = SHARED / "golden"
+CASES = json.loads((FOLDER / "golden.json").read_text())["cases"] if FOLDER.is_dir() else {}
+
+
+def expanded() -> PreTrainedModel:
+    """The embedded model in float32, every key and value head repeated for each query head of its group."""
+    model, _ = models.load("smollm2-135m", "float32")
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        for projection in (attention.k_proj, attention.v_proj):
+            heads = projection.weight.data.view(3, 64, 576).repeat_interleave(3, 0)
+            projection.weight, projection.out_features = nn.Parameter(heads.reshape(576, 576)), 576
+        attention.num_key_value_groups = 1
+    model.config.num_key_value_heads = 9
+    return model
+
+
+def tokens(name: str) -> Tensor:
+    if not FOLDER.is_dir():
+        pytest.skip(f"{FOLDER} is absent: the golden values are not beside the project")
+    return torch.from_numpy(np.load(FOLDER / "tokens.npz")[name].astype(np.int64))
+
+
+def pruned(case: dict) -> PreTrainedModel:
+    """The expanded model after the case's method on the case's calibration windows."""
+    model = expanded()
+    if case["method"]:
+        fields = dict(case["method"])
+        method = getattr(pruners, fields.pop("class"))(**fields)
+        count, length = case["calibration"]
+        windows = tokens("c4")[: count * length].view(count, length)
+        pruners.prune(model, method, windows, **case.get("prune", {}))
+    return model
+
+
+def check_perplexity(model: PreTrainedModel, case: dict) -> None:
+    found = perplexity(model, tokens("wikitext2_test"), 512).perplexity
+    assert found == pytest.approx(case["perplexity"], rel=case["tolerance"]["perplexity"])

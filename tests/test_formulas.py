@@ -1,0 +1,213 @@
+"""Facts about each formula, on small tensors, with independent float64 oracles."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import pruners
+from pruners import anatomy, gblm, magnitude, select, sparsegpt, wanda
+from pruners.calibrate import Hessian, InputNorm
+from pruners.select import Pattern
+from tests.conftest import tiny
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def fed(statistic, x):
+    made = statistic(x.shape[-1], torch.device("cpu"))
+    made.add(x)
+    return made
+
+
+def hessian_of(x):
+    flat = x.flatten(0, 1).double()
+    return 2 / len(x) * flat.T @ flat
+
+
+def test_the_norm_runs_over_every_calibration_token():
+    x = randn(3, 5, 4)
+    assert_close(fed(InputNorm, x).norm, x.double().flatten(0, 1).norm(dim=0).float())
+
+
+def test_streamed_statistics_do_not_depend_on_the_split():
+    x = randn(6, 5, 7)
+    for statistic, read in ((InputNorm, lambda s: s.norm), (Hessian, lambda s: s.matrix)):
+        whole, split = fed(statistic, x), statistic(7, torch.device("cpu"))
+        for part in x.split([1, 3, 2]):
+            split.add(part)
+        assert torch.equal(read(whole), read(split))
+
+
+@pytest.mark.parametrize("width", [1, 3, 8, 13])
+def test_the_hessian_is_the_tiles_sum(width):
+    x = randn(4, 6, width)
+    assert_close(fed(Hessian, x).matrix.double(), hessian_of(x), rtol=1e-5, atol=1e-5)
+
+
+def test_magnitude_keeps_the_largest():
+    weight = torch.tensor([[1.0, -4.0], [3.0, -2.0]])
+    gone = select.per_matrix(magnitude.score(weight), 0.25)
+    assert gone.tolist() == [[True, False], [False, True]]  # the threshold itself goes too, as released
+
+
+def test_wanda_is_weight_times_norm_within_rows():
+    weight, x = randn(5, 8), randn(2, 9, 8, seed=1)
+    score = wanda.score(weight, fed(InputNorm, x))
+    oracle = weight.double().abs() * x.double().flatten(0, 1).square().sum(0).sqrt()
+    assert_close(score.double(), oracle, rtol=1e-5, atol=0)
+    gone = select.per_row(score, 0.5)
+    for row, mask in zip(oracle, gone, strict=True):
+        assert row[mask].max() < row[~mask].min()
+
+
+def test_wanda_with_equal_inputs_is_magnitude_within_rows():
+    weight, x = randn(5, 8), torch.ones(1, 3, 8)
+    assert torch.equal(select.per_row(wanda.score(weight, fed(InputNorm, x)), 0.5), select.per_row(weight.abs(), 0.5))
+
+
+def test_gradient_norms_equal_autograd_in_float64(kind, windows):
+    model, reference = tiny(kind), tiny(kind).double()
+    names = [f"{b.name}.{n}" for b in anatomy.blocks(model) for n in b.linears()]
+    gradients = {name: [] for name in names}
+    for window in windows.split(1):
+        reference.zero_grad()
+        logits = reference(window).logits[0, :-1]
+        torch.nn.functional.cross_entropy(logits, window[0, 1:]).backward()
+        for name in names:
+            gradients[name].append(reference.get_parameter(f"{name}.weight").grad.clone())
+    for norm, order in (("l1", 1), ("l2", 2)):
+        ours = gblm.gradient_norms(model, windows, norm)
+        for name in names:
+            oracle = torch.stack(gradients[name]).norm(p=order, dim=0)
+            assert_close(ours[name].double(), oracle, rtol=2e-3, atol=1e-7)
+
+
+def test_gradient_checkpointing_changes_no_gradient(kind, windows):
+    model = tiny(kind)
+    plain, checkpointed = (gblm.gradient_norms(model, windows, "l2", checkpointing=c) for c in (False, True))
+    assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)
+    assert all("forward" not in vars(block.module) for block in anatomy.blocks(model))
+
+
+def test_gblm_without_gradients_is_wanda_and_alpha_weighs_them():
+    weight, x, gradient = randn(4, 6), fed(InputNorm, randn(4, 5, 6, seed=1)), randn(4, 6, seed=2).abs()
+    assert_close(gblm.score(weight, x, gradient, 0.0), wanda.score(weight, x) / 2)  # sqrt of 4 windows
+    difference = gblm.score(weight, x, gradient, 3.0) - gblm.score(weight, x, gradient, 1.0)
+    assert_close(difference, 2 * weight.abs() * gradient)
+
+
+def test_random_depends_on_seed_and_name_only(kind):
+    first, same, other = (tiny(kind) for _ in range(3))
+    for model, seed in ((first, 1), (same, 1), (other, 2)):
+        pruners.prune(model, pruners.Random(seed=seed))
+    name = f"{anatomy.blocks(first)[0].name}.self_attn.q_proj.weight"
+    assert torch.equal(first.get_parameter(name), same.get_parameter(name))
+    assert not torch.equal(first.get_parameter(name), other.get_parameter(name))
+
+
+def surgeon(weight, hessian, sparsity, block_size, damping, pattern=None):
+    """Optimal brain surgeon column by column in float64, inverting what is left of H at every step."""
+    weight, hessian = weight.double().clone(), hessian.double().clone()
+    dead = hessian.diagonal() == 0
+    hessian[dead, dead], weight[:, dead] = 1, 0
+    hessian += damping * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
+    cheapness = torch.stack([torch.linalg.inv(hessian[i:, i:])[0, 0] for i in range(len(hessian))])
+    gone = torch.zeros_like(weight, dtype=torch.bool)
+    for i in range(weight.shape[1]):
+        if pattern and i % pattern.m == 0:
+            cost = weight[:, i : i + pattern.m] ** 2 / cheapness[i : i + pattern.m]
+            order = cost.argsort(dim=1)[:, : pattern.m - pattern.n]
+            gone[:, i : i + pattern.m].scatter_(1, order, True)
+        elif not pattern and i % block_size == 0:
+            cost = weight[:, i : i + block_size] ** 2 / cheapness[i : i + block_size]
+            threshold = cost.flatten().sort().values[int(cost.numel() * sparsity)]
+            gone[:, i : i + block_size] = cost <= threshold
+        inverse = torch.linalg.inv(hessian[i:, i:])
+        error = torch.where(gone[:, i], weight[:, i], 0) / inverse[0, 0]
+        weight[:, i:] -= error[:, None] * inverse[0]
+        weight[gone[:, i], i] = 0
+    return weight
+
+
+@pytest.mark.parametrize("pattern", [None, "2:4", "1:4"])
+@pytest.mark.parametrize("dead", [False, True])
+def test_sparsegpt_equals_the_surgeon(pattern, dead):
+    weight, x = randn(6, 16), randn(3, 20, 16, seed=1)
+    if dead:
+        x[..., 5] = 0
+    linear = torch.nn.Linear(16, 6, bias=False)
+    linear.weight.data.copy_(weight)
+    method = pruners.SparseGPT(pattern=pattern, block_size=8)
+    method.remove({"matrix": linear}, fed(Hessian, x), {})
+    parsed = Pattern.parse(pattern) if pattern else None
+    oracle = surgeon(weight, hessian_of(x), 0.5, 8, 0.01, parsed)
+    assert torch.equal(linear.weight == 0, oracle == 0)
+    assert_close(linear.weight.double(), oracle, rtol=1e-3, atol=1e-4)
+
+
+def test_sparsegpt_solves_stacked_matrices_as_if_alone():
+    x = fed(Hessian, randn(3, 20, 16, seed=1))
+    stacked = {name: torch.nn.Linear(16, rows, bias=False) for name, rows in (("q", 6), ("k", 2), ("v", 3))}
+    for seed, linear in enumerate(stacked.values()):
+        linear.weight.data.copy_(randn(*linear.weight.shape, seed=seed))
+    before = {name: linear.weight.clone() for name, linear in stacked.items()}
+    pruners.SparseGPT().remove(stacked, x, {})
+    for name, weight in before.items():
+        alone = torch.nn.Linear(*weight.shape[::-1], bias=False)
+        alone.weight.data.copy_(weight)
+        pruners.SparseGPT().remove({name: alone}, x, {})
+        assert torch.equal(alone.weight == 0, stacked[name].weight == 0)
+        assert_close(alone.weight, stacked[name].weight)
+
+
+def test_sparsegpt_loses_less_than_zeroing_the_same_weights():
+    weight, x = randn(8, 32), randn(4, 30, 8, seed=1) @ randn(8, 32, seed=2)  # inputs that can stand in for each other
+    linear = torch.nn.Linear(32, 8, bias=False)
+    linear.weight.data.copy_(weight)
+    pruners.SparseGPT().remove({"matrix": linear}, fed(Hessian, x), {})
+    zeroed = weight.masked_fill(linear.weight == 0, 0)
+    loss = lambda w: (x @ (w - weight).T).square().sum()  # noqa: E731
+    assert loss(linear.weight) < 0.2 * loss(zeroed)
+
+
+def test_a_hessian_that_is_not_positive_definite_gets_more_damping_with_a_warning(caplog):
+    hessian = -0.05 * torch.eye(4) + torch.diag(torch.tensor([0.0, 0.0, 0.0, 2.0]))
+    factor = sparsegpt.inverse_factor(hessian, 0.01, "block 0")
+    damped = hessian + 1.0 * hessian.diagonal().mean() * torch.eye(4)
+    assert_close(factor.T @ factor, torch.linalg.inv(damped), rtol=1e-4, atol=1e-4)
+    assert "damping 0.01" in caplog.text
+    assert "block 0" in caplog.text
+
+
+def test_a_hopeless_hessian_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"layers\.3.*cannot be factorised"):
+        sparsegpt.inverse_factor(-torch.eye(4), 0.01, "layers.3")
+
+
+def test_lowest_takes_exactly_as_many_and_the_first_among_equals():
+    assert select.lowest(torch.ones(2, 5), 2).tolist() == [[True, True, False, False, False]] * 2
+    score = torch.tensor([[1.0, 0.0, 1.0, 1.0, 2.0]])
+    assert select.lowest(score, 3).tolist() == [[True, True, True, False, False]]
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "3:4", "1:2", "4:8", "3:8"])
+def test_n_of_m_equals_a_stable_sort(pattern):
+    parsed = Pattern.parse(pattern)
+    score = randn(50, 48).mul(3).round().abs()  # many ties
+    order = score.unflatten(-1, (-1, parsed.m)).sort(dim=-1, stable=True).indices[..., : parsed.m - parsed.n]
+    oracle = torch.zeros(50, 48 // parsed.m, parsed.m, dtype=torch.bool).scatter_(-1, order, True)
+    assert torch.equal(select.n_of_m(score, parsed), oracle.flatten(-2))
+
+
+def test_alpha_note_holds_l2_grows_with_the_root_of_the_window_count(windows):
+    model = tiny("opt")
+    once = gblm.gradient_norms(model, windows[:1], "l2")
+    four = gblm.gradient_norms(model, windows[:1].repeat(4, 1), "l2")
+    name = next(iter(once))
+    assert_close(four[name], once[name] * math.sqrt(4))
