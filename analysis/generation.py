@@ -1,0 +1,36 @@
+"""The qualitative page: what the dense and the pruned models write, side by side, from the records alone."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+NUMBERS = ("distinct_1", "distinct_2", "repeated_4")
+
+
+def page(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Markdown: the mean numbers of every model, then each prompt with all models' continuations beside each other.
+
+    `models` maps a label to its record's continuations.  Raises ValueError where they are not of the same prompts.
+    """
+    asked = {name: [(row["prompt"], row["decoding"]) for row in rows] for name, rows in models.items()}
+    first = next(iter(asked.values()), [])
+    if not first or any(prompts != first for prompts in asked.values()):
+        raise ValueError("Continuations stand beside each other only for the same prompts, in the same order.")
+    parts = ["# What the models write", _means(models).to_markdown(floatfmt=".3f")]
+    for at, (prompt, decoding) in enumerate(first):
+        texts = pd.DataFrame({name: [_cell(rows[at]["text"])] for name, rows in models.items()})
+        parts += [f"## {html.escape(prompt)} ({decoding})", texts.to_markdown(index=False)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _means(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> pd.DataFrame:
+    means = {name: pd.DataFrame(list(rows))[list(NUMBERS)].mean() for name, rows in models.items()}
+    return pd.DataFrame(means).T.rename(columns=lambda name: str(name).replace("_", "-"))
+
+
+def _cell(text: str) -> str:
+    return html.escape(text.strip()).replace("|", "\\|").replace("\n", "<br>")

@@ -1,0 +1,113 @@
+"""What a pruned model writes: LLM-Pruner's qualitative page, with numbers for how much it repeats itself.
+
+Every prompt is continued greedily and once sampled.  LLM-Pruner samples at temperature 1 from the 50 likeliest tokens
+within 95 % of the probability (Ma et al. 2023, arXiv:2305.11627, tables 11 and 18-21).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from eval.latency import Progress, check_fits
+
+PROMPTS = (
+    "I believe the meaning of life is",
+    "Simply put, the theory of relativity states that",
+    "Building a website can be done in 10 simple steps:",
+    "Once upon a time, there was a little girl who",
+)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the sampled continuation is drawn; the defaults are LLM-Pruner's."""
+
+    temperature: float = 1.0
+    top_k: int = 50
+    top_p: float = 0.95
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """One continuation, and over its tokens: distinct n-grams per n-gram, and the share of repeated 4-grams.
+
+    The shares are None where there are fewer tokens than one n-gram has.
+    """
+
+    prompt: str
+    decoding: str
+    text: str
+    tokens: int
+    distinct_1: float | None
+    distinct_2: float | None
+    repeated_4: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str] = PROMPTS,
+    new_tokens: int = 64,
+    sampling: Sampling | None = None,
+    progress: Progress | None = None,
+) -> list[Continuation]:
+    """Each prompt's greedy and sampled continuation by at most `new_tokens` tokens.
+
+    The same seed gives the same text on the same device and no random state is left changed.  Raises ValueError for
+    no or an empty prompt and for one that does not fit the model's positions with its continuation.
+    """
+    if not prompts or not all(prompt.strip() for prompt in prompts):
+        raise ValueError("Generation needs at least one prompt, and none that is empty.")
+    found = []
+    for prompt in prompts:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
+        check_fits(model, ids.shape[1], new_tokens)
+        for decoding, config in _configs(new_tokens, sampling or Sampling()).items():
+            new = _continue(model, ids, config, (sampling or Sampling()).seed)
+            found.append(_described(prompt, decoding, new, str(tokenizer.decode(new, skip_special_tokens=True))))
+            if progress:
+                progress(len(found), 2 * len(prompts))
+    return found
+
+
+def distinct(tokens: Sequence[int], n: int) -> float | None:
+    """Different n-grams per n-gram (Li et al. 2016): 1 says nothing twice, near 0 says the same forever."""
+    grams = [tuple(tokens[at : at + n]) for at in range(len(tokens) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else None
+
+
+def repeated(tokens: Sequence[int], n: int = 4) -> float | None:
+    """Share of n-grams that were there before (Welleck et al. 2020, seq-rep-n)."""
+    different = distinct(tokens, n)
+    return None if different is None else 1 - different
+
+
+def _configs(new_tokens: int, sampling: Sampling) -> dict[str, GenerationConfig]:
+    shared = {"max_new_tokens": new_tokens, "num_beams": 1, "repetition_penalty": 1.0, "use_cache": True}
+    drawn = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+    return {
+        "greedy": GenerationConfig(**shared, do_sample=False),
+        "sampled": GenerationConfig(**shared, do_sample=True, **drawn),
+    }
+
+
+def _continue(model: PreTrainedModel, ids: torch.Tensor, config: GenerationConfig, seed: int) -> list[int]:
+    """The new tokens; transformers draws from the global state, which is therefore put back afterwards."""
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []), torch.inference_mode():
+        torch.manual_seed(seed)
+        generator: Any = model  # the class's own annotation hides that `generate` is a method
+        output = generator.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+    return [int(token) for token in output[0, ids.shape[1] :]]
+
+
+def _described(prompt: str, decoding: str, new: list[int], text: str) -> Continuation:
+    return Continuation(prompt, decoding, text, len(new), distinct(new, 1), distinct(new, 2), repeated(new))
