@@ -126,4 +126,4 @@ def _short(value: float) -> str:
 
 def _value(row: Row, key: str) -> tuple[float, float]:
     found = row.measure(key) or {}
-    return found["perplexity"], found.get("standard_error", 0.0)
+    return found["perplexity"], found.get("standard_error") or 0.0

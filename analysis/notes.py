@@ -34,7 +34,7 @@ def _protocol(key: str, rows: Sequence[Row]) -> str:
     counts = ""
     if "windows" in measured and "tokens" in measured:
         counts = f": {measured['windows']:,} windows, {measured['tokens']:,} tokens"
-    spread = "; ± one standard error over windows" if "standard_error" in measured else ""
+    spread = "; ± one standard error over windows" if measured.get("standard_error") is not None else ""
     stream = f"; tokens {measured['token_sha256'][:12]}" if "token_sha256" in measured else ""
     return f"{key}{counts}{spread}{stream}."
 
@@ -53,7 +53,8 @@ def _calibration(record: Record) -> str | None:
 def _origin(record: Record) -> str:
     made = record.made_by
     commit = f"commit {made.commit[:10]}{' with local changes' if made.dirty else ''}" if made.commit else "no commit"
-    return f"{Path(record.spec['model']['name']).name} in {made.dtype} on {made.device}, {commit}, torch {made.packages['torch']}."
+    model = Path(record.spec["model"]["name"]).name
+    return f"{model} in {made.dtype} on {made.device}, {commit}, torch {made.packages['torch']}."
 
 
 def _partial(record: Record) -> list[str]:

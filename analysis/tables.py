@@ -19,7 +19,7 @@ MISSING = "—"
 
 @dataclass(frozen=True)
 class Quantity:
-    """A number that a measure may hold, the name of its standard error there, and its digits in print (none from 1,000 on)."""
+    """A number that a measure may hold, the name of its standard error there, and its digits in print."""
 
     name: str
     error: str | None = None

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.perplexity import perplexity
+from torch import Tensor
 
-from experiments import corpora
+from eval.perplexity import perplexity
+from experiments import tokens
 from experiments.spec import Perplexity
+from experiments.tokens import Tokenizer
 
 Progress = Callable[[int, int], None]
 WHOLE_TEST_SET_TOKENS = 300_000
@@ -21,7 +23,7 @@ class Subject:
     """The model under measurement and how to run it; nothing here moves a number."""
 
     model: Any
-    tokenizer: Any
+    tokenizer: Tokenizer
     batch_size: int
     data_dir: Path | None
 
@@ -47,31 +49,31 @@ def corpora_of(what: Any) -> list[str]:
 
 
 def _perplexity(what: Perplexity, subject: Subject, progress: Progress | None) -> dict[str, dict[str, Any]]:
-    tokens = corpora.token_ids(what.corpus, subject.tokenizer, subject.data_dir)
+    stream = tokens.stream(what.corpus, subject.tokenizer, subject.data_dir)
     if what.limit:
-        tokens = _head(tokens, what)
-    result = perplexity(subject.model, tokens, what.window, batch_size=subject.batch_size, progress=progress)
+        stream = _head(stream, what)
+    result = perplexity(subject.model, stream, what.window, batch_size=subject.batch_size, progress=progress)
     return {
         what.key: {
-            "perplexity": float(result.perplexity),
-            "standard_error": float(result.standard_error),
-            "windows": int(result.windows),
-            "tokens": int(result.tokens),
+            "perplexity": result.perplexity,
+            "standard_error": result.standard_error,
+            "windows": result.windows,
+            "tokens": result.tokens,
             "token_sha256": result.token_sha256,
-            "nll_per_window": [float(value) for value in result.nll_per_window],
+            "nll_per_window": list(result.nll_per_window),
         }
     }
 
 
-def _head(tokens: Any, what: Perplexity) -> Any:
+def _head(stream: Tensor, what: Perplexity) -> Tensor:
     assert what.limit is not None
     wanted = what.limit * what.window
-    if len(tokens) < wanted:
+    if len(stream) < wanted:
         raise ValueError(
-            f"{what.key} asks for {wanted:,} tokens and {what.corpus} has {len(tokens):,}; ask for at most "
-            f"{len(tokens) // what.window} windows."
+            f"{what.key} asks for {wanted:,} tokens and {what.corpus} has {len(stream):,}; ask for at most "
+            f"{len(stream) // what.window} windows."
         )
-    return tokens[:wanted]
+    return stream[:wanted]
 
 
 FUNCTIONS: dict[type, Callable[[Any, Subject, Progress | None], dict[str, dict[str, Any]]]] = {Perplexity: _perplexity}

@@ -14,11 +14,12 @@ import torch
 from filelock import FileLock, Timeout
 
 import pruners
-from experiments import cache, corpora, cost, failures, files, measures, models, records
+from experiments import cache, corpora, cost, failures, files, measures, models, records, tokens
 from experiments.cells import Cell, ordered
 from experiments.progress import Board, duration
 from experiments.records import Record
-from experiments.spec import Run, needs_windows
+from experiments.spec import Run, digest, needs_windows
+from experiments.tokens import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ def execute(run: Run, table: str, settings: Settings, board: Board | None = None
     identity = models.identity(run.model)
     board.stage("loading")
     with stages("load"):
-        model, tokenizer = models.load(run.model, run.dtype, settings.device)
+        model, inner = models.load(run.model, run.dtype, settings.device)
+    tokenizer = Tokenizer(digest(identity), inner)
     achieved = _prune(run, model, tokenizer, settings, board, stages)
     subject = measures.Subject(model, tokenizer, settings.batch_size, settings.data_dir)
     return Record(
@@ -123,19 +125,19 @@ def _started(cell: Cell, table: str, root: Path, *, wait: bool) -> Iterator[int]
 
 
 def _prune(
-    run: Run, model: Any, tokenizer: Any, settings: Settings, board: Board, stages: cost.Stages
+    run: Run, model: Any, tokenizer: Tokenizer, settings: Settings, board: Board, stages: cost.Stages
 ) -> dict[str, Any]:
     """Prune in place; returns what was achieved."""
     if run.method is None:
         return {"asked": 0.0, "sparsity": 0.0}
-    windows, tokens = None, 0
+    windows, size = None, 0
     if run.windows and needs_windows(run.method):
         board.stage("calibration text")
         with stages("calibrate"):
-            windows = corpora.calibration(run.windows, tokenizer, settings.data_dir)
-        tokens = windows.numel()
+            windows = tokens.calibration(run.windows, tokenizer, settings.data_dir)
+        size = windows.numel()
     statistics = _statistics(run, model, windows, settings, board, stages)
-    progress = board.stage("pruning", 2 * tokens)
+    progress = board.stage("pruning", 2 * size)
     with stages("prune"):
         report = pruners.prune(
             model, run.method, windows, batch_size=settings.batch_size, statistics=statistics, progress=progress

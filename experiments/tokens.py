@@ -1,0 +1,33 @@
+"""Token streams and calibration windows, made once per process: a table's cells ask for the same few."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from experiments import corpora
+from experiments.spec import Windows
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A model's tokenizer, equal to any other that was loaded for the same `model` (the digest of its identity)."""
+
+    model: str
+    inner: Any = field(compare=False)
+
+
+@lru_cache(maxsize=8)
+def stream(corpus: str, tokenizer: Tokenizer, data_dir: Path | None) -> Tensor:
+    """The evaluation stream [tokens] of `corpora.token_ids`; not to be changed."""
+    return corpora.token_ids(corpus, tokenizer.inner, data_dir)
+
+
+@lru_cache(maxsize=4)
+def calibration(windows: Windows, tokenizer: Tokenizer, data_dir: Path | None) -> Tensor:
+    """The windows [count, length] of `corpora.calibration`; not to be changed."""
+    return corpora.calibration(windows, tokenizer.inner, data_dir)

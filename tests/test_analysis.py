@@ -1,0 +1,164 @@
+"""Tables and figures from made-up records: what is missing or failed shows as such, protocols never mix."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import small_table as small
+from PIL import Image
+
+import pruners
+from analysis import figures, rows, tables, written
+from experiments import records
+from experiments.spec import Perplexity, Run, Table
+
+METHODS = (
+    None,
+    pruners.Magnitude(sparsity=0.5),
+    pruners.Wanda(sparsity=0.5),
+    pruners.GBLM(sparsity=0.5),
+    pruners.GBLM(pattern="2:4", norm="l2"),
+)
+KEY = small.PPL.key
+
+
+def table(measures=(small.PPL,), models=("smollm2-135m",)) -> Table:
+    columns = tuple((model,) for model in models)
+    return Table("tiny", "A tiny table", METHODS, columns, lambda m, model: Run(model, m, small.WINDOWS, measures))
+
+
+def store(root: Path, run: Run, **measured) -> None:
+    record = small.record(run)
+    for key in record.measures:
+        record.measures[key].update(measured)
+    records.write(record, root)
+
+
+@pytest.fixture
+def made(tmp_path) -> list[rows.Row]:
+    """Dense, magnitude and GBLM l1 are done, Wanda failed, GBLM l2 is missing."""
+    dense, magnitude, wanda, gblm, _ = table().runs()
+    for run, value in ((dense, 25.0), (magnitude, 1234.5), (gblm, 40.126)):
+        store(tmp_path, run, perplexity=value)
+    records.write_failure(small.failure(wanda, "Out of memory: try less_of & it."), tmp_path)
+    return rows.rows(table(), tmp_path)
+
+
+def test_numbers_are_unrounded_and_gaps_are_empty(made):
+    frame = pd.read_csv(io.StringIO(tables.numbers(made).to_csv(index=False)))
+    assert list(frame.state) == ["done", "done", "failed", "done", "missing"]
+    assert list(frame[f"perplexity {KEY}"][[0, 1, 3]]) == [25.0, 1234.5, 40.126]
+    assert math.isnan(frame[f"perplexity {KEY}"][2])
+    assert math.isnan(frame[f"perplexity {KEY}"][4])
+    assert frame.failure[2] == "Out of memory: try less_of & it."
+
+
+def test_markdown_shows_protocol_spread_gaps_and_failures(made):
+    text = written.markdown(table(), made)
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    assert lines[0] == ["Method", "Setting", "Sparsity", f"perplexity {KEY}"]
+    assert lines[2:] == [
+        ["Dense", "", "0.00 %", "25.00 ± 1.50"],
+        ["Magnitude", "50 %", "50.00 %", "1,234 ± 2"],
+        ["Wanda", "50 %", "—", "failed"],
+        ["GBLM l1", "50 %", "50.00 %", "40.13 ± 1.50"],
+        ["GBLM l2", "2:4", "—", "—"],
+    ]
+    assert "Wanda 50 % failed: Out of memory: try less_of & it." in text
+    assert "1 of 5 cells are missing" in text
+    assert f"{KEY}: 4 windows, 256 tokens; ± one standard error over windows; tokens abababababab." in text
+    assert "Calibration: 4 x 32 tokens of c4/train (documents, seed 0)." in text
+
+
+def test_latex_is_booktabs_with_everything_escaped(made):
+    text = written.latex(table(), made)
+    assert all(rule in text for rule in (r"\toprule", r"\midrule", r"\bottomrule"))
+    assert r"Magnitude & 50 \% & 50.00 \% & 1,234 $\pm$ 2 \\" in text
+    assert r"less\_of \& it" in text
+
+
+def test_a_single_window_has_no_spread(tmp_path):
+    store(tmp_path, table().runs()[0], perplexity=7.0, standard_error=None)
+    made = rows.rows(table(), tmp_path)
+    assert tables.text(made)[f"perplexity {KEY}"][0] == "7.00"
+    assert "standard error" not in written.markdown(table(), made)
+
+
+def test_other_protocols_have_their_own_column(tmp_path):
+    both = table(measures=(small.PPL, Perplexity("ptb/test", window=128)))
+    for run in both.runs():
+        store(tmp_path, run)
+    assert list(tables.text(rows.rows(both, tmp_path)).columns[3:]) == [f"perplexity {KEY}", "perplexity ptb/test@128"]
+
+
+def test_the_same_key_on_other_tokens_is_refused(tmp_path):
+    dense, magnitude, *_ = table().runs()
+    store(tmp_path, dense, token_sha256="a" * 64)
+    store(tmp_path, magnitude, token_sha256="b" * 64)
+    with pytest.raises(ValueError, match=r"Magnitude 50 % was measured on other tokens .* \(bbbbbbbbbbbb and aaaa"):
+        tables.columns(rows.rows(table(), tmp_path))
+
+
+def test_records_of_another_protocol_are_named_and_not_shown(tmp_path):
+    store(tmp_path, table(measures=(Perplexity("ptb/test", window=128),)).runs()[0])
+    with pytest.raises(LookupError, match=r"at ptb/test@64\[:4\] .*records there are of .*float32 at ptb/test@128\."):
+        rows.rows(table(), tmp_path)
+
+
+def test_a_tampered_record_is_missing_from_the_table(made, tmp_path, caplog):
+    small.edit(next(tmp_path.glob(f"runs/tiny/{made[3].record.id}.json")), "40.126", "30.126")
+    again = rows.rows(table(), tmp_path)
+    assert [row.state for row in again] == ["done", "done", "failed", "missing", "missing"]
+    assert "checksum" in caplog.text
+
+
+def test_a_record_stands_whatever_folder_the_model_lies_in(tmp_path):
+    here, there = (table(models=(f"/{place}/model",)) for place in ("here", "there"))
+    store(tmp_path, here.runs()[0])
+    assert rows.rows(there, tmp_path)[0].state == "done"
+
+
+def test_partial_data_is_noted(tmp_path):
+    run = table().runs()[0]
+    records.write(small.record(run, data={"ptb/test": {"complete": False}}), tmp_path)
+    assert "ptb/test was only a part of the data set." in written.markdown(table(), rows.rows(table(), tmp_path))
+
+
+def test_all_files_are_written(made, tmp_path):
+    paths = written.write(table(), made, tmp_path / "tiny") + figures.save(
+        figures.perplexity(table(), made), tmp_path / "tiny"
+    )
+    assert [path.name for path in paths] == ["tiny.md", "tiny.csv", "tiny.tex", "tiny.svg", "tiny.png"]
+    assert Image.open(paths[-1]).size[0] > 1000
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_the_figure_draws_every_measured_cell_and_its_error(made):
+    (axes,) = figures.perplexity(table(), made).axes
+    points = {container.get_label(): container[0].get_xdata().tolist() for container in axes.containers}
+    assert points == {"50 %": [1234.5, 40.126]}
+    assert axes.get_xscale() == "log"
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["Magnitude", "GBLM l1"]
+    assert axes.lines[0].get_xdata() == [25.0, 25.0]
+
+
+def test_a_figure_of_several_protocols_asks_which(tmp_path):
+    both = table(measures=(small.PPL, Perplexity("ptb/test", window=128)))
+    store(tmp_path, both.runs()[1])
+    made = rows.rows(both, tmp_path)
+    with pytest.raises(ValueError, match=r"choose with --measure one of: ptb/test@64\[:4\], ptb/test@128"):
+        figures.perplexity(both, made)
+    assert figures.perplexity(both, made, "ptb/test@128").axes
+    with pytest.raises(LookupError, match="Did you mean"):
+        figures.perplexity(both, made, "ptb/test@1280")
+
+
+def test_every_model_has_its_panel(tmp_path):
+    two = table(models=("smollm2-135m", "opt-125m"))
+    for run in two.runs():
+        store(tmp_path, run)
+    assert len(figures.perplexity(two, rows.rows(two, tmp_path)).axes) == 2

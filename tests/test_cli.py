@@ -1,0 +1,132 @@
+"""The two command lines: what is unknown is one sentence with the nearest names, and the README's commands parse."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import small_table as small
+
+import analysis.__main__ as analysis
+import pruners
+from experiments import records, tables
+from experiments.__main__ import main, parser
+from experiments.spec import Run
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMAND = re.compile(r"(?:python3?|\$\(RUN\)) -m (experiments|analysis) (.+)")
+DENSE = Run("smollm2-135m", None, small.WINDOWS, (small.PPL,))
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    table = small.table((None, pruners.Magnitude(sparsity=0.5)))
+    monkeypatch.setitem(tables.TABLES, "tiny", table)
+    return table
+
+
+@pytest.mark.parametrize(
+    ("arguments", "nearest"),
+    [
+        (["run", "embeded.demo"], "Did you mean embedded.demo?"),
+        (["show", "embedded.demo", "--model", "smollm2-135"], "Did you mean smollm2-135m"),
+        (["run", "embedded.demo", "--method", "wnda"], "Did you mean wanda?"),
+        (["run", "embedded.demo", "--only", "Wanda 2:5"], "Did you mean wanda 2:4"),
+    ],
+)
+def test_an_unknown_name_exits_2_with_the_nearest_ones(arguments, nearest, capsys):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert nearest in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [["run", "embedded.demo", "--batch-size", "0"], ["walk"], []])
+def test_bad_arguments_exit_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+
+
+def test_list_names_everything(capsys):
+    assert main(["list"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("embedded.demo", "llama-7b", "sparsegpt", "wikitext2/test"))
+
+
+def test_show_tells_done_failed_and_missing_apart(tiny, tmp_path, capsys, monkeypatch):
+    if not small.MODEL.is_dir():
+        pytest.skip(f"{small.MODEL} is absent")
+    data = small.data(tmp_path / "data")
+    arguments = ["tiny", "--results", str(tmp_path)]
+    main(["run", *arguments, "--only", "dense", "--data-dir", str(data)])
+    main(["show", *arguments])
+    dense, magnitude = capsys.readouterr().out.splitlines()[2:]
+    assert (dense.split()[2], magnitude.split()[3]) == ("done", "missing") or "done" in dense
+    assert "missing" in magnitude
+    assert "ptb/test@64[:4]" in dense
+
+
+def test_a_failing_cell_exits_1(tiny, tmp_path, capsys):
+    if not small.MODEL.is_dir():
+        pytest.skip(f"{small.MODEL} is absent")
+    assert main(["run", "tiny", "--results", str(tmp_path), "--data-dir", str(tmp_path)]) == 1
+    assert "0 done now, 0 before, 2 failed" in capsys.readouterr().err
+    assert len(records.load_failures(tmp_path, "tiny")) == 2
+
+
+def test_a_results_folder_that_cannot_be_written_exits_1_before_any_work(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["run", "embedded.demo", "--results", str(tmp_path / "file")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("Cannot write")
+    assert error.count("\n") == 1
+
+
+def test_debug_shows_the_traceback(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    main(["run", "embedded.demo", "--results", str(tmp_path / "file"), "--debug"])
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_ctrl_c_says_that_the_same_command_continues(tiny, tmp_path, capsys, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("experiments.run.run_table", interrupt)
+    assert main(["run", "embedded.demo", "--results", str(tmp_path)]) == 130
+    assert "the same command continues" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["table", "figure"])
+@pytest.mark.parametrize(("name", "reason"), [("embeded.demo", "Did you mean"), ("embedded.demo", "No record of")])
+def test_analysis_exits_2_without_a_table_or_records(command, name, reason, tmp_path, capsys):
+    assert analysis.main([command, name, "--results", str(tmp_path)]) == 2
+    assert reason in capsys.readouterr().err
+
+
+def documented() -> list[tuple[str, str]]:
+    """(program, arguments) of every command in the README's sh blocks and in the Makefile."""
+    readme = ROOT / "README.md"
+    blocks = re.findall(r"```sh\n(.*?)```", readme.read_text(), re.DOTALL) if readme.exists() else []
+    lines = "\n".join([*blocks, (ROOT / "Makefile").read_text()]).replace("\\\n", " ")
+    return [(program, line.split("#")[0].strip()) for program, line in COMMAND.findall(lines)]
+
+
+@pytest.mark.parametrize(("program", "line"), documented())
+def test_documented_commands_are_real_ones(program, line):
+    asked = {"experiments": parser, "analysis": analysis.parser}[program]().parse_args(shlex.split(line))
+    if hasattr(asked, "table"):
+        tables.find(asked.table)
+
+
+def test_help_is_quick_to_ask_for():
+    told = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "experiments", "--help"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert "run the cells that have no record yet" in told.stdout
+    assert not re.search(r"\| +torch$", told.stderr, re.MULTILINE)
