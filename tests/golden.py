@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 
 import numpy as np
-import pruners
 import pytest
 import torch
-from eval.perplexity import perplexity
-from experiments import models
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+import pruners
+from eval.perplexity import perplexity
+from experiments import models
 from tests.conftest import SHARED
 
 FOLDER = SHARED / "golden"

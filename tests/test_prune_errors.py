@@ -83,7 +83,7 @@ def test_activations_that_are_not_finite_are_named(kind, windows):
 def test_gradients_that_are_not_finite_are_named(kind, windows):
     model = tiny(kind)
     model.get_input_embeddings().weight.data[windows[0, 0]] = float("nan")
-    with pytest.raises(ValueError, match="gradient of .* is not finite"):
+    with pytest.raises(ValueError, match=r"gradient of .* is not finite"):
         pruners.prune(model, pruners.Gradient(), windows)
 
 
