@@ -19,7 +19,7 @@ class Board:
         self.console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
         self.total, self.cells = sum(works), len(works)
         self.finished_work, self.finished_cells, self.partial = 0.0, 0, 0.0
-        self.prior = seconds_per_work
+        self.prior, self.label = seconds_per_work, ""
         self.started = time.monotonic()
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"))
         self.bars = Progress(*columns, console=self.console, disable=not self.console.is_terminal, transient=True)
@@ -35,10 +35,15 @@ class Board:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self.bars.stop()
 
+    def begin(self, label: str) -> None:
+        """The next cell."""
+        self.label = label
+
     def stage(self, name: str, work: float = 0.0) -> Callback:
         """Start a stage of the current cell that counts as `work`; call the result with (done, total)."""
         before = self.partial
-        self.bars.update(self.current, description=name, completed=0, total=None, note="", visible=True)
+        description = f"{self.label}: {name}" if self.label else name
+        self.bars.update(self.current, description=description, completed=0, total=None, note="", visible=True)
 
         def advance(done: int, total: int) -> None:
             self.partial = before + work * done / total
@@ -51,23 +56,22 @@ class Board:
         """The current cell is over, done or failed; say so."""
         self.finished_work, self.finished_cells, self.partial = self.finished_work + work, self.finished_cells + 1, 0.0
         self._show()
-        left = f"; about {self.left()} left" if self.finished_cells < self.cells else ""
+        left = f"; {self.left()}" if self.finished_cells < self.cells else ""
         self.say(f"[{self.finished_cells}/{self.cells}] {line}{left}")
 
     def say(self, line: str) -> None:
         self.console.print(line)
 
     def left(self) -> str:
-        """The time left, e.g. `4 min`."""
+        """E.g. `about 4 min left`."""
         done, elapsed = self.finished_work + self.partial, time.monotonic() - self.started
         known = self.finished_cells or done > 0.02 * self.total
         rate = elapsed / done if known and done else self.prior
-        return "an unknown time" if rate is None else duration(rate * max(0.0, self.total - done))
+        return "time left unknown" if rate is None else f"about {duration(rate * max(0.0, self.total - done))} left"
 
     def _show(self) -> None:
         done = min(self.finished_work + self.partial, self.total)
-        note = f"{self.finished_cells}/{self.cells}, about {self.left()} left"
-        self.bars.update(self.overall, completed=done, note=note)
+        self.bars.update(self.overall, completed=done, note=f"{self.finished_cells}/{self.cells}, {self.left()}")
 
 
 def duration(seconds: float) -> str:

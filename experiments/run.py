@@ -98,6 +98,7 @@ def _attempt(cell: Cell, table: str, settings: Settings, board: Board, outcome: 
 
 def _run_cell(cell: Cell, table: str, settings: Settings, board: Board, outcome: Outcome, resumed: int) -> None:
     started = time.monotonic()
+    board.begin(cell.label)
     try:
         record = execute(cell.run, table, settings, board, resumed)
         records.write(record, settings.root)

@@ -206,12 +206,12 @@ def test_the_time_left_follows_the_work_done(monkeypatch):
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     board = Board([10, 30], seconds_per_work=60)
     with board:
-        assert board.left() == "40 min"
+        assert board.left() == "about 40 min left"
         clock[0] += 20
         board.finish(10, "first")
-        assert board.left() == "60 s"
+        assert board.left() == "about 60 s left"
         board.stage("pruning", work=20)(1, 2)
-        assert board.left() == "20 s"
+        assert board.left() == "about 20 s left"
 
 
 def test_durations_are_short():
