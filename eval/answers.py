@@ -46,10 +46,6 @@ class AnswerStore:
         self._known[batch] = list(answers)
         self._append({"batch": batch, "answers": answers})
 
-    def remove(self) -> None:
-        """Delete the file: the evaluation is finished and recorded elsewhere."""
-        self.path.unlink(missing_ok=True)
-
     def _append(self, content: dict[str, Any]) -> None:
         text = json.dumps(content).encode()
         with self.path.open("ab") as file:

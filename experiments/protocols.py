@@ -6,11 +6,10 @@ The same model has other numbers under another protocol (dense LLaMA-7B: a perpl
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from experiments.spec import Perplexity
+from experiments.spec import Perplexity, ZeroShot
 from pruners.suggest import unknown
 
+Metrics = tuple[tuple[str, str], ...]
 LONGEST_WINDOW = 4096
 OWN_LENGTH = None  # as long as the model takes, LONGEST_WINDOW at most
 
@@ -24,23 +23,8 @@ PERPLEXITIES: dict[str, tuple[tuple[str, int | None, int | None], ...]] = {  # c
 }
 
 
-@dataclass(frozen=True)
-class Convention:
-    """Zero-shot tasks, each with the metric that enters the unweighted mean.
-
-    `large_limit`: how many documents of a task models of 65B and more are asked, None for all.
-    """
-
-    metrics: dict[str, str]
-    large_limit: int | None = None
-
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        return tuple(self.metrics)
-
-
-def _metrics(tasks: str, normalised: str = "") -> dict[str, str]:
-    return {task: "acc_norm" if task in normalised.split() else "acc" for task in tasks.split()}
+def _metrics(tasks: str, normalised: str = "") -> Metrics:
+    return tuple((task, "acc_norm" if task in normalised.split() else "acc") for task in tasks.split())
 
 
 # LLM-Pruner's harness of 2023 put no BOS before a prompt and tokenised prompt and answer apart.  lm-eval has changed
@@ -50,22 +34,21 @@ _SEVEN = _metrics(
 )
 _WITH_RTE = _metrics("boolq rte hellaswag winogrande arc_easy arc_challenge openbookqa")
 CONVENTIONS = {
-    "llm_pruner": Convention(_SEVEN),
-    "flap": Convention(_SEVEN),
-    "wanda": Convention(_WITH_RTE, large_limit=2000),
-    "perp": Convention(_WITH_RTE, large_limit=2000),
+    "llm_pruner": _SEVEN,
+    "flap": _SEVEN,
+    "wanda": _WITH_RTE,
+    "perp": _WITH_RTE,
     # acc_norm is inferred: dense LLaMA-7B's published mean is 67.47, and plain acc on these six tasks gives 63.01
-    "gblm": Convention(
-        _metrics("boolq rte hellaswag winogrande arc_easy openbookqa", normalised="hellaswag arc_easy openbookqa")
-    ),
+    "gblm": _metrics("boolq rte hellaswag winogrande arc_easy openbookqa", normalised="hellaswag arc_easy openbookqa"),
 }
+LARGE_PARAMETERS = 60e9
+LARGE_LIMITS = {"wanda": 2000, "perp": 2000}  # documents of a task that 65B and 70B models are asked
 
 
 def perplexity(name: str, positions: int | None = None) -> tuple[Perplexity, ...]:
     """The perplexities of the paper `name`, for a model that takes `positions` tokens.
 
-    Raises ValueError for an unknown protocol, one that needs the model's positions and was not given them, and one
-    whose windows are longer than the model takes.
+    Raises ValueError for an unknown protocol and for one that needs the model's positions and was not given them.
     """
     if name not in PERPLEXITIES:
         raise ValueError(unknown("perplexity protocol", name, PERPLEXITIES))
@@ -73,11 +56,22 @@ def perplexity(name: str, positions: int | None = None) -> tuple[Perplexity, ...
     return tuple(Perplexity(corpus, window or _own_length(name, positions), limit) for corpus, window, limit in rows)
 
 
-def zero_shot(name: str) -> Convention:
-    """The zero-shot convention of the paper `name`; ValueError with the nearest names for an unknown one."""
+def zero_shot(name: str, limit: int | None = None, parameters: int = 0) -> ZeroShot:
+    """The zero-shot tasks of the paper `name`, with the metrics that enter its mean.
+
+    `limit` keeps the first so many documents of each task; without one, models of 60e9 `parameters` and more are asked
+    as many as the paper asked them.  Raises ValueError with the nearest names for an unknown convention.
+    """
     if name not in CONVENTIONS:
         raise ValueError(unknown("zero-shot convention", name, CONVENTIONS))
-    return CONVENTIONS[name]
+    if limit is None and parameters >= LARGE_PARAMETERS:
+        limit = LARGE_LIMITS.get(name)
+    return ZeroShot(name, CONVENTIONS[name], limit)
+
+
+def tasks(*names: str, limit: int | None = None) -> ZeroShot:
+    """Any of lm-eval's tasks by name, accuracy shown, without a mean."""
+    return ZeroShot(None, tuple((name, "acc") for name in names), limit)
 
 
 def _own_length(name: str, positions: int | None) -> int:

@@ -41,7 +41,76 @@ class Perplexity:
     @property
     def key(self) -> str:
         """The protocol key, e.g. `wikitext2/test@128` or, limited, `wikitext2/test@128[:16]`."""
-        return f"{self.corpus}@{self.window}" + (f"[:{self.limit}]" if self.limit else "")
+        return f"{self.corpus}@{self.window}{_head(self.limit)}"
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys that a table shows."""
+        return (self.key,)
+
+
+@dataclass(frozen=True)
+class ZeroShot:
+    """Accuracy on lm-eval's tasks with no example in the prompt; `limit` keeps each task's first so many documents.
+
+    `metrics` pairs each task with the metric that a table shows (acc and acc_norm are always stored).  A `convention`
+    names the paper whose unweighted mean it is; without one there is no mean.  `protocols.zero_shot` makes them.
+    """
+
+    convention: str | None
+    metrics: tuple[tuple[str, str], ...]
+    limit: int | None = None
+
+    @property
+    def key(self) -> str:
+        """Of the mean, e.g. `mean.wanda@0shot[:100]`, or of what all tasks share, `tasks@0shot`."""
+        what = f"mean.{self.convention}" if self.convention else "tasks"
+        return f"{what}@0shot{_head(self.limit)}"
+
+    def task_key(self, task: str, metric: str) -> str:
+        """E.g. `boolq.acc@0shot`."""
+        return f"{task}.{metric}@0shot{_head(self.limit)}"
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        mean = (self.key,) if self.convention else ()
+        return (*(self.task_key(task, metric) for task, metric in self.metrics), *mean)
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """Parameters, MACs and bytes, and the latency of every batch size at every prompt length (in tokens)."""
+
+    batch_sizes: tuple[int, ...] = (1,)
+    lengths: tuple[int, ...] = (64,)
+    new_tokens: int = 16
+    repetitions: int = 5
+
+    @property
+    def key(self) -> str:
+        """Batch x length of each timing and the tokens decoded after it, e.g. `efficiency@1x64+16`."""
+        shapes = ",".join(f"{batch}x{length}" for batch in self.batch_sizes for length in self.lengths)
+        return f"efficiency@{shapes}+{self.new_tokens}" if shapes else "efficiency"
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return (self.key,)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What the model writes after fixed prompts, greedily and sampled with `seed`."""
+
+    new_tokens: int = 64
+    seed: int = 0
+
+    @property
+    def key(self) -> str:
+        return f"generation@{self.new_tokens}, seed {self.seed}"
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return (self.key,)
 
 
 @dataclass(frozen=True)
@@ -114,6 +183,10 @@ def digest(spec: dict[str, Any]) -> str:
     """Ten hexadecimal digits of the SHA-256 of the canonical JSON."""
     text = json.dumps(spec, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def _head(limit: int | None) -> str:
+    return f"[:{limit}]" if limit else ""
 
 
 def _name(thing: Any) -> str:

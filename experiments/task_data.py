@@ -6,6 +6,7 @@ By default each task reads its own Hub data set; those of the papers' tasks are 
 
 from __future__ import annotations
 
+import functools
 import gzip
 import hashlib
 import json
@@ -78,6 +79,7 @@ def provenance(task: str, data_dir: Path | None) -> dict[str, Any]:
     return {"source": "files", "sha256": digests}
 
 
+@functools.cache
 def hub_reachable() -> bool:
     """Whether data sets can be had from the Hub: it answers, or downloads of an earlier day are asked for."""
     if constants.HF_HUB_OFFLINE:

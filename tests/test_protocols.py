@@ -31,13 +31,23 @@ def test_wanda_and_perp_read_windows_of_the_models_own_length(positions, window)
 
 
 def test_conventions_differ_as_the_papers_do():
-    llm_pruner, wanda, gblm = map(protocols.zero_shot, ("llm_pruner", "wanda", "gblm"))
-    assert protocols.zero_shot("flap").metrics == llm_pruner.metrics
-    assert set(wanda.tasks) - set(llm_pruner.tasks) == {"rte"}
-    assert set(llm_pruner.tasks) - set(wanda.tasks) == {"piqa"}
-    assert set(wanda.metrics.values()) == {"acc"}
-    assert [t for t, m in llm_pruner.metrics.items() if m == "acc_norm"] == ["hellaswag", "arc_challenge", "openbookqa"]
-    assert len(gblm.tasks) == 6
+    llm_pruner, flap, wanda, gblm = (
+        dict(protocols.zero_shot(n).metrics) for n in ("llm_pruner", "flap", "wanda", "gblm")
+    )
+    assert flap == llm_pruner
+    assert set(wanda) - set(llm_pruner) == {"rte"}
+    assert set(llm_pruner) - set(wanda) == {"piqa"}
+    assert set(wanda.values()) == {"acc"}
+    assert [t for t, m in llm_pruner.items() if m == "acc_norm"] == ["hellaswag", "arc_challenge", "openbookqa"]
+    assert len(gblm) == 6
+
+
+def test_a_limited_accuracy_has_another_key_than_a_full_one():
+    assert protocols.zero_shot("wanda").keys[0] == "boolq.acc@0shot"
+    assert protocols.zero_shot("wanda", limit=100).keys[0] == "boolq.acc@0shot[:100]"
+    assert protocols.zero_shot("wanda", parameters=65_285_660_672).key == "mean.wanda@0shot[:2000]"
+    assert protocols.zero_shot("llm_pruner", parameters=65_285_660_672).key == "mean.llm_pruner@0shot"
+    assert protocols.tasks("lambada_openai").keys == ("lambada_openai.acc@0shot",)
 
 
 def test_unknown_names_get_the_nearest():

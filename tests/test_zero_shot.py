@@ -18,7 +18,7 @@ from experiments import models, protocols, task_data
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 DATA = SHARED / "data"
 pytestmark = pytest.mark.skipif(not DATA.exists(), reason="../shared/data is absent")
-SEVEN = protocols.zero_shot("llm_pruner").tasks
+SEVEN = tuple(dict(protocols.zero_shot("llm_pruner").metrics))
 
 
 def sources(*tasks: str) -> dict:
