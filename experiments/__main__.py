@@ -100,7 +100,8 @@ def _show(asked: argparse.Namespace) -> int:
 
 
 def _run(asked: argparse.Namespace) -> int:
-    from experiments.run import Settings, run_table
+    from experiments.batch import run_table
+    from experiments.run import Settings
 
     settings = Settings(asked.results, asked.device, asked.batch_size, asked.data_dir)
     outcome = run_table(asked.table, _chosen(asked), settings)

@@ -1,22 +1,17 @@
-"""Runs cells: load, calibrate, prune, measure, record.  What has a record is never done again."""
+"""Executes a Run: load, calibrate, prune, measure; the result is its record."""
 
 from __future__ import annotations
 
 import platform
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
 import pruners
-from experiments import cache, corpora, cost, failures, files, measures, models, records, tokens
-from experiments.cells import Cell, ordered
-from experiments.progress import Board, duration
+from experiments import cache, corpora, cost, measures, models, records, tokens
+from experiments.progress import Board
 from experiments.records import Record
 from experiments.spec import Run, digest, needs_windows
 from experiments.tokens import Tokenizer
@@ -24,39 +19,18 @@ from experiments.tokens import Tokenizer
 
 @dataclass(frozen=True)
 class Settings:
-    """Where and how cells run; nothing here moves a number.  `root` is the results folder."""
+    """Where and how cells run; nothing here moves a number.
+
+    `root` is the results folder; `device` None is CUDA where there is some.  ValueError for a device that is not there.
+    """
 
     root: Path = Path("results")
     device: str | None = None
     batch_size: int = 8
     data_dir: Path | None = None
 
-
-@dataclass
-class Outcome:
-    """Labels of the cells that were found finished, that finished now, and that failed."""
-
-    found: list[str]
-    done: list[str]
-    failed: list[str]
-
-
-def run_table(table: str, chosen: Sequence[Cell], settings: Settings) -> Outcome:
-    """Run the chosen cells that have no record; one that fails does not stop the others.
-
-    Two processes may run the same table: each cell is done by one of them.  Raises StorageError before any work where
-    the results folder cannot be written.
-    """
-    files.check_writable(records.folder(settings.root, table))
-    finished = records.load(settings.root, table)
-    outcome = Outcome([cell.label for cell in chosen if cell.id in finished], [], [])
-    todo = ordered([cell for cell in chosen if cell.id not in finished])
-    with Board([cell.work for cell in todo], _pace(chosen, finished)) as board:
-        busy = [cell for cell in todo if not _attempt(cell, table, settings, board, outcome, wait=False)]
-        for cell in busy:
-            board.say(f"Waiting for another process that is at {cell.label}.")
-            _attempt(cell, table, settings, board, outcome, wait=True)
-    return outcome
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "device", _device(self.device))
 
 
 def execute(run: Run, table: str, settings: Settings, board: Board | None = None, resumed: int = 0) -> Record:
@@ -82,47 +56,13 @@ def execute(run: Run, table: str, settings: Settings, board: Board | None = None
     )
 
 
-def _attempt(cell: Cell, table: str, settings: Settings, board: Board, outcome: Outcome, *, wait: bool) -> bool:
-    """False if another process is at this cell."""
-    try:
-        with _started(cell, table, settings.root, wait=wait) as resumed:
-            if records.exists(settings.root, table, cell.id):
-                outcome.found.append(cell.label)
-                board.finish(cell.work, f"{cell.label}: done by another process")
-            else:
-                _run_cell(cell, table, settings, board, outcome, resumed)
-    except Timeout:
-        return False
-    return True
-
-
-def _run_cell(cell: Cell, table: str, settings: Settings, board: Board, outcome: Outcome, resumed: int) -> None:
-    started = time.monotonic()
-    board.begin(cell.label)
-    try:
-        record = execute(cell.run, table, settings, board, resumed)
-        records.write(record, settings.root)
-    except Exception as error:  # noqa: BLE001  (whatever it was, the other cells go on and the table shows it)
-        outcome.failed.append(cell.label)
-        _keep_failure(cell, table, settings.root, error, board)
-        board.finish(cell.work, f"{cell.label}: failed: {failures.sentence(error)}")
-    else:
-        outcome.done.append(cell.label)
-        board.finish(cell.work, f"{cell.label}: {_headline(record)} in {duration(time.monotonic() - started)}")
-
-
-@contextmanager
-def _started(cell: Cell, table: str, root: Path, *, wait: bool) -> Iterator[int]:
-    """Hold the cell; yields how often it was started before and broken off."""
-    place = root / ".cache" / "started" / table
-    with files.explained(place):
-        place.mkdir(parents=True, exist_ok=True)
-    with FileLock(place / f"{cell.id}.lock", timeout=-1 if wait else 0):
-        marker = place / cell.id
-        before = len(marker.read_text()) if marker.exists() else 0
-        files.write(marker, "." * (before + 1))
-        yield before
-        marker.unlink()
+def _device(asked: str | None) -> str:
+    """Raises ValueError, listing what there is, for a device that torch does not know or does not have."""
+    found = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    name = asked or found[min(1, len(found) - 1)]
+    if name not in found and not (name == "cuda" and len(found) > 1):
+        raise ValueError(f"There is no device {name!r} here; found {', '.join(found)}.")
+    return name
 
 
 def _prune(
@@ -198,29 +138,3 @@ def _made_by(run: Run, device: torch.device, settings: Settings) -> records.Made
         batch_size=settings.batch_size,
         at=records.now(),
     )
-
-
-def _keep_failure(cell: Cell, table: str, root: Path, error: Exception, board: Board) -> None:
-    failure = records.Failure(
-        id=cell.id,
-        table=table,
-        spec=cell.run.spec(models.identity(cell.run.model)),
-        message=failures.sentence(error),
-        traceback=failures.last_lines(error),
-        at=records.now(),
-    )
-    try:
-        records.write_failure(failure, root)
-    except files.StorageError as second:
-        board.say(str(second))
-
-
-def _pace(chosen: Sequence[Cell], finished: dict[str, Record]) -> float | None:
-    """Seconds per unit of work in the records at hand; None without one."""
-    known = [(finished[cell.id].cost.seconds["total"], cell.work) for cell in chosen if cell.id in finished]
-    return sum(seconds for seconds, _ in known) / sum(work for _, work in known) if known else None
-
-
-def _headline(record: Record) -> str:
-    values = [f"{key} {value['perplexity']:.2f}" for key, value in record.measures.items() if "perplexity" in value]
-    return ", ".join([f"sparsity {record.achieved['sparsity']:.4f}", *values])

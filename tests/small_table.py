@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pruners
 from experiments import cells, records
-from experiments.run import Outcome, Settings, run_table
+from experiments.batch import Outcome, run_table
+from experiments.run import Settings
 from experiments.spec import Perplexity, Run, Table, Windows, digest
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"

@@ -97,7 +97,7 @@ def test_ctrl_c_says_that_the_same_command_continues(tiny, tmp_path, capsys, mon
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("experiments.run.run_table", interrupt)
+    monkeypatch.setattr("experiments.batch.run_table", interrupt)
     assert main(["run", "embedded.demo", "--results", str(tmp_path)]) == 130
     assert "the same command continues" in capsys.readouterr().err
 

@@ -16,8 +16,9 @@ import torch
 
 import pruners
 from experiments import cells, failures, labels, measures, models, records
+from experiments.batch import run_table
 from experiments.progress import Board, duration
-from experiments.run import Settings, run_table
+from experiments.run import Settings
 from experiments.spec import Perplexity
 
 needs_model = pytest.mark.skipif(not small.MODEL.is_dir(), reason=f"{small.MODEL} is absent")
@@ -190,6 +191,12 @@ def test_cells_that_share_statistics_run_next_to_each_other():
     methods = (pruners.GBLM(sparsity=0.5), pruners.Wanda(sparsity=0.5), pruners.GBLM(pattern="2:4"))
     found = cells.ordered(cells.cells(small.table(methods).runs()))
     assert [cell.label for cell in found] == ["GBLM 50 %", "GBLM 2:4", "Wanda 50 %"]
+
+
+def test_a_device_that_is_not_there_is_refused():
+    assert Settings(device="cpu").device == "cpu"
+    with pytest.raises(ValueError, match=r"There is no device 'cuda:99' here; found cpu"):
+        Settings(device="cuda:99")
 
 
 def test_labels_name_what_varies_or_departs_from_the_default():

@@ -1,0 +1,117 @@
+"""Runs a table's cells: what has a record is never done again, and one failure stops nothing else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from filelock import FileLock, Timeout
+
+from experiments import failures, files, models, records
+from experiments.cells import Cell, ordered
+from experiments.progress import Board, duration
+from experiments.records import Record
+from experiments.run import Settings, execute
+
+
+@dataclass
+class Outcome:
+    """Labels of the cells that were found finished, that finished now, and that failed."""
+
+    found: list[str] = field(default_factory=list)
+    done: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+
+
+def run_table(table: str, chosen: Sequence[Cell], settings: Settings) -> Outcome:
+    """Run the chosen cells that have no record; one that fails does not stop the others.
+
+    Two processes may run the same table: each cell is done by one of them.  Raises StorageError before any work where
+    the results folder cannot be written.
+    """
+    files.check_writable(records.folder(settings.root, table))
+    finished = records.load(settings.root, table)
+    todo = ordered([cell for cell in chosen if cell.id not in finished])
+    with Board([cell.work for cell in todo], _pace(chosen, finished)) as board:
+        worker = _Worker(table, settings, board, Outcome([cell.label for cell in chosen if cell.id in finished]))
+        busy = [cell for cell in todo if not worker.attempt(cell, wait=False)]
+        for cell in busy:
+            board.say(f"Waiting for another process that is at {cell.label}.")
+            worker.attempt(cell, wait=True)
+    return worker.outcome
+
+
+@dataclass(frozen=True)
+class _Worker:
+    table: str
+    settings: Settings
+    board: Board
+    outcome: Outcome
+
+    def attempt(self, cell: Cell, *, wait: bool) -> bool:
+        """False if another process is at this cell."""
+        try:
+            with self._started(cell, wait=wait) as resumed:
+                if records.exists(self.settings.root, self.table, cell.id):
+                    self.outcome.found.append(cell.label)
+                    self.board.finish(cell.work, f"{cell.label}: done by another process")
+                else:
+                    self._run(cell, resumed)
+        except Timeout:
+            return False
+        return True
+
+    def _run(self, cell: Cell, resumed: int) -> None:
+        started = time.monotonic()
+        self.board.begin(cell.label)
+        try:
+            record = execute(cell.run, self.table, self.settings, self.board, resumed)
+            records.write(record, self.settings.root)
+        except Exception as error:  # noqa: BLE001  (whatever it was, the other cells go on and the table shows it)
+            self.outcome.failed.append(cell.label)
+            self._keep_failure(cell, error)
+            self.board.finish(cell.work, f"{cell.label}: failed: {failures.sentence(error)}")
+        else:
+            self.outcome.done.append(cell.label)
+            seconds = time.monotonic() - started
+            self.board.finish(cell.work, f"{cell.label}: {_headline(record)} in {duration(seconds)}")
+
+    @contextmanager
+    def _started(self, cell: Cell, *, wait: bool) -> Iterator[int]:
+        """Hold the cell; yields how often it was started before and broken off."""
+        place = self.settings.root / ".cache" / "started" / self.table
+        with files.explained(place):
+            place.mkdir(parents=True, exist_ok=True)
+        with FileLock(place / f"{cell.id}.lock", timeout=-1 if wait else 0):
+            marker = place / cell.id
+            before = len(marker.read_text()) if marker.exists() else 0
+            files.write(marker, "." * (before + 1))
+            yield before
+            marker.unlink()
+
+    def _keep_failure(self, cell: Cell, error: Exception) -> None:
+        failure = records.Failure(
+            id=cell.id,
+            table=self.table,
+            spec=cell.run.spec(models.identity(cell.run.model)),
+            message=failures.sentence(error),
+            traceback=failures.last_lines(error),
+            at=records.now(),
+        )
+        try:
+            records.write_failure(failure, self.settings.root)
+        except files.StorageError as second:
+            self.board.say(str(second))
+
+
+def _pace(chosen: Sequence[Cell], finished: Mapping[str, Record]) -> float | None:
+    """Seconds per unit of work in the records at hand; None without one."""
+    known = [(finished[cell.id].cost.seconds["total"], cell.work) for cell in chosen if cell.id in finished]
+    return sum(seconds for seconds, _ in known) / sum(work for _, work in known) if known else None
+
+
+def _headline(record: Record) -> str:
+    values = [f"{key} {value['perplexity']:.2f}" for key, value in record.measures.items() if "perplexity" in value]
+    return ", ".join([f"sparsity {record.achieved['sparsity']:.4f}", *values])
