@@ -1,0 +1,8 @@
+"""Recovering quality after pruning, with the sparsity kept."""
+
+from __future__ import annotations
+
+from pruners.retrain.adapters import LoRA, LoRAPrune, MaskLoRA, ScaleLoRA
+from pruners.retrain.trainable import Trainable
+
+__all__ = ["LoRA", "LoRAPrune", "MaskLoRA", "ScaleLoRA", "Trainable"]

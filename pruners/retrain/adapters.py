@@ -1,0 +1,175 @@
+"""Low-rank adapters for pruned matrices: what is trained besides W, and what is left of it once merged.
+
+    M = 1[W survives]     B: out x rank     A: rank x inp     s = alpha / rank
+
+    LoRA       trains  W + s BA         merges into  W + s BA         the pruned weights come back
+    LoRA-Prune trains  W + s BA         merges into  W + s (BA . M)   what BA put on pruned weights is lost
+    ScaleLoRA  trains  W . BA           merges into  W . BA           exact; BA starts as all ones
+    MaskLoRA   trains  W + s (BA . M)   merges into  W + s (BA . M)   exact
+
+Zimmer et al. 2023, arXiv:2312.15230 (LoRA: Hu et al. 2021, arXiv:2106.09685).  A starts uniform within
+1/sqrt(inp), B at zero; ScaleLoRA starts with both at 1/sqrt(rank).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+
+from pruners.retrain.fused import FusedLinear
+from pruners.retrain.masks import BitMask
+
+
+@dataclass
+class Adapter:
+    """One matrix's adapter: `module` stands in the place of `linear`, and a, b are trained."""
+
+    name: str
+    kind: Any
+    module: nn.Module
+    linear: nn.Linear
+    mask: BitMask
+    a: nn.Parameter
+    b: nn.Parameter
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Put what was learned into the linear's weight; raises AssertionError if a pruned weight came back."""
+        weight = self.linear.weight
+        product = self.b.float() @ self.a.float()
+        weight.data = self.kind.merged(product, weight.data.float(), self.mask).to(weight.dtype)
+        if self.kind.keeps_sparsity:
+            self.mask.check(self.name, weight)
+
+    @torch.no_grad()
+    def dropped(self) -> tuple[float, float]:
+        """Squared size of what the merge will lose of s BA, and of s BA."""
+        product = self.b.float() @ self.a.float()
+        return float(product[self.mask.gone()].square().sum()), float(product.square().sum())
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """`targets` names projections (`q_proj`, `fc1`, ...; None: every linear layer of the decoder blocks)."""
+
+    rank: int = 16
+    targets: tuple[str, ...] | None = None
+
+    keeps_sparsity: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"An adapter's rank is at least 1; got {self.rank}.")
+
+    def attach(self, name: str, linear: nn.Linear, mask: BitMask, seed: int) -> Adapter:
+        """An adapter for `linear`, not yet in its place; ValueError where the rank exceeds the matrix."""
+        smallest = min(linear.weight.shape)
+        if self.rank > smallest:
+            raise ValueError(
+                f"Rank {self.rank} is larger than {name}, which is {linear.out_features} x {linear.in_features}; "
+                f"use {smallest} or less, or leave this projection out with targets=."
+            )
+        module, a, b = self.make(linear, mask)
+        with torch.no_grad():
+            self.start(a, b, name, seed)
+        return Adapter(name, self, module, linear, mask, a, b)
+
+    def make(self, linear: nn.Linear, mask: BitMask) -> tuple[nn.Module, nn.Parameter, nn.Parameter]:
+        module = FusedLinear(linear, self.rank, self, mask)
+        return module, module.a, module.b
+
+    def start(self, a: Tensor, b: Tensor, name: str, seed: int) -> None:
+        if a.is_meta:  # parameters are only counted
+            return
+        mixed = hashlib.sha256(f"{seed} {name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(mixed[:7], "big"))
+        a.copy_((torch.rand(a.shape, generator=generator) * 2 - 1) / math.sqrt(a.shape[1]))
+        b.zero_()
+
+
+@dataclass(frozen=True)
+class MaskLoRA(LowRank):
+    alpha: float = 32
+
+    def merged(
+        self, product: Float[Tensor, "out inp"], weight: Float[Tensor, "out inp"], mask: BitMask
+    ) -> Float[Tensor, "out inp"]:
+        return mask.apply(product.mul_(self.alpha / self.rank)).add_(weight)
+
+    def to_product(
+        self, gradient: Float[Tensor, "out inp"], weight: Float[Tensor, "out inp"], mask: BitMask
+    ) -> Float[Tensor, "out inp"]:
+        """The gradient of BA from that of the merged weight, in place."""
+        return mask.apply(gradient.mul_(self.alpha / self.rank))
+
+
+@dataclass(frozen=True)
+class ScaleLoRA(LowRank):
+    def start(self, a: Tensor, b: Tensor, name: str, seed: int) -> None:
+        a.fill_(1 / math.sqrt(self.rank))
+        b.fill_(1 / math.sqrt(self.rank))
+
+    def merged(
+        self, product: Float[Tensor, "out inp"], weight: Float[Tensor, "out inp"], mask: BitMask
+    ) -> Float[Tensor, "out inp"]:
+        return product.mul_(weight)
+
+    def to_product(
+        self, gradient: Float[Tensor, "out inp"], weight: Float[Tensor, "out inp"], mask: BitMask
+    ) -> Float[Tensor, "out inp"]:
+        """The gradient of BA from that of the merged weight, in place."""
+        return gradient.mul_(weight)
+
+
+@dataclass(frozen=True)
+class LoRA(LowRank):
+    """Plain LoRA, by `peft`.  It stays beside its matrix unless `merge`: merging fills what was pruned."""
+
+    rank: int = 8
+    alpha: float = 16
+    dropout: float = 0.05
+    merge: bool = False
+
+    keeps_sparsity: ClassVar[bool] = False
+
+    def make(self, linear: nn.Linear, mask: BitMask) -> tuple[nn.Module, nn.Parameter, nn.Parameter]:
+        return _by_peft(linear, self.rank, self.alpha, self.dropout)
+
+    def merged(
+        self, product: Float[Tensor, "out inp"], weight: Float[Tensor, "out inp"], mask: BitMask
+    ) -> Float[Tensor, "out inp"]:
+        return product.mul_(self.alpha / self.rank).add_(weight)
+
+
+@dataclass(frozen=True)
+class LoRAPrune(LowRank):
+    alpha: float = 32
+
+    def make(self, linear: nn.Linear, mask: BitMask) -> tuple[nn.Module, nn.Parameter, nn.Parameter]:
+        return _by_peft(linear, self.rank, self.alpha, dropout=0.0)
+
+    def merged(
+        self, product: Float[Tensor, "out inp"], weight: Float[Tensor, "out inp"], mask: BitMask
+    ) -> Float[Tensor, "out inp"]:
+        return mask.apply(product.mul_(self.alpha / self.rank)).add_(weight)
+
+
+def _by_peft(
+    linear: nn.Linear, rank: int, alpha: float, dropout: float
+) -> tuple[nn.Module, nn.Parameter, nn.Parameter]:
+    holder = nn.ModuleDict({"linear": linear})
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=["linear"])  # type: ignore[arg-type]
+    with torch.random.fork_rng(devices=[]):  # peft draws from the global generator; its values are replaced
+        inject_adapter_in_model(config, holder)
+    module: Any = holder["linear"]
+    a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+    for parameter in (a, b):
+        parameter.data = parameter.data.float()
+    return module, a, b

@@ -1,0 +1,225 @@
+"""What is trained, and the tensors of one model that this selects.
+
+Zimmer et al. 2023, arXiv:2312.15230 (PERP): on OPT-2.7B to 30B, biases are 0.03 to 0.01 % of all parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from pruners import anatomy
+from pruners.anatomy import Block
+from pruners.retrain.adapters import Adapter, LoRA, LowRank
+from pruners.retrain.masks import BitMask
+from pruners.suggest import unknown
+
+HEAD = LoRA(rank=16, alpha=32, dropout=0.0, merge=True)  # the released code's
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """What is trained; the rest is frozen.
+
+    `biases`: those of linear layers and of layer norms.  `norms`: weights and biases of every norm.  `head`: plain
+    LoRA of rank 16 beside the output matrix.  `embeddings`: tokens and positions, and with them a head that is tied.
+    `adapters`: LoRA, LoRAPrune, ScaleLoRA or MaskLoRA in the decoder blocks.  `weights`: those of all linear layers,
+    pruned ones held at zero.  Raises ValueError where adapters would sit on weights that are trained anyway.
+    """
+
+    biases: bool = False
+    norms: bool = False
+    head: bool = False
+    embeddings: bool = False
+    adapters: LowRank | None = None
+    weights: bool = False
+
+    def __post_init__(self) -> None:
+        if self.weights and (self.adapters or self.head):
+            raise ValueError("With weights=True there is nothing for adapters to add; drop adapters= and head=.")
+
+    @classmethod
+    def full(cls) -> Trainable:
+        """Every parameter, under the mask."""
+        return cls(biases=True, norms=True, embeddings=True, weights=True)
+
+    def attach(self, model: nn.Module, seed: int = 0) -> Attached:
+        """Freeze `model` but for what is selected, adapters in place; `seed` starts the adapters.
+
+        Raises ValueError where nothing is selected, a projection does not exist or a rank is too large.
+        """
+        linears = {f"{b.name}.{name}": linear for b in anatomy.blocks(model) for name, linear in b.linears().items()}
+        return self._attach(model, linears, seed, "")
+
+    def attach_to_block(self, block: Block, seed: int = 0) -> Attached:
+        """The same within one decoder block, which holds no head and no embeddings."""
+        if self.head or self.embeddings:
+            raise ValueError("A decoder block holds no head and no embeddings; drop head= and embeddings= here.")
+        if isinstance(self.adapters, LoRA) and not self.adapters.merge:
+            raise ValueError("Blocks are reconstructed one by one and need adapters that merge, e.g. MaskLoRA.")
+        return self._attach(block.module, block.linears(), seed, f"{block.name}.")
+
+    def _attach(self, root: nn.Module, linears: Mapping[str, nn.Linear], seed: int, prefix: str) -> Attached:
+        required = {p: p.requires_grad for p in root.parameters()}
+        masks = {f"{name}.weight": BitMask.of(linear.weight.data) for name, linear in linears.items()}
+        adapters = [
+            self.adapters.attach(prefix + name, linear, masks[f"{name}.weight"], seed)
+            for name, linear in self._targets(linears)
+            if self.adapters
+        ]
+        if self.head:
+            head: Any = root.get_output_embeddings()  # type: ignore[operator]
+            adapters.append(HEAD.attach("head", head, BitMask.of(head.weight.data), seed))
+        tensors = _selected(self, root)
+        if not tensors and not adapters:
+            raise ValueError(
+                f"{self!r} selects nothing: {type(root).__name__} has no such parameter. LLaMA has no biases, for "
+                "example; select norms or adapters."
+            )
+        return Attached(root, tensors, adapters, masks, required)
+
+    def _targets(self, linears: Mapping[str, nn.Linear]) -> Iterator[tuple[str, nn.Linear]]:
+        wanted = self.adapters.targets if self.adapters else None
+        known = {part for name in linears for part in (name.rsplit(".", 1)[-1], ".".join(name.split(".")[-2:]))}
+        for target in wanted or ():
+            if target not in known:
+                raise ValueError(unknown("projection", target, known))
+        for name, linear in linears.items():
+            if wanted is None or any(f".{name}".endswith(f".{target}") for target in wanted):
+                yield name, linear
+
+
+@dataclass
+class Attached:
+    """The trained tensors of `root`, in float32, by name; over with `merge` or `detach`, whichever comes first.
+
+    `masks` are the survivors of the blocks' matrices when training started; `required` the gradient flags before it.
+    `parameters` counts the model's, a tied head once, and the adapters'.
+    """
+
+    root: nn.Module
+    tensors: dict[str, nn.Parameter]
+    adapters: list[Adapter]
+    masks: dict[str, BitMask]
+    required: dict[nn.Parameter, bool]
+    untied: bool = False
+    _dtypes: dict[nn.Parameter, torch.dtype] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.parameters = sum(p.numel() for p in self.required)
+        self._matrices = {name: self.root.get_parameter(name) for name in self.masks}
+        self._dtypes = {p: p.dtype for p in self.tensors.values()}
+        for p in self.required:
+            p.requires_grad_(p in self._dtypes)
+        for p in self._dtypes:
+            p.data = p.data.float()
+        for adapter in self.adapters:
+            _replace(self.root, adapter.linear, adapter.module)
+            self.tensors |= {f"{adapter.name}.A": adapter.a, f"{adapter.name}.B": adapter.b}
+            self.parameters += adapter.a.numel() + adapter.b.numel()
+
+    @property
+    def trained(self) -> int:
+        return sum(p.numel() for p in self.tensors.values())
+
+    @property
+    def share(self) -> float:
+        """Trained parameters as a share of all."""
+        return self.trained / self.parameters
+
+    @property
+    def sparsity(self) -> float:
+        """The zeros' share of the blocks' matrices."""
+        zeros = sum(int((p.detach() == 0).sum()) for p in self._matrices.values())
+        return zeros / sum(p.numel() for p in self._matrices.values())
+
+    @property
+    def merges(self) -> bool:
+        return any(_merges(adapter) for adapter in self.adapters)
+
+    @property
+    def keeps_sparsity(self) -> bool:
+        """Whether pruned weights stay zero; plain LoRA that merges fills them."""
+        return all(a.kind.keeps_sparsity or a.kind is HEAD or not _merges(a) for a in self.adapters)
+
+    def mask_gradients(self) -> None:
+        """No gradient, hence no step, for pruned weights."""
+        for name, mask in self.masks.items():
+            gradient = self._matrices[name].grad
+            if gradient is not None:
+                mask.apply(gradient)
+
+    def lost_by_merging(self) -> float:
+        """|s BA . (1 - M)| / |s BA|: what LoRA-Prune trains and merging drops, over all its matrices."""
+        sizes = [adapter.dropped() for adapter in self.adapters if adapter.kind is not HEAD]
+        lost, whole = (sum(size[which] for size in sizes) for which in (0, 1))
+        return (lost / whole) ** 0.5 if whole else 0.0
+
+    def merge(self) -> None:
+        """Adapters into their matrices, dtypes and gradient flags as before; plain LoRA stays unless it is to merge.
+
+        Raises AssertionError if a weight that was pruned is not zero.
+        """
+        for adapter in self.adapters:
+            if adapter.kind is HEAD:
+                self._untie(adapter.linear)
+            if _merges(adapter):
+                adapter.merge()
+                _replace(self.root, adapter.module, adapter.linear)
+        self._restore()
+        if self.keeps_sparsity:
+            for name, mask in self.masks.items():
+                mask.check(name, self._matrices[name])
+
+    def detach(self) -> None:
+        """Without merging: what the adapters learned is lost."""
+        for adapter in self.adapters:
+            _replace(self.root, adapter.module, adapter.linear)
+        self._restore()
+
+    def _untie(self, head: nn.Linear) -> None:
+        """Give a tied head its own weight: what is merged into it must not reach the embeddings."""
+        embeddings = [m.weight for m in self.root.modules() if isinstance(m, nn.Embedding)]
+        if any(head.weight is weight for weight in embeddings):
+            head.weight = nn.Parameter(head.weight.data.clone())
+            model: Any = self.root
+            model.config.tie_word_embeddings = False
+            model.all_tied_weights_keys = {}
+            self.untied = True
+
+    def _restore(self) -> None:
+        for p, dtype in self._dtypes.items():
+            p.data = p.data.to(dtype)
+        for p, required in self.required.items():
+            p.requires_grad_(required)
+            p.grad = None
+
+
+def _merges(adapter: Adapter) -> bool:
+    return getattr(adapter.kind, "merge", True)
+
+
+def _selected(wanted: Trainable, root: nn.Module) -> dict[str, nn.Parameter]:
+    """By name, each once.  A norm is known by its one-dimensional weight."""
+    chosen: set[nn.Parameter] = set()
+    for module in root.modules():
+        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+        norm = isinstance(weight, nn.Parameter) and weight.ndim == 1
+        if isinstance(bias, nn.Parameter) and (wanted.biases or (wanted.norms and norm)):
+            chosen.add(bias)
+        linear = isinstance(module, nn.Linear)
+        if isinstance(weight, nn.Parameter) and ((wanted.norms and norm) or (wanted.weights and linear)):
+            chosen.add(weight)
+    embeddings: set[Any] = {module.weight for module in root.modules() if isinstance(module, nn.Embedding)}
+    chosen = chosen | embeddings if wanted.embeddings else chosen - embeddings
+    return {name: p for name, p in root.named_parameters() if p in chosen}
+
+
+def _replace(root: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    name = next(name for name, module in root.named_modules() if module is old)
+    parent, _, leaf = name.rpartition(".")
+    setattr(root.get_submodule(parent), leaf, new)
