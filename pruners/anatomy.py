@@ -52,6 +52,16 @@ OPT = Family(
     outward="fc2",
 )
 FAMILIES = {"llama": LLAMA, "mistral": LLAMA, "opt": OPT}
+FAMILIES |= {f"pruned_{name}": kind for name, kind in FAMILIES.items()}  # what pruners.checkpoint saves
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one unit takes of a projection: `size` consecutive rows with their biases, or as many columns."""
+
+    projection: str
+    size: int
+    rows: bool
 
 
 @dataclass(frozen=True)
@@ -84,6 +94,52 @@ class Block:
     def head_dim(self) -> int:
         """Width of one head, in channels."""
         return self.attention.head_dim
+
+    @property
+    def heads(self) -> int:
+        """Query heads."""
+        return self.linear(self.family.query).out_features // self.head_dim
+
+    @property
+    def kv_heads(self) -> int:
+        return self.linear(self.family.key).out_features // self.head_dim
+
+    @property
+    def channels(self) -> int:
+        """Neurons of the MLP."""
+        return self.linear(self.family.outward).in_features
+
+    @property
+    def parts(self) -> dict[str, tuple[Part, ...]]:
+        """What structured pruning removes as one: a KV head with its query heads; a neuron of the MLP."""
+        family, width = self.family, self.head_dim
+        if self.kv_heads and self.heads % self.kv_heads:
+            raise ValueError(
+                f"{self.name} shares {self.kv_heads} KV heads among {self.heads} query heads, which does not divide; "
+                "structured pruning needs the same number of query heads for every KV head."
+            )
+        queries = width * (self.heads // max(self.kv_heads, 1))
+        return {
+            "attention": (
+                Part(family.query, queries, rows=True),
+                Part(family.key, width, rows=True),
+                Part(family.value, width, rows=True),
+                Part(family.output, queries, rows=False),
+            ),
+            "mlp": (*(Part(name, 1, rows=True) for name in family.inward), Part(family.outward, 1, rows=False)),
+        }
+
+    def units(self, kind: str) -> int:
+        """How many units of that kind (`attention` or `mlp`) the block has."""
+        return {"attention": self.kv_heads, "mlp": self.channels}[kind]
+
+    def unit_cost(self, kind: str) -> int:
+        """Parameters that one unit holds: its rows, columns and biases."""
+        cost = 0
+        for part in self.parts[kind]:
+            linear = self.linear(part.projection)
+            cost += part.size * (linear.in_features + (linear.bias is not None) if part.rows else linear.out_features)
+        return cost
 
 
 def family(model: nn.Module) -> Family:

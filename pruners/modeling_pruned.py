@@ -1,0 +1,215 @@
+"""LLaMA, Mistral and OPT models whose blocks have widths of their own, as structured pruning leaves them.
+
+A model folder with a copy of this file opens by `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`.
+It needs torch and transformers (5.20 or newer) and nothing else.
+"""
+
+import json
+from contextlib import contextmanager
+from pathlib import Path
+from typing import ClassVar
+
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, OPTConfig, OPTForCausalLM
+
+FORMAT = 1
+
+
+class NoAttention(nn.Module):
+    """What is left of attention without heads: the bias of its output projection.
+
+    The cache counts tokens in the first block, so a block without keys leaves a placeholder of one number a token.
+    """
+
+    def __init__(self, attention: nn.Module, output: str):
+        super().__init__()
+        self.config, self.layer_idx, self.head_dim = attention.config, attention.layer_idx, attention.head_dim
+        self.output = output
+        for name, child in attention.named_children():
+            self.add_module(name, child)
+
+    def forward(self, hidden_states, past_key_values=None, **kwargs):
+        if past_key_values is not None:
+            batch, length, _ = hidden_states.shape
+            placeholder = hidden_states.new_zeros(batch, 1, length, 1)
+            past_key_values.update(placeholder, placeholder, self.layer_idx)
+        return self.get_submodule(self.output)(hidden_states[..., :0]), None
+
+
+def settle(block, output, heads, kv_heads, head_dim, channels):
+    """Set every attribute from which a block's forward pass takes a width; `output` names attention's last projection.
+
+    Without heads, attention gives way to its output bias.
+    """
+    attention = block.self_attn
+    attention.head_dim, attention.scaling = head_dim, head_dim**-0.5
+    for name, width in {"num_heads": heads, "num_key_value_groups": heads // max(kv_heads, 1)}.items():
+        if hasattr(attention, name):
+            setattr(attention, name, width)
+    if hasattr(block, "mlp"):
+        block.mlp.intermediate_size = channels
+    if heads == 0 and not isinstance(attention, NoAttention):
+        block.self_attn = NoAttention(attention, output)
+
+
+class WidthsPerBlock:
+    """Of a configuration: `blocks` holds heads, kv_heads, channels and the names of biased projections, per block."""
+
+    blocks: list[dict] | None
+    num_hidden_layers: int
+    pruned_format: int
+
+    def __post_init__(self, **kwargs):
+        if self.pruned_format > FORMAT:
+            raise ValueError(
+                f"This pruned model was saved in format {self.pruned_format} and this code reads up to {FORMAT}; "
+                "update the code that opens it."
+            )
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+        if self.blocks is not None and len(self.blocks) != self.num_hidden_layers:
+            raise ValueError(
+                f"config.json describes {len(self.blocks)} blocks and says num_hidden_layers is "
+                f"{self.num_hidden_layers}; it was edited or belongs to another model."
+            )
+
+    def validate_architecture(self):
+        """Dense models tie hidden_size to the number of heads; pruned ones do not."""
+
+
+@strict
+class PrunedLlamaConfig(WidthsPerBlock, LlamaConfig):
+    model_type = "pruned_llama"
+    blocks: list[dict] | None = None
+    pruned_format: int = FORMAT
+
+
+@strict
+class PrunedMistralConfig(WidthsPerBlock, MistralConfig):
+    model_type = "pruned_mistral"
+    blocks: list[dict] | None = None
+    pruned_format: int = FORMAT
+
+
+@strict
+class PrunedOPTConfig(WidthsPerBlock, OPTConfig):
+    model_type = "pruned_opt"
+    blocks: list[dict] | None = None
+    head_dim: int | None = None
+    pruned_format: int = FORMAT
+
+
+class PrunedModel(nn.Module):
+    """Of a model: the dense architecture, then every projection of every block made anew in its own width."""
+
+    blocks_at = "model.layers"
+    output = "self_attn.o_proj"
+    rows: ClassVar[dict[str, str]] = {
+        "self_attn.q_proj": "heads",
+        "self_attn.k_proj": "kv_heads",
+        "self_attn.v_proj": "kv_heads",
+        "mlp.gate_proj": "channels",
+        "mlp.up_proj": "channels",
+    }
+    columns: ClassVar[dict[str, str]] = {"self_attn.o_proj": "heads", "mlp.down_proj": "channels"}
+
+    def __init__(self, config, *args, **kwargs):
+        if config.blocks is None:
+            raise ValueError(f"A {config.model_type} configuration needs `blocks`, the widths of every block.")
+        with _narrow(config):
+            super().__init__(config, *args, **kwargs)
+        stack = self.get_submodule(self.blocks_at)
+        for block, widths in zip(stack.children(), config.blocks, strict=True):
+            self._fit(block, widths, config)
+
+    def _fit(self, block, widths, config):
+        heads, kv_heads, channels = (widths[name] for name in ("heads", "kv_heads", "channels"))
+        sizes = {"heads": heads * config.head_dim, "kv_heads": kv_heads * config.head_dim, "channels": channels}
+        for name in (*self.rows, *self.columns):
+            dense = block.get_submodule(name).weight
+            linear = nn.Linear(1, 1, bias=name in widths["biases"], device=dense.device, dtype=dense.dtype)
+            out_features = sizes[self.rows[name]] if name in self.rows else config.hidden_size
+            in_features = sizes[self.columns[name]] if name in self.columns else config.hidden_size
+            resize(linear, out_features, in_features)
+            block.set_submodule(name, linear)
+        settle(block, self.output.removeprefix("self_attn."), heads, kv_heads, config.head_dim, channels)
+
+    @classmethod
+    def from_pretrained(cls, folder, *args, output_loading_info=False, **kwargs):
+        check_shards(folder)
+        kwargs["ignore_mismatched_sizes"] = True  # told apart below, in one sentence
+        model, info = super().from_pretrained(folder, *args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        check_complete(folder, info)
+        return (model, info) if output_loading_info else model
+
+
+def resize(linear, out_features, in_features):
+    """Give a linear layer other widths and new, zero weights."""
+    linear.out_features, linear.in_features = out_features, in_features
+    linear.weight = nn.Parameter(linear.weight.new_zeros(out_features, in_features))
+    if linear.bias is not None:
+        linear.bias = nn.Parameter(linear.bias.new_zeros(out_features))
+
+
+class PrunedLlamaForCausalLM(PrunedModel, LlamaForCausalLM):  # type: ignore[misc]
+    config_class = PrunedLlamaConfig
+
+
+class PrunedMistralForCausalLM(PrunedModel, MistralForCausalLM):  # type: ignore[misc]
+    config_class = PrunedMistralConfig
+
+
+class PrunedOPTForCausalLM(PrunedModel, OPTForCausalLM):  # type: ignore[misc]
+    config_class = PrunedOPTConfig
+    blocks_at = "model.decoder.layers"
+    output = "self_attn.out_proj"
+    rows: ClassVar[dict[str, str]] = {
+        "self_attn.q_proj": "heads",
+        "self_attn.k_proj": "kv_heads",
+        "self_attn.v_proj": "kv_heads",
+        "fc1": "channels",
+    }
+    columns: ClassVar[dict[str, str]] = {"self_attn.out_proj": "heads", "fc2": "channels"}
+
+
+def check_complete(folder, info):
+    """ValueError where weights and configuration disagree: transformers would make up or ignore such weights."""
+    found = {
+        "lack": set(info["missing_keys"]),
+        "have no place for": {key for key in info["unexpected_keys"] if key.endswith((".weight", ".bias"))},
+        "have other shapes for": {key for key, *_ in info["mismatched_keys"]},
+    }
+    for verdict, keys in found.items():
+        if keys:
+            what = "the weights" if verdict == "lack" else "the configuration's tensors"
+            raise ValueError(
+                f"The weights of {folder} do not fit its config.json: they {verdict} {len(keys)} tensors, e.g. "
+                f"{min(keys)}. One of the two was edited, or {what} did not arrive whole; save or fetch them again."
+            )
+
+
+def check_shards(folder):
+    """FileNotFoundError, by name, for weight files that a local folder's index names and that are not there."""
+    index = Path(folder) / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    named = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    missing = [name for name in named if not (index.parent / name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{folder} lacks {len(missing)} of its {len(named)} weight files, e.g. {missing[0]}; copy it there."
+        )
+
+
+@contextmanager
+def _narrow(config):
+    """Widths of one for a while: what is built with them is replaced at once."""
+    widths = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "ffn_dim")
+    kept = {name: getattr(config, name) for name in widths if hasattr(config, name)}
+    for name in kept:
+        setattr(config, name, 1)
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(config, name, value)
