@@ -18,11 +18,11 @@ EXIT_FAILED, EXIT_USAGE = 1, 2
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status: 0 all well, 1 something failed, 2 asked for something unknown."""
     asked = parser().parse_args(arguments)
-    from experiments.failures import sentence  # torch takes seconds to import; --help should not
-
-    try:
+    try:  # commands import what they need: torch takes seconds, and --help should not
         asked.command(asked)
     except Exception as error:  # noqa: BLE001  (the one place where an error becomes a sentence and an exit status)
+        from experiments.failures import sentence
+
         if asked.debug:
             traceback.print_exc()
         print(sentence(error), file=sys.stderr)

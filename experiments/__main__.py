@@ -26,14 +26,14 @@ EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status: 0 all well, 1 something failed, 2 asked for something unknown, 130 interrupted."""
     asked = parser().parse_args(arguments)
-    from experiments.failures import sentence  # torch and transformers take seconds to import; --help should not
-
-    try:
+    try:  # commands import what they need: torch takes seconds, and --help should not
         return int(asked.command(asked))
     except KeyboardInterrupt:
         print("Stopped. Finished cells are kept; the same command continues with the others.", file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception as error:  # noqa: BLE001  (the one place where an error becomes a sentence and an exit status)
+        from experiments.failures import sentence
+
         if asked.debug:
             traceback.print_exc()
         print(sentence(error), file=sys.stderr)

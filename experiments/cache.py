@@ -71,8 +71,18 @@ def _computed(path: Path, compute: Callable[[], Statistics]) -> Statistics:
         leftover.unlink()
     _make_room(path.parent, limit - size)
     with files.replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"sha256": _checksum(tensors)})
+        _save(tensors, temporary, path)
     return tensors
+
+
+def _save(tensors: Statistics, temporary: Path, path: Path) -> None:
+    try:
+        save_file(tensors, temporary, metadata={"sha256": _checksum(tensors)})
+    except SafetensorError as error:  # how it reports a full disk
+        raise files.StorageError(
+            f"Cannot write {path}: {error}; free some space on that disk, choose another folder with --results, or "
+            f"set {LIMIT_VARIABLE}=0 to keep no statistics."
+        ) from error
 
 
 def _read(path: Path) -> Statistics | None:

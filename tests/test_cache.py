@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_table import full_disk
 from torch.testing import assert_close
 
-from experiments import cache
+from experiments import cache, files
 
 KEY = {"model": "m", "statistics": "norms"}
 
@@ -84,6 +85,12 @@ def test_what_is_larger_than_the_cache_is_used_but_not_kept(tmp_path, monkeypatc
     assert cache.statistics(tmp_path, KEY, Counted())
     assert not list(cache.folder(tmp_path).glob("*.safetensors"))
     assert cache.LIMIT_VARIABLE in caplog.text
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path):
+    with full_disk(), pytest.raises(files.StorageError, match=r"Cannot write .*PRUNING_CACHE_GB=0"):
+        cache.statistics(tmp_path, KEY, Counted())
+    assert [path.suffix for path in cache.folder(tmp_path).iterdir()] == [".lock"]
 
 
 def test_a_limit_that_is_no_number_is_refused(tmp_path, monkeypatch):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import resource
-import signal
 from pathlib import Path
 
 import pytest
@@ -91,15 +89,8 @@ def test_a_file_that_cannot_be_trusted_is_kept_aside_when_its_cell_runs_again(pa
 
 def test_a_full_disk_leaves_the_old_record_and_nothing_half_written(path, tmp_path):
     before = path.read_bytes()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200, hard))
-    try:
-        with pytest.raises(files.StorageError, match=r"Cannot write .*file too large.*--results"):
-            records.write(small.record(RUN), tmp_path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, handler)
+    with small.full_disk(), pytest.raises(files.StorageError, match=r"Cannot write .*file too large.*--results"):
+        records.write(small.record(RUN), tmp_path)
     assert path.read_bytes() == before
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
