@@ -59,8 +59,14 @@ def ordered(found: Sequence[Cell]) -> list[Cell]:
     first: dict[Any, int] = {}
     for index, cell in enumerate(found):
         first.setdefault(cell.run.model, index)
-        first.setdefault(_sharing(cell), index)
-    return sorted(found, key=lambda cell: (first[cell.run.model], first[_sharing(cell)]))
+        first.setdefault(sharing(cell), index)
+    return sorted(found, key=lambda cell: (first[cell.run.model], first[sharing(cell)]))
+
+
+def sharing(cell: Cell) -> str:
+    """Equal for cells that share the dense model's statistics."""
+    spec, key = cell.run.spec(), cell.run.method.statistics_key if cell.run.method is not None else None
+    return digest({"statistics": key, **{k: spec[k] for k in ("model", "dtype", "windows")}}) if key else cell.id
 
 
 def _identity(model: str) -> dict[str, str]:
@@ -69,11 +75,6 @@ def _identity(model: str) -> dict[str, str]:
     except ValueError as error:
         raise LookupError(str(error)) from error
     return models.identity(model)
-
-
-def _sharing(cell: Cell) -> str:
-    key = cell.run.method.statistics_key if cell.run.method is not None else None
-    return digest({"statistics": key, "model": cell.run.model}) if key else cell.id
 
 
 def _refuse_unknown(kind: str, asked: Iterable[str], known: set[str]) -> None:
