@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pruners
@@ -130,7 +131,7 @@ class Run:
     def spec(self, identity: dict[str, Any] | None = None) -> dict[str, Any]:
         """Every field that can move the number, as plain JSON values."""
         return {
-            "model": {"name": self.model, **(identity or {})},
+            "model": {"name": Path(self.model).name, **(identity or {})},  # where a folder lies moves nothing
             "method": describe(self.method),
             "windows": asdict(self.windows) if self.windows and needs_windows(self.method) else None,
             "measures": [describe(measure) for measure in self.measures],
