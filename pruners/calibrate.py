@@ -138,7 +138,7 @@ def gradients(
     with ExitStack() as stack:
         stack.enter_context(_only_trainable(model, weights))
         if checkpointing:
-            stack.enter_context(_checkpointed(model))
+            stack.enter_context(checkpointed(model))
         for name, weight in weights.items():
             stack.callback(weight.register_post_accumulate_grad_hook(partial(handle, name)).remove)
         batches = windows.split(batch_size)
@@ -281,9 +281,9 @@ def _only_trainable(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator
 
 
 @contextmanager
-def _checkpointed(model: nn.Module) -> Iterator[None]:
+def checkpointed(model: nn.Module) -> Iterator[None]:
     """Blocks recompute their activations during backward (transformers' own switch works in training mode only)."""
-    modules = [block.module for block in anatomy.blocks(model)]
+    modules = list(model.get_submodule(anatomy.family(model).blocks).children())
     for module in modules:
         module.forward = partial(checkpoint, module.forward, use_reentrant=False)
     try:

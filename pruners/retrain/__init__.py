@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pruners.retrain.adapters import LoRA, LoRAPrune, MaskLoRA, ScaleLoRA
+from pruners.retrain.finetune import Diverged, Retrained, finetune
 from pruners.retrain.trainable import Trainable
 
-__all__ = ["LoRA", "LoRAPrune", "MaskLoRA", "ScaleLoRA", "Trainable"]
+__all__ = ["Diverged", "LoRA", "LoRAPrune", "MaskLoRA", "Retrained", "ScaleLoRA", "Trainable", "finetune"]

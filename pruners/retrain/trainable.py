@@ -14,7 +14,7 @@ from torch import nn
 
 from pruners import anatomy
 from pruners.anatomy import Block
-from pruners.retrain.adapters import Adapter, LoRA, LowRank
+from pruners.retrain.adapters import Adapter, LoRA, LoRAPrune, LowRank
 from pruners.retrain.masks import BitMask
 from pruners.suggest import unknown
 
@@ -154,8 +154,8 @@ class Attached:
                 mask.apply(gradient)
 
     def lost_by_merging(self) -> float:
-        """|s BA . (1 - M)| / |s BA|: what LoRA-Prune trains and merging drops, over all its matrices."""
-        sizes = [adapter.dropped() for adapter in self.adapters if adapter.kind is not HEAD]
+        """|s BA . (1 - M)| / |s BA|: what LoRA-Prune trains and merging drops; 0 for the other kinds."""
+        sizes = [adapter.dropped() for adapter in self.adapters if isinstance(adapter.kind, LoRAPrune)]
         lost, whole = (sum(size[which] for size in sizes) for which in (0, 1))
         return (lost / whole) ** 0.5 if whole else 0.0
 

@@ -1,0 +1,88 @@
+"""Examples in the order in which they are trained on, and as padded batches."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+IGNORED = -100  # a label that carries no loss
+
+
+class Batches:
+    """Examples of tokens and labels, shuffled anew by `seed` every time they have all been seen.
+
+    `examples` are windows [count, length], or records with `input_ids` and, where not every token is to be predicted,
+    `labels` (-100: no loss).  Raises ValueError for examples that are absent, too short or not the model's.
+    """
+
+    def __init__(self, examples: Any, batch_size: int, seed: int, config: Any) -> None:
+        self.examples = [_tokens_and_labels(example) for example in examples]
+        self.batch_size, self.seed = batch_size, seed
+        if not self.examples:
+            raise ValueError("Retraining needs text; got no example.")
+        for index, (tokens, labels) in enumerate(self.examples):
+            _check(index, tokens, labels, config)
+        self._epoch, self._order = -1, torch.empty(0)
+
+    def indices(self, step: int) -> list[int]:
+        """The examples of a step, whatever was asked for before."""
+        places = range(step * self.batch_size, (step + 1) * self.batch_size)
+        return [self._at(place) for place in places]
+
+    def predicted(self, indices: Sequence[int]) -> int:
+        """Tokens of these examples that carry loss."""
+        return sum(int((self.examples[index][1][1:] != IGNORED).sum()) for index in indices)
+
+    def collated(self, indices: Sequence[int], device: torch.device) -> dict[str, Tensor]:
+        """Padded on the right to the longest; a mask only where there is padding."""
+        tokens, labels = zip(*(self.examples[index] for index in indices), strict=True)
+        batch = {"input_ids": _padded(tokens, 0), "labels": _padded(labels, IGNORED)}
+        if len({len(row) for row in tokens}) > 1:
+            batch["attention_mask"] = _padded([torch.ones_like(row) for row in tokens], 0)
+        return {name: tensor.to(device) for name, tensor in batch.items()}
+
+    def digest(self) -> str:
+        total = hashlib.sha256()
+        for tokens, labels in self.examples:
+            total.update(tokens.numpy().tobytes() + b"|" + labels.numpy().tobytes() + b"\n")
+        return total.hexdigest()
+
+    def _at(self, place: int) -> int:
+        epoch, position = divmod(place, len(self.examples))
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(self.seed + epoch)
+            self._epoch, self._order = epoch, torch.randperm(len(self.examples), generator=generator)
+        return int(self._order[position])
+
+
+def _tokens_and_labels(example: Any) -> tuple[Tensor, Tensor]:
+    if isinstance(example, Tensor):
+        return example.cpu(), example.cpu()
+    tokens = torch.as_tensor(example["input_ids"], dtype=torch.long)
+    return tokens, torch.as_tensor(example.get("labels", example["input_ids"]), dtype=torch.long)
+
+
+def _check(index: int, tokens: Tensor, labels: Tensor, config: Any) -> None:
+    if len(tokens) != len(labels):
+        raise ValueError(f"Example {index} has {len(tokens)} tokens and {len(labels)} labels; they go together.")
+    if len(tokens) < 2 or (labels[1:] == IGNORED).all():
+        raise ValueError(f"Example {index} is too short: in its {len(tokens)} tokens there is nothing to predict.")
+    if len(tokens) > config.max_position_embeddings:
+        raise ValueError(
+            f"Example {index} of {len(tokens)} tokens is longer than the model's {config.max_position_embeddings} "
+            "positions; cut it."
+        )
+    if int(tokens.max()) >= config.vocab_size:
+        raise ValueError(
+            f"Token {int(tokens.max())} of example {index} is outside the model's vocabulary of {config.vocab_size}: "
+            "it was made with another model's tokenizer."
+        )
+
+
+def _padded(rows: Sequence[Tensor], value: int) -> Tensor:
+    return pad_sequence(list(rows), batch_first=True, padding_value=value)

@@ -1,0 +1,235 @@
+"""The training loop: next-token loss on what `Trainable` selects, AdamW without decay of weights, clipped gradients.
+
+It stands in for transformers.Trainer, whose checkpoints are pickles and hold the frozen weights too: here a killed run
+resumes from one small safetensors file and ends with the same bits, on a CPU, as one that was not killed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import time
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from pruners import calibrate
+from pruners.calibrate import Progress
+from pruners.retrain import state
+from pruners.retrain.batches import Batches
+from pruners.retrain.peers import Peers
+from pruners.retrain.schedule import Schedule, autocast, precision_for
+from pruners.retrain.trainable import Attached, Trainable
+
+log = logging.getLogger(__name__)
+SMOOTHED = 10  # steps whose mean loss is compared when looking for divergence
+
+
+class Diverged(ArithmeticError):  # noqa: N818  (what happened, in one word)
+    """The loss is not finite or keeps rising; the model is left as it was at the last checkpoint."""
+
+
+@dataclass
+class Retrained:
+    """What a retraining did.  `share` is of all parameters, adapters included; `losses` are by step, in nats a token.
+
+    `merging` is the loss on the last batch, without dropout, before and after adapters were merged;
+    `lost_by_merging` is LoRA-Prune's |s BA . (1 - M)| / |s BA|, 0 for exact merges.
+    """
+
+    trainable: str
+    trained: int
+    parameters: int
+    share: float
+    sparsity_before: float
+    sparsity: float = 0.0
+    losses: list[float] = field(default_factory=list)
+    tokens: int = 0
+    seconds: float = 0.0
+    resumed_at: int = 0
+    merging: tuple[float, float] | None = None
+    lost_by_merging: float = 0.0
+    untied: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return (
+            f"{100 * self.share:.3f} % trained, loss {self.losses[0]:.3f} to {self.losses[-1]:.3f} in "
+            f"{len(self.losses)} steps, {self.tokens / self.seconds:.0f} tokens/s; sparsity {self.sparsity_before:.4f} "
+            f"to {self.sparsity:.4f}"
+        )
+
+
+def finetune(
+    model: PreTrainedModel,
+    trainable: Trainable,
+    examples: Any,
+    *,
+    steps: int,
+    learning_rate: float,
+    batch_size: int = 2,
+    warmup: float = 0.1,
+    clip: float = 1.0,
+    seed: int = 0,
+    micro_batch_size: int | None = None,
+    precision: str | None = None,
+    checkpointing: bool = False,
+    folder: Path | None = None,
+    save_every: int = 100,
+    progress: Progress | None = None,
+) -> Retrained:
+    """Train `model` in place and merge the adapters.
+
+    `examples` are packed windows [count, length], or records of `input_ids` and `labels`; a step takes `batch_size` of
+    them, `micro_batch_size` at once.  `seed` shuffles them, starts the adapters and drops out.  With a `folder`, the
+    state is kept there every `save_every` steps and a killed run goes on from it.  Under torchrun the processes share
+    each batch.  Raises ValueError for examples, settings or checkpoints that do not fit, Diverged where the loss does.
+    """
+    schedule = Schedule(steps, learning_rate, batch_size, warmup)
+    batches = Batches(examples, batch_size, seed, model.config)
+    cast = precision_for(precision, model.dtype, model.device)
+    mark = state.fingerprint(model, schedule, trainable, clip, seed, cast, batches.digest()) if folder else ""
+    path = Path(folder) / "retrain.safetensors" if folder else None
+    attached = trainable.attach(model, seed)
+    report = Retrained(repr(trainable), attached.trained, attached.parameters, attached.share, attached.sparsity)
+    try:
+        loop = _Loop(model, attached, schedule, batches, clip, cast, micro_batch_size or batch_size, path, mark, report)
+        loop.run(save_every, checkpointing, progress)
+    except BaseException as error:
+        if not isinstance(error, Diverged):
+            attached.detach()
+        raise
+    loop.merge()
+    return report
+
+
+@dataclass
+class _Loop:
+    model: PreTrainedModel
+    attached: Attached
+    schedule: Schedule
+    batches: Batches
+    clip: float
+    precision: torch.dtype | None
+    micro_batch_size: int
+    path: Path | None
+    mark: str
+    report: Retrained
+
+    def __post_init__(self) -> None:
+        self.optimizer = self.schedule.optimizer(self.attached.tensors)
+        self.peers = Peers.here(self.model.device)
+        self.good: tuple[int, dict[str, torch.Tensor]] = (0, {})
+
+    def run(self, save_every: int, checkpointing: bool, progress: Progress | None) -> None:
+        self._resume()
+        training = self.model.training
+        with ExitStack() as stack:
+            stack.callback(self.model.train, training)
+            if checkpointing:
+                stack.enter_context(calibrate.checkpointed(self.model))
+            self.model.train()
+            for step in range(len(self.report.losses), self.schedule.steps):
+                if step % save_every == 0:
+                    self._keep(step)
+                self._step(step)
+                if progress:
+                    progress(step + 1, self.schedule.steps)
+            self._keep(self.schedule.steps)
+
+    def _step(self, step: int) -> None:
+        started = time.perf_counter()
+        indices = self.batches.indices(step)
+        loss = self._accumulate(step, indices)
+        tensors = list(self.attached.tensors.values())
+        self.peers.add_up(tensors, loss)
+        self.attached.mask_gradients()
+        norm = torch.nn.utils.clip_grad_norm_(tensors, self.clip)
+        self._refuse_divergence(step, float(loss), float(norm))
+        self.schedule.step(self.optimizer, step)
+        self.report.losses.append(float(loss))
+        self.report.tokens += sum(len(self.batches.examples[index][0]) for index in indices)
+        self.report.seconds += time.perf_counter() - started
+        if (step + 1) % max(1, self.schedule.steps // 10) == 0:
+            pace = self.report.tokens / self.report.seconds
+            log.info("step %d/%d: loss %.3f, %.0f tokens/s", step + 1, self.schedule.steps, float(loss), pace)
+
+    def _accumulate(self, step: int, indices: list[int]) -> torch.Tensor:
+        """Gradients of the batch's mean loss a token; returns that loss, this process's part."""
+        mine, tokens = self.peers.share(indices), self.batches.predicted(indices)
+        total = torch.zeros((), device=self.model.device)
+        devices = [self.model.device] if self.model.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):  # dropout: the same in a run that resumes here
+            torch.manual_seed(_mixed(self.batches.seed, step, self.peers.rank))
+            for start in range(0, len(mine), self.micro_batch_size):
+                loss = self._loss(mine[start : start + self.micro_batch_size], tokens)
+                loss.backward()
+                total += loss.detach()
+        return total
+
+    def _loss(self, indices: Any, tokens: int) -> torch.Tensor:
+        batch = self.batches.collated(indices, self.model.device)
+        with autocast(self.precision, self.model.device):
+            return self.model(**batch, use_cache=False, num_items_in_batch=tokens).loss
+
+    def _refuse_divergence(self, step: int, loss: float, norm: float) -> None:
+        losses = [*self.report.losses, loss]
+        first, last = losses[:SMOOTHED], losses[-SMOOTHED:]
+        rising = step >= 2 * SMOOTHED and sum(last) > 2 * sum(first) + SMOOTHED  # one nat a token more than double
+        if math.isfinite(loss) and math.isfinite(norm) and not rising:
+            return
+        step_kept, tensors = self.good
+        for name, p in self.attached.tensors.items():
+            p.data.copy_(tensors[name])
+        self.attached.merge()
+        raise Diverged(
+            f"Retraining diverged at step {step + 1} of {self.schedule.steps}: loss {loss:.4g} after {losses[0]:.4g} "
+            f"at the start, gradient norm {norm:.4g}, learning rate {self.schedule.learning_rate:g}. The model is left "
+            f"as it was after step {step_kept}; use a lower learning rate or a longer warm-up."
+        )
+
+    def _keep(self, step: int) -> None:
+        tensors = {name: p.detach().cpu().clone() for name, p in self.attached.tensors.items()}
+        self.good = (step, tensors)
+        if self.path and self.peers.rank == 0:
+            moments = state.of_optimizer(self.optimizer, self.attached.tensors)
+            about = {name: getattr(self.report, name) for name in ("losses", "tokens", "seconds")}
+            state.save(self.path, {**tensors, **moments}, {"fingerprint": self.mark, "step": step, **about})
+        self.peers.wait()
+
+    def _resume(self) -> None:
+        if self.path and self.path.exists():
+            saved, about = state.load(self.path, self.mark)
+            state.restore(self.optimizer, self.attached.tensors, saved, about["step"])
+            self.report.losses, self.report.tokens = about["losses"], about["tokens"]
+            self.report.seconds, self.report.resumed_at = about["seconds"], about["step"]
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        report, attached = self.report, self.attached
+        before = self._last_loss() if attached.merges else 0.0
+        report.lost_by_merging = attached.lost_by_merging()
+        attached.merge()
+        report.merging = (before, self._last_loss()) if attached.merges else None
+        report.sparsity, report.untied = attached.sparsity, attached.untied
+
+    def _last_loss(self) -> float:
+        indices = self.batches.indices(self.schedule.steps - 1)[: self.micro_batch_size]
+        training = self.model.training
+        self.model.eval()
+        try:
+            return float(self._loss(indices, self.batches.predicted(indices)))
+        finally:
+            self.model.train(training)
+
+
+def _mixed(*numbers: int) -> int:
+    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7], "big")

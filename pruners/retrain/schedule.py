@@ -1,0 +1,70 @@
+"""How long and how fast is trained, and in which number format."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+FORMATS = {"float32": None, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """`steps` of AdamW on `batch_size` examples each: warm-up from 0 to `learning_rate`, then linear decay to 0.
+
+    `warmup` is a share of the steps, or from 1 on their number.  Raises ValueError for values out of range.
+    """
+
+    steps: int
+    learning_rate: float
+    batch_size: int = 2
+    warmup: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch_size < 1 or not 0 < self.learning_rate < math.inf or self.warmup < 0:
+            raise ValueError(f"steps and batch_size start at 1, learning_rate is positive, warmup not negative: {self}")
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0; the first one is 0 where there is a warm-up."""
+        warm = self.warmup if self.warmup >= 1 else math.ceil(self.steps * self.warmup)
+        rising, falling = step / max(1, warm), (self.steps - step) / max(1, self.steps - warm)
+        return self.learning_rate * min(1.0, rising if step < warm else falling)
+
+    def optimizer(self, tensors: dict[str, nn.Parameter]) -> torch.optim.AdamW:
+        return torch.optim.AdamW(tensors.values(), lr=self.learning_rate, weight_decay=0.0)
+
+    def step(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Take a step at its rate and drop the gradients."""
+        for group in optimizer.param_groups:
+            group["lr"] = self.rate(step)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def precision_for(asked: str | None, model_dtype: torch.dtype, device: torch.device) -> torch.dtype | None:
+    """What matrix products run in: a dtype for autocast, or None for the model's own float32.
+
+    By default bfloat16 on a GPU that has it and for half-precision models.  Raises ValueError where a device lacks
+    bfloat16 that was asked for or that a half-precision model needs, since trained tensors are float32.
+    """
+    half = model_dtype in (torch.float16, torch.bfloat16)
+    capable = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    wanted = asked or ("bfloat16" if half or (device.type == "cuda" and capable) else "float32")
+    if wanted not in FORMATS:
+        raise ValueError(f"precision is {' or '.join(FORMATS)}; got {wanted!r}.")
+    if wanted == "bfloat16" and not capable:
+        raise ValueError(f"{device} has no bfloat16; load the model in float32 and train with precision='float32'.")
+    if wanted == "float32" and half:
+        raise ValueError(f"A model in {model_dtype} cannot train in float32; load it in float32, or drop precision.")
+    return FORMATS[wanted]
+
+
+@contextmanager
+def autocast(precision: torch.dtype | None, device: torch.device) -> Iterator[None]:
+    with torch.autocast(device.type, dtype=precision, enabled=precision is not None):
+        yield

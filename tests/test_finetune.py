@@ -1,0 +1,234 @@
+"""The training loop: what it keeps, that it resumes exactly, and that it says when it cannot go on."""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+import pruners
+from pruners.retrain import Diverged, LoRA, LoRAPrune, MaskLoRA, ScaleLoRA, Trainable, finetune
+from pruners.retrain.batches import Batches
+from pruners.retrain.peers import Peers
+from pruners.retrain.schedule import Schedule
+
+MASKED = {
+    "biases and norms": Trainable(biases=True, norms=True),
+    "MaskLoRA, norms and head": Trainable(norms=True, head=True, adapters=MaskLoRA(rank=4)),
+    "ScaleLoRA": Trainable(adapters=ScaleLoRA(rank=4)),
+    "LoRA-Prune": Trainable(adapters=LoRAPrune(rank=4)),
+    "embeddings": Trainable(embeddings=True),
+    "full": Trainable.full(),
+}
+PEFT = Trainable(biases=True, norms=True, adapters=MaskLoRA(rank=4))
+
+
+def pruned(kind: str, **method: object):
+    model = tiny(kind)
+    pruners.prune(model, pruners.Magnitude(**(method or {"sparsity": 0.5})))
+    return model
+
+
+def bits(model) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("what", MASKED)
+@pytest.mark.parametrize("method", [{"sparsity": 0.5}, {"pattern": "2:4"}], ids=["50 %", "2:4"])
+def test_the_loss_falls_and_sparsity_stays(kind, method, what, windows):
+    model = pruned(kind, **method)
+    gone = {name: p == 0 for name, p in model.named_parameters() if "_proj" in name and p.ndim == 2}
+    report = finetune(model, MASKED[what], windows, steps=50, learning_rate=5e-3, batch_size=3)
+    assert sum(report.losses[-5:]) < sum(report.losses[:5])
+    assert report.sparsity == report.sparsity_before
+    assert all((model.get_parameter(name)[zero] == 0).all() for name, zero in gone.items())
+
+
+def test_the_step_is_that_of_plain_adamw(windows):
+    model, reference = tiny("llama multi-head"), tiny("llama multi-head")
+    finetune(model, Trainable.full(), windows, steps=3, learning_rate=1e-3, batch_size=6, warmup=0)
+    optimizer = torch.optim.AdamW(reference.parameters(), weight_decay=0.0)
+    for step in range(3):
+        optimizer.param_groups[0]["lr"] = 1e-3 * (3 - step) / 3
+        reference(input_ids=windows, labels=windows).loss.backward()
+        torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert_close(bits(model), bits(reference))
+
+
+def test_warm_up_and_decay_are_linear():
+    rates = [Schedule(10, 1.0, warmup=0.2).rate(step) for step in range(10)]
+    assert_close(rates, [0.0, 0.5, 1.0, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
+    assert Schedule(10, 1.0, warmup=4).rate(2) == 0.5
+
+
+def test_every_example_comes_once_before_any_comes_again(windows):
+    batches = Batches(windows, 4, seed=0, config=tiny("opt").config)
+    seen = [index for step in range(3) for index in batches.indices(step)]
+    assert sorted(seen[:6]) == sorted(seen[6:]) == list(range(6))
+    assert batches.indices(1) == seen[4:8]
+
+
+@pytest.mark.parametrize(
+    "trainable",
+    [PEFT, Trainable.full(), Trainable(adapters=LoRA(rank=2, merge=True))],
+    ids=["MaskLoRA", "full", "LoRA"],
+)
+def test_a_killed_run_ends_with_the_same_bits(kind, trainable, windows, tmp_path):
+    asked = {"steps": 12, "learning_rate": 1e-3, "seed": 3, "save_every": 5}
+    whole, broken = pruned(kind), pruned(kind)
+    finetune(whole, trainable, windows, **asked)
+
+    def kill(done: int, total: int) -> None:
+        if done == 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(broken, trainable, windows, folder=tmp_path, progress=kill, **asked)
+    again = pruned(kind)
+    report = finetune(again, trainable, windows, folder=tmp_path, **asked)
+    assert report.resumed_at == 5
+    assert len(report.losses) == 12
+    assert all(torch.equal(a, b) for a, b in zip(bits(whole), bits(again), strict=True))
+
+
+def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused(windows, tmp_path):
+    asked = {"steps": 2, "learning_rate": 1e-3, "folder": tmp_path}
+    finetune(pruned("opt"), PEFT, windows, **asked)
+    for model, trainable in ((tiny("opt"), PEFT), (pruned("opt"), Trainable(norms=True))):
+        with pytest.raises(ValueError, match="belongs to another run"):
+            finetune(model, trainable, windows, **asked)
+    file = tmp_path / "retrain.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="is damaged"):
+        finetune(pruned("opt"), PEFT, windows, **asked)
+
+
+def test_a_checkpoint_holds_trained_tensors_and_their_moments_only(windows, tmp_path):
+    model = pruned("opt")
+    report = finetune(model, Trainable(biases=True), windows, steps=2, learning_rate=1e-3, folder=tmp_path)
+    assert (tmp_path / "retrain.safetensors").stat().st_size < 3 * 4 * report.trained + 20_000
+
+
+def test_accumulating_changes_no_loss(windows):
+    asked = {"steps": 4, "learning_rate": 1e-3, "batch_size": 6}
+    losses = [finetune(pruned("llama multi-head"), PEFT, windows, micro_batch_size=size, **asked).losses
+              for size in (6, 4, 1)]  # fmt: skip
+    assert_close(losses[1], losses[0])
+    assert_close(losses[2], losses[0])
+
+
+def test_checkpointing_changes_no_loss(windows):
+    asked = {"steps": 4, "learning_rate": 1e-3}
+    plain, checkpointed = (finetune(pruned("llama grouped-query"), PEFT, windows, checkpointing=on, **asked).losses
+                           for on in (False, True))  # fmt: skip
+    assert_close(plain, checkpointed)
+
+
+def test_padding_and_masked_labels_carry_no_loss(windows):
+    model = pruned("llama grouped-query")
+    long, short = windows[0].tolist(), windows[1, :9].tolist()
+    records = [{"input_ids": long, "labels": [-100] * 10 + long[10:]}, {"input_ids": short}]
+    with torch.no_grad():
+        by_hand = [
+            F.cross_entropy(model(torch.tensor([long])).logits[0, 9:-1], torch.tensor(long[10:]), reduction="sum"),
+            F.cross_entropy(model(torch.tensor([short])).logits[0, :-1], torch.tensor(short[1:]), reduction="sum"),
+        ]
+    report = finetune(model, PEFT, records, steps=1, learning_rate=1e-3)
+    assert report.losses[0] == pytest.approx(float(sum(by_hand)) / (6 + 8), rel=1e-5)
+
+
+def test_a_learning_rate_that_diverges_is_stopped_with_the_last_good_state(kind, windows):
+    model = pruned(kind)
+    before = bits(model)
+    with pytest.raises(Diverged, match=r"left as it was after step 0; use a lower learning rate"):
+        finetune(model, Trainable.full(), windows, steps=60, learning_rate=50.0)
+    assert all(torch.equal(a, b) for a, b in zip(before, bits(model), strict=True))
+
+
+def test_a_loss_that_is_not_finite_stops(windows):
+    model = tiny("llama multi-head")
+    model.lm_head.weight.data.fill_(math.inf)
+    with pytest.raises(Diverged, match="step 1 of 5: loss nan"):
+        finetune(model, Trainable(norms=True), windows, steps=5, learning_rate=1e-3)
+
+
+def test_a_half_precision_model_trains_and_stays_half_precision(kind, windows):
+    model = pruned(kind).bfloat16()
+    report = finetune(model, PEFT, windows, steps=30, learning_rate=5e-3)
+    assert sum(report.losses[-5:]) < sum(report.losses[:5])
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    with pytest.raises(ValueError, match="cannot train in float32"):
+        finetune(model, PEFT, windows, steps=1, learning_rate=1e-3, precision="float32")
+
+
+def test_the_global_generator_is_left_alone(windows):
+    state = torch.get_rng_state()
+    finetune(pruned("opt"), Trainable(adapters=LoRA(rank=2)), windows, steps=2, learning_rate=1e-3)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("examples", "says"),
+    [
+        (torch.empty(0, 16, dtype=torch.long), "got no example"),
+        (torch.zeros(1, 1, dtype=torch.long), "too short"),
+        (torch.zeros(1, 65, dtype=torch.long), "longer than the model's 64 positions"),
+        (torch.full((1, 8), 96), "outside the model's vocabulary of 96"),
+        ([{"input_ids": [3, 4, 5], "labels": [-100] * 3}], "nothing to predict"),
+        ([{"input_ids": [3, 4, 5], "labels": [3]}], "3 tokens and 1 labels"),
+    ],
+)
+def test_examples_that_do_not_fit_are_refused(examples, says):
+    with pytest.raises(ValueError, match=says):
+        finetune(tiny("opt"), PEFT, examples, steps=1, learning_rate=1e-3)
+
+
+TOGETHER = """
+import torch, pruners
+from pruners.retrain import MaskLoRA, Trainable, finetune
+from transformers import LlamaConfig, LlamaForCausalLM
+torch.manual_seed(0)
+model = LlamaForCausalLM(LlamaConfig(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                                     num_attention_heads=4, max_position_embeddings=64))
+pruners.prune(model, pruners.Magnitude(sparsity=0.5))
+windows = torch.randint(3, 96, (6, 16), generator=torch.Generator().manual_seed(1))
+what = Trainable(norms=True, adapters=MaskLoRA(rank=4))
+report = finetune(model, what, windows, steps=6, learning_rate=5e-3, batch_size=4)
+total = sum(float(p.detach().double().abs().sum()) for p in model.parameters())
+RESULT = [total, *report.losses]
+"""
+
+
+def test_two_processes_train_as_one_with_the_same_batch():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", TOGETHER + "print(*RESULT)"], env=environment | {"RANK": str(rank)},
+                         stdout=subprocess.PIPE, text=True)
+        for rank in (0, 1)
+    ]  # fmt: skip
+    alone: dict[str, Any] = {}
+    with torch.random.fork_rng():
+        exec(TOGETHER, alone)
+    together = [[float(value) for value in process.communicate(timeout=120)[0].split()] for process in ranks]
+    assert together[0] == together[1]
+    assert_close(together[0], alone["RESULT"])
+
+
+def test_a_batch_that_processes_cannot_share_is_refused():
+    with pytest.raises(ValueError, match="multiple of 2"):
+        Peers(0, 2).share([1, 2, 3])
+    assert Peers(1, 2).share([1, 2, 3, 4]) == [2, 4]
