@@ -46,7 +46,7 @@ def rows(table: Table, root: Path, model: str | None = None, dtype: str | None =
     done, broken = _newest(found.values()), _newest(failed.values())
     made = [
         Row(method, setting, run, done.get(_key(run.spec())), broken.get(_key(run.spec())))
-        for run, (method, setting) in zip(runs, labels(runs), strict=True)
+        for run, (method, setting) in zip(runs, labels(runs, table.label), strict=True)
     ]
     if all(row.state == "missing" for row in made):
         raise LookupError(_nothing(table, root, runs, found.values()))

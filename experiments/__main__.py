@@ -19,6 +19,7 @@ from tabulate import tabulate
 if TYPE_CHECKING:
     from experiments.cells import Cell
     from experiments.spec import Run
+    from experiments.watchers import Watcher
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -54,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     run.add_argument("--batch-size", type=_positive, default=8, help="windows at once; changes no number (default: 8)")
     run.add_argument("--data-dir", type=Path, help="local data sets (default: $PRUNING_DATA_DIR, otherwise the Hub)")
+    add_tracking(run)
     for command in (listing, show, run):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return top
@@ -66,6 +68,12 @@ def _add_selection(command: argparse.ArgumentParser) -> None:
     command.add_argument("--method", nargs="+", default=[], metavar="NAME", help="only these methods (or: dense)")
     command.add_argument("--only", nargs="+", default=[], metavar="ID|LABEL", help="only these cells")
     command.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="default: results")
+
+
+def add_tracking(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--wandb", nargs="?", const="llm-pruning", metavar="PROJECT", help="log cells to Weights & Biases as well"
+    )
 
 
 def _positive(text: str) -> int:
@@ -104,17 +112,26 @@ def _run(asked: argparse.Namespace) -> int:
     from experiments.run import Settings
 
     settings = Settings(asked.results, asked.device, asked.batch_size, asked.data_dir)
-    outcome = run_table(asked.table, _chosen(asked), settings)
+    outcome = run_table(asked.table, _chosen(asked), settings, _watchers(asked))
     counts = f"{len(outcome.done)} done now, {len(outcome.found)} before, {len(outcome.failed)} failed"
     print(f"{asked.table}: {counts}; python -m analysis table {asked.table}", file=sys.stderr)
     return EXIT_FAILED if outcome.failed else 0
+
+
+def _watchers(asked: argparse.Namespace) -> list[Watcher]:
+    if asked.wandb is None:
+        return []
+    from experiments.tracking import Wandb  # wandb takes a second to import
+
+    return [Wandb(asked.wandb, asked.table, asked.results)]
 
 
 def _chosen(asked: argparse.Namespace) -> list[Cell]:
     from experiments import cells, tables
 
     table = tables.find(asked.table)
-    return cells.choose(cells.cells(tables.runs(table, asked.model, asked.dtype)), asked.method, asked.only)
+    runs = tables.runs(table, asked.model, asked.dtype)
+    return cells.choose(cells.cells(runs, table.label), asked.method, asked.only)
 
 
 def _calibration(run: Run) -> str:

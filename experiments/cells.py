@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,10 +34,10 @@ class Cell:
         return passes * run.windows.count * run.windows.length
 
 
-def cells(runs: Sequence[Run]) -> list[Cell]:
-    """One cell per run; raises LookupError for a model nobody knows."""
+def cells(runs: Sequence[Run], label: Callable[[Run], tuple[str, str]] | None = None) -> list[Cell]:
+    """One cell per run, called as `label` says; raises LookupError for a model nobody knows."""
     identities = {name: _identity(name) for name in dict.fromkeys(run.model for run in runs)}
-    named = zip(runs, labels(runs), strict=True)
+    named = zip(runs, labels(runs, label), strict=True)
     return [Cell(run, run.id(identities[run.model]), full(label)) for run, label in named]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields
 from typing import Any
 
@@ -11,11 +11,14 @@ from experiments.spec import Run
 SETTINGS = ("sparsity", "pattern", "ratio")
 
 
-def labels(runs: Sequence[Run]) -> list[tuple[str, str]]:
-    """(method, setting) of every run.
+def labels(runs: Sequence[Run], label: Callable[[Run], tuple[str, str]] | None = None) -> list[tuple[str, str]]:
+    """(method, setting) of every run, in the words of `label` where a table has them.
 
-    A hyperparameter is named where it differs from its default or between the table's runs of the same method.
+    Otherwise a hyperparameter is named where it differs from its default or between the table's runs of the same
+    method.
     """
+    if label:
+        return [label(run) for run in runs]
     varying = _varying([run.method for run in runs if run.method is not None])
     return [(_method(run.method, varying), setting(run.method)) for run in runs]
 

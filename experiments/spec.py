@@ -146,7 +146,9 @@ class Run:
 class Table:
     """A paper's table: `run(method, *column)` for every row and column gives the cells (None: no such cell).
 
-    `published` names the CSV under `analysis/published` with the paper's values.
+    `published` names the paper's own table, e.g. `wanda: table 23, table 24`, in the CSV under `analysis/published`.
+    `label` gives a run the paper's words for its method and setting, by which its values find their cell.
+    `missing` says what the project lacks to run the table at all.
     """
 
     name: str
@@ -155,6 +157,8 @@ class Table:
     columns: tuple[tuple[Any, ...], ...]
     run: Callable[..., Run | None]
     published: str | None = None
+    label: Callable[[Run], tuple[str, str]] | None = None
+    missing: str = ""
 
     def runs(self, model: str | None = None) -> list[Run]:
         """The table's runs in reading order, each once; `model` asks for the same experiment on another model."""
