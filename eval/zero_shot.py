@@ -83,7 +83,7 @@ def zero_shot(
         raise ValueError(f"limit is the number of documents of each task, at least 1; got {limit}.")
     check_names(tasks)
     with _quiet():
-        loaded, missing = _load(tasks)
+        loaded, missing = load(tasks)
         store = AnswerStore(resume, fingerprint(model)) if resume else None
         scorer = Scorer(model, tokenizer, batch_size, store, progress)
         outcome = evaluate(scorer, {"tasks": loaded}, limit=limit, bootstrap_iters=0) if loaded else {}
@@ -117,12 +117,13 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in gzip.decompress(path.read_bytes()).decode().splitlines()]
 
 
-def _load(tasks: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Task], dict[str, str]]:
+def load(tasks: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Task], dict[str, str]]:
+    """lm-eval's task objects with their documents, asked without examples; and why others have no documents."""
     loaded: dict[str, Task] = {}
     missing: dict[str, str] = {}
     for name, changes in tasks.items():
         try:
-            loaded.update(_load_one(name, changes))
+            loaded.update(_load(name, changes))
         except UNAVAILABLE as error:
             missing[name] = f"{name}: its documents cannot be read: {' '.join(str(error).split())[:300]}"
     for task in loaded.values():
@@ -130,7 +131,7 @@ def _load(tasks: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Task], dict
     return loaded, missing
 
 
-def _load_one(name: str, changes: Mapping[str, Any]) -> dict[str, Task]:
+def _load(name: str, changes: Mapping[str, Any]) -> dict[str, Task]:
     """The task, or the tasks of a group; a group around a task is lm-eval's way to change its configuration."""
     config = task_manager().task_index[name].cfg or {}
     if config.get("output_type") != "multiple_choice":
