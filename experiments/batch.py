@@ -12,8 +12,9 @@ from filelock import FileLock, Timeout
 from experiments import failures, files, models, records
 from experiments.cells import Cell, ordered
 from experiments.progress import Board, duration
-from experiments.records import Record
+from experiments.records import Failure, Record
 from experiments.run import Settings, execute
+from experiments.watchers import Watcher, Watchers
 
 
 @dataclass
@@ -25,8 +26,8 @@ class Outcome:
     failed: list[str] = field(default_factory=list)
 
 
-def run_table(table: str, chosen: Sequence[Cell], settings: Settings) -> Outcome:
-    """Run the chosen cells that have no record; one that fails does not stop the others.
+def run_table(table: str, chosen: Sequence[Cell], settings: Settings, watchers: Sequence[Watcher] = ()) -> Outcome:
+    """Run the chosen cells that have no record; one that fails does not stop the others, nor does a watcher.
 
     Two processes may run the same table: each cell is done by one of them.  Raises StorageError before any work where
     the results folder cannot be written.
@@ -34,8 +35,9 @@ def run_table(table: str, chosen: Sequence[Cell], settings: Settings) -> Outcome
     files.check_writable(records.folder(settings.root, table))
     finished = records.load(settings.root, table)
     todo = ordered([cell for cell in chosen if cell.id not in finished])
-    with Board([cell.work for cell in todo], _pace(chosen, finished)) as board:
-        worker = _Worker(table, settings, board, Outcome([cell.label for cell in chosen if cell.id in finished]))
+    outcome, watcher = Outcome([cell.label for cell in chosen if cell.id in finished]), Watchers(watchers)
+    with Board([cell.work for cell in todo], _pace(chosen, finished), watcher) as board:
+        worker = _Worker(table, settings, board, outcome, watcher)
         busy = [cell for cell in todo if not worker.attempt(cell, wait=False)]
         for cell in busy:
             board.say(f"Waiting for another process that is at {cell.label}.")
@@ -49,6 +51,7 @@ class _Worker:
     settings: Settings
     board: Board
     outcome: Outcome
+    watcher: Watcher
 
     def attempt(self, cell: Cell, *, wait: bool) -> bool:
         """False if another process is at this cell."""
@@ -66,15 +69,17 @@ class _Worker:
     def _run(self, cell: Cell, resumed: int) -> None:
         started = time.monotonic()
         self.board.begin(cell.label)
+        self.watcher.started(cell, resumed)
         try:
             record = execute(cell.run, self.table, self.settings, self.board, resumed)
-            records.write(record, self.settings.root)
+            path = records.write(record, self.settings.root)
         except Exception as error:  # noqa: BLE001  (whatever it was, the other cells go on and the table shows it)
             self.outcome.failed.append(cell.label)
             self._keep_failure(cell, error)
             self.board.finish(cell.work, f"{cell.label}: failed: {failures.sentence(error)}")
         else:
             self.outcome.done.append(cell.label)
+            self.watcher.finished(record, path)
             seconds = time.monotonic() - started
             self.board.finish(cell.work, f"{cell.label}: {_headline(record)} in {duration(seconds)}")
 
@@ -92,7 +97,7 @@ class _Worker:
             marker.unlink()
 
     def _keep_failure(self, cell: Cell, error: Exception) -> None:
-        failure = records.Failure(
+        failure = Failure(
             id=cell.id,
             table=self.table,
             spec=cell.run.spec(models.identity(cell.run.model)),
@@ -100,6 +105,7 @@ class _Worker:
             traceback=failures.last_lines(error),
             at=records.now(),
         )
+        self.watcher.failed(failure)
         try:
             records.write_failure(failure, self.settings.root)
         except files.StorageError as second:

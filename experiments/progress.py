@@ -9,13 +9,21 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from experiments.watchers import Watcher
+
 Callback = Callable[[int, int], None]
 
 
 class Board:
-    """`works` is the rough work of every cell to come; `seconds_per_work` what is known before the first is done."""
+    """`works` is the rough work of every cell to come; `seconds_per_work` what is known before the first is done.
 
-    def __init__(self, works: Sequence[float] = (), seconds_per_work: float | None = None) -> None:
+    `watcher` is told of stages and of their progress.
+    """
+
+    def __init__(
+        self, works: Sequence[float] = (), seconds_per_work: float | None = None, watcher: Watcher | None = None
+    ) -> None:
+        self.watcher = watcher or Watcher()
         self.console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
         self.total, self.cells = sum(works), len(works)
         self.finished_work, self.finished_cells, self.partial = 0.0, 0, 0.0
@@ -42,11 +50,13 @@ class Board:
     def stage(self, name: str, work: float = 0.0) -> Callback:
         """Start a stage of the current cell that counts as `work`; call the result with (done, total)."""
         before = self.partial
+        self.watcher.stage(name)
         description = f"{self.label}: {name}" if self.label else name
         self.bars.update(self.current, description=description, completed=0, total=None, note="", visible=True)
 
         def advance(done: int, total: int) -> None:
             self.partial = before + work * done / total
+            self.watcher.progress(done, total)
             self.bars.update(self.current, completed=done, total=total, note=f"{done}/{total}")
             self._show()
 

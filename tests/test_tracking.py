@@ -1,0 +1,101 @@
+"""Watchers of a table: the log of events and Weights & Biases, offline; neither can harm a cell."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import small_table as small
+import wandb
+
+import pruners
+from experiments import batch, cells, records, watchers
+from experiments.run import Settings
+from experiments.tracking import Wandb
+from experiments.watchers import Events, Watcher, Watchers
+
+METHODS = (None, pruners.Magnitude(sparsity=0.5), pruners.Wanda(pattern="3:7"))  # the last one fails: no groups of 7
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    if not small.MODEL.is_dir():
+        pytest.skip(f"{small.MODEL} is absent")
+    return small.data(tmp_path_factory.mktemp("data"))
+
+
+def run(root: Path, data: Path, *watching: Watcher, methods=METHODS) -> batch.Outcome:
+    return batch.run_table("tiny", cells.cells(small.table(methods).runs()), Settings(root, data_dir=data), watching)
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for name in ("CONFIG", "CACHE", "DATA", "ARTIFACT"):
+        monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / name.lower()))
+    yield
+    wandb.teardown()
+
+
+def test_offline_tracking_leaves_one_run_a_cell_with_the_record_in_it(tmp_path, data, offline, monkeypatch):
+    added, add_file = [], wandb.Artifact.add_file
+    monkeypatch.setattr(wandb.Artifact, "add_file", lambda self, path: added.append(path) or add_file(self, path))
+    outcome = run(tmp_path, data, Wandb("demo", "tiny", tmp_path))
+    assert (len(outcome.done), outcome.failed) == (2, ["Wanda 3:7"])
+    stored = list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(stored) == 3
+    text = b"".join(path.read_bytes() for path in stored)
+    assert all(word in text for word in (b"ptb/test@64[:4]", b"nll_per_window", b"multiple of 7", b"magnitude"))
+    assert sorted(added) == sorted(str(path) for path in (tmp_path / "runs/tiny").glob("*[0-9a-f].json"))
+
+
+def test_a_tracker_that_cannot_start_fails_no_cell(tmp_path, data, monkeypatch, caplog):
+    monkeypatch.setattr(wandb, "init", lambda **_: (_ for _ in ()).throw(wandb.errors.UsageError("no API key")))
+    assert len(run(tmp_path, data, Wandb("demo", "tiny", tmp_path), methods=METHODS[:2]).done) == 2
+    assert [record.message for record in caplog.records] == [
+        "Wandb is out of service, cells go on: UsageError: no API key"
+    ]
+
+
+def test_a_watcher_that_breaks_is_told_nothing_more_and_the_others_are(caplog):
+    class Broken(Watcher):
+        def stage(self, name):
+            raise RuntimeError("boom")
+
+    class Counting(Watcher):
+        stages = 0
+
+        def stage(self, name):
+            self.stages += 1
+
+    counting = Counting()
+    both = Watchers([Broken(), counting])
+    both.stage("loading")
+    both.stage("pruning")
+    assert counting.stages == 2
+    assert len(caplog.records) == 1
+
+
+def test_events_say_which_cell_does_what(tmp_path, data):
+    run(tmp_path, data, Events(tmp_path / "events.jsonl", job="7_0"))
+    told = watchers.read(tmp_path / "events.jsonl")
+    assert [e["event"] for e in told if e["event"] != "stage"] == ["started", "finished", "started", "finished",
+                                                                 "started", "failed"]  # fmt: skip
+    assert {e["cell"] for e in told} == {cell.id for cell in cells.cells(small.table(METHODS).runs())}
+    assert {e["name"] for e in told if e["event"] == "stage"} >= {"loading", "pruning", "measuring ptb/test@64[:4]"}
+    assert all(e["job"] == "7_0" and e["at"].endswith("+00:00") for e in told)
+
+
+def test_an_event_that_a_kill_cut_short_costs_that_event_alone(tmp_path):
+    path = tmp_path / "events.jsonl"
+    Events(path).write("first")
+    path.write_bytes(path.read_bytes() + b'{"at": "2026-')
+    Events(path).write("second")
+    assert [event["event"] for event in watchers.read(path)] == ["first", "second"]
+
+
+def test_a_record_is_the_same_watched_or_not(tmp_path, data):
+    run(tmp_path / "watched", data, Events(tmp_path / "events.jsonl"), methods=METHODS[1:2])
+    run(tmp_path / "alone", data, methods=METHODS[1:2])
+    (watched,), (alone,) = (records.load(tmp_path / name, "tiny").values() for name in ("watched", "alone"))
+    assert (watched.id, watched.measures) == (alone.id, alone.measures)
