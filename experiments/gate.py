@@ -14,10 +14,10 @@ from typing import Any
 from filelock import FileLock
 
 from experiments import files, sealed
+from experiments.accuracy import Values
 from experiments.catalogue import Model
 from experiments.spec import Perplexity, digest
 
-Value = dict[str, Any]
 logger = logging.getLogger(__name__)
 
 
@@ -25,14 +25,14 @@ class DenseGateError(ValueError):
     """The dense model misses its published perplexity."""
 
 
-def known(what: Any, model: Model) -> float | None:
-    """The dense perplexity that is published for this very protocol key, if any."""
-    return model.dense.get(what.key) if isinstance(what, Perplexity) else None
+def published(what: Any, model: Model) -> bool:
+    """Whether a dense perplexity is known for this very protocol key."""
+    return isinstance(what, Perplexity) and what.key in model.dense
 
 
-def check(what: Perplexity, model: Model, dense: Value) -> dict[str, float]:
+def check(what: Perplexity, model: Model, values: Values) -> dict[str, float]:
     """What was expected and found, for the record; raises DenseGateError with the likely causes where they differ."""
-    expected, found = model.dense[what.key], dense["perplexity"]
+    expected, found = model.dense[what.key], values[what.key]["perplexity"]
     if not abs(found - expected) <= model.tolerance * expected:
         raise DenseGateError(
             f"The dense {model.name} has perplexity {found:.2f} at {what.key}; {expected:.2f} is published, more than "
@@ -43,27 +43,27 @@ def check(what: Perplexity, model: Model, dense: Value) -> dict[str, float]:
     return {"expected": expected, "found": found, "tolerance": model.tolerance}
 
 
-def dense(root: Path, key: dict[str, Any], evaluate: Callable[[], Value]) -> Value:
-    """The dense model's value stored under `key`, which names everything that can move it, or that of `evaluate()`.
+def dense(root: Path, key: dict[str, Any], evaluate: Callable[[], Values]) -> Values:
+    """The dense model's values stored under `key`, which names everything that can move them, or `evaluate()`.
 
-    A second process that asks for the same value waits for the first; a damaged file is evaluated again.
+    A second process that asks for the same values waits for the first; a damaged file is evaluated again.
     """
     path = root / ".cache" / "dense" / f"{digest(key)}.json"
     with files.explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
-        if (value := _read(path)) is None:
-            value = evaluate()
-            files.write(path, sealed.dumps({"key": key, "value": value}))
-    return value
+        if (values := _read(path)) is None:
+            values = evaluate()
+            files.write(path, sealed.dumps({"key": key, "values": values}))
+    return values
 
 
-def _read(path: Path) -> Value | None:
+def _read(path: Path) -> Values | None:
     if not path.exists():
         return None
     try:
-        value: Value = sealed.loads(path.read_text(encoding="utf-8"))["value"]
+        values: Values = sealed.loads(path.read_text(encoding="utf-8"))["values"]
     except ValueError as error:
         logger.warning("Evaluating again what %s held: %s.", path, error)
         return None
-    return value
+    return values

@@ -2,45 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from torch import Tensor
 
+from eval.efficiency import efficiency
+from eval.generation import Sampling, generate
+from eval.intervals import perplexity_interval
 from eval.perplexity import perplexity
-from experiments import tokens
-from experiments.spec import Perplexity
+from experiments import accuracy, tokens
+from experiments.accuracy import Values
+from experiments.spec import Efficiency, Generation, Perplexity, ZeroShot
 from experiments.tokens import Tokenizer
 
 Progress = Callable[[int, int], None]
 WHOLE_TEST_SET_TOKENS = 300_000
+TASK_DOCUMENTS, DOCUMENT_TOKENS = 3_000, 200  # of a usual task, all choices together
+STEP_TOKENS = 20  # decoding one token takes about as long as a prefill of so many
 
 
 @dataclass(frozen=True)
 class Subject:
-    """The model under measurement and how to run it; nothing here moves a number."""
+    """The model under measurement, how to run it and where to keep its answers; nothing here moves a number."""
 
     model: Any
     tokenizer: Tokenizer
     batch_size: int
     data_dir: Path | None
+    place: accuracy.Place
 
 
-def measure(what: Any, subject: Subject, progress: Progress | None = None) -> dict[str, dict[str, Any]]:
+def measure(what: Any, subject: Subject, progress: Progress | None = None) -> Values:
     """Values by protocol key, plain JSON; TypeError for a measure nobody knows."""
-    try:
-        function = FUNCTIONS[type(what)]
-    except KeyError:
-        raise TypeError(f"{what!r} is no measure; known are {[kind.__name__ for kind in FUNCTIONS]}.") from None
-    return function(what, subject, progress)
+    return _kind(what).measure(what, subject, progress)
 
 
 def work_tokens(what: Any) -> int:
     """Roughly how many tokens go through the model, for estimates of the time left."""
-    window, limit = getattr(what, "window", None), getattr(what, "limit", None)
-    return window * limit if window and limit else WHOLE_TEST_SET_TOKENS
+    return _kind(what).work(what)
 
 
 def corpora_of(what: Any) -> list[str]:
@@ -48,15 +51,23 @@ def corpora_of(what: Any) -> list[str]:
     return [what.corpus] if hasattr(what, "corpus") else []
 
 
-def _perplexity(what: Perplexity, subject: Subject, progress: Progress | None) -> dict[str, dict[str, Any]]:
+def lacking(measured: Mapping[str, Mapping[str, Any]], data_dir: Path | None) -> bool:
+    """Whether something that a finished cell could not be measured on is here now."""
+    return any(accuracy.obtainable(value, data_dir) for value in measured.values())
+
+
+def _perplexity(what: Perplexity, subject: Subject, progress: Progress | None) -> Values:
     stream = tokens.stream(what.corpus, subject.tokenizer, subject.data_dir)
     if what.limit:
         stream = _head(stream, what)
     result = perplexity(subject.model, stream, what.window, batch_size=subject.batch_size, progress=progress)
+    interval = perplexity_interval(result.nll_per_window)
     return {
         what.key: {
             "perplexity": result.perplexity,
             "standard_error": result.standard_error,
+            "low": interval.low,
+            "high": interval.high,
             "windows": result.windows,
             "tokens": result.tokens,
             "token_sha256": result.token_sha256,
@@ -76,4 +87,72 @@ def _head(stream: Tensor, what: Perplexity) -> Tensor:
     return stream[:wanted]
 
 
-FUNCTIONS: dict[type, Callable[[Any, Subject, Progress | None], dict[str, dict[str, Any]]]] = {Perplexity: _perplexity}
+def _zero_shot(what: ZeroShot, subject: Subject, progress: Progress | None) -> Values:
+    return accuracy.measure(
+        what, subject.model, subject.tokenizer.inner, subject.data_dir, subject.place, progress=progress
+    )
+
+
+def _efficiency(what: Efficiency, subject: Subject, progress: Progress | None) -> Values:
+    """The counts, and the first shape's medians beside them for the table's columns."""
+    found = efficiency(
+        subject.model, what.batch_sizes, what.lengths, what.new_tokens, what.repetitions, progress=progress
+    )
+    runs = found.get("timing", {}).get("runs", [])
+    medians = {f"{stage}_s": runs[0][f"{stage}_s"]["median"] for stage in ("prefill", "decode")} if runs else {}
+    return {what.key: {**found, **medians}}
+
+
+def _generation(what: Generation, subject: Subject, progress: Progress | None) -> Values:
+    model, tokenizer = subject.model, subject.tokenizer.inner
+    sampling = Sampling(seed=what.seed)
+    rows = [c.to_dict() for c in generate(model, tokenizer, new_tokens=what.new_tokens, sampling=sampling,
+                                          progress=progress)]  # fmt: skip
+    return {what.key: {**{name: _mean(rows, name) for name in ("distinct_2", "repeated_4")}, "continuations": rows}}
+
+
+def _mean(rows: list[dict[str, Any]], name: str) -> float | None:
+    known = [row[name] for row in rows if row[name] is not None]
+    return fmean(known) if known else None
+
+
+def _perplexity_work(what: Perplexity) -> int:
+    return what.window * what.limit if what.limit else WHOLE_TEST_SET_TOKENS
+
+
+def _zero_shot_work(what: ZeroShot) -> int:
+    return len(what.metrics) * (what.limit or TASK_DOCUMENTS) * DOCUMENT_TOKENS
+
+
+def _efficiency_work(what: Efficiency) -> int:
+    shapes = [
+        batch * (2 * length + STEP_TOKENS * what.new_tokens) for batch in what.batch_sizes for length in what.lengths
+    ]
+    return (what.repetitions + 2) * sum(shapes)
+
+
+def _generation_work(what: Generation) -> int:
+    return 8 * STEP_TOKENS * what.new_tokens
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a class of measures is taken, and its rough work in tokens."""
+
+    measure: Callable[[Any, Subject, Progress | None], Values]
+    work: Callable[[Any], int]
+
+
+KINDS = {
+    Perplexity: Kind(_perplexity, _perplexity_work),
+    ZeroShot: Kind(_zero_shot, _zero_shot_work),
+    Efficiency: Kind(_efficiency, _efficiency_work),
+    Generation: Kind(_generation, _generation_work),
+}
+
+
+def _kind(what: Any) -> Kind:
+    try:
+        return KINDS[type(what)]
+    except KeyError:
+        raise TypeError(f"{what!r} is no measure; known are {[kind.__name__ for kind in KINDS]}.") from None

@@ -66,12 +66,17 @@ class _Stored(BaseModel):
 
 
 class Record(_Stored):
-    """One finished cell; `measures` is keyed by protocol key, `data` by corpus, `resumed` counts broken-off starts."""
+    """One finished cell.
+
+    `measures` is keyed by protocol key, `data` by corpus, `dense_gate` by the protocol keys that the dense model was
+    held against; `resumed` counts broken-off starts.
+    """
 
     suffix: ClassVar[str] = ".json"
     achieved: dict[str, Any]
     measures: dict[str, dict[str, Any]]
     data: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    dense_gate: dict[str, dict[str, Any]] = Field(default_factory=dict)
     cost: Cost
     made_by: MadeBy
     resumed: int = 0

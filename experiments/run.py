@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 import pruners
-from experiments import cache, corpora, cost, measures, models, records, tokens
+from experiments import accuracy, cache, corpora, cost, gate, measures, models, records, tokens
 from experiments.progress import Board
 from experiments.records import Record
-from experiments.spec import Run, digest, needs_windows
+from experiments.spec import Perplexity, Run, describe, digest, needs_windows
 from experiments.tokens import Tokenizer
 
 
@@ -28,6 +28,7 @@ class Settings:
     device: str | None = None
     batch_size: int = 8
     data_dir: Path | None = None
+    dense_gate: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "device", _device(self.device))
@@ -41,19 +42,28 @@ def execute(run: Run, table: str, settings: Settings, board: Board | None = None
     with stages("load"):
         model, inner = models.load(run.model, run.dtype, settings.device)
     tokenizer = Tokenizer(digest(identity), inner)
+    id = run.id(identity)
+    place = accuracy.Place(records.folder(settings.root, table) / id, unfinished(settings.root, table, id))
+    subject = measures.Subject(model, tokenizer, settings.batch_size, settings.data_dir, place)
+    passed = _dense_gate(run, subject, settings, board, stages)
     achieved = _prune(run, model, tokenizer, settings, board, stages)
-    subject = measures.Subject(model, tokenizer, settings.batch_size, settings.data_dir)
     return Record(
-        id=run.id(identity),
+        id=id,
         table=table,
         spec=run.spec(identity),
         achieved=achieved,
-        measures=_measure(run, subject, board, stages),
+        measures=_measure(run, subject, settings, board, stages),
+        dense_gate=passed,
         data={name: corpora.provenance(name, settings.data_dir) for name in _corpora(run)},
         cost=records.Cost(seconds=stages.finished(), peak_bytes=cost.peak_bytes(model.device)),
         made_by=_made_by(run, model.device, settings),
         resumed=resumed,
     )
+
+
+def unfinished(root: Path, table: str, id: str) -> Path:
+    """The folder of what a killed cell resumes from; of no use once its record is written."""
+    return root / ".cache" / "unfinished" / table / id
 
 
 def _device(asked: str | None) -> str:
@@ -108,11 +118,43 @@ def _statistics(
         )
 
 
-def _measure(run: Run, subject: measures.Subject, board: Board, stages: cost.Stages) -> dict[str, dict[str, Any]]:
+def _dense_gate(
+    run: Run, subject: measures.Subject, settings: Settings, board: Board, stages: cost.Stages
+) -> dict[str, Any]:
+    """By protocol key what the dense model met; empty where nothing is published for it."""
+    model = models.find(run.model)
+    published = [what for what in run.measures if gate.published(what, model)]
+    if not settings.dense_gate:
+        return {what.key: {"skipped": "--no-dense-gate"} for what in published}
+    with stages("dense gate"):
+        return {what.key: gate.check(what, model, _dense(what, run, subject, settings, board)) for what in published}
+
+
+def _dense(
+    what: Any, run: Run, subject: measures.Subject, settings: Settings, board: Board
+) -> dict[str, dict[str, Any]]:
+    """The dense model's values, from the cache or measured on the model, which is not pruned yet."""
+    key = {
+        "model": models.identity(run.model),
+        "dtype": run.dtype,
+        "device": cost.device_name(subject.model.device),
+        "measure": describe(what),
+        "data": corpora.provenance(what.corpus, settings.data_dir),
+    }
+    progress = board.stage(f"dense {what.key}", measures.work_tokens(what))
+    return gate.dense(settings.root, key, lambda: measures.measure(what, subject, progress))
+
+
+def _measure(
+    run: Run, subject: measures.Subject, settings: Settings, board: Board, stages: cost.Stages
+) -> dict[str, dict[str, Any]]:
     values: dict[str, dict[str, Any]] = {}
     with stages("measure"):
         for what in run.measures:
-            progress = board.stage(f"measuring {getattr(what, 'key', '')}".rstrip(), measures.work_tokens(what))
+            if run.method is None and isinstance(what, Perplexity):
+                values |= _dense(what, run, subject, settings, board)
+                continue
+            progress = board.stage(f"measuring {what.key}", measures.work_tokens(what))
             values |= measures.measure(what, subject, progress)
     return values
 
