@@ -1,0 +1,57 @@
+"""Why a published cell cannot be compared with ours (`caveat`), and what a reader of it should know (`note`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def caveat(paper: str, table: str, row: Row) -> str:
+    """Empty where the cell can be compared."""
+    method, metric, model, source = row["method"], row["metric"], row["model"], row["source"]
+    reasons = {
+        "FLAP copied it from LLM-Pruner's paper": "quoted" in method,
+        "LLM-Pruner copied it from LLaMA's paper, which prompts otherwise": "numbers of the LLaMA paper" in method,
+        "superseded: of the first arXiv version": "superseded" in row["table"],
+        "the paper pruned Vicuna v0, this catalogue holds v1.3": model.startswith("Vicuna"),
+        "the paper states neither ratio nor importance": paper == "llm_pruner" and table == "table 7",
+        "it equals neither tuned row of table 16": paper == "llm_pruner"
+        and table == "table 8"
+        and method == "LLM-Pruner",
+        "its accuracies are of step 200 and its perplexity of another": _mixed(paper, table, row),
+        "4.10 elsewhere: a slip": "4.77" in source and row["value"] == "4.77",
+        "magnitude on OPT differs between the papers": "magnitude cells disagree" in source and method == "Magnitude",
+        "time and memory belong to the paper's machine": metric in _HARDWARE,
+        "another group's rerun, not of the paper": paper == "reruns" or "user reproduction" in source,
+        "the window is not known": "perplexity" in metric and row["seq_len"] in ("", "unknown"),
+        "a setting is presumed": "presumed" in row["setting"] and paper != "gblm",
+    }
+    return "; ".join(reason for reason, holds in reasons.items() if holds)
+
+
+def note(paper: str, table: str, row: Row) -> str:
+    dataset, source = row["dataset"], row["source"]
+    facts = {
+        "the paper says validation split, its code reads test": "code: test split" in dataset,
+        "the model is presumed": "presumed" in row["model"],
+        "the norm is presumed to be l1": "norm not stated" in source or row["method"] == "GBLM-Pruner",
+        "printed in units of 1024^3": "1024^3" in row["unit"],
+        "FLAP prints 10.81 and LLM-Pruner 11.58 for one model": row["value"] in ("10.81", "11.58"),
+        "the harness of 2023 tokenised prompt and answer apart": paper in ("llm_pruner", "flap") and row["unit"] == "%",
+        "FLAP prints 37.18 and LLM-Pruner 37.12 for one cell": "37.18" in row["value"],
+        "acc_norm is inferred from the dense mean": paper == "gblm" and row["unit"] == "%",
+        "calibrated on C4, FLAP on WikiText-2": paper == "flap" and row["method"] == "Wanda-sp",
+    }
+    return "; ".join(fact for fact, holds in facts.items() if holds)
+
+
+_HARDWARE = (
+    "GPU memory", "latency", "speedup", "inference speed", "wall-clock", "pruning time", "recovery time", "metric time",
+    "running memory", "weight memory",
+)  # fmt: skip
+
+
+def _mixed(paper: str, table: str, row: Row) -> bool:
+    tuned = row["method"] == "Element^1 (Block)" and "w/ LoRA" in row["setting"]
+    return paper == "llm_pruner" and table == "table 1" and tuned
