@@ -16,11 +16,13 @@ from transformers import PreTrainedModel
 
 from pruners import anatomy
 from pruners.calibrate import Progress
+from pruners.flap import Flap
 from pruners.gblm import GBLM, Gradient
 from pruners.magnitude import Magnitude
 from pruners.random_baseline import Random
 from pruners.report import Report
 from pruners.sparsegpt import SparseGPT
+from pruners.structured import Structured
 from pruners.suggest import unknown
 from pruners.wanda import Wanda
 
@@ -31,11 +33,13 @@ METHODS: dict[str, type[Any]] = {
     "gblm": GBLM,
     "gradient": Gradient,
     "random": Random,
+    "flap": Flap,
 }
 
 __all__ = [
     "GBLM",
     "METHODS",
+    "Flap",
     "Gradient",
     "Magnitude",
     "Random",
@@ -60,14 +64,18 @@ def gather(
     method: Any,
     windows: Tensor | None,
     *,
+    batch_size: int = 8,
+    device: torch.device | str | None = None,
     progress: Progress | None = None,
-    **options: Any,
 ) -> dict[str, Tensor]:
-    """The dense model's statistics that `method` needs, for methods of the same `statistics_key` to share."""
+    """The dense model's statistics that `method` needs, for methods of the same `statistics_key` to share.
+
+    The arguments are those of `prune`.
+    """
     if method.statistics_key is None:
         return {}
     _check_windows(model, method, windows)
-    return method.gather(model, windows, progress=progress, **options)
+    return method.gather(model, windows, batch_size=batch_size, device=device, progress=progress)
 
 
 def prune(
@@ -75,6 +83,7 @@ def prune(
     method: Any,
     windows: Tensor | None = None,
     *,
+    cut: bool = True,
     statistics: Mapping[str, Tensor] | None = None,
     batch_size: int = 8,
     device: torch.device | str | None = None,
@@ -83,6 +92,9 @@ def prune(
 ) -> Report:
     """Prune `model` in place.
 
+    Structured methods cut heads and channels out, or with `cut=False` zero them and keep the dense shapes; the logits
+    are the same.  Unstructured methods zero single weights either way.
+
     `windows` are calibration tokens [count, length] (None for methods that need none); `statistics` what `gather`
     returned for them, computed here if absent; `batch_size` windows go through a block at once and change no result;
     `device` holds one block at a time (None: where the model is); `progress(done, total)` is called per block.
@@ -90,12 +102,13 @@ def prune(
     """
     _check_windows(model, method, windows)
     started = time.perf_counter()
-    dense = gather(model, method, windows) if statistics is None else statistics
+    where: dict[str, Any] = {"batch_size": batch_size, "device": device, "progress": progress}
+    dense = gather(model, method, windows, **where) if statistics is None else statistics
     gathered = time.perf_counter() - started
+    if isinstance(method, Structured):
+        options["cut"] = cut
     with torch.no_grad():
-        report = method.prune(
-            model, windows, dense=dense, batch_size=batch_size, device=device, progress=progress, **options
-        )
+        report = method.prune(model, windows, dense=dense, **where, **options)
     if dense and statistics is None:
         report.seconds = {"gather": gathered, **report.seconds}
     return report

@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from pruners import anatomy, calibrate
-from pruners.calibrate import InputNorm
+from pruners.calibrate import InputNorm, Progress
 from pruners.unstructured import Unstructured
 
 
@@ -66,8 +66,11 @@ class Gradient(Unstructured):
     def statistics_key(self) -> dict[str, str]:
         return {"kind": "gradient_norms", "norm": self.norm}
 
-    def gather(self, model: nn.Module, windows: Tensor, **options: Any) -> dict[str, Tensor]:
-        return gradient_norms(model, windows, self.norm, **options)
+    def gather(
+        self, model: nn.Module, windows: Tensor, *, progress: Progress | None = None, **options: Any
+    ) -> dict[str, Tensor]:
+        """One window a backward pass, on the model's device, whatever batches and devices others work in."""
+        return gradient_norms(model, windows, self.norm, progress=progress)
 
     def score(self, name: str, weight: Tensor, x: Any, dense: Mapping[str, Tensor]) -> Tensor:
         return weight.float().abs() * dense[name].to(weight.device)

@@ -1,4 +1,4 @@
-"""What a pruning run did, per projection and in total."""
+"""What a pruning run did: per projection or per block, and in total."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import nn
+
+from pruners import anatomy
+from pruners.anatomy import Block
 
 
 @dataclass(frozen=True)
@@ -26,25 +29,103 @@ class Projection:
         return cls(name, linear.weight.numel(), int((linear.weight == 0).sum()), asked)
 
 
+@dataclass(frozen=True)
+class Widths:
+    """How many units a decoder block has."""
+
+    heads: int
+    kv_heads: int
+    channels: int
+
+    @classmethod
+    def of(cls, block: Block) -> Widths:
+        return cls(block.heads, block.kv_heads, block.channels)
+
+
+@dataclass(frozen=True)
+class Size:
+    """Parameters of the whole model, tied ones once, and of its decoder blocks."""
+
+    model: int
+    decoder: int
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Size:
+        decoder = (p.numel() for block in anatomy.blocks(model) for p in block.module.parameters())
+        return cls(sum(p.numel() for p in model.parameters()), sum(decoder))
+
+    def less(self, model: int, decoder: int) -> Size:
+        return Size(self.model - model, self.decoder - decoder)
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What structured pruning left: of a masked model, what cutting it would leave.
+
+    `asked` and `rounding` count parameters of the whole model: those that were to go, and those that stayed because of
+    `round_to`; `setting` says in words what the method's ratio is a share of.
+    """
+
+    before: Size
+    after: Size
+    asked: int
+    setting: str
+    blocks_before: list[Widths]
+    blocks: list[Widths]
+    hidden_size: int
+    rounding: int = 0
+
+    @property
+    def asked_shares(self) -> dict[str, float]:
+        return {"decoder": self.asked / self.before.decoder, "model": self.asked / self.before.model}
+
+    @property
+    def achieved_shares(self) -> dict[str, float]:
+        return {
+            "decoder": 1 - self.after.decoder / self.before.decoder,
+            "model": 1 - self.after.model / self.before.model,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "asked_shares": self.asked_shares, "achieved_shares": self.achieved_shares}
+
+    def __str__(self) -> str:
+        asked, achieved = self.asked_shares, self.achieved_shares
+        told = f"{self.setting}: {self.before.model:,} parameters to {self.after.model:,}; " + ", ".join(
+            f"{achieved[of]:.2%} of the {name} (asked {asked[of]:.2%})"
+            for of, name in (("decoder", "decoder blocks"), ("model", "model"))
+        )
+        return told + (f"; {self.rounding:,} kept for round widths" if self.rounding else "")
+
+
 @dataclass
 class Report:
-    """`seconds` by stage; sparsities are shares of the weights of the decoder blocks' linear layers."""
+    """`seconds` by stage; sparsities are shares of the weights of the decoder blocks' linear layers.
+
+    Structured methods fill in `structure`; their `achieved` is the share of the decoder blocks' parameters.
+    """
 
     method: str
     asked: float
     projections: list[Projection] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    structure: Structure | None = None
 
     @property
     def achieved(self) -> float:
+        if self.structure:
+            return self.structure.achieved_shares["decoder"]
         weights = sum(p.weights for p in self.projections)
         return sum(p.zeros for p in self.projections) / weights if weights else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         projections = [{**asdict(p), "achieved": p.achieved} for p in self.projections]
-        return {**asdict(self), "achieved": self.achieved, "projections": projections}
+        structure = self.structure.to_dict() if self.structure else None
+        return {**asdict(self), "achieved": self.achieved, "projections": projections, "structure": structure}
 
     def __str__(self) -> str:
         seconds = ", ".join(f"{stage} {value:.1f} s" for stage, value in self.seconds.items())
+        if self.structure:
+            return f"{self.method}: {self.structure}; {seconds}"
         return f"{self.method}: sparsity {self.achieved:.4f} (asked {self.asked:.4f}); {seconds}"

@@ -1,4 +1,4 @@
-"""Scores to what goes: per row, per matrix, n:m.
+"""Scores to what goes: per row, per matrix, n:m; and for whole units, under a budget of parameters.
 
 The lowest scores go.  Within a row or a group of m exactly as many as asked do, and among equal scores the lower index
 goes first; with one threshold for a whole matrix, equal scores go together.
@@ -7,12 +7,15 @@ goes first; with one threshold for a whole matrix, equal scores go together.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from pruners.suggest import unknown
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,12 @@ def check_share(name: str, share: float) -> float:
     if not 0 <= share < 1:
         raise ValueError(f"{name} is the share removed and lies in [0, 1); got {share}.")
     return share
+
+
+def check_choice(name: str, value: str, known: Sequence[str]) -> None:
+    """ValueError with the nearest names for a value that is not known."""
+    if value not in known:
+        raise ValueError(unknown(name, value, known))
 
 
 def agreed_sparsity(sparsity: float | None, pattern: str | None) -> float:
@@ -102,6 +111,28 @@ def n_of_m(score: Float[Tensor, "out inp"], pattern: Pattern) -> Bool[Tensor, "o
             rank[..., right] += left_goes_first
             rank[..., left] += ~left_goes_first
     return (rank < pattern.m - pattern.n).flatten(-2)
+
+
+def cheapest(score: Float[Tensor, " units"], cost: Int[Tensor, " units"], budget: float) -> Bool[Tensor, " units"]:
+    """One threshold for units of different cost: the lowest, up to where their cost together is closest to `budget`.
+
+    Equal scores go in order; of two totals equally close the smaller one counts.
+    """
+    order = score.argsort(stable=True)
+    spent = torch.cat([cost.new_zeros(1), cost[order].cumsum(0)])
+    gone = torch.zeros_like(score, dtype=torch.bool)
+    gone[order[: int((spent - budget).abs().argmin())]] = True
+    return gone
+
+
+def evenly(units: Sequence[int], costs: Sequence[int], budget: float) -> list[int]:
+    """How many units go from each place so that all lose the same share of theirs, up to one unit, for `budget`.
+
+    `costs` is what a unit of each place holds.
+    """
+    share_by_then = torch.cat([torch.arange(1, count + 1) / count for count in units])
+    gone = cheapest(share_by_then, torch.tensor(costs).repeat_interleave(torch.tensor(units)), budget)
+    return [int(part.sum()) for part in gone.split(list(units))]
 
 
 def _kth_lowest(score: Tensor, count: int) -> Tensor:

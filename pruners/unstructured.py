@@ -78,7 +78,7 @@ class Unstructured:
         for block, seen in self._walk(model, windows, **options):
             for names in block.family.shared_inputs:
                 linears = {f"{block.name}.{name}": block.linear(name) for name in names}
-                _refuse_non_finite(linears)
+                refuse_non_finite(linears)
                 self.remove(linears, seen.get(names[0]), dense)
                 report.projections += [Projection.of(name, linear, self.asked) for name, linear in linears.items()]
             if progress:
@@ -106,9 +106,10 @@ class Unstructured:
                     )
 
 
-def _refuse_non_finite(linears: Mapping[str, nn.Linear]) -> None:
+def refuse_non_finite(linears: Mapping[str, nn.Linear]) -> None:
+    """ValueError, naming the first matrix that holds NaN or inf."""
     for name, linear in linears.items():
-        if not linear.weight.isfinite().all():
+        if not linear.weight.is_meta and not linear.weight.isfinite().all():
             raise ValueError(
                 f"{name}.weight holds NaN or inf; nothing sound can be pruned from it. Check the checkpoint."
             )

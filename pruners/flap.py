@@ -1,0 +1,230 @@
+"""FLAP: remove the heads and channels that a constant could stand in for, and put the constant in their place.
+
+    S[i] = Var(x_i) * sum_o W[o, i]^2        WIFV: the fluctuation that input i of the last projection passes on
+    S[i] = Var(x_i)                          IFV
+    S[i] = mean_o |W[o, i]| * ||x_i||        WIFN
+    z    = (S - mean S) / std S              within a block's attention or MLP, so that all share one threshold (AL)
+    b   += W[:, gone] @ mean(x)[gone]        the constant part, handed back as a bias
+
+An et al. 2024, arXiv:2312.11983.  x are the inputs of the output projection (a head's score is the mean of z over its
+channels) and of the MLP's last projection, on the dense model in one pass.  What goes, by `structure`:
+
+    AL-AM   one threshold over all heads and channels, where the parameters of what goes come closest to the ratio
+    AL-MM   the `heads_removed` lowest query heads of the model; then channels of the model up to the ratio
+    UL-UM   the ratio of each block's heads and of its channels
+    UL-MM   heads_removed / blocks heads of each block; then its channels up to the ratio
+
+The ratio is a share of the blocks' projections.  A head costs the parameters that it really holds, so any family, head
+size and grouping works; KV heads go with their query heads.
+
+`reference=True` is the released code's arithmetic, departures from the formulas above included: a running variance that
+skips the first window, the attention metric squared, a head that costs 170 channels (512/3 as an integer) whatever its
+size, one unit less than the threshold in AL-AM, and no idea of grouped queries, which it refuses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from pruners import anatomy, calibrate, select
+from pruners.anatomy import Block, Part
+from pruners.apply import KINDS, Kept
+from pruners.calibrate import Moments, Progress
+from pruners.structured import Scores, Structured
+
+METRICS = ("WIFV", "IFV", "WIFN")
+STRUCTURES = ("AL-AM", "AL-MM", "UL-UM", "UL-MM")
+STATISTICS = ("mean", "variance", "mean_square", "released_fluctuation")
+
+
+def score(
+    metric: str, weight: Float[Tensor, "out inp"], fluctuation: Float[Tensor, " inp"], norm: Float[Tensor, " inp"]
+) -> Float[Tensor, " inp"]:
+    if metric == "IFV":
+        return fluctuation
+    if metric == "WIFV":
+        return fluctuation * weight.float().square().sum(0)
+    return (weight.float().abs() * norm).mean(0)
+
+
+def standardised(score: Float[Tensor, " inp"]) -> Float[Tensor, " inp"]:
+    """Zero mean and unit (unbiased) deviation; zero where all scores are equal."""
+    deviation = score.std() if len(score) > 1 else score.new_zeros(())
+    return (score - score.mean()) / deviation if deviation > 0 else torch.zeros_like(score)
+
+
+def repair(
+    weight: Float[Tensor, "out inp"], mean: Float[Tensor, " inp"], gone: Bool[Tensor, " inp"]
+) -> Float[Tensor, " out"]:
+    return weight.float()[:, gone] @ mean.float()[gone]
+
+
+@dataclass(frozen=True)
+class Flap(Structured):
+    """`heads_removed` counts query heads of the whole model, for the MM structures; `bias` hands back means."""
+
+    metric: str = "WIFV"
+    structure: str = "AL-AM"
+    heads_removed: int | None = None
+    bias: bool = True
+    reference: bool = False
+
+    statistics_key = {"kind": "moments"}  # noqa: RUF012  (all metrics, structures and ratios share them)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        select.check_choice("metric", self.metric, METRICS)
+        select.check_choice("structure", self.structure, STRUCTURES)
+        if (self.heads_removed is not None) != self.structure.endswith("MM"):
+            said = (
+                "needs heads_removed" if self.heads_removed is None else "decides on heads itself; drop heads_removed"
+            )
+            raise ValueError(f"structure {self.structure} {said} (query heads of the whole model; AL-MM and UL-MM).")
+        if self.reference and self.target_parameters is not None:
+            raise ValueError("reference=True has the released code's budget; give a ratio, or drop reference.")
+
+    def gather(
+        self,
+        model: nn.Module,
+        windows: Int[Tensor, "count length"],
+        *,
+        progress: Progress | None = None,
+        **options: Any,
+    ) -> dict[str, Tensor]:
+        """Moments of the inputs of each block's last projections, as `<projection>.<statistic>`, in float32."""
+        found: dict[str, Tensor] = {}
+        total = len(anatomy.blocks(model))
+        groups = lambda block: tuple((part.projection,) for part in _last(block).values())  # noqa: E731
+        for block, seen in calibrate.walk(model, windows, Moments, sequential=False, groups=groups, **options):
+            for name, moments in seen.items():
+                for statistic in STATISTICS:
+                    found[f"{block.name}.{name}.{statistic}"] = getattr(moments, statistic).float()
+            if progress:
+                progress(block.index + 1, total)
+        return found
+
+    def check(self, model: nn.Module) -> None:
+        super().check(model)
+        if self.reference and any(block.heads != block.kv_heads for block in anatomy.blocks(model)):
+            raise ValueError("The released code knows no grouped queries; drop reference=True for this model.")
+        if self.heads_removed is not None:
+            self._counts(model)
+
+    def choose(
+        self, model: nn.Module, windows: Tensor | None, dense: Mapping[str, Tensor], **options: Any
+    ) -> tuple[list[Kept], int]:
+        blocks = anatomy.blocks(model)
+        scores = [{kind: self._unit_scores(block, kind, dense) for kind in KINDS} for block in blocks]
+        return self.settled(blocks, scores, self._gone(model, scores))
+
+    def repairs(
+        self, blocks: Sequence[Block], kept: Sequence[Kept], dense: Mapping[str, Tensor]
+    ) -> list[tuple[nn.Linear, Float[Tensor, " out"]]]:
+        found = []
+        for block, keep in zip(blocks, kept, strict=True):
+            for kind, part in _last(block).items():
+                linear = block.linear(part.projection)
+                gone = (~keep[kind]).repeat_interleave(part.size)
+                if self.bias and gone.any():
+                    mean = dense[f"{block.name}.{part.projection}.mean"]
+                    found.append((linear, repair(linear.weight, mean.to(linear.weight.device), gone)))
+        return found
+
+    def _unit_scores(self, block: Block, kind: str, dense: Mapping[str, Tensor]) -> Float[Tensor, " units"]:
+        part = _last(block)[kind]
+        weight, name = block.linear(part.projection).weight, f"{block.name}.{part.projection}"
+        seen = {statistic: dense[f"{name}.{statistic}"].to(weight.device) for statistic in STATISTICS}
+        fluctuation = seen["released_fluctuation" if self.reference else "variance"]
+        found = score(self.metric, weight, fluctuation, seen["mean_square"].sqrt())
+        if self.reference and kind == "attention":
+            found = found.square()
+        if self.structure.startswith("UL"):
+            return found.reshape(block.units(kind), part.size).sum(1).cpu()
+        return standardised(found).reshape(block.units(kind), part.size).mean(1).cpu()
+
+    def _gone(self, model: nn.Module, scores: Sequence[Scores]) -> list[Scores]:
+        if self.structure == "AL-AM":
+            flat = torch.cat([score[kind] for kind in KINDS for score in scores])
+            return _parted(self._below_threshold(model, flat), scores, KINDS)
+        if self.structure == "AL-MM":
+            counts = self._counts(model)
+            whole = {kind: torch.cat([score[kind] for score in scores]) for kind in KINDS}
+            gone = [_parted(select.lowest(whole[kind], counts[kind]), scores, (kind,)) for kind in KINDS]
+            return [attention | mlp for attention, mlp in zip(*gone, strict=True)]
+        per_block = self.even_counts(model) if self.structure == "UL-UM" else [self._counts(model)] * len(scores)
+        return [
+            {kind: select.lowest(score[kind], counts[kind]) for kind in KINDS}
+            for score, counts in zip(scores, per_block, strict=True)
+        ]
+
+    def _below_threshold(self, model: nn.Module, flat: Float[Tensor, " units"]) -> Bool[Tensor, " units"]:
+        """What goes of all heads of the model followed by all its channels."""
+        blocks = anatomy.blocks(model)
+        if self.reference:
+            return flat <= released_threshold(flat, sum(block.heads for block in blocks), self.asked)
+        cost = [torch.full((block.units(kind),), block.unit_cost(kind)) for kind in KINDS for block in blocks]
+        return select.cheapest(flat, torch.cat(cost), self.asked_parameters(model))
+
+    def _counts(self, model: nn.Module) -> dict[str, int]:
+        """KV heads and channels that go: of the whole model (AL-MM) or of each block (UL-MM)."""
+        assert self.heads_removed is not None
+        blocks = anatomy.blocks(model)
+        block, parts = blocks[0], len(blocks) if self.structure == "UL-MM" else 1  # every block's units cost the same
+        queries = max(block.heads // max(block.kv_heads, 1), 1)
+        if self.heads_removed % (parts * queries) and not self.reference:
+            raise ValueError(
+                f"heads_removed is a multiple of {parts * queries} here ({queries} query heads for a KV head, "
+                f"{self.structure}); got {self.heads_removed}."
+            )
+        heads = self.heads_removed // (parts * queries)
+        if self.reference:
+            channels = _released_channels(block, len(blocks) // parts, self.asked, heads)
+        else:
+            budget = self.asked_parameters(model) / parts
+            channels = round((budget - heads * block.unit_cost("attention")) / block.unit_cost("mlp"))
+        self._check_counts(heads, channels, [sum(b.units(kind) for b in blocks) // parts for kind in KINDS])
+        return {"attention": heads, "mlp": channels}
+
+    def _check_counts(self, heads: int, channels: int, there: Sequence[int]) -> None:
+        if not (0 <= heads <= there[0] and 0 <= channels <= there[1]):
+            raise ValueError(
+                f"heads_removed={self.heads_removed} at {self.setting} means that {heads:,} of {there[0]:,} KV heads "
+                f"and {channels:,} of {there[1]:,} channels go{'' if self.structure == 'AL-MM' else ' in each block'}; "
+                "choose heads_removed so that both exist."
+            )
+
+
+def released_threshold(flat: Float[Tensor, " units"], heads: int, ratio: float) -> Tensor:
+    """The score at which the cumulative cost of what stays, best first, is closest to 1 - ratio; it goes itself.
+
+    `flat` holds the scores of the `heads` heads first.  A head costs int(512 / 3) = 170 channels.
+    """
+    ordered, order = flat.sort(descending=True)
+    cost = torch.ones_like(order)
+    cost[order < heads] = 170
+    return ordered[(cost.cumsum(0) - cost.sum() * (1 - ratio)).abs().argmin()]
+
+
+def _released_channels(block: Block, blocks: int, ratio: float, heads: int) -> int:
+    """Channels that are left to go once `heads` are gone, counting three matrices an MLP and square attention."""
+    width, channels = block.linear(block.family.query).in_features, block.channels
+    wanted = blocks * ratio * (3 * channels * width + 4 * width * width)
+    return int((wanted - 4 * width * heads * block.head_dim) / (3 * width))
+
+
+def _parted(flat: Tensor, like: Sequence[Scores], kinds: Sequence[str]) -> list[Scores]:
+    """Units of all blocks, one kind after the other, by block and kind."""
+    parts = iter(flat.split([len(scores[kind]) for kind in kinds for scores in like]))
+    by_kind = {kind: [next(parts) for _ in like] for kind in kinds}
+    return [{kind: by_kind[kind][index] for kind in kinds} for index in range(len(like))]
+
+
+def _last(block: Block) -> dict[str, Part]:
+    """The part of each kind of unit in the projection that reads it."""
+    return {kind: parts[-1] for kind, parts in block.parts.items()}

@@ -1,0 +1,202 @@
+"""What the methods that remove whole heads and channels have in common: how much is asked, and carrying it out.
+
+`ratio` means what the method's paper means by it; `target_parameters` is unambiguous: the share of parameters that
+goes, of the decoder blocks or of the whole model (`target_of`), met to the granularity of a unit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from pruners import anatomy, apply, select
+from pruners.anatomy import Block
+from pruners.apply import KINDS, Kept
+from pruners.calibrate import Progress
+from pruners.report import Report, Size, Structure, Widths
+from pruners.unstructured import refuse_non_finite
+
+Scores = dict[str, Tensor]  # by kind of unit: one number (or whether it goes) per unit of a block
+
+
+@dataclass(frozen=True)
+class Structured:
+    """Removes KV heads with their query heads, and MLP channels; `ratio` is the share removed, in the method's terms.
+
+    `round_to` keeps more channels, until their number in each block is a multiple of it.  ValueError where a share lies
+    outside [0, 1), where `ratio` and `target_parameters` are both given, or where the units hold too few parameters.
+    """
+
+    ratio: float | None = None
+    target_parameters: float | None = field(default=None, kw_only=True)
+    target_of: str = field(default="decoder", kw_only=True)
+    round_to: int | None = field(default=None, kw_only=True)
+
+    DEFAULT_RATIO: ClassVar[float] = 0.2
+    statistics_key: ClassVar[Any] = None
+
+    def __post_init__(self) -> None:
+        if self.ratio is not None and self.target_parameters is not None:
+            raise ValueError("ratio and target_parameters both say how much goes; give one of the two.")
+        if self.ratio is None and self.target_parameters is None:
+            object.__setattr__(self, "ratio", self.DEFAULT_RATIO)
+        select.check_share("ratio" if self.target_parameters is None else "target_parameters", self.asked)
+        select.check_choice("target_of", self.target_of, ("decoder", "model"))
+        if self.round_to is not None and self.round_to < 1:
+            raise ValueError(f"round_to is what widths are to be a multiple of, 1 or more; got {self.round_to}.")
+
+    @property
+    def needs_windows(self) -> bool:
+        return True
+
+    @property
+    def asked(self) -> float:
+        share = self.ratio if self.target_parameters is None else self.target_parameters
+        assert share is not None  # __post_init__ has filled it in
+        return share
+
+    @property
+    def setting(self) -> str:
+        """What is asked, in words."""
+        if self.target_parameters is not None:
+            return f"{self.asked:.2%} of the {'decoder blocks' if self.target_of == 'decoder' else 'model'}"
+        return f"ratio {self.asked:g}"
+
+    def gather(self, model: nn.Module, windows: Int[Tensor, "count length"], **options: Any) -> dict[str, Tensor]:
+        """Statistics of the dense model that other settings of the method share; most methods have none."""
+        return {}
+
+    def choose(
+        self, model: nn.Module, windows: Tensor | None, dense: Mapping[str, Tensor], **options: Any
+    ) -> tuple[list[Kept], int]:
+        """What stays of each block, and how many parameters of it because of `round_to`.
+
+        A method whose later blocks see pruned ones zeroes the earlier ones as it goes.
+        """
+        raise TypeError(f"{type(self).__name__} chooses nothing.")
+
+    def repairs(
+        self, blocks: Sequence[Block], kept: Sequence[Kept], dense: Mapping[str, Tensor]
+    ) -> list[tuple[nn.Linear, Float[Tensor, " out"]]]:
+        """Biases to add, computed before anything is removed."""
+        return []
+
+    def prune(
+        self,
+        model: Any,
+        windows: Int[Tensor, "count length"] | None,
+        *,
+        dense: Mapping[str, Tensor],
+        cut: bool = True,
+        progress: Progress | None = None,
+        **options: Any,
+    ) -> Report:
+        started = time.perf_counter()
+        blocks = anatomy.blocks(model)
+        self.check(model)
+        before, widths, asked = Size.of(model), [Widths.of(block) for block in blocks], self.asked_parameters(model)
+        kept, rounding = self.choose(model, windows, dense, progress=progress, **options)
+        after = self._carry_out(model, kept, self.repairs(blocks, kept, dense), before, cut)
+        structure = Structure(
+            before=before,
+            after=after,
+            asked=asked,
+            setting=self.setting,
+            blocks_before=widths,
+            blocks=[_left(width, keep) for width, keep in zip(widths, kept, strict=True)],
+            hidden_size=model.config.hidden_size,
+            rounding=rounding,
+        )
+        return Report(repr(self), self.asked, seconds={"prune": time.perf_counter() - started}, structure=structure)
+
+    def check(self, model: nn.Module) -> None:
+        """ValueError for a model that the method cannot prune as asked."""
+        for block in anatomy.blocks(model):
+            refuse_non_finite({f"{block.name}.{name}": linear for name, linear in block.linears().items()})
+
+    def open(self, block: Block, kind: str) -> bool:
+        """Whether units of that kind may be removed from the block."""
+        return True
+
+    def asked_parameters(self, model: nn.Module) -> int:
+        """How many parameters are to go; ValueError where the units do not hold as many."""
+        removable = sum(block.units(kind) * block.unit_cost(kind) for block, kind in self._places(model))
+        if self.target_parameters is None:
+            return round(self.asked * removable)
+        asked = round(self.asked * getattr(Size.of(model), self.target_of))
+        if asked > removable:
+            raise ValueError(
+                f"{self.setting} is {asked:,} parameters, and the heads and channels that may go hold {removable:,}; "
+                "ask for less, or open more blocks."
+            )
+        return asked
+
+    def even_counts(self, model: nn.Module) -> list[dict[str, int]]:
+        """How many units of each kind go from each block when all open ones lose the same share."""
+        places = self._places(model)
+        if self.target_parameters is None:
+            counts = [self.share_of(block, kind) for block, kind in places]
+        else:
+            units, costs = [b.units(kind) for b, kind in places], [b.unit_cost(kind) for b, kind in places]
+            counts = select.evenly(units, costs, self.asked_parameters(model))
+        by_place = {(block.index, kind): count for (block, kind), count in zip(places, counts, strict=True)}
+        return [{kind: by_place.get((b.index, kind), 0) for kind in KINDS} for b in anatomy.blocks(model)]
+
+    def share_of(self, block: Block, kind: str) -> int:
+        """`ratio` of the block's units of that kind, rounded down as released."""
+        return int(self.asked * block.units(kind))
+
+    def settled(
+        self, blocks: Sequence[Block], scores: Sequence[Scores], gone: Sequence[Scores]
+    ) -> tuple[list[Kept], int]:
+        """What stays once `round_to` has given the best channels back, and how many parameters those hold."""
+        kept, rounding = [], 0
+        for block, score, going in zip(blocks, scores, gone, strict=True):
+            mlp, asked = going["mlp"], int(going["mlp"].sum())
+            if (count := self._rounded(block.channels, asked)) != asked:
+                mlp = select.lowest(score["mlp"], count)
+            rounding += (asked - count) * block.unit_cost("mlp")
+            kept.append(Kept(~going["attention"], ~mlp))
+        return kept, rounding
+
+    def _rounded(self, channels: int, count: int) -> int:
+        """How many of `count` channels go if what stays is to be a multiple of `round_to`."""
+        if self.round_to is None:
+            return count
+        return max(channels - -(-(channels - count) // self.round_to) * self.round_to, 0)
+
+    def _places(self, model: nn.Module) -> list[tuple[Block, str]]:
+        return [(block, kind) for block in anatomy.blocks(model) for kind in KINDS if self.open(block, kind)]
+
+    def _carry_out(
+        self,
+        model: nn.Module,
+        kept: Sequence[Kept],
+        repairs: Sequence[tuple[nn.Linear, Tensor]],
+        before: Size,
+        cut: bool,
+    ) -> Size:
+        blocks = anatomy.blocks(model)
+        gone = sum(
+            int((~keep[kind]).sum()) * block.unit_cost(kind)
+            for block, keep in zip(blocks, kept, strict=True)
+            for kind in KINDS
+        )
+        gone -= sum(len(bias) for linear, bias in repairs if linear.bias is None)
+        for linear, bias in repairs:
+            apply.add_bias(linear, bias)
+        for block, keep in zip(blocks, kept, strict=True):
+            (apply.cut if cut else apply.zero)(block, keep)
+        if repairs or (cut and gone):
+            apply.describe(model)
+        return before.less(gone, gone)
+
+
+def _left(width: Widths, kept: Kept) -> Widths:
+    groups = int(kept.attention.sum())
+    return Widths(groups * (width.heads // max(width.kv_heads, 1)), groups, int(kept.mlp.sum()))
