@@ -31,7 +31,7 @@ env: .venv/ready
 	$(RUN) -m pip install --quiet --upgrade pip
 	$(RUN) -m pip install --quiet -r requirements.txt -r requirements-dev.txt
 	$(RUN) -m pip install --quiet --no-deps -r requirements-embedded.txt
-	$(RUN) -m pip install --quiet --no-deps --editable .
+	@$(RUN) -c 'import pathlib, sysconfig; pathlib.Path(sysconfig.get_path("purelib"), "checkout.pth").write_text("$(CURDIR)\n")'
 	touch $@
 
 clean:
