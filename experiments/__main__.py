@@ -55,6 +55,9 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     run.add_argument("--batch-size", type=_positive, default=8, help="windows at once; changes no number (default: 8)")
     run.add_argument("--data-dir", type=Path, help="local data sets (default: $PRUNING_DATA_DIR, otherwise the Hub)")
+    run.add_argument(
+        "--no-dense-gate", action="store_true", help="prune even a model that misses its published dense perplexity"
+    )
     add_tracking(run)
     for command in (listing, show, run):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -65,6 +68,9 @@ def _add_selection(command: argparse.ArgumentParser) -> None:
     command.add_argument("table", metavar="TABLE")
     command.add_argument("--model", metavar="NAME|FOLDER", help="the same table on another model")
     command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="number format of the model")
+    command.add_argument(
+        "--limit", type=_positive, metavar="N", help="only the first N documents of each zero-shot task"
+    )
     command.add_argument("--method", nargs="+", default=[], metavar="NAME", help="only these methods (or: dense)")
     command.add_argument("--only", nargs="+", default=[], metavar="ID|LABEL", help="only these cells")
     command.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="default: results")
@@ -111,7 +117,7 @@ def _run(asked: argparse.Namespace) -> int:
     from experiments.batch import run_table
     from experiments.run import Settings
 
-    settings = Settings(asked.results, asked.device, asked.batch_size, asked.data_dir)
+    settings = Settings(asked.results, asked.device, asked.batch_size, asked.data_dir, not asked.no_dense_gate)
     outcome = run_table(asked.table, _chosen(asked), settings, _watchers(asked))
     counts = f"{len(outcome.done)} done now, {len(outcome.found)} before, {len(outcome.failed)} failed"
     print(f"{asked.table}: {counts}; python -m analysis table {asked.table}", file=sys.stderr)
@@ -130,7 +136,7 @@ def _chosen(asked: argparse.Namespace) -> list[Cell]:
     from experiments import cells, tables
 
     table = tables.find(asked.table)
-    runs = tables.runs(table, asked.model, asked.dtype)
+    runs = tables.runs(table, asked.model, asked.dtype, asked.limit)
     return cells.choose(cells.cells(runs, table.label), asked.method, asked.only)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,11 +10,11 @@ from dataclasses import dataclass, field
 
 from filelock import FileLock, Timeout
 
-from experiments import failures, files, models, records
+from experiments import failures, files, measures, models, records
 from experiments.cells import Cell, ordered
 from experiments.progress import Board, duration
 from experiments.records import Failure, Record
-from experiments.run import Settings, execute
+from experiments.run import Settings, execute, unfinished
 from experiments.watchers import Watcher, Watchers
 
 
@@ -29,11 +30,16 @@ class Outcome:
 def run_table(table: str, chosen: Sequence[Cell], settings: Settings, watchers: Sequence[Watcher] = ()) -> Outcome:
     """Run the chosen cells that have no record; one that fails does not stop the others, nor does a watcher.
 
+    A record that lacks tasks whose documents have turned up since is made again.
     Two processes may run the same table: each cell is done by one of them.  Raises StorageError before any work where
     the results folder cannot be written.
     """
     files.check_writable(records.folder(settings.root, table))
-    finished = records.load(settings.root, table)
+    finished = {
+        id: record
+        for id, record in records.load(settings.root, table).items()
+        if not measures.lacking(record.measures, settings.data_dir)
+    }
     todo = ordered([cell for cell in chosen if cell.id not in finished])
     outcome, watcher = Outcome([cell.label for cell in chosen if cell.id in finished]), Watchers(watchers)
     with Board([cell.work for cell in todo], _pace(chosen, finished), watcher) as board:
@@ -57,7 +63,7 @@ class _Worker:
         """False if another process is at this cell."""
         try:
             with self._started(cell, wait=wait) as resumed:
-                if records.exists(self.settings.root, self.table, cell.id):
+                if self._is_done(cell):
                     self.outcome.found.append(cell.label)
                     self.board.finish(cell.work, f"{cell.label}: done by another process")
                 else:
@@ -65,6 +71,11 @@ class _Worker:
         except Timeout:
             return False
         return True
+
+    def _is_done(self, cell: Cell) -> bool:
+        """Another process may have been faster."""
+        record = records.find(self.settings.root, self.table, cell.id)
+        return record is not None and not measures.lacking(record.measures, self.settings.data_dir)
 
     def _run(self, cell: Cell, resumed: int) -> None:
         started = time.monotonic()
@@ -78,6 +89,7 @@ class _Worker:
             self._keep_failure(cell, error)
             self.board.finish(cell.work, f"{cell.label}: failed: {failures.sentence(error)}")
         else:
+            shutil.rmtree(unfinished(self.settings.root, self.table, cell.id), ignore_errors=True)
             self.outcome.done.append(cell.label)
             self.watcher.finished(record, path)
             seconds = time.monotonic() - started
@@ -120,4 +132,9 @@ def _pace(chosen: Sequence[Cell], finished: Mapping[str, Record]) -> float | Non
 
 def _headline(record: Record) -> str:
     values = [f"{key} {value['perplexity']:.2f}" for key, value in record.measures.items() if "perplexity" in value]
-    return ", ".join([f"sparsity {record.achieved['sparsity']:.4f}", *values])
+    means = [
+        f"{key} {100 * value['score']:.1f} %"
+        for key, value in record.measures.items()
+        if key.startswith("mean.") and "score" in value
+    ]
+    return ", ".join([f"sparsity {record.achieved['sparsity']:.4f}", *values, *means])

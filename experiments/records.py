@@ -133,11 +133,15 @@ def read(path: Path) -> Record:
 
 def exists(root: Path, table: str, id: str) -> bool:
     """Whether a record that can be trusted is there."""
+    return find(root, table, id) is not None
+
+
+def find(root: Path, table: str, id: str) -> Record | None:
+    """The record of that id, if one that can be trusted is there."""
     try:
-        read(folder(root, table) / f"{id}{Record.suffix}")
+        return read(folder(root, table) / f"{id}{Record.suffix}")
     except BadRecordError:
-        return False
-    return True
+        return None
 
 
 def load(root: Path, table: str) -> dict[str, Record]:

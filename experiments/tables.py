@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
-from experiments import embedded
-from experiments.spec import Run, Table
+from experiments import baselines, embedded, gblm
+from experiments.spec import Run, Table, ZeroShot
 from pruners.suggest import unknown
 
-MODULES = (embedded,)
+MODULES = (embedded, gblm, baselines)
 TABLES = {thing.name: thing for module in MODULES for thing in vars(module).values() if isinstance(thing, Table)}
 
 
@@ -20,7 +21,16 @@ def find(name: str) -> Table:
         raise LookupError(unknown("table", name, TABLES)) from None
 
 
-def runs(table: Table, model: str | None = None, dtype: str | None = None) -> list[Run]:
-    """The table's runs in reading order, on another model or in another number format where asked."""
+def runs(table: Table, model: str | None = None, dtype: str | None = None, limit: int | None = None) -> list[Run]:
+    """The table's runs in reading order, on another model or in another number format where asked.
+
+    `limit` cuts zero-shot tasks to their first so many documents, which gives them protocol keys of their own.
+    """
     asked = table.runs(model)
-    return [replace(run, dtype=dtype) for run in asked] if dtype else asked
+    if dtype:
+        asked = [replace(run, dtype=dtype) for run in asked]
+    return [replace(run, measures=_limited(run.measures, limit)) for run in asked] if limit else asked
+
+
+def _limited(measures: tuple[Any, ...], limit: int) -> tuple[Any, ...]:
+    return tuple(replace(what, limit=limit) if isinstance(what, ZeroShot) else what for what in measures)
