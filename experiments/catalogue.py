@@ -86,6 +86,9 @@ _MODELS = (
     _llama_2("7b", "01c7f73d771dfac7d292323805ebc428287df4f9", 6_738_415_616, 5.47, 5.12),
     _llama_2("13b", "5c31dfb671ce7cfe2d7bb7c04375e44c55e815b1", 13_015_864_320, 4.88, 4.57),
     _llama_2("70b", "3aba440b59558f995867ba6e1f58f21d0336b5bb", 68_976_648_192, 3.32, 3.12),
+    Model("llama-2-7b-chat", "meta-llama/Llama-2-7b-chat-hf", None, 6_738_415_616, 4096, LLAMA_2),
+    Model("llama-2-13b-chat", "meta-llama/Llama-2-13b-chat-hf", None, 13_015_864_320, 4096, LLAMA_2),
+    Model("mistral-7b", "mistralai/Mistral-7B-v0.1", None, 7_241_732_096, 32_768, "Apache-2.0"),
     Model(
         "llama-3-8b",
         "meta-llama/Meta-Llama-3-8B",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +146,7 @@ class Run:
 class Table:
     """A paper's table: `run(method, *column)` for every row and column gives the cells (None: no such cell).
 
+    A column begins with its model.
     `published` names the paper's own table, e.g. `wanda: table 23, table 24`, in the CSV under `analysis/published`.
     `label` gives a run the paper's words for its method and setting, by which its values find their cell.
     `missing` says what the project lacks to run the table at all.
@@ -162,9 +163,8 @@ class Table:
 
     def runs(self, model: str | None = None) -> list[Run]:
         """The table's runs in reading order, each once; `model` asks for the same experiment on another model."""
-        cells = [self.run(method, *column) for method in self.rows for column in self.columns]
-        runs = [replace(run, model=model) if model else run for run in cells if run is not None]
-        return list(dict.fromkeys(runs))
+        cells = [self.run(row, model or name, *rest) for row in self.rows for name, *rest in self.columns]
+        return list(dict.fromkeys(run for run in cells if run is not None))
 
 
 def needs_windows(method: Any) -> bool:

@@ -1,0 +1,163 @@
+"""The tables of Wanda (Sun et al. 2023, arXiv:2306.11695) and SparseGPT (Frantar & Alistarh 2023, arXiv:2301.00774).
+
+    python -m experiments show baselines.perplexity
+
+128 C4 windows as long as the model takes; Wanda reads WikiText-2 at that length too (LLaMA-2: 4,096), SparseGPT reads
+WikiText-2, PTB and C4 at 2,048.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import pruners
+from experiments import models, protocols
+from experiments.labels import setting
+from experiments.spec import Run, Table, Windows
+
+LLAMA = ("llama-7b", "llama-13b", "llama-30b", "llama-65b")
+LLAMA_2 = ("llama-2-7b", "llama-2-13b", "llama-2-70b")
+OPT = ("opt-125m", "opt-350m", "opt-1.3b", "opt-2.7b", "opt-6.7b", "opt-13b")
+METHODS = (None, pruners.Magnitude, pruners.SparseGPT, pruners.Wanda)
+PATTERNS: tuple[dict[str, Any], ...] = ({"sparsity": 0.5}, {"pattern": "4:8"}, {"pattern": "2:4"})
+GROUPS = {"matrix": "layer", "row": "(output,1)"}
+
+
+def windows(model: str, count: int = 128, seed: int = 0) -> Windows:
+    return Windows("c4/train", count, min(models.find(model).positions or 0, protocols.LONGEST_WINDOW), seed)
+
+
+def read(model: str) -> tuple[Any, ...]:
+    return protocols.perplexity("wanda", models.find(model).positions)
+
+
+def label(run: Run) -> tuple[str, str]:
+    return "Dense" if run.method is None else type(run.method).__name__, setting(run.method)
+
+
+def pruned(method: Any, model: str, how: dict[str, Any]) -> Run:
+    return Run(model, method and method(**how), windows(model), read(model), "float16")
+
+
+perplexity = Table(
+    name="baselines.perplexity",
+    title="WikiText-2 perplexity without retraining (Wanda, tables 3, 19, 20)",
+    rows=METHODS,
+    columns=tuple(product(LLAMA + LLAMA_2, (*PATTERNS, {"sparsity": 0.6}, {"sparsity": 0.8}))),
+    run=pruned,
+    published="wanda: table 3, table 19, table 20, README LLaMA-2 table",
+    label=label,
+)
+
+zero_shot = Table(
+    name="baselines.zero_shot",
+    title="Accuracy on seven tasks (Wanda, tables 2 and 23 to 28)",
+    rows=METHODS,
+    columns=tuple(product(LLAMA + LLAMA_2, PATTERNS)),
+    run=lambda method, model, how: Run(
+        model,
+        method and method(**how),
+        windows(model),
+        (protocols.zero_shot("wanda", parameters=models.find(model).parameters or 0),),
+        "float16",
+    ),
+    published="wanda: table 2, table 23, table 24, table 25, table 26, table 27, table 28",
+    label=label,
+)
+
+comparison_group = Table(
+    name="baselines.comparison_group",
+    title="Among whom weights compete, at 50 % (Wanda, table 7)",
+    rows=(pruners.Magnitude, pruners.Wanda),
+    columns=tuple(product(("llama-7b",), ({"sparsity": 0.5, "group": group} for group in GROUPS))),
+    run=pruned,
+    published="wanda: table 7",
+    label=lambda run: (label(run)[0], f"50 %, group {GROUPS[run.method.group]}"),
+)
+
+sparsity = Table(
+    name="baselines.sparsity",
+    title="OPT-13B by sparsity (Wanda, table 9)",
+    rows=METHODS,
+    columns=tuple(product(("opt-13b",), ({"sparsity": tenth / 10} for tenth in range(1, 6)))),
+    run=pruned,
+    published="wanda: table 9",
+    label=label,
+)
+
+opt_sizes = Table(
+    name="baselines.opt_sizes",
+    title="OPT at 50 % (Wanda, table 10)",
+    rows=METHODS,
+    columns=tuple(product(OPT, PATTERNS[:1])),
+    run=pruned,
+    published="wanda: table 10",
+    label=label,
+)
+
+opt_groups = Table(
+    name="baselines.opt_groups",
+    title="Wanda on OPT by comparison group (Wanda, table 12)",
+    rows=(pruners.Wanda,),
+    columns=tuple(product(OPT, ({"sparsity": 0.5, "group": group} for group in GROUPS))),
+    run=pruned,
+    published="wanda: table 12",
+    label=lambda run: ("Wanda", f"50 %, per {'layer' if run.method.group == 'matrix' else 'output'}"),
+)
+
+calibration_size = Table(
+    name="baselines.calibration_size",
+    title="Number of calibration windows at 50 % (Wanda, table 17)",
+    rows=METHODS[2:],
+    columns=tuple(product(("llama-7b", "llama-2-7b"), (1, *(2**power for power in range(4, 12))))),
+    run=lambda method, model, count: Run(model, method(sparsity=0.5), windows(model, count), read(model), "float16"),
+    published="wanda: table 17",
+    label=lambda run: (label(run)[0], f"50 %, {run.windows.count if run.windows else 0} samples"),
+)
+
+calibration_seeds = Table(
+    name="baselines.calibration_seeds",
+    title="Five draws of the calibration windows (Wanda, table 18)",
+    rows=METHODS[2:],
+    columns=tuple(product(LLAMA[:2] + LLAMA_2[:2], PATTERNS, range(5))),
+    run=lambda method, model, how, seed: Run(model, method(**how), windows(model, seed=seed), read(model), "float16"),
+    published="wanda: table 18",
+    label=label,
+)
+
+mmlu = Table(
+    name="baselines.mmlu",
+    title="Accuracy on MMLU with five examples in the prompt (Wanda, table 21)",
+    rows=(),
+    columns=(),
+    run=pruned,
+    published="wanda: table 21",
+    missing="a zero-shot measure with examples in the prompt; ZeroShot has none",
+)
+
+sparsegpt = Table(
+    name="baselines.sparsegpt",
+    title="OPT on WikiText-2, PTB and C4 (SparseGPT, tables 1, 3, 4)",
+    rows=METHODS[:3],
+    columns=tuple(product((*OPT, "opt-30b", "opt-66b"), PATTERNS)),
+    run=lambda method, model, how: (
+        None
+        if method is pruners.Magnitude and "pattern" in how
+        else Run(model, method and method(**how), windows(model), protocols.perplexity("sparsegpt"), "float16")
+    ),
+    published="sparsegpt: table 1, table 3, table 4",
+    label=label,
+)
+
+sparsegpt_seeds = Table(
+    name="baselines.sparsegpt_seeds",
+    title="Five draws of the calibration windows on OPT-2.7B (SparseGPT, appendix A)",
+    rows=(pruners.SparseGPT,),
+    columns=tuple(product(("opt-2.7b",), PATTERNS[:1], range(5))),
+    run=lambda method, model, how, seed: Run(
+        model, method(**how), windows(model, seed=seed), protocols.perplexity("sparsegpt")[:1], "float16"
+    ),
+    published="sparsegpt: Appendix A (seeds)",
+    label=label,
+)
