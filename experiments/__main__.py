@@ -11,22 +11,21 @@ import argparse
 import sys
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
+from experiments import arguments
+
 if TYPE_CHECKING:
-    from experiments.cells import Cell
     from experiments.spec import Run
-    from experiments.watchers import Watcher
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(words: Sequence[str] | None = None) -> int:
     """The exit status: 0 all well, 1 something failed, 2 asked for something unknown, 130 interrupted."""
-    asked = parser().parse_args(arguments)
+    asked = parser().parse_args(words)
     try:  # commands import what they need: torch takes seconds, and --help should not
         return int(asked.command(asked))
     except KeyboardInterrupt:
@@ -51,41 +50,11 @@ def parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run the cells that have no record yet")
     run.set_defaults(command=_run)
     for command in (show, run):
-        _add_selection(command)
-    run.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
-    run.add_argument("--batch-size", type=_positive, default=8, help="windows at once; changes no number (default: 8)")
-    run.add_argument("--data-dir", type=Path, help="local data sets (default: $PRUNING_DATA_DIR, otherwise the Hub)")
-    run.add_argument(
-        "--no-dense-gate", action="store_true", help="prune even a model that misses its published dense perplexity"
-    )
-    add_tracking(run)
+        arguments.add_selection(command)
+    arguments.add_running(run)
     for command in (listing, show, run):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return top
-
-
-def _add_selection(command: argparse.ArgumentParser) -> None:
-    command.add_argument("table", metavar="TABLE")
-    command.add_argument("--model", metavar="NAME|FOLDER", help="the same table on another model")
-    command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="number format of the model")
-    command.add_argument(
-        "--limit", type=_positive, metavar="N", help="only the first N documents of each zero-shot task"
-    )
-    command.add_argument("--method", nargs="+", default=[], metavar="NAME", help="only these methods (or: dense)")
-    command.add_argument("--only", nargs="+", default=[], metavar="ID|LABEL", help="only these cells")
-    command.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="default: results")
-
-
-def add_tracking(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--wandb", nargs="?", const="llm-pruning", metavar="PROJECT", help="log cells to Weights & Biases as well"
-    )
-
-
-def _positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{value} is less than 1")
-    return value
 
 
 def _list(asked: argparse.Namespace) -> int:
@@ -105,7 +74,7 @@ def _show(asked: argparse.Namespace) -> int:
 
     done, failed = records.load(asked.results, asked.table), records.load_failures(asked.results, asked.table)
     rows = []
-    for cell in _chosen(asked):
+    for cell in arguments.chosen(asked):
         state = "done" if cell.id in done else "failed" if cell.id in failed else "missing"
         keys = ", ".join(measure.key for measure in cell.run.measures)
         rows.append((cell.label, cell.id, state, cell.run.model, _calibration(cell.run), keys))
@@ -115,29 +84,12 @@ def _show(asked: argparse.Namespace) -> int:
 
 def _run(asked: argparse.Namespace) -> int:
     from experiments.batch import run_table
-    from experiments.run import Settings
 
-    settings = Settings(asked.results, asked.device, asked.batch_size, asked.data_dir, not asked.no_dense_gate)
-    outcome = run_table(asked.table, _chosen(asked), settings, _watchers(asked))
+    chosen, settings, watchers = arguments.chosen(asked), arguments.settings(asked), arguments.watchers(asked)
+    outcome = run_table(asked.table, chosen, settings, watchers)
     counts = f"{len(outcome.done)} done now, {len(outcome.found)} before, {len(outcome.failed)} failed"
     print(f"{asked.table}: {counts}; python -m analysis table {asked.table}", file=sys.stderr)
     return EXIT_FAILED if outcome.failed else 0
-
-
-def _watchers(asked: argparse.Namespace) -> list[Watcher]:
-    if asked.wandb is None:
-        return []
-    from experiments.tracking import Wandb  # wandb takes a second to import
-
-    return [Wandb(asked.wandb, asked.table, asked.results)]
-
-
-def _chosen(asked: argparse.Namespace) -> list[Cell]:
-    from experiments import cells, tables
-
-    table = tables.find(asked.table)
-    runs = tables.runs(table, asked.model, asked.dtype, asked.limit)
-    return cells.choose(cells.cells(runs, table.label), asked.method, asked.only)
 
 
 def _calibration(run: Run) -> str:

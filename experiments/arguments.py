@@ -1,0 +1,68 @@
+"""What `python -m experiments run` can be told, for every command line that runs cells; and what was meant by it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from experiments.cells import Cell
+    from experiments.run import Settings
+    from experiments.watchers import Watcher
+
+
+def add_selection(command: argparse.ArgumentParser) -> None:
+    command.add_argument("table", metavar="TABLE")
+    command.add_argument("--model", metavar="NAME|FOLDER", help="the same table on another model")
+    command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="number format of the model")
+    command.add_argument(
+        "--limit", type=_positive, metavar="N", help="only the first N documents of each zero-shot task"
+    )
+    command.add_argument("--method", nargs="+", default=[], metavar="NAME", help="only these methods (or: dense)")
+    command.add_argument("--only", nargs="+", default=[], metavar="ID|LABEL", help="only these cells")
+    command.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="default: results")
+
+
+def add_running(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    command.add_argument(
+        "--batch-size", type=_positive, default=8, help="windows at once; changes no number (default: 8)"
+    )
+    command.add_argument(
+        "--data-dir", type=Path, help="local data sets (default: $PRUNING_DATA_DIR, otherwise the Hub)"
+    )
+    command.add_argument(
+        "--no-dense-gate", action="store_true", help="prune even a model that misses its published dense perplexity"
+    )
+    command.add_argument(
+        "--wandb", nargs="?", const="llm-pruning", metavar="PROJECT", help="log cells to Weights & Biases as well"
+    )
+
+
+def chosen(asked: argparse.Namespace) -> list[Cell]:
+    from experiments import cells, tables
+
+    table = tables.find(asked.table)
+    runs = tables.runs(table, asked.model, asked.dtype, asked.limit)
+    return cells.choose(cells.cells(runs, table.label), asked.method, asked.only)
+
+
+def settings(asked: argparse.Namespace) -> Settings:
+    from experiments.run import Settings
+
+    return Settings(asked.results, asked.device, asked.batch_size, asked.data_dir, not asked.no_dense_gate)
+
+
+def watchers(asked: argparse.Namespace) -> list[Watcher]:
+    if asked.wandb is None:
+        return []
+    from experiments.tracking import Wandb  # wandb takes a second to import
+
+    return [Wandb(asked.wandb, asked.table, asked.results)]
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value
