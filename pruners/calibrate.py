@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -122,31 +123,72 @@ class Hessian(Statistic):
         return bool(self.sum.isfinite().all())
 
 
+@dataclass(frozen=True)
+class Passage:
+    """One block's `inputs` on the calibration windows and what the dense block made of them, `targets`."""
+
+    inputs: Float[Tensor, "windows tokens width"]
+    targets: Float[Tensor, "windows tokens width"]
+    batch_size: int
+    run: Callable[[Block, Tensor], Tensor]
+
+    @torch.no_grad()
+    def error(self, block: Block) -> float:
+        """Mean squared error of the block's outputs as it is now."""
+        total = 0.0
+        for start in range(0, len(self.inputs), self.batch_size):
+            here = slice(start, start + self.batch_size)
+            difference = self.run(block, self.inputs[here]).float() - self.targets[here].float()
+            total += float(difference.square().sum(dtype=torch.float64))
+        return total / self.targets.numel()
+
+
+class Rebuild(ABC):
+    """Brings a pruned block's outputs back towards the dense block's, before later blocks see them."""
+
+    batch_size: int
+
+    @abstractmethod
+    def restore(self, block: Block) -> bool:
+        """Whether the block was rebuilt before, pruned and all, and is so again now."""
+
+    @abstractmethod
+    def __call__(self, block: Block, passage: Passage) -> None: ...
+
+
 def walk(
     model: nn.Module,
     windows: Int[Tensor, "count length"],
-    statistic: type[Statistic],
+    statistic: type[Statistic] | None,
     *,
     sequential: bool = True,
     groups: Callable[[Block], tuple[tuple[str, ...], ...]] = lambda block: block.family.shared_inputs,
     batch_size: int = 8,
     device: torch.device | str | None = None,
+    rebuild: Rebuild | None = None,
 ) -> Iterator[tuple[Block, dict[str, Any]]]:
     """Yield each block with the statistics of its projections' inputs, by projection name.
 
     Whatever the caller does to the block before asking for the next one is seen by the later blocks when
     `sequential`; else later blocks get dense outputs and one pass serves both.  `device` holds one block at a time
-    (None: where the model is).  Raises ValueError, naming block and projection, where an input is not finite.
+    (None: where the model is).  `rebuild` is called when the caller is done with a block; blocks that it restores are
+    not yielded.  Raises ValueError, naming block and projection, where an input is not finite.
     """
     blocks = anatomy.blocks(model)
     with _evaluating(model):
-        stream = _Stream(model, windows, batch_size, device)
+        stream = _Stream(model, windows, batch_size, device, also=rebuild.batch_size if rebuild else 0)
         for block in blocks:
             with _moved(block.module, device):
                 last = block is blocks[-1]
-                seen = stream.observe(block, groups(block), statistic, advance=not sequential and not last)
-                _refuse_non_finite(block, seen)
-                yield block, seen
+                if not (rebuild and rebuild.restore(block)):
+                    outputs = torch.empty_like(stream.hidden) if rebuild else None
+                    if not sequential and not last:
+                        outputs = stream.hidden
+                    seen = stream.observe(block, groups(block), statistic, outputs)
+                    _refuse_non_finite(block, seen)
+                    yield block, seen
+                    if rebuild and outputs is not None:
+                        rebuild(block, Passage(stream.hidden, outputs, stream.batch_size, stream.run))
                 if sequential and not last:
                     stream.advance(block)
 
@@ -198,7 +240,10 @@ class _Caught(Exception):  # noqa: N818  (a signal that enough of a forward pass
 class _Stream:
     """Hidden states between two blocks, and the keyword arguments that every block is called with."""
 
-    def __init__(self, model: nn.Module, windows: Tensor, batch_size: int, device: torch.device | str | None) -> None:
+    def __init__(
+        self, model: nn.Module, windows: Tensor, batch_size: int, device: torch.device | str | None, also: int = 0
+    ) -> None:
+        """`also` is another batch size in which blocks will be run."""
         first = anatomy.blocks(model)[0].module
         self.batch_size = min(batch_size, len(windows))
         self.kwargs: dict[int, dict[str, Any]] = {}  # by batch size: masks and positions depend on nothing else here
@@ -209,21 +254,29 @@ class _Stream:
                 self.hidden = hidden.new_empty((len(windows), *hidden.shape[1:]), device=device or hidden.device)
             self.hidden[start : start + len(hidden)] = hidden
             self.kwargs.setdefault(len(hidden), send_to_device(kwargs, self.hidden.device))
+        if also:
+            _, kwargs = _inputs_of(first, model, windows[:also])
+            self.kwargs.setdefault(also, send_to_device(kwargs, self.hidden.device))
 
     @torch.no_grad()
     def observe(
-        self, block: Block, groups: tuple[tuple[str, ...], ...], statistic: type[Statistic], advance: bool
+        self,
+        block: Block,
+        groups: tuple[tuple[str, ...], ...],
+        statistic: type[Statistic] | None,
+        outputs: Tensor | None,
     ) -> dict[str, Any]:
-        """Run the block and gather statistics; unless its outputs are wanted, stop once every input has been seen."""
+        """Run the block, gather statistics and fill `outputs`; without these, stop once every input has been seen."""
         length = self.hidden.shape[1]
+        groups = groups if statistic else ()
         linears = [block.linear(names[0]) for names in groups]
-        made = [statistic(linear.in_features, self.hidden.device) for linear in linears]
+        made = [statistic(linear.in_features, self.hidden.device) for linear in linears] if statistic else []
         pending: set[int] = set()
 
         def look(which: int, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
             made[which].add(args[0].reshape(-1, length, args[0].shape[-1]))
             pending.discard(which)
-            if not pending and not advance:
+            if not pending and outputs is None:
                 raise _Caught
 
         with ExitStack() as stack:
@@ -231,22 +284,20 @@ class _Stream:
                 stack.callback(linear.register_forward_pre_hook(partial(look, which)).remove)
             for start in range(0, len(self.hidden), self.batch_size):
                 pending.update(range(len(linears)))
-                try:
-                    outputs = self._run(block, start)
-                except _Caught:
-                    continue
-                if advance:
-                    self.hidden[start : start + len(outputs)] = outputs
+                here = slice(start, start + self.batch_size)
+                with suppress(_Caught):
+                    made_here = self.run(block, self.hidden[here])
+                    if outputs is not None:
+                        outputs[here] = made_here
         return {name: made[which] for which, names in enumerate(groups) for name in names}
 
     @torch.no_grad()
     def advance(self, block: Block) -> None:
         for start in range(0, len(self.hidden), self.batch_size):
-            outputs = self._run(block, start)
-            self.hidden[start : start + len(outputs)] = outputs
+            here = slice(start, start + self.batch_size)
+            self.hidden[here] = self.run(block, self.hidden[here])
 
-    def _run(self, block: Block, start: int) -> Tensor:
-        inputs = self.hidden[start : start + self.batch_size]
+    def run(self, block: Block, inputs: Tensor) -> Tensor:
         outputs = block.module(inputs, **self.kwargs[len(inputs)])
         return outputs if isinstance(outputs, Tensor) else outputs[0]
 
