@@ -2,6 +2,8 @@
 
 python -m analysis table embedded.demo
 python -m analysis figure embedded.demo
+python -m analysis compare embedded.demo
+python -m analysis generation embedded.generation
 """
 
 from __future__ import annotations
@@ -11,6 +13,10 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from analysis.rows import Row
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
 
@@ -38,10 +44,16 @@ def parser() -> argparse.ArgumentParser:
     figure = commands.add_parser("figure", help="perplexity by method, as .svg and .png under the results folder")
     figure.set_defaults(command=_figure)
     figure.add_argument("--measure", metavar="KEY", help="the protocol key to show, where several were measured")
-    for command in (table, figure):
+    compare = commands.add_parser("compare", help="every cell against one of them, paired, with intervals and tests")
+    compare.set_defaults(command=_compare)
+    compare.add_argument("--baseline", metavar="LABEL", help="the cell to compare with (default: the dense model)")
+    generation = commands.add_parser("generation", help="what the models write, side by side")
+    generation.set_defaults(command=_generation)
+    for command in (table, figure, compare, generation):
         command.add_argument("table", metavar="TABLE")
         command.add_argument("--model", metavar="NAME|FOLDER", help="the same table on another model")
         command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="number format of the model")
+        command.add_argument("--limit", type=int, metavar="N", help="zero-shot on the first N documents of a task")
         command.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="default: results")
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return top
@@ -49,11 +61,9 @@ def parser() -> argparse.ArgumentParser:
 
 def _table(asked: argparse.Namespace) -> None:
     from analysis import written
-    from analysis.rows import rows
     from experiments.tables import find
 
-    table = find(asked.table)
-    made = rows(table, asked.results, asked.model, asked.dtype)
+    table, made = find(asked.table), _rows(asked)
     paths = written.write(table, made, asked.results / _stem(asked))
     print(written.markdown(table, made))
     print(f"Written: {', '.join(map(str, paths))}", file=sys.stderr)
@@ -61,17 +71,47 @@ def _table(asked: argparse.Namespace) -> None:
 
 def _figure(asked: argparse.Namespace) -> None:
     from analysis import figures
-    from analysis.rows import rows
     from experiments.tables import find
 
-    table = find(asked.table)
-    made = rows(table, asked.results, asked.model, asked.dtype)
+    table, made = find(asked.table), _rows(asked)
     paths = figures.save(figures.perplexity(table, made, asked.measure), asked.results / _stem(asked))
     print(f"Written: {', '.join(map(str, paths))}", file=sys.stderr)
 
 
+def _compare(asked: argparse.Namespace) -> None:
+    from analysis import comparisons
+    from experiments.tables import find
+
+    table, made = find(asked.table), _rows(asked)
+    against = comparisons.baselines(made, asked.baseline)
+    _write(comparisons.page(table, made, against, asked.results), asked, "compared")
+
+
+def _generation(asked: argparse.Namespace) -> None:
+    from analysis import generation
+
+    _write(generation.page(generation.continuations(_rows(asked))), asked, "generation")
+
+
+def _write(text: str, asked: argparse.Namespace, ending: str) -> None:
+    from experiments import files
+
+    path = asked.results / f"{_stem(asked)}.{ending}.md"
+    files.write(path, text)
+    print(text)
+    print(f"Written: {path}", file=sys.stderr)
+
+
+def _rows(asked: argparse.Namespace) -> list[Row]:
+    from analysis.rows import rows
+    from experiments.tables import find
+
+    return rows(find(asked.table), asked.results, asked.model, asked.dtype, asked.limit)
+
+
 def _stem(asked: argparse.Namespace) -> str:
-    parts = (asked.table, Path(asked.model).name if asked.model else None, asked.dtype)
+    limit = f"first-{asked.limit}" if asked.limit else None
+    parts = (asked.table, Path(asked.model).name if asked.model else None, asked.dtype, limit)
     return ".".join(part for part in parts if part)
 
 

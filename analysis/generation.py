@@ -8,7 +8,23 @@ from typing import Any
 
 import pandas as pd
 
+from analysis.rows import Row
+from experiments.spec import Generation
+
 NUMBERS = ("distinct_1", "distinct_2", "repeated_4")
+
+
+def continuations(rows: Sequence[Row]) -> dict[str, list[dict[str, Any]]]:
+    """Each measured cell's continuations by its label; LookupError where the table measured none."""
+    found = {
+        row.label: measured["continuations"]
+        for row in rows
+        for what in row.run.measures
+        if isinstance(what, Generation) and (measured := row.measure(what.key))
+    }
+    if not found:
+        raise LookupError("No cell of this table was asked to write; `Generation()` among a run's measures does so.")
+    return found
 
 
 def page(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:

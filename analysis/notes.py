@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from analysis import measured_notes
 from analysis.rows import Row, keys
 from experiments.records import Record
 from experiments.spec import Table
@@ -20,7 +21,8 @@ def notes(table: Table, rows: Sequence[Row]) -> list[str]:
     """One sentence a note, plain text."""
     done = [row.record for row in rows if row.record]
     return [
-        *(_protocol(key, rows) for key in keys(rows)),
+        *(_protocol(key, rows) for key in keys(rows) if any("perplexity" in (row.measure(key) or {}) for row in rows)),
+        *measured_notes.notes(table, rows),
         *_distinct(_calibration(record) for record in done),
         *_distinct(_origin(record) for record in done),
         *_distinct(note for record in done for note in _partial(record)),

@@ -39,9 +39,11 @@ class Row:
         return self.record.measures.get(key) if self.record else None
 
 
-def rows(table: Table, root: Path, model: str | None = None, dtype: str | None = None) -> list[Row]:
+def rows(
+    table: Table, root: Path, model: str | None = None, dtype: str | None = None, limit: int | None = None
+) -> list[Row]:
     """One row per declared cell, in the table's order; raises LookupError if none was ever run."""
-    runs = tables.runs(table, model, dtype)
+    runs = tables.runs(table, model, dtype, limit)
     found, failed = records.load(root, table.name), records.load_failures(root, table.name)
     done, broken = _newest(found.values()), _newest(failed.values())
     made = [

@@ -5,8 +5,9 @@ One column holds one protocol key: numbers of different windows, texts or limits
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,30 @@ MISSING = "—"
 
 @dataclass(frozen=True)
 class Quantity:
-    """A number that a measure may hold, the name of its standard error there, and its digits in print."""
+    """A number that a measure may hold, the name of its standard error there, and how both are printed.
+
+    `title` is the head of its column ({} is the protocol key), `scale` the factor into its unit, `quartiles` the names
+    of the fields printed beside a median.
+    """
 
     name: str
     error: str | None = None
     digits: int = 2
+    title: str = "{}"
+    scale: float = 1
+    quartiles: tuple[str, ...] = ()
 
 
-QUANTITIES = (Quantity("perplexity", "standard_error"),)
+QUANTITIES = (
+    Quantity("perplexity", "standard_error", title="perplexity {}"),
+    Quantity("score", "standard_error", digits=1, title="{}, %", scale=100),
+    Quantity("parameters", digits=1, title="parameters, M", scale=1e-6),
+    Quantity("macs", digits=2, title="MACs, G", scale=1e-9),
+    Quantity("decode_s", digits=1, title="decode, ms/token", scale=1e3, quartiles=("decode_q1_s", "decode_q3_s")),
+    Quantity("decode_bound_s", digits=1, title="its bound, ms", scale=1e3),
+    Quantity("distinct_2", digits=3, title="distinct 2-grams"),
+    Quantity("repeated_4", digits=3, title="repeated 4-grams"),
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +55,12 @@ class Column:
 
     @property
     def title(self) -> str:
+        """For a reader; columns with the same one have another key."""
+        return self.quantity.title.format(self.key)
+
+    @property
+    def name(self) -> str:
+        """For a program."""
         return f"{self.quantity.name} {self.key}"
 
     def value(self, row: Row) -> float | None:
@@ -47,11 +70,16 @@ class Column:
         return self._field(row, self.quantity.error) if self.quantity.error else None
 
     def text(self, row: Row) -> str:
-        value, error, digits = self.value(row), self.error(row), self.quantity.digits
+        value, error = self.value(row), self.error(row)
         if value is None:
             return "failed" if row.state == "failed" else MISSING
-        digits = digits if abs(value) < 1000 else 0
-        return f"{value:,.{digits}f}" + (f" ± {error:,.{digits}f}" if error is not None else "")
+        digits = self.quantity.digits if abs(self.quantity.scale * value) < 1000 else 0
+        quartiles = [self._print(self._field(row, name), digits) for name in self.quantity.quartiles]
+        spread = f" [{', '.join(quartiles)}]" if quartiles else ""
+        return self._print(value, digits) + (f" ± {self._print(error, digits)}" if error is not None else spread)
+
+    def _print(self, value: float | None, digits: int) -> str:
+        return MISSING if value is None else f"{self.quantity.scale * value:,.{digits}f}"
 
     def _field(self, row: Row, name: str) -> float | None:
         return (row.measure(self.key) or {}).get(name)
@@ -69,6 +97,19 @@ def columns(rows: Sequence[Row]) -> list[Column]:
     ]
 
 
+def shown(rows: Sequence[Row]) -> list[Column]:
+    """The columns for a reader: of several metrics of a task, the one that its protocol reports."""
+    wanted = {key for row in rows for what in row.run.measures for key in what.keys}
+    found = [column for column in columns(rows) if column.key in wanted]
+    titles = Counter(column.title for column in found)
+    return [
+        replace(column, quantity=replace(column.quantity, title=f"{column.title} ({{}})"))
+        if titles[column.title] > 1
+        else column
+        for column in found
+    ]
+
+
 def numbers(rows: Sequence[Row]) -> pd.DataFrame:
     """Every cell with its numbers unrounded; what is missing is empty."""
     found = columns(rows)
@@ -77,7 +118,7 @@ def numbers(rows: Sequence[Row]) -> pd.DataFrame:
 
 def text(rows: Sequence[Row]) -> pd.DataFrame:
     """What a reader sees; columns that would say the same in every row are left to the notes."""
-    found = columns(rows)
+    found = shown(rows)
     several = len({row.run.model for row in rows}) > 1
     return pd.DataFrame(
         [
@@ -97,9 +138,9 @@ def _numbers(row: Row, found: Sequence[Column]) -> dict[str, Any]:
     achieved = row.record.achieved if row.record else {}
     values: dict[str, Any] = {}
     for column in found:
-        values[column.title] = column.value(row)
+        values[column.name] = column.value(row)
         if column.quantity.error:
-            values[f"{column.title} {column.quantity.error}"] = column.error(row)
+            values[f"{column.name} {column.quantity.error}"] = column.error(row)
     return {
         "method": row.method,
         "setting": row.setting,
@@ -123,12 +164,14 @@ def _share(row: Row) -> str:
 def _refuse_mixed_texts(rows: Sequence[Row], key: str) -> None:
     seen: dict[tuple[str, str], str] = {}
     for row in rows:
-        token_hash = (row.measure(key) or {}).get("token_sha256")
-        if token_hash is None:
+        measured = row.measure(key) or {}
+        what = "tokens" if "token_sha256" in measured else "documents"
+        found = measured.get("token_sha256") or measured.get("documents_sha256")
+        if found is None:
             continue
-        before = seen.setdefault((row.run.model, key), token_hash)
-        if before != token_hash:
+        before = seen.setdefault((row.run.model, key), found)
+        if before != found:
             raise ValueError(
-                f"{row.label} was measured on other tokens than the rows above it although both say {key} "
-                f"({token_hash[:12]} and {before[:12]}); run the table again with one --data-dir."
+                f"{row.label} was measured on other {what} than the rows above it although both say {key} "
+                f"({found[:12]} and {before[:12]}); run the table again with one --data-dir."
             )

@@ -6,11 +6,12 @@ a resumed evaluation are made of the same requests and its answers have the same
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,16 @@ class AnswerStore:
                 self._known[content["batch"]] = [(float(nats), bool(greedy)) for nats, greedy in content["answers"]]
             kept += len(line)
         return kept
+
+
+def write_samples(samples: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """One document a line, gzipped; the same samples give the same bytes."""
+    text = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+    path.write_bytes(gzip.compress(text.encode(), mtime=0))
+
+
+def read_samples(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in gzip.decompress(path.read_bytes()).decode().splitlines()]
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import gzip
 import hashlib
 import json
 import logging
@@ -105,16 +104,6 @@ def check_names(tasks: Sequence[str] | Mapping[str, Any]) -> None:
         if name not in task_manager().task_index:
             near = ", ".join(difflib.get_close_matches(name, known, n=3)) or "none"
             raise ValueError(f"lm-eval {lm_eval.__version__} has no task {name!r}; nearest: {near}.")
-
-
-def write_samples(samples: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """One document a line, gzipped; the same samples give the same bytes."""
-    text = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
-    path.write_bytes(gzip.compress(text.encode(), mtime=0))
-
-
-def read_samples(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in gzip.decompress(path.read_bytes()).decode().splitlines()]
 
 
 def load(tasks: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Task], dict[str, str]]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eval.answers import write_samples
 from eval.intervals import mean_over_tasks
 from experiments import files, task_data
 from experiments.sources import DATA_DIR
@@ -114,8 +115,6 @@ def _mean(what: ZeroShot, scores: Mapping[str, Mapping[str, list[float]]]) -> di
 
 def _keep(samples: Sequence[Mapping[str, Any]], what: ZeroShot, place: Place) -> dict[str, str]:
     """Every document's answers and scores, gzipped JSON lines."""
-    from eval.zero_shot import write_samples
-
     path = place.beside.with_name(f"{place.beside.name}.{_name(what)}.jsonl.gz")
     with files.replacing(path) as temporary:
         write_samples(samples, temporary)

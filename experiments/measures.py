@@ -99,8 +99,11 @@ def _efficiency(what: Efficiency, subject: Subject, progress: Progress | None) -
         subject.model, what.batch_sizes, what.lengths, what.new_tokens, what.repetitions, progress=progress
     )
     runs = found.get("timing", {}).get("runs", [])
-    medians = {f"{stage}_s": runs[0][f"{stage}_s"]["median"] for stage in ("prefill", "decode")} if runs else {}
-    return {what.key: {**found, **medians}}
+    bound = {"decode_bound_s": found["timing"]["decode_bound_s"]} if runs else {}
+    first = {stage: runs[0][f"{stage}_s"] for stage in ("prefill", "decode")} if runs else {}
+    medians = {f"{stage}_s": spread["median"] for stage, spread in first.items()}
+    quartiles = {f"{stage}_{q}_s": spread[q] for stage, spread in first.items() for q in ("q1", "q3")}
+    return {what.key: {**found, **medians, **quartiles, **bound}}
 
 
 def _generation(what: Generation, subject: Subject, progress: Progress | None) -> Values:

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from eval import zero_shot as zs
-from eval.answers import AnswerStore
+from eval.answers import AnswerStore, read_samples, write_samples
 from eval.scorer import Scorer
 from experiments import models, protocols, task_data
 
@@ -175,9 +175,9 @@ def test_a_model_that_gives_nan_is_refused():
 
 def test_samples_are_kept_in_the_same_bytes(seven, tmp_path):
     for name in ("one", "two"):
-        zs.write_samples(seven.samples, tmp_path / name)
+        write_samples(seven.samples, tmp_path / name)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
-    assert zs.read_samples(tmp_path / "one") == seven.samples
+    assert read_samples(tmp_path / "one") == seven.samples
 
 
 def test_answers_survive_a_torn_line(tmp_path):

@@ -1,0 +1,81 @@
+"""What stands below a table about accuracy and speed: tasks, missing ones, shapes, device, and what zeros bring."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from analysis.rows import Row
+from experiments.spec import Efficiency, Generation, Table, ZeroShot
+
+
+def notes(table: Table, rows: Sequence[Row]) -> list[str]:
+    """One sentence a note; one that does not hold for all rows names those that it holds for."""
+    found: list[str] = []
+    for what in dict.fromkeys(what for row in rows for what in row.run.measures):
+        done = [row for row in rows if row.measure(what.key) is not None]
+        for sentences in SENTENCES.get(type(what), ()):
+            found += _merged(done, what, sentences)
+        if isinstance(what, Generation) and done:
+            found.append(f"{what.key}: the texts are written by python -m analysis generation {table.name}")
+    return found
+
+
+def _tasks(what: ZeroShot, row: Row) -> list[str]:
+    if (version := (row.measure(what.key) or {}).get("lm_eval")) is None:
+        return []
+    reported = ", ".join(f"{task} {metric}" for task, metric in what.metrics)
+    limit = f"the first {what.limit} documents of each task" if what.limit else "all documents"
+    return [f"{what.key}: {reported}; lm-eval {version}, {limit}; ± one standard error over documents."]
+
+
+def _missing(what: ZeroShot, row: Row) -> list[str]:
+    entries = (row.measure(what.key) or {}).get("missing", {})
+    return [f"{what.key} lacks {entry['reason']}." for entry in entries.values()]
+
+
+def _truncated(what: ZeroShot, row: Row) -> list[str]:
+    scores = [(task, row.measure(what.task_key(task, metric)) or {}) for task, metric in what.metrics]
+    return [
+        f"{task}: the beginning of {score['truncated']} of {score['documents']} documents did not fit the model."
+        for task, score in scores
+        if score.get("truncated")
+    ]
+
+
+def _counted(what: Efficiency, row: Row) -> list[str]:
+    tokens = (row.measure(what.key) or {})["macs_tokens"]
+    return [f"MACs of one sequence of {tokens} tokens; tied parameters once."]
+
+
+def _timed(what: Efficiency, row: Row) -> list[str]:
+    if not (timing := (row.measure(what.key) or {}).get("timing")):
+        return []
+    first = timing["runs"][0]
+    return [
+        f"Decode: median [quartiles] of {first['decode_s']['repetitions']}, batch {first['batch']} after "
+        f"{first['length']} tokens, {timing['dtype'].removeprefix('torch.')}, {timing['device']}, {timing['threads']} "
+        "threads; bound: the bytes of weights that one step reads over the bandwidth of a copy."
+    ]
+
+
+def _zeros(what: Efficiency, row: Row) -> list[str]:
+    note = (row.measure(what.key) or {}).get("note")
+    return [note] if note else []
+
+
+SENTENCES: dict[type, tuple[Callable[[Any, Row], list[str]], ...]] = {
+    ZeroShot: (_tasks, _missing, _truncated),
+    Efficiency: (_counted, _timed, _zeros),
+}
+
+
+def _merged(rows: Sequence[Row], what: Any, sentences: Callable[[Any, Row], list[str]]) -> list[str]:
+    holders: dict[str, list[str]] = {}
+    for row in rows:
+        for sentence in sentences(what, row):
+            holders.setdefault(sentence, []).append(row.label)
+    return [
+        sentence if len(labels) == len(rows) else f"{', '.join(labels)}: {sentence}"
+        for sentence, labels in holders.items()
+    ]
