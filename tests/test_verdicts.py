@@ -1,0 +1,102 @@
+"""Ours beside the paper's on made-up records: each verdict, several seeds, what cannot be compared."""
+
+from __future__ import annotations
+
+import pytest
+import small_table as small
+
+from analysis import rows, verdicts
+from experiments import gblm, records, tables
+
+
+def made(tmp_path, table, values, **changes):
+    """Records of the runs whose label has a value; a list gives one value a seed."""
+    for run in table.runs():
+        value = values.get((run.model, *table.label(run)))
+        if value is not None:
+            number = value[run.windows.seed] if isinstance(value, list) else value
+            if number is None:
+                continue
+            record = small.record(run, **changes).model_copy(update={"table": table.name})
+            for measured in record.measures.values():
+                measured["perplexity"] = number
+            records.write(record, tmp_path)
+    return {(c.model, c.method, c.setting, c.fold): c for c in verdicts.cells(table, rows.rows(table, tmp_path))}
+
+
+@pytest.fixture
+def found(tmp_path):
+    values = {
+        ("llama-7b", "Dense", ""): 5.68,
+        ("llama-7b", "Wanda", "50 %"): 7.30,
+        ("llama-7b", "SparseGPT", "50 %"): 7.40,
+        ("llama-7b", "Wanda", "2:4"): 11.5,
+    }
+    return made(tmp_path, gblm.perplexity, values)
+
+
+def test_within_the_spread_of_repeats_and_the_papers_last_digit_it_matches(found):
+    dense, wanda = found["llama-7b", "Dense", "", "mean"], found["llama-7b", "Wanda", "50 %", "mean"]
+    assert dense.verdict == wanda.verdict == "matches"
+    assert wanda.difference == pytest.approx(0.04)
+    assert wanda.half_width == pytest.approx(0.073)
+
+
+def test_beyond_it_differs(found):
+    assert found["llama-7b", "SparseGPT", "50 %", "mean"].verdict == "differs"
+
+
+def test_what_was_not_run_is_missing_and_what_nobody_printed_is_said(found):
+    assert found["llama-7b", "GBLM-Pruner (l1)", "50 %", "mean"].verdict == "missing"
+    assert found["llama-7b", "GBLM-Pruner (l1)", "50 %", "mean"].ours is None
+    assert found["llama-7b", "Wanda", "2:4", "mean"].verdict == "not published"
+
+
+def test_a_failure_is_told(tmp_path):
+    run = gblm.perplexity.runs()[0]
+    failed = small.failure(run, "Out of memory.").model_copy(update={"table": "gblm.perplexity"})
+    records.write_failure(failed, tmp_path)
+    cell = verdicts.cells(gblm.perplexity, rows.rows(gblm.perplexity, tmp_path))[0]
+    assert cell.verdict == "missing: Out of memory."
+
+
+def test_partial_data_cannot_be_compared(tmp_path):
+    found = made(
+        tmp_path, gblm.perplexity, {("llama-7b", "Dense", ""): 5.68}, data={"wikitext2/test": {"complete": False}}
+    )
+    verdict = found["llama-7b", "Dense", "", "mean"].verdict
+    assert verdict == "not comparable: wikitext2/test was only a part of the data set"
+
+
+def test_a_caveat_of_the_paper_is_the_reason(tmp_path):
+    found = made(tmp_path, tables.find("baselines.perplexity"), {("llama-30b", "Dense", ""): 4.10})
+    assert found["llama-30b", "Dense", "", "mean"].verdict == "not comparable: 4.10 elsewhere: a slip"
+
+
+def test_seeds_make_a_mean_an_interval_and_extremes(tmp_path):
+    values = {("llama-2-7b", "GBLM-Pruner (l1)", "50 %, 128 samples"): [6.86, 6.87, 6.88, 6.87, 6.89]}
+    found = made(tmp_path, gblm.calibration_seeds, values)
+    low, high = (found[(*next(iter(values)), fold)] for fold in ("minimum", "maximum"))
+    assert (low.ours, high.ours) == (6.86, 6.89)
+    assert low.verdict.startswith("not comparable")
+    assert "(5 seeds)" in verdicts.text([low])["Ours"][0]
+
+
+def test_the_interval_of_seeds_is_that_of_one_more_draw(tmp_path):
+    table = tables.find("baselines.calibration_seeds")
+    found = made(tmp_path, table, {("llama-7b", "Wanda", "50 %"): [7.25, 7.26, 7.27, 7.25, 7.27]})
+    mean = found["llama-7b", "Wanda", "50 %", "mean"]
+    assert mean.ours == pytest.approx(7.26)
+    assert mean.half_width == pytest.approx(2.776 * 0.01 * (1 / 5 + 1 / 5) ** 0.5, rel=1e-3)
+    assert found["llama-7b", "Wanda", "50 %", "std"].ours == pytest.approx(0.01)
+
+
+def test_a_missing_seed_leaves_no_mean(tmp_path):
+    values = {("llama-7b", "Wanda", "50 %"): [7.25, 7.26, 7.27, 7.25, None]}
+    found = made(tmp_path, tables.find("baselines.calibration_seeds"), values | {})
+    assert found["llama-7b", "Wanda", "50 %", "mean"].verdict == "missing"
+
+
+def test_the_text_has_the_papers_digits(found):
+    text = verdicts.text([found["llama-7b", "Wanda", "50 %", "mean"]]).iloc[0]
+    assert text.to_list() == ["Wanda", "50 %", "wikitext2/test@2048", "7.30 ± 0.07", "7.26", "+0.04", "matches"]
