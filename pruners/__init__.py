@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from pruners.report import Report
 from pruners.sparsegpt import SparseGPT
 from pruners.structured import Structured
 from pruners.suggest import unknown
+from pruners.unstructured import Unstructured
 from pruners.wanda import Wanda
 
 METHODS: dict[str, type[Any]] = {
@@ -85,6 +88,8 @@ def prune(
     *,
     cut: bool = True,
     statistics: Mapping[str, Tensor] | None = None,
+    reconstruct: Any = None,
+    folder: Path | None = None,
     batch_size: int = 8,
     device: torch.device | str | None = None,
     progress: Progress | None = None,
@@ -98,25 +103,41 @@ def prune(
     `windows` are calibration tokens [count, length] (None for methods that need none); `statistics` what `gather`
     returned for them, computed here if absent; `batch_size` windows go through a block at once and change no result;
     `device` holds one block at a time (None: where the model is); `progress(done, total)` is called per block.
+    `reconstruct`, a retrain.Reconstruction, trains every block after it was pruned to give the dense block's outputs;
+    what is finished is kept in `folder`, if there is one, and a killed run goes on from there.
+
     Raises ValueError for windows that do not fit the model, NaN or inf in weights or activations, an unknown family.
     """
-    _check_windows(model, method, windows)
+    _check_windows(model, method, windows, needed=reconstruct is not None)
     started = time.perf_counter()
     where: dict[str, Any] = {"batch_size": batch_size, "device": device, "progress": progress}
     dense = gather(model, method, windows, **where) if statistics is None else statistics
     gathered = time.perf_counter() - started
     if isinstance(method, Structured):
         options["cut"] = cut
+    rebuild = _rebuild(reconstruct, model, method, windows, folder)
+    if rebuild:
+        options["rebuild"] = rebuild
     with torch.no_grad():
         report = method.prune(model, windows, dense=dense, **where, **options)
+    if rebuild:
+        report.reconstruction = [asdict(block) for block in rebuild.blocks]
     if dense and statistics is None:
         report.seconds = {"gather": gathered, **report.seconds}
     return report
 
 
-def _check_windows(model: PreTrainedModel, method: Any, windows: Tensor | None) -> None:
+def _rebuild(reconstruct: Any, model: PreTrainedModel, method: Any, windows: Any, folder: Path | None) -> Any:
+    if reconstruct is None:
+        return None
+    if not isinstance(method, Unstructured):
+        raise ValueError(f"Reconstruction keeps single weights at zero; {method!r} does not zero single weights.")
+    return reconstruct.start(model, method, windows, folder)
+
+
+def _check_windows(model: PreTrainedModel, method: Any, windows: Tensor | None, needed: bool = False) -> None:
     anatomy.family(model)
-    if not method.needs_windows:
+    if not (method.needs_windows or needed):
         return
     if windows is None or windows.numel() == 0:
         raise ValueError(f"{method!r} needs calibration windows; got none. Pass a LongTensor [count, length].")

@@ -103,6 +103,7 @@ class Report:
     """`seconds` by stage; sparsities are shares of the weights of the decoder blocks' linear layers.
 
     Structured methods fill in `structure`; their `achieved` is the share of the decoder blocks' parameters.
+    `reconstruction` has each block's mean squared error before and after it was rebuilt, if it was.
     """
 
     method: str
@@ -110,6 +111,7 @@ class Report:
     projections: list[Projection] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     structure: Structure | None = None
+    reconstruction: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def achieved(self) -> float:

@@ -80,16 +80,17 @@ class Unstructured:
                 linears = {f"{block.name}.{name}": block.linear(name) for name in names}
                 refuse_non_finite(linears)
                 self.remove(linears, seen.get(names[0]), dense)
-                report.projections += [Projection.of(name, linear, self.asked) for name, linear in linears.items()]
             if progress:
                 progress(block.index + 1, len(blocks))
+        linears = {f"{block.name}.{name}": linear for block in blocks for name, linear in block.linears().items()}
+        report.projections = [Projection.of(name, linear, self.asked) for name, linear in linears.items()]
         report.seconds["prune"] = time.perf_counter() - started
         return report
 
     def _walk(
         self, model: nn.Module, windows: Tensor | None, **options: Any
     ) -> Iterator[tuple[Block, Mapping[str, Any]]]:
-        if self.NEEDS is None or windows is None:
+        if windows is None or (self.NEEDS is None and "rebuild" not in options):
             return ((block, {}) for block in anatomy.blocks(model))
         return calibrate.walk(model, windows, self.NEEDS, **options)
 

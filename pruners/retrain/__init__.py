@@ -4,6 +4,17 @@ from __future__ import annotations
 
 from pruners.retrain.adapters import LoRA, LoRAPrune, MaskLoRA, ScaleLoRA
 from pruners.retrain.finetune import Diverged, Retrained, finetune
+from pruners.retrain.reconstruct import Reconstruction
 from pruners.retrain.trainable import Trainable
 
-__all__ = ["Diverged", "LoRA", "LoRAPrune", "MaskLoRA", "Retrained", "ScaleLoRA", "Trainable", "finetune"]
+__all__ = [
+    "Diverged",
+    "LoRA",
+    "LoRAPrune",
+    "MaskLoRA",
+    "Reconstruction",
+    "Retrained",
+    "ScaleLoRA",
+    "Trainable",
+    "finetune",
+]

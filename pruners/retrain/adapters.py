@@ -77,6 +77,7 @@ class LowRank:
                 f"use {smallest} or less, or leave this projection out with targets=."
             )
         module, a, b = self.make(linear, mask)
+        module.train(linear.training)
         with torch.no_grad():
             self.start(a, b, name, seed)
         return Adapter(name, self, module, linear, mask, a, b)

@@ -1,0 +1,142 @@
+"""Block by block, bring a pruned block's outputs back to what the dense block makes of the same inputs.
+
+    min over theta of  mean (block_pruned,theta(X) - block_dense(X))^2        Zimmer et al. 2023, arXiv:2312.15230
+
+X are the calibration windows as the earlier blocks, pruned and rebuilt, pass them on.  theta is what `trainable`
+selects within the block; only its gradients and moments exist at a time.  Windows are taken in order, again and again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from pruners.anatomy import Block
+from pruners.calibrate import Passage, Rebuild
+from pruners.retrain import state
+from pruners.retrain.finetune import Diverged
+from pruners.retrain.schedule import Schedule, autocast, precision_for
+from pruners.retrain.trainable import Attached, Trainable
+
+
+@dataclass(frozen=True)
+class Rebuilt:
+    """One block's mean squared errors; one that training has not `lowered` is that of the pruned block, which stayed."""
+
+    block: str
+    initial: float
+    final: float
+    lowered: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """`steps` of AdamW per block on `batch_size` windows each; `seed` starts the adapters.
+
+    Raises ValueError for what a block does not hold (head, embeddings) or cannot merge (plain LoRA).
+    """
+
+    trainable: Trainable
+    steps: int = 200
+    learning_rate: float = 5e-4
+    batch_size: int = 2
+    warmup: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.schedule  # noqa: B018  (refuses values out of range)
+
+    @property
+    def schedule(self) -> Schedule:
+        return Schedule(self.steps, self.learning_rate, self.batch_size, self.warmup)
+
+    def start(
+        self, model: Any, method: Any, windows: Int[Tensor, "count length"], folder: Path | None = None
+    ) -> Rebuilder:
+        """For a dense `model` about to be pruned; with a `folder` finished blocks are kept there and not done again."""
+        if self.batch_size > len(windows):
+            raise ValueError(
+                f"Reconstruction takes {self.batch_size} windows a step; there are {len(windows)}. "
+                "Use a smaller batch_size or more windows."
+            )
+        mark = ""
+        if folder:
+            mark = state.fingerprint(model, method, self, hashlib.sha256(windows.numpy().tobytes()).hexdigest())
+        return Rebuilder(self, precision_for(None, model.dtype, model.device), mark, folder)
+
+
+class Rebuilder(Rebuild):
+    """One run of a Reconstruction; `blocks` tells what became of every block."""
+
+    def __init__(self, settings: Reconstruction, precision: torch.dtype | None, mark: str, folder: Path | None) -> None:
+        self.settings, self.precision, self.mark, self.folder = settings, precision, mark, folder
+        self.batch_size = settings.batch_size
+        self.blocks: list[Rebuilt] = []
+
+    def restore(self, block: Block) -> bool:
+        path = self._path(block)
+        if path is None or not path.exists():
+            return False
+        tensors, about = state.load(path, self.mark)
+        for name, p in block.module.named_parameters():
+            p.data.copy_(tensors[name])
+        self.blocks.append(Rebuilt(**about["rebuilt"]))
+        return True
+
+    def __call__(self, block: Block, passage: Passage) -> None:
+        started, initial = time.perf_counter(), passage.error(block)
+        pruned = {name: p.detach().clone() for name, p in block.module.named_parameters()}
+        attached = self.settings.trainable.attach_to_block(block, self.settings.seed)
+        try:
+            self._train(block, attached, passage)
+        except BaseException:
+            attached.detach()
+            raise
+        attached.merge()
+        final = passage.error(block)
+        lower = final <= initial
+        if not lower:
+            for name, p in block.module.named_parameters():
+                p.data.copy_(pruned[name])
+        seconds = round(time.perf_counter() - started, 3)
+        self.blocks.append(Rebuilt(block.name, initial, final if lower else initial, lower, seconds))
+        self._keep(block)
+
+    @torch.enable_grad()
+    def _train(self, block: Block, attached: Attached, passage: Passage) -> None:
+        schedule, count = self.settings.schedule, len(passage.inputs)
+        optimizer = schedule.optimizer(attached.tensors)
+        for step in range(schedule.steps):
+            rows = torch.arange(step * self.batch_size, (step + 1) * self.batch_size) % count
+            with autocast(self.precision, passage.inputs.device):
+                outputs = passage.run(block, passage.inputs[rows])
+            loss = F.mse_loss(outputs.float(), passage.targets[rows].float())
+            if not loss.isfinite():
+                raise Diverged(
+                    f"Reconstruction of {block.name} diverged at step {step + 1} of {schedule.steps}: error "
+                    f"{loss.item():.4g}, learning rate {schedule.learning_rate:g}. Use a lower one."
+                )
+            loss.backward()
+            attached.mask_gradients()
+            schedule.step(optimizer, step)
+
+    def _keep(self, block: Block) -> None:
+        path = self._path(block)
+        if path:
+            state.save(
+                path,
+                dict(block.module.named_parameters()),
+                {"fingerprint": self.mark, "rebuilt": asdict(self.blocks[-1])},
+            )
+
+    def _path(self, block: Block) -> Path | None:
+        return Path(self.folder) / f"block_{block.index:03}.safetensors" if self.folder else None
