@@ -185,6 +185,14 @@ def test_a_hessian_that_is_not_positive_definite_gets_more_damping_with_a_warnin
     assert "block 0" in caplog.text
 
 
+@pytest.mark.parametrize("size", [5, 128, 300])
+def test_the_factor_is_the_upper_cholesky_factor_of_the_inverse(size):
+    hessian = hessian_of(randn(3, size, size))
+    factor = sparsegpt.inverse_factor(hessian.float(), 0.01, "H")
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(size)
+    assert_close(factor.double(), torch.linalg.cholesky(torch.linalg.inv(damped), upper=True), rtol=1e-3, atol=1e-4)
+
+
 def test_a_hopeless_hessian_is_refused_by_name():
     with pytest.raises(ValueError, match=r"layers\.3.*cannot be factorised"):
         sparsegpt.inverse_factor(-torch.eye(4), 0.01, "layers.3")
