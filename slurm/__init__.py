@@ -1,0 +1,1 @@
+"""Sends a table's cells to a cluster: the same runs as `python -m experiments run`, as Slurm jobs."""

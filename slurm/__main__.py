@@ -1,0 +1,190 @@
+"""Send the cells of a paper's table to a cluster, and see how they are.
+
+python -m slurm submit embedded.demo --profile gpu_partition --dry-run
+python -m slurm status embedded.demo
+python -m slurm logs 361c449de9
+python -m slurm retry embedded.demo --failed
+python -m slurm cancel embedded.demo
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tabulate import tabulate
+
+from experiments import arguments
+from experiments.__main__ import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE
+
+if TYPE_CHECKING:
+    from experiments.cells import Cell
+    from slurm.jobs import Array
+    from slurm.state import CellState
+    from slurm.work import Work
+
+LOG_LINES = 200
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """The exit status: 0 all well, 1 something failed, 2 asked for something unknown, 130 interrupted."""
+    asked = parser().parse_args(words)
+    from experiments.failures import sentence  # torch takes seconds to import; --help should not
+
+    try:
+        return int(asked.command(asked))
+    except KeyboardInterrupt:
+        print("Stopped. What was sent is in the queue; the same command sends the rest.", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except Exception as error:  # noqa: BLE001  (the one place where an error becomes a sentence and an exit status)
+        if asked.debug:
+            traceback.print_exc()
+        print(sentence(error), file=sys.stderr)
+        return EXIT_USAGE if isinstance(error, LookupError) else EXIT_FAILED
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python -m slurm", description=(__doc__ or "").splitlines()[0])
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    submit = commands.add_parser("submit", help="send the cells that have no record and are not queued")
+    retry = commands.add_parser("retry", help="send the cells that failed once more")
+    retry.add_argument("--failed", action="store_true", required=True, help="which cells: those that failed")
+    for command in (submit, retry):
+        arguments.add_selection(command)
+        arguments.add_running(command)
+        _add_sending(command)
+    status = commands.add_parser("status", help="how the cells and jobs of a table stand")
+    cancel = commands.add_parser("cancel", help="stop every job of a table")
+    for command in (status, cancel):
+        command.add_argument("table", metavar="TABLE")
+    logs = commands.add_parser("logs", help="what the last job with a cell said")
+    logs.add_argument("cell", metavar="CELL", help="its id or label")
+    for command in (status, cancel, logs):
+        command.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="default: results")
+    actions = {submit: _submit, retry: _retry, status: _status, cancel: _cancel, logs: _logs}
+    for command, action in actions.items():
+        command.set_defaults(command=action)
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return top
+
+
+def _add_sending(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--profile", default="processors", metavar="NAME|FILE", help="default: processors")
+    command.add_argument("--executor", choices=("slurm", "local", "debug"), default="slurm", help="default: slurm")
+    command.add_argument("--memory-gb", type=float, metavar="GB", help="ask for this much instead of the estimate")
+    command.add_argument("--dry-run", action="store_true", help="show the jobs and their script, send nothing")
+
+
+def _submit(asked: argparse.Namespace) -> int:
+    return _launch(asked, arguments.chosen(asked))
+
+
+def _retry(asked: argparse.Namespace) -> int:
+    from slurm import state
+
+    cells = {cell.id: cell for cell in arguments.chosen(asked)}
+    labels = {id: cell.label for id, cell in cells.items()}
+    failed = [cell.id for cell in state.cells(asked.results, asked.table, labels) if cell.state == "failed"]
+    return _launch(asked, [cells[id] for id in failed])
+
+
+def _launch(asked: argparse.Namespace, cells: Sequence[Cell]) -> int:
+    from slurm import jobs, launch, profile
+
+    plan, wanted = _plan(asked), profile.load(asked.profile)
+    if asked.dry_run:
+        todo = launch.missing(cells, plan.root, asked.table)
+        for array in jobs.arrays(todo, wanted, asked.memory_gb):
+            _show(array)
+            print(f"\n{launch.script(plan, array, wanted, asked.table, plan.root / '.cache/slurm/...')}")
+        return 0
+    sent = 0
+    for entry in launch.launch(plan, cells, wanted, asked.executor, asked.memory_gb):
+        for job in entry.jobs:
+            sent += len(job.cells)
+            print(f"{job.id}: {', '.join(job.cells.values())}", flush=True)
+    print(
+        f"{asked.table}: cells sent: {sent}, done or queued already: {len(cells) - sent}; "
+        f"python -m slurm status {asked.table}",
+        file=sys.stderr,
+    )
+    return 0
+
+
+def _plan(asked: argparse.Namespace) -> Work:
+    from slurm.work import Work
+
+    ours = {"command", "debug", "profile", "executor", "memory_gb", "dry_run", "failed"}
+    told = {name: value for name, value in vars(asked).items() if name not in ours}
+    data_dir = str(asked.data_dir.resolve()) if asked.data_dir else None
+    return Work({**told, "results": str(asked.results.resolve()), "data_dir": data_dir})
+
+
+def _show(array: Array) -> None:
+    request = array.request
+    rows = [(number, len(job.cells), job.label) for number, job in enumerate(array.jobs)]
+    print(tabulate(rows, ("job", "cells", "which")))
+    device = f"{request.gpus} accelerator with {request.gpu_memory_gb:g} GB in use, " if request.gpus else ""
+    times = (
+        f", then back into the queue, {request.needed_hours:.1f} h in all"
+        if request.hours < request.needed_hours
+        else ""
+    )
+    print(f"\nEach asks for {device}{request.memory_gb:g} GB of memory and {request.hours:.1f} h{times}.")
+
+
+def _status(asked: argparse.Namespace) -> int:
+    from experiments import cells, tables
+    from slurm import state
+
+    table = tables.find(asked.table)
+    labels = state.labels(asked.results, asked.table)
+    labels = labels or {cell.id: cell.label for cell in cells.cells(table.runs())}
+    found = state.cells(asked.results, asked.table, labels)
+    rows = [(cell.label, cell.id, cell.state, cell.job, cell.note) for cell in found]
+    print(tabulate(rows, ("cell", "id", "state", "job", "note"), disable_numparse=True))
+    _print_failures(found)
+    alive = [(job.sent.id, job.queued) for job in state.jobs(asked.results, asked.table) if job.alive and job.queued]
+    if alive:
+        queued = [(id, job.state, job.node, job.left) for id, job in alive]
+        print(f"\n{tabulate(queued, ('job', 'state', 'node', 'time left'), disable_numparse=True)}")
+    counts = Counter(cell.state for cell in found)
+    print(f"\n{asked.table}: {', '.join(f'{count} {name}' for name, count in counts.items())}")
+    return EXIT_FAILED if counts["failed"] else 0
+
+
+def _print_failures(found: Sequence[CellState]) -> None:
+    for cell in found:
+        if cell.state == "failed":
+            print("\n".join([f"\n{cell.label} ({cell.id}):", *(f"    {line}" for line in cell.lines)]))
+
+
+def _cancel(asked: argparse.Namespace) -> int:
+    from experiments import tables
+    from slurm import ledger, state
+
+    tables.find(asked.table)
+    with ledger.launching(asked.results.resolve(), asked.table):
+        stopped = state.cancel(state.jobs(asked.results.resolve(), asked.table))
+    print(f"{asked.table}: jobs cancelled: {len(stopped)}; what they had finished is kept", file=sys.stderr)
+    return 0
+
+
+def _logs(asked: argparse.Namespace) -> int:
+    from slurm import state
+
+    job = state.find(asked.results.resolve(), asked.cell)[-1]
+    for path in job.logs:
+        print(f"==> {path} <==")
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ["(nothing yet)"]
+        print("\n".join(lines[-LOG_LINES:]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""What Slurm says of our jobs, through its own commands; whatever they complain about is passed on."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+OVER = {
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "REVOKED", "TIMEOUT",
+}  # fmt: skip
+PATIENCE_SECONDS = 120
+
+
+class SlurmError(OSError):
+    """Slurm could not be asked, or refused."""
+
+
+@dataclass(frozen=True)
+class Queued:
+    """One line of the queue; `left` is the time to the limit, `reason` why it waits or ended."""
+
+    state: str
+    node: str
+    left: str
+    reason: str
+
+    @property
+    def over(self) -> bool:
+        return self.state in OVER
+
+
+def jobs(names: Sequence[str]) -> dict[str, Queued]:
+    """Jobs of these names by id, array tasks as 12_3; Slurm forgets jobs some minutes after they ended."""
+    if not names:
+        return {}
+    lines = ask(
+        "squeue", "--noheader", "--array", "--states=all", f"--name={','.join(names)}", "--format=%i|%T|%N|%L|%r"
+    ).splitlines()
+    found = (line.strip().split("|", 4) for line in lines if line.strip())
+    return {id: Queued(state, node, left, reason) for id, state, node, left, reason in found}
+
+
+def cancel(ids: Sequence[str]) -> None:
+    if ids:
+        ask("scancel", *ids)
+
+
+def cancel_named(name: str) -> None:
+    ask("scancel", f"--name={name}")
+
+
+def check() -> None:
+    """Raises SlurmError where there is no Slurm to talk to."""
+    if missing := [program for program in ("sbatch", "srun", "squeue", "scancel") if not shutil.which(program)]:
+        raise SlurmError(
+            f"{missing[0]} is not on the path, so this is no machine to submit from: log in to one, or run the same "
+            "jobs here with --executor local."
+        )
+
+
+def ask(*command: str) -> str:
+    """Its output; raises SlurmError with its own words."""
+    check()
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise SlurmError(f"{command[0]} did not answer in {PATIENCE_SECONDS} s; try again later.") from None
+    if done.returncode:
+        raise SlurmError(f"{command[0]} refused: {complaint(done.stderr) or done.stdout.strip()}")
+    return done.stdout
+
+
+def complaint(text: str) -> str:
+    """What Slurm's commands wrote to their error output, in one line."""
+    return " ".join(line.strip() for line in text.splitlines() if "error:" in line.lower()) or " ".join(text.split())
