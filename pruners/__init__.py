@@ -25,6 +25,7 @@ from pruners.random_baseline import Random
 from pruners.report import Report
 from pruners.sparsegpt import SparseGPT
 from pruners.structured import Structured
+from pruners.structured_baselines import MagnitudeSP, WandaSP
 from pruners.suggest import unknown
 from pruners.unstructured import Unstructured
 from pruners.wanda import Wanda
@@ -37,6 +38,8 @@ METHODS: dict[str, type[Any]] = {
     "gradient": Gradient,
     "random": Random,
     "flap": Flap,
+    "wanda_sp": WandaSP,
+    "magnitude_sp": MagnitudeSP,
 }
 
 __all__ = [
@@ -45,10 +48,12 @@ __all__ = [
     "Flap",
     "Gradient",
     "Magnitude",
+    "MagnitudeSP",
     "Random",
     "Report",
     "SparseGPT",
     "Wanda",
+    "WandaSP",
     "gather",
     "method",
     "prune",

@@ -129,6 +129,10 @@ class Block:
             "mlp": (*(Part(name, 1, rows=True) for name in family.inward), Part(family.outward, 1, rows=False)),
         }
 
+    def reader(self, kind: str) -> Part:
+        """The units' part in the projection that reads what they put out."""
+        return self.parts[kind][-1]
+
     def units(self, kind: str) -> int:
         """How many units of that kind (`attention` or `mlp`) the block has."""
         return {"attention": self.kv_heads, "mlp": self.channels}[kind]

@@ -30,14 +30,19 @@ CLASSES: dict[str, type[Any]] = {
 
 @dataclass(frozen=True)
 class Kept:
-    """Which units of one block stay: KV heads with their query heads, and MLP channels."""
+    """Which units of one block stay: KV heads with their query heads, and MLP channels.
+
+    `rounding` of the channels stay only because a width was to be round.
+    """
 
     attention: Bool[Tensor, " kv_heads"]
     mlp: Bool[Tensor, " channels"]
+    rounding: int = 0
 
     @classmethod
     def all(cls, block: Block) -> Kept:
-        return cls(*(torch.ones(block.units(kind), dtype=torch.bool) for kind in KINDS))
+        attention, mlp = (torch.ones(block.units(kind), dtype=torch.bool) for kind in KINDS)
+        return cls(attention, mlp)
 
     def __getitem__(self, kind: str) -> Tensor:
         return getattr(self, kind)

@@ -33,10 +33,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from pruners import anatomy, calibrate, select
-from pruners.anatomy import Block, Part
+from pruners.anatomy import Block
 from pruners.apply import KINDS, Kept
 from pruners.calibrate import Moments, Progress
-from pruners.structured import Scores, Structured
+from pruners.structured import Scores, Structured, by_unit
 
 METRICS = ("WIFV", "IFV", "WIFN")
 STRUCTURES = ("AL-AM", "AL-MM", "UL-UM", "UL-MM")
@@ -100,7 +100,7 @@ class Flap(Structured):
         """Moments of the inputs of each block's last projections, as `<projection>.<statistic>`, in float32."""
         found: dict[str, Tensor] = {}
         total = len(anatomy.blocks(model))
-        groups = lambda block: tuple((part.projection,) for part in _last(block).values())  # noqa: E731
+        groups = lambda block: tuple((block.reader(kind).projection,) for kind in KINDS)  # noqa: E731
         for block, seen in calibrate.walk(model, windows, Moments, sequential=False, groups=groups, **options):
             for name, moments in seen.items():
                 for statistic in STATISTICS:
@@ -118,17 +118,19 @@ class Flap(Structured):
 
     def choose(
         self, model: nn.Module, windows: Tensor | None, dense: Mapping[str, Tensor], **options: Any
-    ) -> tuple[list[Kept], int]:
+    ) -> list[Kept]:
         blocks = anatomy.blocks(model)
         scores = [{kind: self._unit_scores(block, kind, dense) for kind in KINDS} for block in blocks]
-        return self.settled(blocks, scores, self._gone(model, scores))
+        gone = self._gone(model, scores)
+        return [self.settled(*one) for one in zip(blocks, scores, gone, strict=True)]
 
     def repairs(
         self, blocks: Sequence[Block], kept: Sequence[Kept], dense: Mapping[str, Tensor]
     ) -> list[tuple[nn.Linear, Float[Tensor, " out"]]]:
         found = []
         for block, keep in zip(blocks, kept, strict=True):
-            for kind, part in _last(block).items():
+            for kind in KINDS:
+                part = block.reader(kind)
                 linear = block.linear(part.projection)
                 gone = (~keep[kind]).repeat_interleave(part.size)
                 if self.bias and gone.any():
@@ -136,17 +138,23 @@ class Flap(Structured):
                     found.append((linear, repair(linear.weight, mean.to(linear.weight.device), gone)))
         return found
 
+    def added_parameters(self, model: nn.Module) -> int:
+        if not self.bias:
+            return 0
+        readers = [block.linear(block.reader(kind).projection) for block in anatomy.blocks(model) for kind in KINDS]
+        return sum(linear.out_features for linear in readers if linear.bias is None)
+
     def _unit_scores(self, block: Block, kind: str, dense: Mapping[str, Tensor]) -> Float[Tensor, " units"]:
-        part = _last(block)[kind]
-        weight, name = block.linear(part.projection).weight, f"{block.name}.{part.projection}"
+        projection = block.reader(kind).projection
+        weight, name = block.linear(projection).weight, f"{block.name}.{projection}"
         seen = {statistic: dense[f"{name}.{statistic}"].to(weight.device) for statistic in STATISTICS}
         fluctuation = seen["released_fluctuation" if self.reference else "variance"]
         found = score(self.metric, weight, fluctuation, seen["mean_square"].sqrt())
         if self.reference and kind == "attention":
             found = found.square()
         if self.structure.startswith("UL"):
-            return found.reshape(block.units(kind), part.size).sum(1).cpu()
-        return standardised(found).reshape(block.units(kind), part.size).mean(1).cpu()
+            return by_unit(block, kind, found).sum(1)
+        return by_unit(block, kind, standardised(found)).mean(1)
 
     def _gone(self, model: nn.Module, scores: Sequence[Scores]) -> list[Scores]:
         if self.structure == "AL-AM":
@@ -169,7 +177,7 @@ class Flap(Structured):
         if self.reference:
             return flat <= released_threshold(flat, sum(block.heads for block in blocks), self.asked)
         cost = [torch.full((block.units(kind),), block.unit_cost(kind)) for kind in KINDS for block in blocks]
-        return select.cheapest(flat, torch.cat(cost), self.asked_parameters(model))
+        return select.cheapest(flat, torch.cat(cost), self.budget(model))
 
     def _counts(self, model: nn.Module) -> dict[str, int]:
         """KV heads and channels that go: of the whole model (AL-MM) or of each block (UL-MM)."""
@@ -186,7 +194,7 @@ class Flap(Structured):
         if self.reference:
             channels = _released_channels(block, len(blocks) // parts, self.asked, heads)
         else:
-            budget = self.asked_parameters(model) / parts
+            budget = self.budget(model) / parts
             channels = round((budget - heads * block.unit_cost("attention")) / block.unit_cost("mlp"))
         self._check_counts(heads, channels, [sum(b.units(kind) for b in blocks) // parts for kind in KINDS])
         return {"attention": heads, "mlp": channels}
@@ -223,8 +231,3 @@ def _parted(flat: Tensor, like: Sequence[Scores], kinds: Sequence[str]) -> list[
     parts = iter(flat.split([len(scores[kind]) for kind in kinds for scores in like]))
     by_kind = {kind: [next(parts) for _ in like] for kind in kinds}
     return [{kind: by_kind[kind][index] for kind in kinds} for index in range(len(like))]
-
-
-def _last(block: Block) -> dict[str, Part]:
-    """The part of each kind of unit in the projection that reads it."""
-    return {kind: parts[-1] for kind, parts in block.parts.items()}

@@ -73,11 +73,8 @@ class Structured:
 
     def choose(
         self, model: nn.Module, windows: Tensor | None, dense: Mapping[str, Tensor], **options: Any
-    ) -> tuple[list[Kept], int]:
-        """What stays of each block, and how many parameters of it because of `round_to`.
-
-        A method whose later blocks see pruned ones zeroes the earlier ones as it goes.
-        """
+    ) -> list[Kept]:
+        """What stays of each block; a method whose later blocks see pruned ones zeroes the earlier as it goes."""
         raise TypeError(f"{type(self).__name__} chooses nothing.")
 
     def repairs(
@@ -100,7 +97,7 @@ class Structured:
         blocks = anatomy.blocks(model)
         self.check(model)
         before, widths, asked = Size.of(model), [Widths.of(block) for block in blocks], self.asked_parameters(model)
-        kept, rounding = self.choose(model, windows, dense, progress=progress, **options)
+        kept = self.choose(model, windows, dense, progress=progress, **options)
         after = self._carry_out(model, kept, self.repairs(blocks, kept, dense), before, cut)
         structure = Structure(
             before=before,
@@ -110,7 +107,7 @@ class Structured:
             blocks_before=widths,
             blocks=[_left(width, keep) for width, keep in zip(widths, kept, strict=True)],
             hidden_size=model.config.hidden_size,
-            rounding=rounding,
+            rounding=sum(k.rounding * b.unit_cost("mlp") for k, b in zip(kept, blocks, strict=True)),
         )
         return Report(repr(self), self.asked, seconds={"prune": time.perf_counter() - started}, structure=structure)
 
@@ -124,17 +121,28 @@ class Structured:
         return True
 
     def asked_parameters(self, model: nn.Module) -> int:
-        """How many parameters are to go; ValueError where the units do not hold as many."""
-        removable = sum(block.units(kind) * block.unit_cost(kind) for block, kind in self._places(model))
-        if self.target_parameters is None:
-            return round(self.asked * removable)
-        asked = round(self.asked * getattr(Size.of(model), self.target_of))
-        if asked > removable:
+        """How many parameters the model is to lose."""
+        if self.target_parameters is not None:
+            return round(self.asked * getattr(Size.of(model), self.target_of))
+        return round(self.asked * self._removable(model))
+
+    def added_parameters(self, model: nn.Module) -> int:
+        """How many parameters the method's repairs add."""
+        return 0
+
+    def budget(self, model: nn.Module) -> int:
+        """How many parameters the units that go hold together; ValueError where all of them hold less.
+
+        A target counts what repairs add; the papers' ratios do not.
+        """
+        asked = self.asked_parameters(model)
+        budget = asked + (self.added_parameters(model) if self.target_parameters is not None else 0)
+        if budget > (removable := self._removable(model)):
             raise ValueError(
                 f"{self.setting} is {asked:,} parameters, and the heads and channels that may go hold {removable:,}; "
                 "ask for less, or open more blocks."
             )
-        return asked
+        return budget
 
     def even_counts(self, model: nn.Module) -> list[dict[str, int]]:
         """How many units of each kind go from each block when all open ones lose the same share."""
@@ -143,7 +151,7 @@ class Structured:
             counts = [self.share_of(block, kind) for block, kind in places]
         else:
             units, costs = [b.units(kind) for b, kind in places], [b.unit_cost(kind) for b, kind in places]
-            counts = select.evenly(units, costs, self.asked_parameters(model))
+            counts = select.evenly(units, costs, self.budget(model))
         by_place = {(block.index, kind): count for (block, kind), count in zip(places, counts, strict=True)}
         return [{kind: by_place.get((b.index, kind), 0) for kind in KINDS} for b in anatomy.blocks(model)]
 
@@ -151,24 +159,26 @@ class Structured:
         """`ratio` of the block's units of that kind, rounded down as released."""
         return int(self.asked * block.units(kind))
 
-    def settled(
-        self, blocks: Sequence[Block], scores: Sequence[Scores], gone: Sequence[Scores]
-    ) -> tuple[list[Kept], int]:
-        """What stays once `round_to` has given the best channels back, and how many parameters those hold."""
-        kept, rounding = [], 0
-        for block, score, going in zip(blocks, scores, gone, strict=True):
-            mlp, asked = going["mlp"], int(going["mlp"].sum())
-            if (count := self._rounded(block.channels, asked)) != asked:
-                mlp = select.lowest(score["mlp"], count)
-            rounding += (asked - count) * block.unit_cost("mlp")
-            kept.append(Kept(~going["attention"], ~mlp))
-        return kept, rounding
+    def lowest(self, block: Block, scores: Scores, counts: Mapping[str, int]) -> Kept:
+        """What stays of a block that loses so many units of each kind, and `round_to` obeyed."""
+        return self.settled(block, scores, {kind: select.lowest(scores[kind], counts[kind]) for kind in KINDS})
+
+    def settled(self, block: Block, scores: Scores, gone: Scores) -> Kept:
+        """What stays of a block once `round_to` has given the best channels back."""
+        mlp, asked = gone["mlp"], int(gone["mlp"].sum())
+        count = self._rounded(block.channels, asked)
+        if count != asked:
+            mlp = select.lowest(scores["mlp"], count)
+        return Kept(~gone["attention"], ~mlp, rounding=asked - count)
 
     def _rounded(self, channels: int, count: int) -> int:
         """How many of `count` channels go if what stays is to be a multiple of `round_to`."""
         if self.round_to is None:
             return count
         return max(channels - -(-(channels - count) // self.round_to) * self.round_to, 0)
+
+    def _removable(self, model: nn.Module) -> int:
+        return sum(block.units(kind) * block.unit_cost(kind) for block, kind in self._places(model))
 
     def _places(self, model: nn.Module) -> list[tuple[Block, str]]:
         return [(block, kind) for block in anatomy.blocks(model) for kind in KINDS if self.open(block, kind)]
@@ -195,6 +205,11 @@ class Structured:
         if repairs or (cut and gone):
             apply.describe(model)
         return before.less(gone, gone)
+
+
+def by_unit(block: Block, kind: str, scores: Float[Tensor, " inp"]) -> Float[Tensor, "units size"]:
+    """Scores of the inputs of the projection that reads the units, on the CPU, a row for each unit."""
+    return scores.reshape(block.units(kind), block.reader(kind).size).cpu()
 
 
 def _left(width: Widths, kept: Kept) -> Widths:
