@@ -1,0 +1,243 @@
+"""Accuracy, cost and text as measures of a table's cells; the dense gate; comparisons on the same documents."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import small_table as small
+import torch
+from scipy import stats
+
+import pruners
+from analysis import comparisons, generation, rows, tables, written
+from eval.answers import read_samples
+from experiments import accuracy, catalogue, cells, gate, measures, models, protocols, records, task_data
+from experiments import tables as all_tables
+from experiments.batch import run_table
+from experiments.run import Settings
+from experiments.spec import Efficiency, Generation, Perplexity, Table, ZeroShot
+
+pytestmark = pytest.mark.skipif(not small.MODEL.is_dir(), reason=f"{small.MODEL} is absent")
+METHODS = (None, pruners.Magnitude(sparsity=0.5))
+SHORT = ZeroShot("short", (("piqa", "acc"), ("rte", "acc"), ("winogrande", "acc")), limit=12)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Two corpora and two tasks; RTE is not there."""
+    folder = small.data(tmp_path_factory.mktemp("data"))
+    (folder / "tasks").mkdir()
+    for name in ("piqa_validation.jsonl", "winogrande_xl_validation.jsonl"):
+        lines = (small.SHARED / "data/tasks" / name).read_text().splitlines(keepends=True)
+        (folder / "tasks" / name).write_text("".join(lines[:40]))
+    return folder
+
+
+def run(table: Table, root: Path, data: Path, **settings):
+    return run_table(table.name, cells.cells(table.runs()), Settings(root, "cpu", data_dir=data, **settings))
+
+
+def cell(table: Table, root: Path, index: int = 0) -> records.Record:
+    found = records.load(root, table.name)
+    return found[cells.cells(table.runs())[index].id]
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory, data) -> tuple[Table, Path]:
+    table, root = small.table(METHODS, measures=(small.PPL, SHORT)), tmp_path_factory.mktemp("scored")
+    assert run(table, root, data).failed == []
+    return table, root
+
+
+def test_a_record_holds_both_accuracies_and_every_document(scored):
+    table, root = scored
+    record = cell(table, root)
+    assert {"piqa.acc@0shot[:12]", "piqa.acc_norm@0shot[:12]", "winogrande.acc@0shot[:12]"} < set(record.measures)
+    shared = record.measures["mean.short@0shot[:12]"]
+    samples = read_samples(records.folder(root, table.name) / shared["samples"]["file"])
+    assert [s["task"] for s in samples] == ["piqa"] * 12 + ["winogrande"] * 12
+    piqa = record.measures["piqa.acc@0shot[:12]"]
+    assert piqa["score"] == sum(s["acc"] for s in samples[:12]) / 12
+    assert piqa["standard_error"] == pytest.approx(stats.sem([s["acc"] for s in samples[:12]]))
+    assert list(shared["data"]["piqa"]["sha256"]) == ["piqa_validation.jsonl"]
+    assert not (root / ".cache/unfinished").exists() or not list((root / ".cache/unfinished").rglob("*.answers"))
+
+
+def test_a_mean_lacking_a_task_is_missing_and_says_why(scored):
+    table, root = scored
+    made = rows.rows(table, root)
+    text = written.markdown(table, made)
+    assert "score" not in cell(table, root).measures["mean.short@0shot[:12]"]
+    assert "mean.short@0shot[:12], %" not in text
+    assert "lacks rte: there is no tasks/rte_validation.jsonl" in text
+    assert [c.title for c in tables.shown(made)][1:] == ["piqa.acc@0shot[:12], %", "winogrande.acc@0shot[:12], %"]
+
+
+def test_a_task_whose_documents_turn_up_is_run_then(scored, data, tmp_path):
+    table, root = scored
+    shutil.copytree(root, tmp_path / "root")
+    shutil.copytree(data, tmp_path / "data")
+    assert run(table, tmp_path / "root", data).done == []
+    row = {"sentence1": "It rains.", "sentence2": "The sun shines.", "label": 1}
+    (tmp_path / "data/tasks/rte_validation.jsonl").write_text("".join(f"{json.dumps(row)}\n" for _ in range(3)))
+    assert run(table, tmp_path / "root", tmp_path / "data").done == ["Dense", "Magnitude 50 %"]
+    assert run(table, tmp_path / "root", tmp_path / "data").done == []
+    mean = cell(table, tmp_path / "root").measures["mean.short@0shot[:12]"]
+    assert mean["low"] <= mean["score"] <= mean["high"]
+    assert mean["missing"] == {}
+
+
+def test_without_the_hub_and_a_folder_the_table_says_how_to_get_accuracy(tmp_path, data, monkeypatch):
+    monkeypatch.setattr(task_data, "hub_reachable", lambda: False)
+    values = accuracy.measure(SHORT, None, None, None, accuracy.Place(tmp_path / "id", tmp_path))
+    assert all("give its documents with --data-dir" in task["reason"] for task in values[SHORT.key]["missing"].values())
+    assert measures.lacking(values, data)
+    assert not measures.lacking(values, None)
+
+
+def test_limits_have_their_own_keys_and_records():
+    table = small.table(METHODS, measures=(protocols.zero_shot("wanda"),))
+    full, limited = all_tables.runs(table), all_tables.runs(table, limit=7)
+    assert limited[0].measures[0].keys[0] == "boolq.acc@0shot[:7]"
+    assert {run.id() for run in full}.isdisjoint(run.id() for run in limited)
+
+
+def test_cells_are_compared_on_the_same_documents(scored):
+    table, root = scored
+    made = rows.rows(table, root)
+    text = comparisons.page(table, made, comparisons.baselines(made), root)
+    pairs = [(made[1], made[0])]
+    (piqa, winogrande) = comparisons.task_tests(table, pairs, root)
+    files = [records.folder(root, table.name) / row.measure(SHORT.key)["samples"]["file"] for row in made]
+    dense, pruned = ([s["acc"] for s in read_samples(file)[:12]] for file in files)
+    only_here, only_dense = (sum(a > b for a, b in zip(*p, strict=True)) for p in ((pruned, dense), (dense, pruned)))
+    assert (piqa.only_here, piqa.only_baseline) == (only_here, only_dense)
+    total = only_here + only_dense
+    single = stats.binomtest(only_here, total).pvalue if total else 1.0
+    assert min(1.0, single) <= piqa.p <= min(1.0, 2 * single) + 1e-12
+    assert "every cell minus Dense" in text
+    assert f"perplexity {small.PPL.key}" in text
+    assert f"Holm's method for the {len([piqa, winogrande])} tests" in text
+
+
+def test_comparing_changed_answers_or_an_unknown_baseline_is_refused(scored, tmp_path):
+    table, root = scored
+    made = rows.rows(table, root)
+    with pytest.raises(LookupError, match="Did you mean"):
+        comparisons.baselines(made, "magnitude 60 %")
+    shutil.copytree(root, tmp_path / "root")
+    file = tmp_path / "root/runs/tiny" / made[0].measure(SHORT.key)["samples"]["file"]
+    file.write_bytes(gzip.compress(gzip.decompress(file.read_bytes()).replace(b'"acc": 1.0', b'"acc": 0.0')))
+    with pytest.raises(ValueError, match="the answers of Dense, is missing or was changed"):
+        comparisons.task_tests(table, [(made[1], made[0])], tmp_path / "root")
+
+
+def test_cost_and_text_are_measured_and_shown(tmp_path, data):
+    cost, text = Efficiency(lengths=(16,), new_tokens=2, repetitions=2), Generation(new_tokens=6)
+    table = small.table(METHODS, measures=(cost, text))
+    assert run(table, tmp_path, data).failed == []
+    made = rows.rows(table, tmp_path)
+    dense, pruned = (row.measure(cost.key) for row in made)
+    assert dense["parameters"] == pruned["parameters"] == 260_032
+    assert pruned["nonzero_parameters"] < dense["nonzero_parameters"]
+    assert dense["decode_bound_s"] < dense["decode_s"]
+    shown = written.markdown(table, made)
+    assert {"parameters, M", "MACs, G", "decode, ms/token", "its bound, ms"} <= set(tables.text(made).columns)
+    assert "Magnitude 50 %: Unstructured: no speed-up expected." in shown
+    page = generation.page(generation.continuations(made))
+    assert "| Dense" in page
+    assert "Magnitude 50 %" in page
+
+
+DRIVER = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import test_measures as t
+t.run(t.small.table(t.METHODS, measures=(t.small.PPL, t.SHORT)), Path(sys.argv[1]), Path(sys.argv[2]))
+"""
+
+
+def test_a_killed_evaluation_goes_on_where_it_was(scored, data, tmp_path):
+    """Killed with -9 after some batches of its answers are on disk; what they answer is not asked again."""
+    table, undisturbed = scored
+    driver = DRIVER.format(tests=str(Path(__file__).parent))
+    process = subprocess.Popen([sys.executable, "-c", driver, tmp_path, data], cwd=Path(__file__).parents[1])
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if any(file.stat().st_size > 200 for file in tmp_path.rglob("*.answers")):
+            os.kill(process.pid, signal.SIGKILL)
+        time.sleep(0.001)
+    assert process.wait() == -signal.SIGKILL
+    assert run(table, tmp_path, data).failed == []
+    for index in range(len(METHODS)):
+        assert cell(table, tmp_path, index).measures == cell(table, undisturbed, index).measures
+    assert cell(table, tmp_path).resumed == 1
+
+
+@pytest.fixture
+def held(monkeypatch, tmp_path):
+    """The stories model in the catalogue, with the perplexity it has as the published one."""
+    found = catalogue.Model("stories", folder=small.MODEL, dense={}, positions=512)
+    monkeypatch.setitem(catalogue.CATALOGUE, "stories", found)
+
+    def table(perplexity: float, **changes) -> Table:
+        model = replace(found, dense={small.PPL.key: perplexity}, **changes)
+        monkeypatch.setitem(catalogue.CATALOGUE, "stories", model)
+        made = small.table(METHODS)
+        return replace(made, columns=(("stories",),))
+
+    return table
+
+
+def test_a_dense_model_that_meets_its_value_passes_and_is_evaluated_once(held, tmp_path, data, scored, monkeypatch):
+    known = cell(*scored).measures[small.PPL.key]["perplexity"]
+    evaluated = []
+    inner = measures.perplexity
+    monkeypatch.setattr(measures, "perplexity", lambda *a, **k: evaluated.append(1) or inner(*a, **k))
+    table = held(known)
+    assert run(table, tmp_path, data).failed == []
+    assert len(evaluated) == 2  # dense for both cells, and the pruned one
+    assert cell(table, tmp_path, 1).dense_gate == {
+        small.PPL.key: {"expected": known, "found": pytest.approx(known), "tolerance": 0.01}
+    }
+
+
+def test_a_mutilated_model_is_stopped_with_the_likely_causes(held, tmp_path, data, scored):
+    shutil.copytree(small.MODEL, tmp_path / "mutilated")
+    model, _ = models.load(str(small.MODEL))
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight.zero_()
+    model.save_pretrained(tmp_path / "mutilated")
+    table = held(cell(*scored).measures[small.PPL.key]["perplexity"], folder=tmp_path / "mutilated")
+    assert run(table, tmp_path / "results", data).failed == ["Dense", "Magnitude 50 %"]
+    (message,) = {failure.message for failure in records.load_failures(tmp_path / "results", "tiny").values()}
+    assert "more than 1 % away. Likely causes: another split or join of ptb/test, a tokenizer" in message
+    assert run(table, tmp_path / "results", data, dense_gate=False).failed == []
+    assert cell(table, tmp_path / "results", 1).dense_gate == {small.PPL.key: {"skipped": "--no-dense-gate"}}
+
+
+def test_a_damaged_dense_value_is_evaluated_again(tmp_path, caplog):
+    values = {"a@1": {"perplexity": 7.0}}
+    assert gate.dense(tmp_path, {"model": "m"}, lambda: values) == values
+    assert gate.dense(tmp_path, {"model": "m"}, lambda: pytest.fail("it is kept")) == values
+    small.edit(next(tmp_path.rglob("*.json")), "7.0", "8.0")
+    assert gate.dense(tmp_path, {"model": "m"}, lambda: values) == values
+    assert "Evaluating again" in caplog.text
+
+
+def test_a_published_value_holds_for_its_own_protocol_only():
+    llama = models.find("llama-7b")
+    assert gate.published(Perplexity("wikitext2/test", 2048), llama)
+    assert not gate.published(Perplexity("wikitext2/test", 2048, limit=10), llama)
+    assert not gate.published(SHORT, llama)
