@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pruners.retrain.adapters import LoRA, LoRAPrune, MaskLoRA, ScaleLoRA
+from pruners.retrain.cycles import Cycle, iterate, magnitudes
 from pruners.retrain.finetune import Diverged, Retrained, finetune
 from pruners.retrain.reconstruct import Reconstruction
 from pruners.retrain.trainable import Trainable
 
 __all__ = [
+    "Cycle",
     "Diverged",
     "LoRA",
     "LoRAPrune",
@@ -17,4 +19,6 @@ __all__ = [
     "ScaleLoRA",
     "Trainable",
     "finetune",
+    "iterate",
+    "magnitudes",
 ]

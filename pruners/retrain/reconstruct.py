@@ -29,7 +29,7 @@ from pruners.retrain.trainable import Attached, Trainable
 
 @dataclass(frozen=True)
 class Rebuilt:
-    """One block's mean squared errors; one that training has not `lowered` is that of the pruned block, which stayed."""
+    """One block's mean squared errors; what training has not `lowered` is the pruned block's, which then stayed."""
 
     block: str
     initial: float

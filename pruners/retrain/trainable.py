@@ -164,12 +164,11 @@ class Attached:
 
         Raises AssertionError if a weight that was pruned is not zero.
         """
-        for adapter in self.adapters:
-            if adapter.kind is HEAD:
-                self._untie(adapter.linear)
-            if _merges(adapter):
-                adapter.merge()
-                _replace(self.root, adapter.module, adapter.linear)
+        for adapter in filter(_merges, self.adapters):
+            _replace(self.root, adapter.module, adapter.linear)
+            if adapter.kind is HEAD:  # what is merged into the head must not reach the embeddings
+                self.untied = untie(self.root)
+            adapter.merge()
         self._restore()
         if self.keeps_sparsity:
             for name, mask in self.masks.items():
@@ -181,22 +180,23 @@ class Attached:
             _replace(self.root, adapter.module, adapter.linear)
         self._restore()
 
-    def _untie(self, head: nn.Linear) -> None:
-        """Give a tied head its own weight: what is merged into it must not reach the embeddings."""
-        embeddings = [m.weight for m in self.root.modules() if isinstance(m, nn.Embedding)]
-        if any(head.weight is weight for weight in embeddings):
-            head.weight = nn.Parameter(head.weight.data.clone())
-            model: Any = self.root
-            model.config.tie_word_embeddings = False
-            model.all_tied_weights_keys = {}
-            self.untied = True
-
     def _restore(self) -> None:
         for p, dtype in self._dtypes.items():
             p.data = p.data.to(dtype)
         for p, required in self.required.items():
             p.requires_grad_(required)
             p.grad = None
+
+
+def untie(model: Any) -> bool:
+    """Give a head that shares the embeddings' weight one of its own; False where it has one already."""
+    head = model.get_output_embeddings()
+    if head.weight is not model.get_input_embeddings().weight:
+        return False
+    head.weight = nn.Parameter(head.weight.data.clone())
+    model.config.tie_word_embeddings = False
+    model.all_tied_weights_keys = {}
+    return True
 
 
 def _merges(adapter: Adapter) -> bool:

@@ -1,0 +1,125 @@
+"""Prune a little, retrain, prune more: iterative magnitude pruning, PERP's baseline.
+
+Every cycle removes the same share of the weights that are left (Renda et al. 2020, arXiv:2003.02389), so after k of n
+cycles a final sparsity S has reached 1 - (1 - S)^(k/n).  With one cycle this is one-shot pruning and retraining.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+import pruners
+from pruners import anatomy
+from pruners.magnitude import Magnitude
+from pruners.retrain import state
+from pruners.retrain.batches import Batches
+from pruners.retrain.finetune import Retrained, finetune
+from pruners.retrain.masks import BitMask
+from pruners.retrain.trainable import Trainable, untie
+
+MOVING = ("steps", "learning_rate", "batch_size", "warmup", "clip", "seed", "precision")  # what changes the result
+
+
+@dataclass(frozen=True)
+class Cycle:
+    """One cycle: the method's repr, the sparsity it reached and how retraining went."""
+
+    method: str
+    sparsity: float
+    retrained: Retrained
+
+
+def magnitudes(sparsity: float, cycles: int) -> tuple[Magnitude, ...]:
+    """The methods of iterative magnitude pruning; ValueError for fewer than one cycle."""
+    if cycles < 1:
+        raise ValueError(f"Pruning takes at least one cycle; got {cycles}.")
+    return tuple(Magnitude(sparsity=1 - (1 - sparsity) ** (done / cycles)) for done in range(1, cycles + 1))
+
+
+def iterate(
+    model: PreTrainedModel,
+    methods: Sequence[Any],
+    trainable: Trainable,
+    examples: Any,
+    *,
+    windows: Any = None,
+    folder: Path | None = None,
+    **training: Any,
+) -> list[Cycle]:
+    """Prune with each method in turn and retrain after each, in place; masks only grow.
+
+    `windows` are the methods' calibration, `training` the arguments of `finetune`.  With a `folder`, what a finished
+    cycle left is kept there, and a killed run goes on within the cycle it was in.  Raises ValueError where a method, or
+    plain LoRA, brings back what was pruned.
+    """
+    if trainable.adapters and not trainable.adapters.keeps_sparsity:
+        raise ValueError(f"{trainable.adapters!r} would fill what was pruned; use MaskLoRA, ScaleLoRA or LoRAPrune.")
+    if trainable.head:
+        untie(model)  # now, so that what a finished cycle left fits the model it is loaded into
+    keeper = _Keeper(model, Path(folder) if folder else None, _mark(model, methods, trainable, examples, training))
+    done = keeper.finished()
+    for index, method in enumerate(methods[len(done) :], start=len(done)):
+        before = {name: BitMask.of(linear.weight.data) for name, linear in _linears(model).items()}
+        report = pruners.prune(model, method, windows)
+        _refuse_return(method, before, _linears(model))
+        retrained = finetune(model, trainable, examples, folder=keeper.inner(index), **training)
+        done.append(Cycle(repr(method), report.achieved, retrained))
+        keeper.keep(index, done)
+    return done
+
+
+@dataclass
+class _Keeper:
+    """What finished cycles left, in `folder`; nothing without one."""
+
+    model: PreTrainedModel
+    folder: Path | None
+    mark: str
+
+    def inner(self, index: int) -> Path | None:
+        return self.folder / f"cycle_{index}" if self.folder else None
+
+    def finished(self) -> list[Cycle]:
+        """The finished cycles; the model is as the last of them left it."""
+        path = self.folder / "cycles.safetensors" if self.folder else None
+        if path is None or not path.exists():
+            return []
+        tensors, about = state.load(path, self.mark)
+        for name, p in self.model.named_parameters():
+            p.data.copy_(tensors[name])
+        return [Cycle(**{**cycle, "retrained": Retrained(**cycle["retrained"])}) for cycle in about["cycles"]]
+
+    def keep(self, index: int, done: list[Cycle]) -> None:
+        inner = self.inner(index)
+        if self.folder and inner:
+            about = {"fingerprint": self.mark, "cycles": [asdict(cycle) for cycle in done]}
+            state.save(self.folder / "cycles.safetensors", dict(self.model.named_parameters()), about)
+            (inner / "retrain.safetensors").unlink()
+            inner.rmdir()
+
+
+def _linears(model: nn.Module) -> dict[str, nn.Linear]:
+    return {f"{b.name}.{name}": linear for b in anatomy.blocks(model) for name, linear in b.linears().items()}
+
+
+def _mark(
+    model: PreTrainedModel, methods: Sequence[Any], trainable: Trainable, examples: Any, training: Mapping[str, Any]
+) -> str:
+    settings = {name: training[name] for name in MOVING if name in training}
+    return state.fingerprint(model, list(methods), trainable, settings, Batches(examples, 1, 0, model.config).digest())
+
+
+def _refuse_return(method: Any, before: Mapping[str, BitMask], linears: Mapping[str, nn.Linear]) -> None:
+    for name, mask in before.items():
+        back = int(((linears[name].weight.data != 0) & mask.gone()).sum())
+        if back:
+            raise ValueError(
+                f"{method!r} brought back {back:,} weights of {name} that an earlier cycle pruned. Use methods that "
+                "only remove weights, of growing sparsity."
+            )
