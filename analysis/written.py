@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from analysis import tables
+import pandas as pd
+
+from analysis import tables, verdicts
 from analysis.notes import notes, title
 from analysis.rows import Row
 from experiments import files
 from experiments.spec import Table
 
+WORDS = ("Method", "Model", "Measured", "Verdict")
 TEX = {
     **{sign: f"\\{sign}" for sign in "&%$#_{}"},
     **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
@@ -19,12 +22,14 @@ TEX = {
 
 
 def write(table: Table, rows: Sequence[Row], path: Path) -> list[Path]:
-    """Write `path` with the endings .md, .csv and .tex; returns all three."""
+    """Write `path` with the endings .md, .csv and .tex, and .verdicts.csv where a paper prints such a table."""
     texts = {
         ".md": markdown(table, rows),
         ".csv": tables.numbers(rows).to_csv(index=False),
         ".tex": latex(table, rows),
     }
+    if table.published:
+        texts[".verdicts.csv"] = verdicts.frame(verdicts.cells(table, rows)).to_csv(index=False)
     paths = [path.with_name(path.name + ending) for ending in texts]
     for target, text in zip(paths, texts.values(), strict=True):
         files.write(target, text)
@@ -32,23 +37,37 @@ def write(table: Table, rows: Sequence[Row], path: Path) -> list[Path]:
 
 
 def markdown(table: Table, rows: Sequence[Row]) -> str:
-    frame = tables.text(rows)
-    sides = ["left" if name in ("Method", "Model") else "right" for name in frame.columns]
-    body = frame.to_markdown(index=False, colalign=sides, disable_numparse=True)
     listed = "\n".join(f"- {note}" for note in notes(table, rows))
-    return f"**{title(table, rows)}** (`{table.name}`)\n\n{body}\n\n{listed}\n"
+    own = f"**{title(table, rows)}** (`{table.name}`)\n\n{_markdown(tables.text(rows))}\n\n{listed}\n"
+    found = verdicts.cells(table, rows) if table.published else []
+    if not found:
+        return own
+    beside = _markdown(verdicts.text(found))
+    return f"{own}\n**Beside the paper** ({table.published}): {verdicts.counts(found)}.\n\n{beside}\n"
 
 
 def latex(table: Table, rows: Sequence[Row]) -> str:
-    """A `table` environment; needs \\usepackage{booktabs}."""
-    frame = tables.text(rows).map(_escaped)
+    """`table` environments; need \\usepackage{booktabs}."""
     caption = ". ".join([title(table, rows), " ".join(notes(table, rows))])
-    return frame.rename(columns=_escaped).to_latex(
-        index=False,
-        column_format="".join("l" if name in ("Method", "Model") else "r" for name in frame.columns),
-        caption=_escaped(caption),
-        label=f"tab:{table.name}",
-        position="t",
+    own = _latex(tables.text(rows), caption, f"tab:{table.name}")
+    found = verdicts.cells(table, rows) if table.published else []
+    if not found:
+        return own
+    caption = f"Beside the paper ({table.published}): {verdicts.counts(found)}."
+    return own + "\n" + _latex(verdicts.text(found), caption, f"tab:{table.name}.verdicts")
+
+
+def _markdown(frame: pd.DataFrame) -> str:
+    sides = ["left" if name in WORDS else "right" for name in frame.columns]
+    return frame.to_markdown(index=False, colalign=sides, disable_numparse=True)
+
+
+def _latex(frame: pd.DataFrame, caption: str, label: str) -> str:
+    sides = "".join("l" if name in WORDS else "r" for name in frame.columns)
+    return (
+        frame.map(_escaped)
+        .rename(columns=_escaped)
+        .to_latex(index=False, column_format=sides, caption=_escaped(caption), label=label, position="t")
     )
 
 

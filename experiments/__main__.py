@@ -11,6 +11,7 @@ import argparse
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tabulate import tabulate
@@ -18,6 +19,7 @@ from tabulate import tabulate
 from experiments import arguments
 
 if TYPE_CHECKING:
+    from experiments.cells import Cell
     from experiments.spec import Run
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -45,13 +47,14 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     listing = commands.add_parser("list", help="tables, models, methods and corpora")
     listing.set_defaults(command=_list)
-    show = commands.add_parser("show", help="a table's cells and whether they are done")
+    show = commands.add_parser("show", help="a table's cells, which are done, what the others cost and lack")
     show.set_defaults(command=_show)
     run = commands.add_parser("run", help="run the cells that have no record yet")
     run.set_defaults(command=_run)
     for command in (show, run):
         arguments.add_selection(command)
     arguments.add_running(run)
+    show.add_argument("--data-dir", type=Path, help="local data sets (default: $PRUNING_DATA_DIR, otherwise the Hub)")
     for command in (listing, show, run):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return top
@@ -70,16 +73,32 @@ def _list(asked: argparse.Namespace) -> int:
 
 
 def _show(asked: argparse.Namespace) -> int:
-    from experiments import records
+    from experiments import estimate, records, tables
 
+    if missing := tables.find(asked.table).missing:
+        print(f"{asked.table} cannot run yet. It needs {missing}.")
+        return 0
     done, failed = records.load(asked.results, asked.table), records.load_failures(asked.results, asked.table)
-    rows = []
-    for cell in arguments.chosen(asked):
+    chosen, rows = arguments.chosen(asked), []
+    for cell in chosen:
         state = "done" if cell.id in done else "failed" if cell.id in failed else "missing"
         keys = ", ".join(measure.key for measure in cell.run.measures)
-        rows.append((cell.label, cell.id, state, cell.run.model, _calibration(cell.run), keys))
-    print(tabulate(rows, ("cell", "id", "state", "model", "calibration", "measures"), disable_numparse=True))
+        cost = (f"{estimate.gpu_gb(cell):.1f}", f"{estimate.gpu_hours(cell):.2f}")
+        rows.append((cell.label, cell.id, state, Path(cell.run.model).name, *cost, _calibration(cell.run), keys))
+    heads = ("cell", "id", "state", "model", "GPU GB", "A100 h", "calibration", "measures")
+    print(tabulate(rows, heads, disable_numparse=True))
+    print(_summary(chosen, [cell for cell in chosen if cell.id in done], asked.data_dir))
     return 0
+
+
+def _summary(chosen: Sequence[Cell], done: Sequence[Cell], data_dir: Path | None) -> str:
+    from experiments import estimate
+
+    left = [cell for cell in chosen if cell not in done]
+    hours = sum(estimate.gpu_hours(cell) for cell in left)
+    lacking = dict.fromkeys(text for cell in left for text in estimate.lacking(cell.run, data_dir))
+    sentences = [f"{len(done)} of {len(chosen)} cells are done; the others take about {hours:.1f} hours on one A100."]
+    return "\n".join([*sentences, *([f"Not on this machine: {'; '.join(lacking)}."] if lacking else [])])
 
 
 def _run(asked: argparse.Namespace) -> int:

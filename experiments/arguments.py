@@ -44,6 +44,8 @@ def chosen(asked: argparse.Namespace) -> list[Cell]:
     from experiments import cells, tables
 
     table = tables.find(asked.table)
+    if table.missing:
+        raise ValueError(f"{table.name} cannot run yet. It needs {table.missing}.")
     runs = tables.runs(table, asked.model, asked.dtype, asked.limit)
     return cells.choose(cells.cells(runs, table.label), asked.method, asked.only)
 

@@ -65,10 +65,27 @@ def test_show_tells_done_failed_and_missing_apart(tiny, tmp_path, capsys, monkey
     arguments = ["tiny", "--results", str(tmp_path)]
     main(["run", *arguments, "--only", "dense", "--data-dir", str(data)])
     main(["show", *arguments])
-    dense, magnitude = capsys.readouterr().out.splitlines()[2:]
+    dense, magnitude, summary, *_ = capsys.readouterr().out.splitlines()[2:]
     assert (dense.split()[2], magnitude.split()[3]) == ("done", "missing") or "done" in dense
     assert "missing" in magnitude
     assert "ptb/test@64[:4]" in dense
+    assert "1 of 2 cells are done" in summary
+
+
+def test_show_tells_what_a_paper_table_costs_and_lacks(capsys, tmp_path):
+    assert main(["show", "gblm.alpha", "--results", str(tmp_path), "--data-dir", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "0 of 9 cells are done; the others take about 0.3 hours on one A100." in shown
+    assert "llama-2-7b (meta-llama/Llama-2-7b-hf, 13 GB)" in shown
+    assert f"c4/train (not in {tmp_path})" in shown
+
+
+def test_a_table_that_cannot_run_says_what_it_needs(capsys):
+    assert main(["show", "baselines.mmlu"]) == 0
+    assert main(["run", "baselines.mmlu"]) == 1
+    found = capsys.readouterr()
+    assert "It needs a zero-shot measure with examples" in found.out
+    assert "It needs a zero-shot measure with examples" in found.err
 
 
 def test_a_failing_cell_exits_1(tiny, tmp_path, capsys):

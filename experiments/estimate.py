@@ -1,0 +1,104 @@
+"""What a cell will cost and what it lacks here, before it runs.
+
+    GPU memory    weights, dense statistics (4 bytes a weight), one buffer of hidden states, one block's Hessians
+    GPU hours     2 * parameters * tokens / (half of an A100's 312 TFLOP/s), a backward pass counting twice, and
+                  the weights read once
+
+Rough and rather high: methods run near half of the peak at best, evaluation below it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+from huggingface_hub import try_to_load_from_cache
+from safetensors import safe_open
+
+from experiments import measures, models, wheels
+from experiments.cells import Cell
+from experiments.sources import DATA_DIR, SOURCES
+from experiments.spec import Run, needs_windows
+
+SUSTAINED_FLOPS = 156e12
+READ_BYTES_PER_SECOND = 1e9
+BYTES = {"float32": 4, "float64": 8}
+CHANNELS_A_BLOCK = 128  # hidden channels for each block of the usual decoders
+
+
+def gpu_gb(cell: Cell) -> float:
+    run, parameters = cell.run, parameters_of(cell.run.model)
+    width = (CHANNELS_A_BLOCK * parameters / 12) ** (1 / 3)
+    weights = BYTES.get(run.dtype, 2) * parameters
+    statistics = 4 * parameters if run.method is not None and run.method.statistics_key else 0
+    hessians = 8 * 7.3 * width**2 if needs_windows(run.method) else 0
+    return 1.1e-9 * (weights + statistics + BYTES.get(run.dtype, 2) * width * _tokens(run) + hessians) + 1
+
+
+def gpu_hours(cell: Cell) -> float:
+    parameters = parameters_of(cell.run.model)
+    reading = BYTES.get(cell.run.dtype, 2) * parameters / READ_BYTES_PER_SECOND
+    return (reading + 2 * parameters * cell.work / SUSTAINED_FLOPS) / 3600
+
+
+@lru_cache
+def parameters_of(model: str) -> int:
+    """Of the catalogue, or counted in the headers of a folder's weight files."""
+    found = models.find(model)
+    if found.parameters or not found.folder:
+        return found.parameters or 0
+    total = 0
+    for path in sorted(found.folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    return total
+
+
+def lacking(run: Run, data_dir: Path | None = None) -> list[str]:
+    """The model and the corpora that are not on this machine, each with where it would come from."""
+    corpora = [name for what in run.measures for name in measures.corpora_of(what)]
+    if run.windows and needs_windows(run.method):
+        corpora.append(run.windows.corpus)
+    folder = data_dir or (Path(os.environ[DATA_DIR]) if DATA_DIR in os.environ else None)
+    return [*_model(run.model), *(text for name in dict.fromkeys(corpora) for text in _corpus(name, folder))]
+
+
+def _model(name: str) -> Iterator[str]:
+    found = models.find(name)
+    if found.hub and not isinstance(try_to_load_from_cache(found.hub, "config.json", revision=found.revision), str):
+        size = f", {2e-9 * found.parameters:.0f} GB" if found.parameters else ""
+        yield f"{name} ({found.hub}{size})"
+    if found.package and not _installed(found.package):
+        yield f"{name} (package {found.package})"
+
+
+def _corpus(name: str, folder: Path | None) -> Iterator[str]:
+    source = SOURCES[name]
+    if source.package:
+        if not _installed(source.package):
+            yield f"{name} (package {source.package})"
+    elif folder:
+        if not any((folder / f"{file}{zipped}").is_file() for file in source.local for zipped in ("", ".gz")):
+            yield f"{name} (not in {folder})"
+    elif source.hub is None:
+        yield f"{name} (a data folder)"
+    else:
+        data, revision, files = source.hub
+        cached = (try_to_load_from_cache(data, file, revision=revision, repo_type="dataset") for file in files)
+        if not all(isinstance(path, str) for path in cached):
+            yield f"{name} ({data})"
+
+
+def _installed(package: str) -> bool:
+    try:
+        wheels.version(package)
+    except ModuleNotFoundError:
+        return False
+    return True
+
+
+def _tokens(run: Run) -> int:
+    return run.windows.count * run.windows.length if run.windows and needs_windows(run.method) else 0
