@@ -112,10 +112,8 @@ def _run(asked: argparse.Namespace) -> int:
 
 
 def _calibration(run: Run) -> str:
-    from experiments.spec import needs_windows
-
     windows = run.windows
-    if not windows or not needs_windows(run.method):
+    if not windows or not run.calibrates:
         return "none"
     return f"{windows.corpus} {windows.count} x {windows.length} {windows.sampling}, seed {windows.seed}"
 

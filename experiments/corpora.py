@@ -46,6 +46,13 @@ def rows(name: str, data_dir: Folder = None) -> Sequence[str]:
     return [_text(name, record, source.column) for record in records]
 
 
+def instructions(name: str, data_dir: Folder = None) -> Sequence[Mapping[str, str]]:
+    """The records of an instruction corpus: `instruction`, `input` and `output`.  ValueError for any other corpus."""
+    if _source(name).column or _source(name).package:
+        raise ValueError(f"{name} holds texts, not instructions; alpaca/train does.")
+    return _records(name, data_dir).rows
+
+
 def provenance(name: str, data_dir: Folder = None) -> dict[str, Any]:
     """Where the texts came from: data set and commit, or files and their SHA-256; and whether the split is complete."""
     records = _records(name, data_dir)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields
 from typing import Any
 
+from experiments import recovery
 from experiments.spec import Run
 
 SETTINGS = ("sparsity", "pattern", "ratio")
@@ -20,7 +21,7 @@ def labels(runs: Sequence[Run], label: Callable[[Run], tuple[str, str]] | None =
     if label:
         return [label(run) for run in runs]
     varying = _varying([run.method for run in runs if run.method is not None])
-    return [(_method(run.method, varying), setting(run.method)) for run in runs]
+    return [(_method(run.method, varying) + recovery.label(run.recovery), setting(run.method)) for run in runs]
 
 
 def setting(method: Any) -> str:

@@ -118,6 +118,7 @@ class Generation:
 class Run:
     """One cell: a model, a method (None is the dense model), its calibration and what is measured.
 
+    `recovery` follows pruning: a `recovery.Retraining`, or a `retrain.Reconstruction` block by block.
     `model` is a name of the catalogue or a local folder; `model_identity` is filled in by `experiments.models`
     (hub id and revision, or a fingerprint of the folder), so that two models never share an id.
     """
@@ -127,15 +128,24 @@ class Run:
     windows: Windows | None
     measures: tuple[Any, ...]
     dtype: str = "float32"
+    recovery: Any = None
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether `windows` are read."""
+        readers = (self.method, self.recovery)
+        return self.windows is not None and any(getattr(reader, "needs_windows", False) for reader in readers)
 
     def spec(self, identity: dict[str, Any] | None = None) -> dict[str, Any]:
         """Every field that can move the number, as plain JSON values."""
+        recovery = {"recovery": describe(self.recovery)} if self.recovery else {}
         return {
             "model": {"name": Path(self.model).name, **(identity or {})},  # where a folder lies moves nothing
             "method": describe(self.method),
-            "windows": asdict(self.windows) if self.windows and needs_windows(self.method) else None,
+            "windows": asdict(self.windows) if self.windows and self.calibrates else None,
             "measures": [describe(measure) for measure in self.measures],
             "dtype": self.dtype,
+            **recovery,
         }
 
     def id(self, identity: dict[str, Any] | None = None) -> str:

@@ -12,7 +12,7 @@ import hashlib
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Int
@@ -51,6 +51,8 @@ class Reconstruction:
     batch_size: int = 2
     warmup: float = 0.1
     seed: int = 0
+
+    needs_windows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         self.schedule  # noqa: B018  (refuses values out of range)

@@ -1,0 +1,86 @@
+"""Carries out a Retraining: its text as examples, the training, and what it leaves in the record."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from experiments import corpora, tokens
+from experiments.recovery import Documents, Instructions, Retraining
+from experiments.spec import Windows
+from experiments.tokens import Tokenizer
+from pruners import retrain
+from pruners.calibrate import Progress
+from pruners.retrain import Retrained
+from pruners.retrain.batches import IGNORED
+
+Record = dict[str, list[int]]
+
+
+def retrained(
+    model: Any,
+    recovery: Retraining,
+    tokenizer: Tokenizer,
+    data_dir: Path | None,
+    folder: Path,
+    progress: Progress | None = None,
+) -> Retrained:
+    """Retrain `model` in place; what a killed process had reached lies in `folder`."""
+    return retrain.finetune(
+        model,
+        recovery.trainable,
+        examples(recovery.text, tokenizer, data_dir),
+        steps=recovery.steps,
+        learning_rate=recovery.learning_rate,
+        batch_size=recovery.batch_size,
+        warmup=recovery.warmup,
+        seed=recovery.seed,
+        micro_batch_size=recovery.micro_batch_size,
+        folder=folder,
+        progress=progress,
+    )
+
+
+def examples(text: Windows | Documents | Instructions, tokenizer: Tokenizer, data_dir: Path | None) -> Any:
+    """Packed windows [count, length], or records of `input_ids` and `labels`."""
+    if isinstance(text, Windows):
+        return tokens.calibration(text, tokenizer, data_dir)
+    if isinstance(text, Documents):
+        return _documents(text, tokenizer.inner, data_dir)
+    return _instructions(text, tokenizer.inner, data_dir)
+
+
+def _documents(text: Documents, tokenizer: Any, data_dir: Path | None) -> list[Record]:
+    documents = corpora.rows(text.corpus, data_dir)[: text.count]
+    found = [_cut(tokenizer, document, text.length) for document in documents]
+    kept = [{"input_ids": ids} for ids in found if len(ids) > 1]
+    if len(kept) < text.count:
+        raise ValueError(f"{text.corpus} has {len(kept):,} documents of two tokens or more; {text.count:,} were asked.")
+    return kept
+
+
+def _instructions(text: Instructions, tokenizer: Any, data_dir: Path | None) -> list[Record]:
+    records = corpora.instructions(text.corpus, data_dir)
+    if len(records) <= text.held_out:
+        raise ValueError(
+            f"{text.corpus} has {len(records):,} records here, of which {text.held_out:,} are held out: nothing is "
+            "left to train on. Hold out fewer, or fetch the whole corpus."
+        )
+    split = Dataset.from_list(list(records)).train_test_split(test_size=text.held_out, shuffle=True, seed=text.seed)
+    made = [_answered(tokenizer, record, text.length) for record in split["train"]]
+    return [record for record in made if record["labels"][-1] != IGNORED]  # a prompt that fills it leaves no answer
+
+
+def _answered(tokenizer: Any, record: Any, length: int) -> Record:
+    """Prompt and answer, ended where they fit; loss on the answer alone."""
+    prompt = corpora.alpaca_prompt(record)
+    asked, ids = _cut(tokenizer, prompt, length), _cut(tokenizer, prompt + record["output"], length)
+    if len(ids) < length and ids[-1] != tokenizer.eos_token_id:
+        ids = [*ids, tokenizer.eos_token_id]
+    return {"input_ids": ids, "labels": [IGNORED] * min(len(asked), len(ids)) + ids[len(asked) :]}
+
+
+def _cut(tokenizer: Any, text: str, length: int) -> list[int]:
+    return tokenizer(text, truncation=True, max_length=length).input_ids
