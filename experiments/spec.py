@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +56,13 @@ class ZeroShot:
 
     `metrics` pairs each task with the metric that a table shows (acc and acc_norm are always stored).  A `convention`
     names the paper whose unweighted mean it is; without one there is no mean.  `protocols.zero_shot` makes them.
+    Without `detail` a table shows the mean alone.
     """
 
     convention: str | None
     metrics: tuple[tuple[str, str], ...]
     limit: int | None = None
+    detail: bool = field(default=True, metadata={"result": False})
 
     @property
     def key(self) -> str:
@@ -74,8 +76,8 @@ class ZeroShot:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        mean = (self.key,) if self.convention else ()
-        return (*(self.task_key(task, metric) for task, metric in self.metrics), *mean)
+        tasks = tuple(self.task_key(task, metric) for task, metric in self.metrics) if self.detail else ()
+        return (*tasks, self.key) if self.convention else tasks
 
 
 @dataclass(frozen=True)
