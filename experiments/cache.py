@@ -40,7 +40,7 @@ def statistics(root: Path, key: dict[str, Any], compute: Callable[[], Statistics
         lock = FileLock(_lock(path))
         lock.acquire()
     try:
-        return _read(path) or _computed(path, compute)
+        return read(path) or _computed(path, compute)
     finally:
         lock.release()
 
@@ -58,34 +58,14 @@ def limit_bytes() -> int:
         raise ValueError(f"{LIMIT_VARIABLE} is {asked!r}; give the cache's size in gigabytes, e.g. 20.") from None
 
 
-def _computed(path: Path, compute: Callable[[], Statistics]) -> Statistics:
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in compute().items()}
-    size, limit = sum(tensor.nbytes for tensor in tensors.values()), limit_bytes()
-    if size > limit:
-        logger.warning(
-            "Statistics of %.1f GB are not kept: the cache holds %.1f GB; set %s to raise that.",
-            size / 1e9, limit / 1e9, LIMIT_VARIABLE,
-        )  # fmt: skip
-        return tensors
-    for leftover in path.parent.glob(f".{path.name}.*.tmp"):  # of a killed process: the lock is ours now
-        leftover.unlink()
-    _make_room(path.parent, limit - size)
+def write(path: Path, tensors: Statistics) -> None:
+    """Contiguous tensors on the CPU, whole or not at all, with their checksum; StorageError where the disk refuses."""
     with files.replacing(path) as temporary:
         _save(tensors, temporary, path)
-    return tensors
 
 
-def _save(tensors: Statistics, temporary: Path, path: Path) -> None:
-    try:
-        save_file(tensors, temporary, metadata={"sha256": _checksum(tensors)})
-    except SafetensorError as error:  # how it reports a full disk
-        raise files.StorageError(
-            f"Cannot write {path}: {error}; free some space on that disk, choose another folder with --results, or "
-            f"set {LIMIT_VARIABLE}=0 to keep no statistics."
-        ) from error
-
-
-def _read(path: Path) -> Statistics | None:
+def read(path: Path) -> Statistics | None:
+    """None where there is nothing, or nothing that can be trusted, which is reported."""
     if not path.exists():
         return None
     try:
@@ -100,6 +80,32 @@ def _read(path: Path) -> Statistics | None:
         return None
     os.utime(path)
     return tensors
+
+
+def _computed(path: Path, compute: Callable[[], Statistics]) -> Statistics:
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in compute().items()}
+    size, limit = sum(tensor.nbytes for tensor in tensors.values()), limit_bytes()
+    if size > limit:
+        logger.warning(
+            "Statistics of %.1f GB are not kept: the cache holds %.1f GB; set %s to raise that.",
+            size / 1e9, limit / 1e9, LIMIT_VARIABLE,
+        )  # fmt: skip
+        return tensors
+    for leftover in path.parent.glob(f".{path.name}.*.tmp"):  # of a killed process: the lock is ours now
+        leftover.unlink()
+    _make_room(path.parent, limit - size)
+    write(path, tensors)
+    return tensors
+
+
+def _save(tensors: Statistics, temporary: Path, path: Path) -> None:
+    try:
+        save_file(tensors, temporary, metadata={"sha256": _checksum(tensors)})
+    except SafetensorError as error:  # how it reports a full disk
+        raise files.StorageError(
+            f"Cannot write {path}: {error}; free some space on that disk, choose another folder with --results, or "
+            f"set {LIMIT_VARIABLE}=0 to keep no statistics."
+        ) from error
 
 
 def _make_room(place: Path, allowed_bytes: int) -> None:

@@ -14,6 +14,7 @@ from experiments import accuracy, cache, corpora, cost, gate, measures, models, 
 from experiments.progress import Board
 from experiments.records import Record
 from experiments.spec import Perplexity, Run, describe, digest, needs_windows
+from experiments.stages import PrunedBlocks
 from experiments.tokens import Tokenizer
 
 
@@ -46,7 +47,8 @@ def execute(run: Run, table: str, settings: Settings, board: Board | None = None
     place = accuracy.Place(records.folder(settings.root, table) / id, unfinished(settings.root, table, id))
     subject = measures.Subject(model, tokenizer, settings.batch_size, settings.data_dir, place)
     passed = _dense_gate(run, subject, settings, board, stages)
-    achieved = _prune(run, model, tokenizer, settings, board, stages)
+    keeper = PrunedBlocks(unfinished(settings.root, table, id) / f"pruned {_origin(run, settings)}")
+    achieved = _prune(run, model, tokenizer, settings, board, stages, keeper)
     return Record(
         id=id,
         table=table,
@@ -75,8 +77,20 @@ def _device(asked: str | None) -> str:
     return name
 
 
+def _origin(run: Run, settings: Settings) -> str:
+    """What could make the blocks of a broken-off pruning differ from the rest's: the code and the corpora's files."""
+    data = {name: corpora.provenance(name, settings.data_dir) for name in _corpora(run)}
+    return digest({"data": data, "code": cost.commit()})
+
+
 def _prune(
-    run: Run, model: Any, tokenizer: Tokenizer, settings: Settings, board: Board, stages: cost.Stages
+    run: Run,
+    model: Any,
+    tokenizer: Tokenizer,
+    settings: Settings,
+    board: Board,
+    stages: cost.Stages,
+    keeper: PrunedBlocks,
 ) -> dict[str, Any]:
     """Prune in place; returns what was achieved."""
     if run.method is None:
@@ -91,7 +105,13 @@ def _prune(
     progress = board.stage("pruning", 2 * size)
     with stages("prune"):
         report = pruners.prune(
-            model, run.method, windows, batch_size=settings.batch_size, statistics=statistics, progress=progress
+            model,
+            run.method,
+            windows,
+            batch_size=settings.batch_size,
+            statistics=statistics,
+            keeper=keeper,
+            progress=progress,
         )
     told = report.to_dict()
     stages.seconds |= {f"prune/{stage}": round(seconds, 3) for stage, seconds in told.pop("seconds").items()}

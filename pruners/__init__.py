@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pruners import anatomy
-from pruners.calibrate import Progress
+from pruners.calibrate import Keeper, Progress
 from pruners.flap import Flap
 from pruners.gblm import GBLM, Gradient
 from pruners.magnitude import Magnitude
@@ -95,6 +95,7 @@ def prune(
     statistics: Mapping[str, Tensor] | None = None,
     reconstruct: Any = None,
     folder: Path | None = None,
+    keeper: Keeper | None = None,
     batch_size: int = 8,
     device: torch.device | str | None = None,
     progress: Progress | None = None,
@@ -109,7 +110,8 @@ def prune(
     returned for them, computed here if absent; `batch_size` windows go through a block at once and change no result;
     `device` holds one block at a time (None: where the model is); `progress(done, total)` is called per block.
     `reconstruct`, a retrain.Reconstruction, trains every block after it was pruned to give the dense block's outputs;
-    what is finished is kept in `folder`, if there is one, and a killed run goes on from there.
+    what is finished is kept in `folder`, if there is one, and a killed run goes on from there.  Without it `keeper`
+    keeps the blocks of unstructured methods that read inputs.
 
     Raises ValueError for windows that do not fit the model, NaN or inf in weights or activations, an unknown family.
     """
@@ -123,6 +125,8 @@ def prune(
     rebuild = _rebuild(reconstruct, model, method, windows, folder)
     if rebuild:
         options["rebuild"] = rebuild
+    elif isinstance(method, Unstructured):
+        options["keeper"] = keeper
     with torch.no_grad():
         report = method.prune(model, windows, dense=dense, **where, **options)
     if rebuild:

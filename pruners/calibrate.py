@@ -156,6 +156,17 @@ class Rebuild(ABC):
     def __call__(self, block: Block, passage: Passage) -> None: ...
 
 
+class Keeper(ABC):
+    """Keeps finished blocks somewhere, so that a run that was killed goes on at the next one."""
+
+    @abstractmethod
+    def restore(self, block: Block) -> bool:
+        """Whether the block was kept; it is as it was then, now."""
+
+    @abstractmethod
+    def keep(self, block: Block) -> None: ...
+
+
 def walk(
     model: nn.Module,
     windows: Int[Tensor, "count length"],
@@ -166,21 +177,23 @@ def walk(
     batch_size: int = 8,
     device: torch.device | str | None = None,
     rebuild: Rebuild | None = None,
+    keeper: Keeper | None = None,
 ) -> Iterator[tuple[Block, dict[str, Any]]]:
     """Yield each block with the statistics of its projections' inputs, by projection name.
 
     Whatever the caller does to the block before asking for the next one is seen by the later blocks when
     `sequential`; else later blocks get dense outputs and one pass serves both.  `device` holds one block at a time
-    (None: where the model is).  `rebuild` is called when the caller is done with a block; blocks that it restores are
-    not yielded.  Raises ValueError, naming block and projection, where an input is not finite.
+    (None: where the model is).  `rebuild`, or without one `keeper`, is told when the caller is done with a block;
+    blocks that it restores are not yielded.  Raises ValueError, naming block and projection, for inputs that are not
+    finite.
     """
-    blocks = anatomy.blocks(model)
+    blocks, kept = anatomy.blocks(model), rebuild or keeper
     with _evaluating(model):
         stream = _Stream(model, windows, batch_size, device, also=rebuild.batch_size if rebuild else 0)
         for block in blocks:
             with _moved(block.module, device):
                 last = block is blocks[-1]
-                if not (rebuild and rebuild.restore(block)):
+                if not (kept and kept.restore(block)):
                     outputs = torch.empty_like(stream.hidden) if rebuild else None
                     if not sequential and not last:
                         outputs = stream.hidden
@@ -189,6 +202,8 @@ def walk(
                     yield block, seen
                     if rebuild and outputs is not None:
                         rebuild(block, Passage(stream.hidden, outputs, stream.batch_size, stream.run))
+                    elif keeper:
+                        keeper.keep(block)
                 if sequential and not last:
                     stream.advance(block)
 
