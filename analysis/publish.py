@@ -36,6 +36,11 @@ PAPERS = {
 }  # fmt: skip
 TASKS = {"BoolQ": "boolq", "PIQA": "piqa", "RTE": "rte", "HellaSwag": "hellaswag", "WinoGrande": "winogrande",
          "ARC-e": "arc_easy", "ARC-c": "arc_challenge", "OBQA": "openbookqa"}  # fmt: skip
+WORDS = {  # of LLM-Pruner, which names one method in many ways
+    "Dense (own evaluation)": "Dense", "Block (Element^1)": "Element^1 (Block)", "Block": "Element^1 (Block)",
+    "Channel (Element^1)": "Channel", "Taylor param_first": "Element^1 (Block)", "w/ dependency": "Element^1 (Block)",
+    "ALL": "Element^1 (Block)", "LLM-Pruner": "Element^1 (Block)", "LLaMA-5.4B, Alpaca 50k": "Element^1 (Block)",
+}  # fmt: skip
 MEANS = ("Average-7", "BoolQ,RTE,HellaSwag,WinoGrande,ARC-e,OBQA", "BoolQ,RTE,HellaSwag,WinoGrande,ARC-e,ARC-c,OBQA")
 UNITS = {"ppl": Decimal(1), "%": Decimal("0.01"), "B": Decimal(10**9), "G": Decimal(10**9), "MiB": Decimal(2**20)}
 GIBI = "looks like units of 1024^3"
@@ -72,13 +77,13 @@ def tidy(path: Path, paper: str) -> pd.DataFrame:
 
 
 def _cell(row: dict[Any, Any], paper: str) -> Published:
-    model, method, table = _model(row["model"]), _method(row["method"]), _table(row["table"])
+    model, method, table = _model(row["model"]), _method(row["method"], paper), _table(row["table"])
     value, rounding = _value(row["value"], row["unit"])
     return Published(
         paper=paper,
         table=table,
         model=model,
-        method=f"{method} (l1)" if paper == "gblm" and method == "GBLM-Pruner" else method,
+        method=method,
         setting=_setting(row["setting"]),
         dataset=row["dataset"],
         metric=_metric(row),
@@ -96,6 +101,8 @@ def _cell(row: dict[Any, Any], paper: str) -> Published:
 def _table(text: str) -> str:
     """`table 1` of `Table 1 (LLaMA-7B, 20%)`; the words themselves where they name no table, or a superseded one."""
     found = re.match(r"Table (\d+)\b(?! of arXiv v1)(?! \(context)", text)
+    if text.startswith("repo more_results"):
+        return "more results"
     return f"table {found[1]}" if found else text
 
 
@@ -104,10 +111,13 @@ def _model(text: str) -> str:
     return name.replace("tinyllama_v1.1", "tinyllama-1.1b").replace("llama-7b / vicuna-7b", "llama-7b")
 
 
-def _method(text: str) -> str:
+def _method(text: str, paper: str) -> str:
     text = re.sub(r" \((?:quoted from|as quoted by).*\)$|, as quoted by FLAP\)", "", text)
     text = re.sub(r"\*? \(w/ LoRA$", "", text)
-    return re.sub(r", LoRA step \d+$", "", text)
+    text = re.sub(r", LoRA step \d+$", "", text)
+    if paper == "gblm" and text == "GBLM-Pruner":
+        return "GBLM-Pruner (l1)"
+    return WORDS.get(text, text) if paper == "llm_pruner" else text
 
 
 def _setting(text: str) -> str:
@@ -120,6 +130,8 @@ def _setting(text: str) -> str:
         r" of parameters(?=,)|, no tuning|, bias compensation|(?<=%) pruned|, w/o tune| \(presumed\)", "", text
     )
     text = re.sub(r", (?:w/ (?:LoRA )?tune|LoRA-tuned)$", ", tuned", text)
+    text = re.sub(r"^pruned to 8[0-9.]+% of parameters$|^25% groups$", "25% of the groups", text)
+    text = re.sub(r"^pruning ratio and importance not stated in the table$", "not stated; 20% here", text)
     return re.sub(r"(\d)%", r"\1 %", text).replace("comparison group", "group")
 
 

@@ -33,7 +33,8 @@ def gpu_gb(cell: Cell) -> float:
     run, parameters = cell.run, parameters_of(cell.run.model)
     width = (CHANNELS_A_BLOCK * parameters / 12) ** (1 / 3)
     weights = BYTES.get(run.dtype, 2) * parameters
-    statistics = 4 * parameters if run.method is not None and run.method.statistics_key else 0
+    key = run.method.statistics_key if run.method is not None else None
+    statistics = 4 * parameters if key and key["kind"] == "gradient_norms" else 0
     hessians = 8 * 7.3 * width**2 if needs_windows(run.method) else 0
     return 1.1e-9 * (weights + statistics + BYTES.get(run.dtype, 2) * width * _tokens(run) + hessians) + 1
 

@@ -11,14 +11,15 @@ at 128 tokens.  The printed numbers come from the released arithmetic, `referenc
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from typing import Any
 
-from experiments import protocols
+from experiments import llm_pruner, protocols
 from experiments.labels import setting
 from experiments.spec import Efficiency, Run, Table, Windows
-from pruners import Flap, MagnitudeSP, WandaSP
+from pruners import Flap, LLMPruner, MagnitudeSP, WandaSP
 
 MODELS = ("llama-7b", "llama-13b", "llama-30b", "llama-65b")
 RATIOS = (0.2, 0.3, 0.5)
@@ -29,16 +30,21 @@ METRICS = ("WIFV", "IFV", "WIFN")
 STRUCTURES = {"UL-UM": None, "UL-MM": 384, "AL-MM": 380, "AL-AM": None}  # heads of LLaMA-7B that the script removes
 
 flap = partial(Flap, reference=True)
-METHODS: tuple[Callable[..., Any] | None, ...] = (None, MagnitudeSP, WandaSP, flap, Flap)
-WORDS = {type(None): "Dense", MagnitudeSP: "Magnitude-sp", WandaSP: "Wanda-sp", Flap: "FLAP"}
+METHODS: tuple[Callable[..., Any] | None, ...] = (None, MagnitudeSP, WandaSP, LLMPruner, flap, Flap)
+WORDS = {type(None): "Dense", MagnitudeSP: "Magnitude-sp", WandaSP: "Wanda-sp", Flap: "FLAP", LLMPruner: "LLM-Pruner"}
 
 
 def label(run: Run) -> tuple[str, str]:
     formula = " (formula)" if isinstance(run.method, Flap) and not run.method.reference else ""
-    return WORDS[type(run.method)] + formula, setting(run.method)
+    share = llm_pruner.label(run)[1] if isinstance(run.method, LLMPruner) else setting(run.method)
+    return WORDS[type(run.method)] + formula, share
 
 
-def pruned(method: Any, model: str, ratio: float, measures: tuple[Any, ...] = PPL) -> Run:
+def pruned(method: Any, model: str, ratio: float, measures: tuple[Any, ...] = PPL) -> Run | None:
+    """LLM-Pruner as its own tables have it, which know two models and two shares of FLAP's."""
+    if method is LLMPruner:
+        known = ratio in llm_pruner.RATIOS and model not in MODELS[2:]
+        return llm_pruner.pruned("Element^1 (Block)", model, ratio, measures) if known else None
     made = method and method(ratio)
     return Run(model, made, C4 if isinstance(made, WandaSP) else WIKITEXT, measures, "float16")
 
@@ -109,7 +115,7 @@ same_calibration = Table(
     title="All methods calibrated on the same 1,024 windows of WikiText-2",
     rows=METHODS,
     columns=tuple(product(MODELS[:1], RATIOS)),
-    run=lambda method, model, ratio: Run(model, method and method(ratio), WIKITEXT, PPL, "float16"),
+    run=lambda method, model, ratio: (run := pruned(method, model, ratio)) and replace(run, windows=WIKITEXT),
     label=label,
 )
 

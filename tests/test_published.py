@@ -65,7 +65,7 @@ def test_dense_values_agree_with_the_catalogue():
 
 
 def test_words_are_no_numbers(tmp_path):
-    frame = tidy(tmp_path, {"value": "3 to 5"}, {"value": "nan", "model": "x"}, {"value": "2e4", "model": "x"})
+    frame = tidy(tmp_path, {"value": "3 to 5"}, {"value": "nan", "model": "x"}, {"value": "2e4", "model": "y"})
     assert frame.value.isna().tolist() == [True, True, False]
     assert frame.rounding[2] == 5000
 

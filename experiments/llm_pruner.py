@@ -1,0 +1,181 @@
+"""LLM-Pruner's tables (Ma, Fang & Wang 2023, arXiv:2305.11627).
+
+    python -m experiments show llm_pruner.llama_7b
+
+10 sentences of 64 BookCorpus tokens (the paper says 128, its code takes 64), drawn with seed 42; perplexity at 128
+tokens on WikiText-2 and on PTB's validation split; seven tasks.  "20 %" is ratio 0.25 in blocks 4..29, "50 %" 0.6 in
+blocks 3..30, which gives the paper's parameter counts; for channels the ratio is the share itself.  The paper does not
+say which of LLaMA-13B's 40 blocks are pruned: the same number is spared at both ends here.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import product
+from typing import Any
+
+from experiments import protocols
+from experiments.spec import Efficiency, Perplexity, Run, Table, Windows
+from pruners import LLMPruner
+
+WINDOWS = Windows("bookcorpus/train", count=10, length=64, seed=42, sampling="sentences")
+PPL = protocols.perplexity("llm_pruner")
+MEASURES = (*PPL, protocols.zero_shot("llm_pruner"))
+BLOCKS = {"llama-13b": 40, "vicuna-13b": 40, "tinyllama-1.1b": 22}
+SPARED = {0.2: (4, 2), 0.5: (3, 1)}  # blocks at both ends
+RATIOS = {0.2: 0.25, 0.5: 0.6}
+METHODS: dict[str, dict[str, Any]] = {
+    "L2": {"importance": "l2", "reduction": "mean"},
+    "Random": {"importance": "random"},
+    "Channel": {"granularity": "channel"},
+    "Vector (Block)": {"importance": "vector"},
+    "Element^2 (Block)": {"importance": "element2"},
+    "Element^1 (Block)": {"importance": "element1"},
+}
+ROWS = ("Dense", *METHODS)
+
+
+def method(name: str, model: str, share: float, **changes: Any) -> LLMPruner | None:
+    """The paper's method of that name which removes about `share` of the parameters."""
+    if name == "Dense":
+        return None
+    if METHODS[name].get("granularity") == "channel":
+        return LLMPruner(share, **METHODS[name])
+    first, last = SPARED[share]
+    blocks = (first, BLOCKS.get(model, 32) - last)
+    return LLMPruner(RATIOS[share], attention_blocks=blocks, mlp_blocks=blocks, **{**METHODS[name], **changes})
+
+
+def pruned(name: str, model: str, share: float, measures: tuple[Any, ...] = MEASURES, **changes: Any) -> Run:
+    return Run(model, method(name, model, share, **changes), WINDOWS, measures, "float16")
+
+
+def label(run: Run) -> tuple[str, str]:
+    if run.method is None:
+        return "Dense", ""
+    channel = run.method.granularity == "channel"
+    shares = {ratio: share for share, ratio in RATIOS.items()}
+    share = run.method.ratio if channel else shares[run.method.ratio]
+    return ("Channel" if channel else NAMES[run.method.importance]), f"{100 * share:g} %"
+
+
+NAMES = {how["importance"]: name for name, how in METHODS.items() if "importance" in how}
+
+
+def _whole(name: str, title: str, models: tuple[str, ...], share: float, published: str) -> Table:
+    return Table(
+        name=f"llm_pruner.{name}",
+        title=title,
+        rows=ROWS,
+        columns=tuple((model, share) for model in models),
+        run=pruned,
+        published=f"llm_pruner: {published}",
+        label=label,
+    )
+
+
+llama_7b = _whole("llama_7b", "LLaMA-7B at 20 % (table 1)", ("llama-7b",), 0.2, "table 1")
+llama_13b = _whole("llama_13b", "LLaMA-13B at 20 % (table 2)", ("llama-13b",), 0.2, "table 2")
+vicuna_7b = _whole("vicuna_7b", "Vicuna-7B at 20 % (table 4)", ("vicuna-7b",), 0.2, "table 4")
+llama_7b_half = _whole("llama_7b_half", "LLaMA-7B at 50 % (table 16)", ("llama-7b",), 0.5, "table 16")
+vicuna_7b_half = _whole("vicuna_7b_half", "Vicuna-7B at 50 % (table 17)", ("vicuna-7b",), 0.5, "table 17")
+
+statistics = Table(
+    name="llm_pruner.statistics",
+    title="Parameters, MACs and speed (table 3)",
+    rows=("Dense", "Channel", "Element^1 (Block)"),
+    columns=(("llama-7b", 0.2), ("llama-7b", 0.5)),
+    run=partial(pruned, measures=(Efficiency((), ()), Efficiency())),
+    published="llm_pruner: table 3",
+    label=label,
+)
+
+dependency = Table(
+    name="llm_pruner.dependency",
+    title="Coupled groups pruned together (table 6)",
+    rows=("Element^1 (Block)",),
+    columns=(("llama-7b", 0.2),),
+    run=pruned,
+    published="llm_pruner: table 6",
+    label=label,
+)
+
+REDUCTIONS = {"sum": "Summation", "max": "Max", "prod": "Production", "last": "Last-only"}
+
+aggregation = Table(
+    name="llm_pruner.aggregation",
+    title="How a group's scores are combined (table 7), at 20 %, which the paper does not say",
+    rows=tuple(REDUCTIONS),
+    columns=(("llama-7b", 0.2),),
+    run=lambda reduction, model, share: pruned("Element^1 (Block)", model, share, reduction=reduction),
+    published="llm_pruner: table 7",
+    label=lambda run: (REDUCTIONS[run.method.reduction], "not stated; 20 % here"),
+)
+
+global_local = Table(
+    name="llm_pruner.global_local",
+    title="Ranked in each block or over all of them (table 14)",
+    rows=("local", "global"),
+    columns=(("llama-7b", 0.2),),
+    run=lambda scope, model, share: pruned("Element^1 (Block)", model, share, scope=scope),
+    published="llm_pruner: table 14",
+    label=lambda run: (f"Element^1 - {run.method.scope}", label(run)[1]),
+)
+
+WINDOWS_BOTH = tuple(Perplexity(what.corpus, window) for window in (128, 2048) for what in PPL)
+
+more_models = Table(
+    name="llm_pruner.more_models",
+    title="Grouped-query models, 25 % of the groups (the repository's more results)",
+    rows=("Dense", "L2", "Element^1 (Block)"),
+    columns=(("llama-3-8b", 0.2), ("tinyllama-1.1b", 0.2)),
+    run=partial(pruned, measures=(*WINDOWS_BOTH, Efficiency((), ()))),
+    published="llm_pruner: more results",
+    label=lambda run: (label(run)[0], "25 % of the groups" if run.method else ""),
+)
+
+layer_sensitivity = Table(
+    name="llm_pruner.layer_sensitivity",
+    title="One block pruned at a time, by its index (figure 3)",
+    rows=tuple(range(32)),
+    columns=(("llama-7b",),),
+    run=lambda block, model: Run(
+        model,
+        LLMPruner(0.25, attention_blocks=(block, block + 1), mlp_blocks=(block, block + 1)),
+        WINDOWS,
+        PPL,
+        "float16",
+    ),
+    label=lambda run: (f"Block {run.method.mlp_blocks[0]}", f"{100 * run.method.ratio:g} %"),
+)
+
+ratios = Table(
+    name="llm_pruner.ratios",
+    title="Perplexity by ratio of the groups, Taylor against L2 (figure 4)",
+    rows=("L2", "Vector (Block)", "Element^2 (Block)", "Element^1 (Block)"),
+    columns=tuple(product(("llama-7b",), (tenth / 20 for tenth in range(1, 13)))),
+    run=lambda name, model, ratio: Run(model, LLMPruner(ratio, **METHODS[name]), WINDOWS, PPL, "float16"),
+    label=lambda run: (NAMES[run.method.importance], f"{100 * run.method.ratio:g} %"),
+)
+
+
+def _lacking(name: str, title: str, published: str, missing: str) -> Table:
+    return Table(f"llm_pruner.{name}", title, (), (), pruned, f"llm_pruner: {published}", missing=missing)
+
+
+chatglm_6b = _lacking(
+    "chatglm_6b", "ChatGLM-6B at 10 % (table 5)", "table 5", "a decoder family: ChatGLM has no place in pruners.anatomy"
+)
+stablelm = _lacking(
+    "stablelm", "Pruned LLaMA against StableLM-3B (table 9)", "table 9",
+    "StableLM's family (GPT-NeoX) in pruners.anatomy, and the ratio of the pruned model, which the paper does not give",
+)  # fmt: skip
+more_data = _lacking(
+    "more_data",
+    "Recovery on 2.59M samples (table 10)",
+    "table 10",
+    "the corpus LaMini-instruction in experiments.sources",
+)
+quantised = _lacking(
+    "quantised", "Pruning and LLM.int8 (table 13)", "table 13", "a quantisation stage (bitsandbytes' LLM.int8) of a Run"
+)
