@@ -7,12 +7,13 @@ import logging
 import os
 import socket
 from collections.abc import Sequence
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from experiments import failures, records
-from experiments.cells import Cell
-from experiments.records import Failure, Record
+if TYPE_CHECKING:  # a job must be able to say that it goes back into the queue before torch is there
+    from experiments.cells import Cell
+    from experiments.records import Failure, Record
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,8 @@ class Watchers(Watcher):
             try:
                 getattr(watcher, what)(*arguments)
             except Exception as error:  # noqa: BLE001  (the record is the truth; a watcher's trouble is only reported)
+                from experiments import failures
+
                 self.watchers.remove(watcher)
                 name = type(watcher).__name__
                 logger.warning("%s is out of service, cells go on: %s", name, failures.sentence(error))
@@ -86,7 +89,13 @@ class Events(Watcher):
         self.write("failed", message=failure.message)
 
     def write(self, event: str, **details: Any) -> None:
-        line = {"at": records.now(), **self.context, "cell": self.cell, "event": event, **details}
+        line = {
+            "at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            **self.context,
+            "cell": self.cell,
+            "event": event,
+            **details,
+        }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab") as file:
             torn = file.tell() > 0 and not _ends_a_line(self.path)

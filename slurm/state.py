@@ -30,6 +30,7 @@ DEATHS = {
     ),
     r"DUE TO NODE FAILURE|NODE_FAIL": "Its node failed; submit again.",
     r"CANCELLED(?!.*DUE TO JOB REQUEUE)|KeyboardInterrupt": "Cancelled; submit again to go on.",
+    r"User defined signal": "Told to stop before it had begun; submit again.",
     r"task 0: Killed|exit code 137": (
         "Killed from outside, most often for its memory ({memory_gb:.0f} GB were asked for); submit again, with "
         "--memory-gb {more_gb:.0f} if so."

@@ -1,4 +1,8 @@
-"""What a job runs.  submitit carries it there as a pickle of this class by name and of plain values, nothing else."""
+"""What a job runs.  submitit carries it there as a pickle of this class by name and of plain values, nothing else.
+
+Whatever takes seconds to import is imported once the job runs: until submitit has read the pickle, a warning that the
+time limit is near would end the job for good.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from typing import Any
 from submitit import JobEnvironment
 from submitit.core.utils import DelayedSubmission
 
-from experiments import arguments, batch, records
+from experiments import arguments
 from experiments.watchers import Events
 
 
@@ -35,6 +39,8 @@ class Work:
         """The labels of cells found, done and failed; records and failures are on disk."""
         self._tidy()
         self._events.write("job started", stalled=self.stalled)
+        from experiments import batch
+
         asked = self.asked
         outcome = batch.run_table(
             asked.table,
@@ -47,7 +53,7 @@ class Work:
 
     def checkpoint(self) -> DelayedSubmission:
         """What to go on with; leaves the process instead where going on has led nowhere too often."""
-        finished = sum(records.exists(self.root, self.table, id) for id in self.cells)
+        finished = sum((self.root / "runs" / self.table / f"{id}.json").exists() for id in self.cells)
         stalled = 0 if finished > self.finished else self.stalled + 1
         if stalled > self.requeues:
             message = (
