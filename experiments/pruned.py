@@ -14,17 +14,16 @@ from pruners.report import Projection
 def shared(root: Path, key: dict[str, Any], model: Any, method: Any, prune: Callable[[], Report]) -> Report:
     """What `prune` does to `model` and reports, from the cache where it was done before; `key` is all that moves it."""
     done: list[Report] = []
+    linears = {f"{b.name}.{name}": linear for b in anatomy.blocks(model) for name, linear in b.linears().items()}
 
     def weights() -> dict[str, Any]:
         done.append(prune())
-        return {f"{b.name}.{name}": lin.weight.data for b in anatomy.blocks(model) for name, lin in b.linears().items()}
+        return {name: linear.weight.data for name, linear in linears.items()}
 
     tensors = cache.statistics(root, key, weights)
     if done:
         return done[0]
-    report = Report(repr(method), method.asked)
-    for name, tensor in tensors.items():
-        linear = model.get_submodule(name)
-        linear.weight.data.copy_(tensor)
-        report.projections.append(Projection.of(name, linear, method.asked))
-    return report
+    for name, linear in linears.items():
+        linear.weight.data.copy_(tensors[name])
+    projections = [Projection.of(name, linear, method.asked) for name, linear in linears.items()]
+    return Report(repr(method), method.asked, projections)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import platform
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import pruners
-from experiments import accuracy, cache, corpora, cost, gate, measures, models, records, tokens
+from experiments import accuracy, cache, corpora, cost, gate, measures, models, pruned, records, retraining, tokens
 from experiments.progress import Board
 from experiments.records import Record
-from experiments.spec import Perplexity, Run, describe, digest, needs_windows
+from experiments.recovery import Retraining, work_tokens
+from experiments.spec import Perplexity, Run, describe, digest
 from experiments.stages import PrunedBlocks
 from experiments.tokens import Tokenizer
+from pruners.retrain import Reconstruction
+from pruners.unstructured import Unstructured
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,10 @@ def execute(run: Run, table: str, settings: Settings, board: Board | None = None
     place = accuracy.Place(records.folder(settings.root, table) / id, unfinished(settings.root, table, id))
     subject = measures.Subject(model, tokenizer, settings.batch_size, settings.data_dir, place)
     passed = _dense_gate(run, subject, settings, board, stages)
-    keeper = PrunedBlocks(unfinished(settings.root, table, id) / f"pruned {_origin(run, settings)}")
-    achieved = _prune(run, model, tokenizer, settings, board, stages, keeper)
+    begun = place.unfinished / _origin(run, settings)
+    achieved = _prune(run, subject, settings, board, stages, begun / "pruned")
+    if isinstance(run.recovery, Retraining):
+        achieved["recovery"] = _retrain(run.recovery, subject, settings, board, stages, begun / "retrained")
     return Record(
         id=id,
         table=table,
@@ -78,44 +84,76 @@ def _device(asked: str | None) -> str:
 
 
 def _origin(run: Run, settings: Settings) -> str:
-    """What could make the blocks of a broken-off pruning differ from the rest's: the code and the corpora's files."""
+    """What could make the finished part of a broken-off cell differ from the rest: the code and the corpora's files."""
     data = {name: corpora.provenance(name, settings.data_dir) for name in _corpora(run)}
     return digest({"data": data, "code": cost.commit()})
 
 
 def _prune(
-    run: Run,
-    model: Any,
-    tokenizer: Tokenizer,
-    settings: Settings,
-    board: Board,
-    stages: cost.Stages,
-    keeper: PrunedBlocks,
+    run: Run, subject: measures.Subject, settings: Settings, board: Board, stages: cost.Stages, begun: Path
 ) -> dict[str, Any]:
-    """Prune in place; returns what was achieved."""
+    """Prune in place, going on from what lies in `begun`; returns what was achieved."""
     if run.method is None:
         return {"asked": 0.0, "sparsity": 0.0}
-    windows, size = None, 0
-    if run.windows and needs_windows(run.method):
+    model, windows, size = subject.model, None, 0
+    if run.windows and run.calibrates:
         board.stage("calibration text")
         with stages("calibrate"):
-            windows = tokens.calibration(run.windows, tokenizer, settings.data_dir)
+            windows = tokens.calibration(run.windows, subject.tokenizer, settings.data_dir)
         size = windows.numel()
     statistics = _statistics(run, model, windows, settings, board, stages)
-    progress = board.stage("pruning", 2 * size)
+    prune = partial(
+        pruners.prune,
+        model,
+        run.method,
+        windows,
+        batch_size=settings.batch_size,
+        statistics=statistics,
+        reconstruct=run.recovery if isinstance(run.recovery, Reconstruction) else None,
+        folder=begun,
+        keeper=PrunedBlocks(begun),
+        progress=board.stage("pruning", 2 * size + work_tokens(run.recovery, run.windows) * (not _retrains(run))),
+    )
     with stages("prune"):
-        report = pruners.prune(
-            model,
-            run.method,
-            windows,
-            batch_size=settings.batch_size,
-            statistics=statistics,
-            keeper=keeper,
-            progress=progress,
-        )
+        if _retrains(run) and run.calibrates and isinstance(run.method, Unstructured):
+            report = pruned.shared(settings.root, _pruned_key(run, settings), model, run.method, prune)
+        else:
+            report = prune()
     told = report.to_dict()
     stages.seconds |= {f"prune/{stage}": round(seconds, 3) for stage, seconds in told.pop("seconds").items()}
     return {"sparsity": told.pop("achieved"), **told}
+
+
+def _retrains(run: Run) -> bool:
+    return isinstance(run.recovery, Retraining)
+
+
+def _retrain(
+    recovery: Retraining,
+    subject: measures.Subject,
+    settings: Settings,
+    board: Board,
+    stages: cost.Stages,
+    begun: Path,
+) -> dict[str, Any]:
+    progress = board.stage("retraining", work_tokens(recovery, None))
+    with stages("retrain"):
+        report = retraining.retrained(subject.model, recovery, subject.tokenizer, settings.data_dir, begun, progress)
+    return report.to_dict()
+
+
+def _calibration_key(run: Run, settings: Settings) -> dict[str, Any]:
+    assert run.windows is not None  # asked of runs that calibrate
+    return {
+        "model": models.identity(run.model),
+        "dtype": run.dtype,
+        "windows": asdict(run.windows),
+        "data": corpora.provenance(run.windows.corpus, settings.data_dir),
+    }
+
+
+def _pruned_key(run: Run, settings: Settings) -> dict[str, Any]:
+    return {**_calibration_key(run, settings), "pruned": describe(run.method), "code": cost.commit()}
 
 
 def _statistics(
@@ -124,13 +162,7 @@ def _statistics(
     """The dense statistics that other cells share, from the cache or computed for it; None where there are none."""
     if run.method.statistics_key is None or run.windows is None:
         return None
-    key = {
-        "model": models.identity(run.model),
-        "dtype": run.dtype,
-        "windows": asdict(run.windows),
-        "data": corpora.provenance(run.windows.corpus, settings.data_dir),
-        "statistics": run.method.statistics_key,
-    }
+    key = {**_calibration_key(run, settings), "statistics": run.method.statistics_key}
     progress = board.stage("statistics", 3 * windows.numel())
     with stages("statistics"):
         return cache.statistics(
@@ -181,8 +213,10 @@ def _measure(
 
 def _corpora(run: Run) -> list[str]:
     read = [name for what in run.measures for name in measures.corpora_of(what)]
-    if run.windows and needs_windows(run.method):
+    if run.windows and run.calibrates:
         read.append(run.windows.corpus)
+    if isinstance(run.recovery, Retraining):
+        read.append(run.recovery.text.corpus)
     return list(dict.fromkeys(read))
 
 

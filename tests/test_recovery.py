@@ -1,0 +1,101 @@
+"""The recovery stage of a cell: its text, its place in the id and the record, one pruning for several of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import small_table
+from conftest import SHARED, needs_shared
+from transformers import AutoTokenizer
+
+import pruners
+from experiments import cells, corpora, records
+from experiments.batch import run_table
+from experiments.recovery import POST_TRAINING, Documents, Instructions, Retraining
+from experiments.retraining import examples
+from experiments.run import Settings
+from experiments.spec import Run, Windows
+from experiments.tokens import Tokenizer
+from pruners.retrain import MaskLoRA, Reconstruction, Trainable
+
+TEXT = Windows("c4/train", count=4, length=32, seed=1)
+NORMS = Retraining(Trainable(norms=True), TEXT, steps=3, learning_rate=1e-3)
+MASKED = replace(NORMS, trainable=Trainable(norms=True, adapters=MaskLoRA(rank=4)))
+BLOCKS = Reconstruction(Trainable(norms=True), steps=3, learning_rate=1e-3)
+RUN = Run("stories260K", pruners.Wanda(sparsity=0.5), small_table.WINDOWS, (small_table.PPL,))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer("llama", AutoTokenizer.from_pretrained(SHARED / "data/tokenizers/llama"))
+
+
+def test_what_moves_a_recovery_is_part_of_the_id_and_no_recovery_is_no_part():
+    runs = [RUN, replace(RUN, recovery=NORMS), replace(RUN, recovery=MASKED), replace(RUN, recovery=BLOCKS)]
+    runs += [replace(RUN, recovery=replace(NORMS, **change)) for change in ({"steps": 4}, {"seed": 1})]
+    assert len({run.id() for run in runs}) == len(runs)
+    assert replace(RUN, recovery=replace(NORMS, micro_batch_size=1)).id() == runs[1].id()
+    assert "recovery" not in RUN.spec()
+
+
+def test_calibration_windows_belong_to_a_run_that_reconstructs_after_magnitude():
+    magnitude = replace(RUN, method=pruners.Magnitude(sparsity=0.5))
+    assert magnitude.spec()["windows"] is None
+    assert replace(magnitude, recovery=BLOCKS).spec()["windows"]["count"] == 4
+
+
+def test_a_cell_says_how_it_was_recovered():
+    labels = [cell.label for cell in cells.cells([replace(RUN, model=str(small_table.MODEL), recovery=recovery)
+                                                  for recovery in (None, MASKED, BLOCKS)])]  # fmt: skip
+    assert labels == ["Wanda 50 %", "Wanda + MaskLoRA, norms 50 %", "Wanda + reconstruction (norms) 50 %"]
+
+
+@needs_shared
+def test_recovery_stages_share_one_pruning_and_leave_their_reports(tmp_path, monkeypatch):
+    calls = []
+    prune = pruners.prune
+    monkeypatch.setattr(pruners, "prune", lambda *args, **options: calls.append(1) or prune(*args, **options))
+    data_dir = small_table.data(tmp_path / "data")
+    runs = [replace(RUN, model=str(small_table.MODEL), recovery=recovery) for recovery in (NORMS, MASKED, BLOCKS)]
+    found = cells.cells(runs)
+    outcome = run_table("tiny", found, Settings(tmp_path, data_dir=data_dir))
+    assert not outcome.failed
+    assert len(calls) == 2  # one for the two retrainings, one with reconstruction
+    told = [records.find(tmp_path, "tiny", cell.id).achieved for cell in found]
+    assert told[0]["sparsity"] == told[1]["sparsity"] == told[1]["recovery"]["sparsity"]
+    assert told[0]["projections"] == told[1]["projections"]
+    assert len(told[1]["recovery"]["losses"]) == 3
+    assert [block["block"] for block in told[2]["reconstruction"]] == [f"model.layers.{i}" for i in range(5)]
+
+
+@needs_shared
+def test_loss_is_on_the_answers_alone(tokenizer):
+    text = Instructions("alpaca/train", length=256, held_out=1990)
+    made = examples(text, tokenizer, SHARED / "data")
+    prompts = {tokenizer.inner(corpora.alpaca_prompt(record), truncation=True, max_length=256).input_ids.__repr__()
+               for record in corpora.instructions("alpaca/train", SHARED / "data")}  # fmt: skip
+    assert 0 < len(made) <= 10
+    for record in made:
+        asked = record["labels"].count(-100)
+        assert repr(record["input_ids"][:asked]) in prompts
+        assert record["labels"][asked:] == record["input_ids"][asked:]
+        assert len(record["input_ids"]) == 256 or record["input_ids"][-1] == tokenizer.inner.eos_token_id
+
+
+@needs_shared
+def test_documents_come_whole_or_cut(tokenizer):
+    made = examples(Documents("c4/train", 20, 128), tokenizer, SHARED / "data")
+    assert len(made) == 20
+    assert max(len(record["input_ids"]) for record in made) == 128
+    assert min(len(record["input_ids"]) for record in made) < 128
+
+
+@needs_shared
+def test_a_corpus_that_cannot_give_what_is_asked_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="2,000 records here, of which 2,000 are held out"):
+        examples(POST_TRAINING.text, tokenizer, SHARED / "data")
+    with pytest.raises(ValueError, match=r"holds texts, not instructions"):
+        examples(Instructions("c4/train"), tokenizer, SHARED / "data")
+    with pytest.raises(ValueError, match="has 800 documents"):
+        examples(Documents("c4/train", 801, 16), tokenizer, SHARED / "data")
