@@ -30,8 +30,10 @@ def _tasks(what: ZeroShot, row: Row) -> list[str]:
 
 
 def _missing(what: ZeroShot, row: Row) -> list[str]:
-    entries = (row.measure(what.key) or {}).get("missing", {})
-    return [f"{what.key} lacks {entry['reason']}." for entry in entries.values()]
+    tasks: dict[str, list[str]] = {}
+    for task, entry in (row.measure(what.key) or {}).get("missing", {}).items():
+        tasks.setdefault(entry["reason"], []).append(task)
+    return [f"{what.key} lacks {', '.join(lacking)}: {reason}." for reason, lacking in tasks.items()]
 
 
 def _truncated(what: ZeroShot, row: Row) -> list[str]:

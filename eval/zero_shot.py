@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import httpx
 import lm_eval
 import lm_eval.api.task
+from huggingface_hub.errors import HfHubHTTPError
 from lm_eval.api.task import Task
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
@@ -31,7 +31,8 @@ from eval.answers import AnswerStore
 from eval.intervals import standard_error
 from eval.scorer import Progress, Scorer, fingerprint
 
-UNAVAILABLE = (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError, httpx.HTTPError)
+# the Hub's package changes its HTTP client between versions; the client's own errors are a base of its error
+UNAVAILABLE = (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError, *HfHubHTTPError.__bases__)
 ACCURACIES = [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")]
 
 
@@ -114,7 +115,7 @@ def load(tasks: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Task], dict[
         try:
             loaded.update(_load(name, changes))
         except UNAVAILABLE as error:
-            missing[name] = f"{name}: its documents cannot be read: {' '.join(str(error).split())[:300]}"
+            missing[name] = f"its documents cannot be read: {' '.join(str(error).split())[:300]}"
     for task in loaded.values():
         task.set_config(key="num_fewshot", value=0)
     return loaded, missing

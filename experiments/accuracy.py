@@ -18,8 +18,8 @@ from experiments.spec import ZeroShot, describe, digest
 Progress = Callable[[int, int], None]
 Values = dict[str, dict[str, Any]]
 UNREACHABLE = (
-    "the Hub cannot be reached; give its documents with --data-dir, or set HF_HUB_OFFLINE=1 where they were downloaded "
-    "before"
+    "the Hub cannot be reached; run again with their documents in a --data-dir, or with HF_HUB_OFFLINE=1 where they were "
+    "downloaded before"
 )
 
 
@@ -60,13 +60,13 @@ def documents(tasks: Iterable[str], data_dir: Path | None) -> tuple[dict[str, di
     """Where each task's documents come from, as changes of its configuration; and why the others have none."""
     place = folder(data_dir)
     if place is None and not task_data.hub_reachable():
-        return {}, {task: {"reason": f"{task}: {UNREACHABLE}", "tried": None} for task in tasks}
+        return {}, {task: {"reason": UNREACHABLE, "tried": None} for task in tasks}
     found, missing = {}, {}
     for task in tasks:
         try:
             found[task] = task_data.changes(task, place)
         except (FileNotFoundError, ValueError) as error:
-            missing[task] = {"reason": f"{task}: {error}", "tried": None}
+            missing[task] = {"reason": str(error), "tried": None}
     return found, missing
 
 

@@ -68,7 +68,7 @@ def main() -> None:
     table = [(name, work / plain, work / ours, plain / ours) for name, work, plain, ours in rows]
     print(f"{MODEL}, {torch.get_num_threads()} threads, fastest of {REPEATS}")
     print(tabulate(table, ("", "plain", "here", "times faster"), floatfmt=".2f"))
-    print("\n".join(entry["reason"] for entry in missing.values()))
+    print("\n".join(f"{task}: {entry['reason']}" for task, entry in missing.items()))
 
 
 def _perplexities(model: Any, tokens: torch.Tensor) -> tuple[float, float]:

@@ -100,7 +100,9 @@ def test_a_task_whose_documents_turn_up_is_run_then(scored, data, tmp_path):
 def test_without_the_hub_and_a_folder_the_table_says_how_to_get_accuracy(tmp_path, data, monkeypatch):
     monkeypatch.setattr(task_data, "hub_reachable", lambda: False)
     values = accuracy.measure(SHORT, None, None, None, accuracy.Place(tmp_path / "id", tmp_path))
-    assert all("give its documents with --data-dir" in task["reason"] for task in values[SHORT.key]["missing"].values())
+    assert all(
+        "with their documents in a --data-dir" in task["reason"] for task in values[SHORT.key]["missing"].values()
+    )
     assert measures.lacking(values, data)
     assert not measures.lacking(values, None)
 

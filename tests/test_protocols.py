@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -99,6 +101,18 @@ def test_a_missing_file_and_a_missing_column_are_named(tmp_path):
     rows(tmp_path / "tasks/rte_validation.jsonl", {"premise": "", "label": 0})
     with pytest.raises(ValueError, match="columns label, premise; the task needs sentence1, sentence2"):
         task_data.changes("rte", tmp_path)
+
+
+def test_the_hub_is_reachable_where_something_answers(monkeypatch):
+    server = HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)  # answers HEAD with an error, which is an answer
+    threading.Thread(target=server.handle_request, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    for endpoint, reachable in ((address, True), ("http://127.0.0.1:9", False)):
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+        task_data.hub_reachable.cache_clear()
+        assert task_data.hub_reachable() is reachable
+    task_data.hub_reachable.cache_clear()
+    server.server_close()
 
 
 @needs_data
