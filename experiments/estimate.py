@@ -1,6 +1,7 @@
 """What a cell will cost and what it lacks here, before it runs.
 
-    GPU memory    weights, dense statistics (4 bytes a weight), one buffer of hidden states, one block's Hessians
+    GPU memory    weights, gradient norms (4 bytes a weight), one buffer of hidden states, one block's Hessians; where
+                  all weights are retrained their float32 copy, gradient and moments (16 bytes a weight)
     GPU hours     2 * parameters * tokens / (half of an A100's 312 TFLOP/s), a backward pass counting twice, and
                   the weights read once
 
@@ -20,8 +21,9 @@ from safetensors import safe_open
 
 from experiments import measures, models, wheels
 from experiments.cells import Cell
+from experiments.recovery import Retraining
 from experiments.sources import DATA_DIR, SOURCES
-from experiments.spec import Run, needs_windows
+from experiments.spec import Run
 
 SUSTAINED_FLOPS = 156e12
 READ_BYTES_PER_SECOND = 1e9
@@ -35,8 +37,9 @@ def gpu_gb(cell: Cell) -> float:
     weights = BYTES.get(run.dtype, 2) * parameters
     key = run.method.statistics_key if run.method is not None else None
     statistics = 4 * parameters if key and key["kind"] == "gradient_norms" else 0
-    hessians = 8 * 7.3 * width**2 if needs_windows(run.method) else 0
-    return 1.1e-9 * (weights + statistics + BYTES.get(run.dtype, 2) * width * _tokens(run) + hessians) + 1
+    trained = 16 * parameters if run.recovery and run.recovery.trainable.weights else 0
+    hessians = 8 * 7.3 * width**2 if run.calibrates else 0
+    return 1.1e-9 * (weights + statistics + trained + BYTES.get(run.dtype, 2) * width * _tokens(run) + hessians) + 1
 
 
 def gpu_hours(cell: Cell) -> float:
@@ -61,8 +64,10 @@ def parameters_of(model: str) -> int:
 def lacking(run: Run, data_dir: Path | None = None) -> list[str]:
     """The model and the corpora that are not on this machine, each with where it would come from."""
     corpora = [name for what in run.measures for name in measures.corpora_of(what)]
-    if run.windows and needs_windows(run.method):
+    if run.windows and run.calibrates:
         corpora.append(run.windows.corpus)
+    if isinstance(run.recovery, Retraining):
+        corpora.append(run.recovery.text.corpus)
     folder = data_dir or (Path(os.environ[DATA_DIR]) if DATA_DIR in os.environ else None)
     return [*_model(run.model), *(text for name in dict.fromkeys(corpora) for text in _corpus(name, folder))]
 
@@ -102,4 +107,4 @@ def _installed(package: str) -> bool:
 
 
 def _tokens(run: Run) -> int:
-    return run.windows.count * run.windows.length if run.windows and needs_windows(run.method) else 0
+    return run.windows.count * run.windows.length if run.windows and run.calibrates else 0

@@ -30,7 +30,8 @@ METRICS = ("WIFV", "IFV", "WIFN")
 STRUCTURES = {"UL-UM": None, "UL-MM": 384, "AL-MM": 380, "AL-AM": None}  # heads of LLaMA-7B that the script removes
 
 flap = partial(Flap, reference=True)
-METHODS: tuple[Callable[..., Any] | None, ...] = (None, MagnitudeSP, WandaSP, LLMPruner, flap, Flap)
+QUOTED = ("Element^1 (Block)", "Element^1 (Block)" + llm_pruner.TUNED)  # rows of LLM-Pruner's tables
+METHODS: tuple[Callable[..., Any] | str | None, ...] = (None, MagnitudeSP, WandaSP, *QUOTED, flap, Flap)
 WORDS = {type(None): "Dense", MagnitudeSP: "Magnitude-sp", WandaSP: "Wanda-sp", Flap: "FLAP", LLMPruner: "LLM-Pruner"}
 
 
@@ -42,9 +43,9 @@ def label(run: Run) -> tuple[str, str]:
 
 def pruned(method: Any, model: str, ratio: float, measures: tuple[Any, ...] = PPL) -> Run | None:
     """LLM-Pruner as its own tables have it, which know two models and two shares of FLAP's."""
-    if method is LLMPruner:
+    if isinstance(method, str):
         known = ratio in llm_pruner.RATIOS and model not in MODELS[2:]
-        return llm_pruner.pruned("Element^1 (Block)", model, ratio, measures) if known else None
+        return llm_pruner.pruned(method, model, ratio, measures) if known else None
     made = method and method(ratio)
     return Run(model, made, C4 if isinstance(made, WandaSP) else WIKITEXT, measures, "float16")
 

@@ -10,13 +10,16 @@ say which of LLaMA-13B's 40 blocks are pruned: the same number is spared at both
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from typing import Any
 
 from experiments import protocols
+from experiments.recovery import POST_TRAINING, Retraining
 from experiments.spec import Efficiency, Perplexity, Run, Table, Windows
 from pruners import LLMPruner
+from pruners.retrain import LoRA, Trainable
 
 WINDOWS = Windows("bookcorpus/train", count=10, length=64, seed=42, sampling="sentences")
 PPL = protocols.perplexity("llm_pruner")
@@ -32,7 +35,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "Element^2 (Block)": {"importance": "element2"},
     "Element^1 (Block)": {"importance": "element1"},
 }
-ROWS = ("Dense", *METHODS)
+TUNED = ", tuned"  # LoRA on Alpaca after pruning: three hours on one GPU
 
 
 def method(name: str, model: str, share: float, **changes: Any) -> LLMPruner | None:
@@ -47,7 +50,10 @@ def method(name: str, model: str, share: float, **changes: Any) -> LLMPruner | N
 
 
 def pruned(name: str, model: str, share: float, measures: tuple[Any, ...] = MEASURES, **changes: Any) -> Run:
-    return Run(model, method(name, model, share, **changes), WINDOWS, measures, "float16")
+    """`name` is one of METHODS, followed by TUNED or not."""
+    recovery = POST_TRAINING if name.endswith(TUNED) else None
+    made = method(name.removesuffix(TUNED), model, share, **changes)
+    return Run(model, made, WINDOWS, measures, "float16", recovery)
 
 
 def label(run: Run) -> tuple[str, str]:
@@ -56,29 +62,38 @@ def label(run: Run) -> tuple[str, str]:
     channel = run.method.granularity == "channel"
     shares = {ratio: share for share, ratio in RATIOS.items()}
     share = run.method.ratio if channel else shares[run.method.ratio]
-    return ("Channel" if channel else NAMES[run.method.importance]), f"{100 * share:g} %"
+    tuned = TUNED if run.recovery else ""
+    return ("Channel" if channel else NAMES[run.method.importance]), f"{100 * share:g} %{tuned}"
 
 
 NAMES = {how["importance"]: name for name, how in METHODS.items() if "importance" in how}
 
 
-def _whole(name: str, title: str, models: tuple[str, ...], share: float, published: str) -> Table:
+def _whole(name: str, title: str, column: tuple[str, float], published: str, tuned: tuple[str, ...]) -> Table:
     return Table(
         name=f"llm_pruner.{name}",
         title=title,
-        rows=ROWS,
-        columns=tuple((model, share) for model in models),
+        rows=("Dense", *METHODS, *(name + TUNED for name in tuned)),
+        columns=(column,),
         run=pruned,
         published=f"llm_pruner: {published}",
         label=label,
     )
 
 
-llama_7b = _whole("llama_7b", "LLaMA-7B at 20 % (table 1)", ("llama-7b",), 0.2, "table 1")
-llama_13b = _whole("llama_13b", "LLaMA-13B at 20 % (table 2)", ("llama-13b",), 0.2, "table 2")
-vicuna_7b = _whole("vicuna_7b", "Vicuna-7B at 20 % (table 4)", ("vicuna-7b",), 0.2, "table 4")
-llama_7b_half = _whole("llama_7b_half", "LLaMA-7B at 50 % (table 16)", ("llama-7b",), 0.5, "table 16")
-vicuna_7b_half = _whole("vicuna_7b_half", "Vicuna-7B at 50 % (table 17)", ("vicuna-7b",), 0.5, "table 17")
+BLOCK = ("Vector (Block)", "Element^2 (Block)", "Element^1 (Block)")
+llama_7b = _whole("llama_7b", "LLaMA-7B at 20 % (table 1)", ("llama-7b", 0.2), "table 1", ("Channel", *BLOCK))
+llama_13b = _whole(
+    "llama_13b", "LLaMA-13B at 20 % (table 2)", ("llama-13b", 0.2), "table 2",
+    ("L2", "Random", "Channel", "Element^1 (Block)"),
+)  # fmt: skip
+vicuna_7b = _whole("vicuna_7b", "Vicuna-7B at 20 % (table 4)", ("vicuna-7b", 0.2), "table 4", BLOCK)
+llama_7b_half = _whole(
+    "llama_7b_half", "LLaMA-7B at 50 % (table 16)", ("llama-7b", 0.5), "table 16", ("Channel", *BLOCK)
+)
+vicuna_7b_half = _whole(
+    "vicuna_7b_half", "Vicuna-7B at 50 % (table 17)", ("vicuna-7b", 0.5), "table 17", ("Channel", *BLOCK)
+)
 
 statistics = Table(
     name="llm_pruner.statistics",
@@ -93,11 +108,44 @@ statistics = Table(
 dependency = Table(
     name="llm_pruner.dependency",
     title="Coupled groups pruned together (table 6)",
-    rows=("Element^1 (Block)",),
+    rows=("Element^1 (Block)", "Element^1 (Block)" + TUNED),
     columns=(("llama-7b", 0.2),),
     run=pruned,
     published="llm_pruner: table 6",
     label=label,
+)
+
+layer_skipping = Table(
+    name="llm_pruner.layer_skipping",
+    title="Half of the parameters, tuned (table 8)",
+    rows=("Element^1 (Block)" + TUNED,),
+    columns=(("llama-7b", 0.5),),
+    run=partial(pruned, measures=(*MEASURES, Efficiency((), ()))),
+    published="llm_pruner: table 8",
+    label=label,
+)
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+TARGETS = {
+    None: "Element^1 (Block)",
+    ATTENTION: "- MLP (MLP not tuned)",
+    ("gate_proj", "up_proj", "down_proj"): "- MHA (MHA not tuned)",
+}
+
+
+def tuning(targets: tuple[str, ...] | None) -> Retraining:
+    adapters = LoRA(rank=8, targets=targets, alpha=16, dropout=0.05, merge=True)
+    return replace(POST_TRAINING, trainable=Trainable(adapters=adapters))
+
+
+tuned_modules = Table(
+    name="llm_pruner.tuned_modules",
+    title="Which projections recovery tunes (table 12)",
+    rows=tuple(TARGETS),
+    columns=(("llama-7b", 0.2),),
+    run=lambda targets, model, share: replace(pruned("Element^1 (Block)", model, share, PPL), recovery=tuning(targets)),
+    published="llm_pruner: table 12",
+    label=lambda run: (TARGETS[run.recovery.trainable.adapters.targets], label(run)[1]),
 )
 
 REDUCTIONS = {"sum": "Summation", "max": "Max", "prod": "Production", "last": "Last-only"}
@@ -169,6 +217,10 @@ chatglm_6b = _lacking(
 stablelm = _lacking(
     "stablelm", "Pruned LLaMA against StableLM-3B (table 9)", "table 9",
     "StableLM's family (GPT-NeoX) in pruners.anatomy, and the ratio of the pruned model, which the paper does not give",
+)  # fmt: skip
+tuning_steps = _lacking(
+    "tuning_steps", "Perplexity and accuracy by step of recovery (table 15)", "table 15",
+    "measures taken while a recovery's schedule is still running",
 )  # fmt: skip
 more_data = _lacking(
     "more_data",

@@ -1,0 +1,103 @@
+"""Every declared table: its runs build, their ids are unique and stable, every printed cell has a place or a reason.
+
+`snapshot.json` holds the digest of each table's ids.  An id changes when something that moves a number changes, and every record
+made under the old one is then orphaned: accept that (python tests/test_tables_declared.py) only where a protocol,
+calibration or hyperparameter was wrong or a field was added that every old record lacks, and say which in the commit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from analysis import papers, unmatched
+from experiments import cells, models, protocols, tables
+from experiments.labels import labels
+from experiments.spec import Table, digest
+
+SNAPSHOT = Path(__file__).with_name("snapshot.json")
+PAPERS = {name: table for name, table in tables.TABLES.items() if not name.startswith("embedded.")}
+RUNNABLE = [table for table in PAPERS.values() if not table.missing]
+named = pytest.mark.parametrize("table", RUNNABLE, ids=lambda table: table.name)
+
+
+def ids(table: Table) -> list[str]:
+    return [cell.id for cell in cells.cells(table.runs(), table.label)]
+
+
+def snapshot() -> dict[str, dict[str, str | int]]:
+    """By table the number of its runs and the digest of their ids in reading order."""
+    return {table.name: {"runs": len(ids(table)), "ids": digest({"ids": ids(table)})} for table in RUNNABLE}
+
+
+@named
+def test_every_run_has_its_own_id_and_words(table):
+    assert len(set(ids(table))) == len(ids(table)) > 0
+    assert all(method for method, _ in labels(table.runs(), table.label))
+
+
+@named
+def test_runs_of_one_name_differ_in_their_seed_alone(table):
+    runs = table.runs()
+    same: dict[tuple[str, ...], set] = {}
+    for run, label in zip(runs, labels(runs, table.label), strict=True):
+        same.setdefault((run.model, *label), set()).add(
+            replace(run, windows=run.windows and replace(run.windows, seed=0))
+        )
+    assert [len(alike) for alike in same.values()] == [1] * len(same)
+
+
+@named
+def test_models_are_known_and_their_windows_fit(table):
+    for run in table.runs():
+        positions = models.find(run.model).positions
+        assert run.windows is None or run.windows.length <= positions
+        assert all(getattr(what, "window", 0) <= positions for what in run.measures)
+
+
+@named
+def test_a_table_runs_on_another_model(table):
+    runs = table.runs("llama-2-7b")
+    assert {run.model for run in runs} == {"llama-2-7b"}
+
+
+def test_ids_are_those_of_the_snapshot():
+    assert snapshot() == json.loads(SNAPSHOT.read_text())
+
+
+def test_ids_are_the_same_in_another_process():
+    code = "from experiments import cells, gblm; print(*[c.id for c in cells.cells(gblm.alpha.runs())])"
+    environment = {**os.environ, "PYTHONHASHSEED": "7"}
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment,
+                          cwd=SNAPSHOT.parents[1])  # fmt: skip
+    assert told.stdout.split() == ids(tables.find("gblm.alpha"))
+
+
+def test_every_printed_cell_has_one_place_or_a_reason():
+    claimed, left = unmatched.claimed(PAPERS.values()), unmatched.unmatched(PAPERS.values())
+    assert len(claimed) == sum(len(papers.read(paper)) for paper in papers.papers())
+    assert {tuple(names) for names in claimed.values() if len(names) > 1} == set()
+    assert Counter(cell.place for cell, reason in left.items() if not reason) == {}
+    assert sum(bool(names) for names in claimed.values()) > 1800
+
+
+@pytest.mark.parametrize("place", ["gblm: table 2", "wanda: table 3", "flap: table 1", "llm_pruner: table 1"])
+def test_the_headline_tables_are_claimed_but_for_what_is_named(place):
+    left = {cell for cell in unmatched.unmatched(PAPERS.values()) if cell.place == place}
+    assert {cell.method for cell in left} <= {"Wanda minus GBLM-Pruner (l1)", "Dense (numbers of the LLaMA paper)"}
+
+
+def test_a_key_of_another_protocol_is_never_claimed():
+    claimed = unmatched.claimed([tables.find("gblm.perplexity")])
+    assert {cell.protocol for cell, names in claimed.items() if names} == {protocols.perplexity("gblm")[0].key}
+
+
+if __name__ == "__main__":
+    SNAPSHOT.write_text(json.dumps(snapshot(), indent=1) + "\n")
