@@ -163,11 +163,13 @@ def test_a_loss_that_is_not_finite_stops(windows):
         finetune(model, Trainable(norms=True), windows, steps=5, learning_rate=1e-3)
 
 
-def test_a_half_precision_model_trains_and_stays_half_precision(kind, windows):
-    model = pruned(kind).bfloat16()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_precision_model_trains_and_stays_half_precision(kind, dtype, windows):
+    model = pruned(kind).to(dtype)
     report = finetune(model, PEFT, windows, steps=30, learning_rate=5e-3)
     assert sum(report.losses[-5:]) < sum(report.losses[:5])
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert report.merging == pytest.approx(report.merging[::-1], rel=2e-2)
     with pytest.raises(ValueError, match="cannot train in float32"):
         finetune(model, PEFT, windows, steps=1, learning_rate=1e-3, precision="float32")
 

@@ -170,14 +170,14 @@ class _Loop:
         with torch.random.fork_rng(devices=devices):  # dropout: the same in a run that resumes here
             torch.manual_seed(_mixed(self.batches.seed, step, self.peers.rank))
             for start in range(0, len(mine), self.micro_batch_size):
-                loss = self._loss(mine[start : start + self.micro_batch_size], tokens)
+                loss = self._loss(mine[start : start + self.micro_batch_size], tokens, self.precision)
                 loss.backward()
                 total += loss.detach()
         return total
 
-    def _loss(self, indices: Any, tokens: int) -> torch.Tensor:
+    def _loss(self, indices: Any, tokens: int, precision: torch.dtype | None) -> torch.Tensor:
         batch = self.batches.collated(indices, self.model.device)
-        with autocast(self.precision, self.model.device):
+        with autocast(precision, self.model.device):
             return self.model(**batch, use_cache=False, num_items_in_batch=tokens).loss
 
     def _refuse_divergence(self, step: int, loss: float, norm: float) -> None:
@@ -199,7 +199,7 @@ class _Loop:
     def _keep(self, step: int) -> None:
         tensors = {name: p.detach().cpu().clone() for name, p in self.attached.tensors.items()}
         self.good = (step, tensors)
-        if self.path and self.peers.rank == 0:
+        if self.path and self.peers.rank == 0 and step > self.report.resumed_at:
             moments = state.of_optimizer(self.optimizer, self.attached.tensors)
             about = {name: getattr(self.report, name) for name in ("losses", "tokens", "seconds")}
             state.save(self.path, {**tensors, **moments}, {"fingerprint": self.mark, "step": step, **about})
@@ -215,18 +215,18 @@ class _Loop:
     @torch.no_grad()
     def merge(self) -> None:
         report, attached = self.report, self.attached
-        before = self._last_loss() if attached.merges else 0.0
+        before = self._last_loss(self.precision) if attached.merges else 0.0
         report.lost_by_merging = attached.lost_by_merging()
         attached.merge()
-        report.merging = (before, self._last_loss()) if attached.merges else None
+        report.merging = (before, self._last_loss(None)) if attached.merges else None
         report.sparsity, report.untied = attached.sparsity, attached.untied
 
-    def _last_loss(self) -> float:
+    def _last_loss(self, precision: torch.dtype | None) -> float:
         indices = self.batches.indices(self.schedule.steps - 1)[: self.micro_batch_size]
         training = self.model.training
         self.model.eval()
         try:
-            return float(self._loss(indices, self.batches.predicted(indices)))
+            return float(self._loss(indices, self.batches.predicted(indices), precision))
         finally:
             self.model.train(training)
 
