@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from experiments import baselines, embedded, flap, gblm, llm_pruner, perp
+from experiments import baselines, embedded, flap, gblm, headlines, llm_pruner, perp
 from experiments.spec import Run, Table, ZeroShot
 from pruners.suggest import unknown
 
-MODULES = (embedded, flap, gblm, perp, llm_pruner, baselines)
+MODULES = (embedded, headlines, flap, gblm, perp, llm_pruner, baselines)
 TABLES = {thing.name: thing for module in MODULES for thing in vars(module).values() if isinstance(thing, Table)}
 
 

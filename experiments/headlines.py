@@ -1,0 +1,89 @@
+"""The headline table of three papers on the embedded SmolLM2-135M: no hub, two CPU cores, three draws of calibration.
+
+    python -m experiments run embedded.gblm       about an hour a table on two cores
+
+65,536 evaluation tokens.  The texts stand in for the papers' own, and a model this small loses more than theirs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from itertools import product
+from typing import Any
+
+from experiments import flap as flap_tables
+from experiments import gblm as gblm_tables
+from experiments.embedded import MODEL
+from experiments.labels import setting
+from experiments.spec import Perplexity, Run, Table, Windows, needs_windows
+from pruners import GBLM, Flap, LLMPruner, Magnitude, MagnitudeSP, SparseGPT, Wanda, WandaSP
+
+SEEDS = (0, 1, 2)
+PPL = (Perplexity("embedded/wiki", window=512, limit=128),)
+COUNT = 32
+ALPHA = 100 * 128 / COUNT  # the gradient term grows with the number of windows, and 100 belongs to 128
+BLOCKS = (4, 28)  # of 30
+IMPORTANCES = {"L2": "l2", "Random": "random", "Vector (Block)": "vector", "Element^2 (Block)": "element2",
+               "Element^1 (Block)": "element1"}  # fmt: skip
+
+
+def drawn(method: Any, model: str, seed: int, windows: Windows) -> Run:
+    """Methods that see no data have one run."""
+    return Run(model, method, replace(windows, seed=seed) if needs_windows(method) else None, PPL)
+
+
+gblm = Table(
+    name="embedded.gblm",
+    title="Unstructured pruning without retraining, three draws of calibration windows",
+    rows=(None, Magnitude, SparseGPT, Wanda, partial(GBLM, norm="l1", alpha=ALPHA)),
+    columns=tuple(product((MODEL,), ({"sparsity": 0.5}, {"pattern": "2:4"}), SEEDS)),
+    run=lambda method, model, how, seed: drawn(
+        method and method(**how), model, seed, Windows("embedded/c4", COUNT, 512)
+    ),
+    label=gblm_tables.label,
+)
+
+
+def _flap_label(run: Run) -> tuple[str, str]:
+    if isinstance(run.method, LLMPruner):
+        return "LLM-Pruner", setting(run.method)
+    bias = " without bias" if isinstance(run.method, Flap) and not run.method.bias else ""
+    return flap_tables.WORDS[type(run.method)] + bias, setting(run.method)
+
+
+flap = Table(
+    name="embedded.flap",
+    title="Structured pruning without retraining, all methods calibrated on the same windows",
+    rows=(
+        None,
+        MagnitudeSP,
+        WandaSP,
+        partial(LLMPruner, attention_blocks=(0, 30), mlp_blocks=(0, 30)),
+        Flap,
+        partial(Flap, bias=False),
+    ),
+    columns=tuple(product((MODEL,), (0.2, 0.5), SEEDS)),
+    run=lambda method, model, ratio, seed: drawn(
+        method and method(ratio), model, seed, Windows("embedded/c4", 128, 128, sampling="stream")
+    ),
+    label=_flap_label,
+)
+
+llm_pruner = Table(
+    name="embedded.llm_pruner",
+    title="25 % of the groups of blocks 4 to 27, by importance",
+    rows=(None, *IMPORTANCES.values()),
+    columns=tuple(product((MODEL,), SEEDS)),
+    run=lambda importance, model, seed: drawn(
+        importance and LLMPruner(0.25, importance=importance, attention_blocks=BLOCKS, mlp_blocks=BLOCKS),
+        model,
+        seed,
+        Windows("embedded/c4", 10, 64, sampling="sentences"),
+    ),
+    label=lambda run: (
+        ("Dense", "")
+        if run.method is None
+        else ({value: name for name, value in IMPORTANCES.items()}[run.method.importance], "20 %")
+    ),
+)
