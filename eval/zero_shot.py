@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -41,10 +42,12 @@ class TaskScore:
     """One task: its metrics with standard errors, and every document's own score for each metric.
 
     `documents_sha256` names the prompts and answers scored; two models may only be compared where it is equal.
-    `truncated` counts documents whose beginning did not fit the model's positions.
+    `truncated` counts documents whose beginning did not fit the model's positions.  `revision` is the Hub's commit of
+    the documents, None for other sources.
     """
 
     version: Any
+    revision: str | None
     documents: int
     documents_sha256: str
     truncated: int
@@ -87,7 +90,7 @@ def zero_shot(
         store = AnswerStore(resume, fingerprint(model)) if resume else None
         scorer = Scorer(model, tokenizer, batch_size, store, progress)
         outcome = evaluate(scorer, {"tasks": loaded}, limit=limit, bootstrap_iters=0) if loaded else {}
-    scores = {name: _score(name, outcome, scorer.truncated[name]) for name in loaded}
+    scores = {name: _score(task, outcome, scorer.truncated[name]) for name, task in loaded.items()}
     samples = [_row(name, sample) for name in loaded for sample in outcome["samples"][name]]
     return ZeroShotResult(scores, missing, samples)
 
@@ -133,13 +136,15 @@ def _changed(name: str, changes: Mapping[str, Any]) -> dict[str, Any]:
     return {"group": f"{name}, changed", "task": [{"task": name, **changes}]}
 
 
-def _score(name: str, outcome: Mapping[str, Any], truncated: int) -> TaskScore:
+def _score(task: Task, outcome: Mapping[str, Any], truncated: int) -> TaskScore:
+    name = task.task_name
     samples = outcome["samples"][name]
     values = {metric: [sample[metric] for sample in samples] for metric in samples[0]["metrics"]}
     per_document = {m: [float(v) for v in scores] for m, scores in values.items() if _are_numbers(scores)}
     results = {key.split(",")[0]: value for key, value in outcome["results"][name].items()}
     return TaskScore(
         version=outcome["versions"][name],
+        revision=_revision(task),
         documents=len(samples),
         documents_sha256=_digest(samples),
         truncated=truncated,
@@ -147,6 +152,14 @@ def _score(name: str, outcome: Mapping[str, Any], truncated: int) -> TaskScore:
         standard_errors={metric: standard_error(scores) for metric, scores in per_document.items()},
         per_document=per_document,
     )
+
+
+def _revision(task: Any) -> str | None:
+    """The commit in the addresses that the documents were downloaded from."""
+    info = getattr(task.eval_docs, "info", None)
+    addresses = " ".join(getattr(info, "download_checksums", None) or ())
+    found = re.search(r"hf://datasets/[^@\s]+@([0-9a-f]{40})", addresses)
+    return found.group(1) if found else None
 
 
 def _are_numbers(values: Sequence[Any]) -> bool:

@@ -18,8 +18,8 @@ from experiments.spec import ZeroShot, describe, digest
 Progress = Callable[[int, int], None]
 Values = dict[str, dict[str, Any]]
 UNREACHABLE = (
-    "the Hub cannot be reached; run again with their documents in a --data-dir, or with HF_HUB_OFFLINE=1 where they were "
-    "downloaded before"
+    "the Hub cannot be reached; run again with their documents in a --data-dir, or with HF_HUB_OFFLINE=1 where they "
+    "were downloaded before"
 )
 
 
@@ -98,6 +98,7 @@ def _task(what: ZeroShot, task: str, score: Any) -> Values:
         "documents_sha256": score.documents_sha256,
         "truncated": score.truncated,
         "version": score.version,
+        "revision": score.revision,
     }
     return {
         what.task_key(task, metric): {"score": value, "standard_error": score.standard_errors.get(metric), **about}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -147,6 +148,13 @@ def test_documents_that_do_not_fit_are_counted(stories):
 
 def first_lines(name: str, count: int) -> list[str]:
     return gzip.decompress((DATA / "tasks" / name).read_bytes()).decode().splitlines()[:count]
+
+
+def test_the_commit_of_documents_from_the_hub_is_found():
+    address = f"hf://datasets/baber/piqa@{'ab' * 20}/data/validation.parquet"
+    hub, local = (SimpleNamespace(info=SimpleNamespace(download_checksums={url: {}})) for url in (address, "/tmp/piqa"))
+    assert zs._revision(SimpleNamespace(eval_docs=hub)) == "ab" * 20
+    assert zs._revision(SimpleNamespace(eval_docs=local)) is None
 
 
 @pytest.mark.parametrize(
