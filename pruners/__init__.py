@@ -20,6 +20,7 @@ from pruners import anatomy
 from pruners.calibrate import Keeper, Progress
 from pruners.flap import Flap
 from pruners.gblm import GBLM, Gradient
+from pruners.llm_pruner import LLMPruner
 from pruners.magnitude import Magnitude
 from pruners.random_baseline import Random
 from pruners.report import Report
@@ -40,6 +41,7 @@ METHODS: dict[str, type[Any]] = {
     "flap": Flap,
     "wanda_sp": WandaSP,
     "magnitude_sp": MagnitudeSP,
+    "llm_pruner": LLMPruner,
 }
 
 __all__ = [
@@ -47,6 +49,7 @@ __all__ = [
     "METHODS",
     "Flap",
     "Gradient",
+    "LLMPruner",
     "Magnitude",
     "MagnitudeSP",
     "Random",

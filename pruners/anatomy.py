@@ -87,6 +87,12 @@ class Block:
         return {name: self.linear(name) for names in self.family.shared_inputs for name in names}
 
     @property
+    def shared_inputs(self) -> tuple[tuple[str, ...], ...]:
+        """The family's, less the projections that structured pruning has left nothing of."""
+        groups = self.family.shared_inputs
+        return tuple(names for names in groups if all(self.linear(name).weight.numel() for name in names))
+
+    @property
     def attention(self) -> Any:
         return self.module.get_submodule(self.family.attention)
 

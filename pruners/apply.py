@@ -116,7 +116,11 @@ def keep_first(model: nn.Module, count: int) -> None:
 
 
 def silence(block: Block) -> None:
-    """Let a block pass its input on unchanged, in place of dropping it."""
+    """Let a block pass its input on unchanged, in place of dropping it; ValueError where a norm follows the sum."""
+    if not getattr(block.module, "do_layer_norm_before", True):
+        raise ValueError(
+            f"{block.name} normalises after adding (OPT-350M), so no zeros make it pass its input on; use cut=True."
+        )
     zero(block, Kept(torch.zeros(block.kv_heads, dtype=torch.bool), torch.zeros(block.channels, dtype=torch.bool)))
     for name in (block.family.output, block.family.outward):
         if block.linear(name).bias is not None:

@@ -173,7 +173,7 @@ def walk(
     statistic: type[Statistic] | None,
     *,
     sequential: bool = True,
-    groups: Callable[[Block], tuple[tuple[str, ...], ...]] = lambda block: block.family.shared_inputs,
+    groups: Callable[[Block], tuple[tuple[str, ...], ...]] = lambda block: block.shared_inputs,
     batch_size: int = 8,
     device: torch.device | str | None = None,
     rebuild: Rebuild | None = None,
@@ -289,7 +289,8 @@ class _Stream:
         pending: set[int] = set()
 
         def look(which: int, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            made[which].add(args[0].reshape(-1, length, args[0].shape[-1]))
+            x = args[0] if args[0].ndim == 3 else args[0].unflatten(0, (-1, length))
+            made[which].add(x)
             pending.discard(which)
             if not pending and outputs is None:
                 raise _Caught

@@ -19,13 +19,14 @@ size and grouping works; KV heads go with their query heads.
 
 `reference=True` is the released code's arithmetic, departures from the formulas above included: a running variance that
 skips the first window, the attention metric squared, a head that costs 170 channels (512/3 as an integer) whatever its
-size, one unit less than the threshold in AL-AM, and no idea of grouped queries, which it refuses.
+size, the unit at the threshold gone too, means in float16, and no idea of grouped queries, which it refuses.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ from pruners import anatomy, calibrate, select
 from pruners.anatomy import Block
 from pruners.apply import KINDS, Kept
 from pruners.calibrate import Moments, Progress
-from pruners.structured import Scores, Structured, by_unit
+from pruners.structured import Structured, by_unit
 
 METRICS = ("WIFV", "IFV", "WIFN")
 STRUCTURES = ("AL-AM", "AL-MM", "UL-UM", "UL-MM")
@@ -121,8 +122,10 @@ class Flap(Structured):
     ) -> list[Kept]:
         blocks = anatomy.blocks(model)
         scores = [{kind: self._unit_scores(block, kind, dense) for kind in KINDS} for block in blocks]
-        gone = self._gone(model, scores)
-        return [self.settled(*one) for one in zip(blocks, scores, gone, strict=True)]
+        if self.structure.startswith("AL"):
+            return self.ranked_together(model, scores, partial(self._gone_of_all, model))
+        per_block = self.even_counts(model) if self.structure == "UL-UM" else [self._counts(model)] * len(blocks)
+        return [self.lowest(*one) for one in zip(blocks, scores, per_block, strict=True)]
 
     def repairs(
         self, blocks: Sequence[Block], kept: Sequence[Kept], dense: Mapping[str, Tensor]
@@ -134,8 +137,8 @@ class Flap(Structured):
                 linear = block.linear(part.projection)
                 gone = (~keep[kind]).repeat_interleave(part.size)
                 if self.bias and gone.any():
-                    mean = dense[f"{block.name}.{part.projection}.mean"]
-                    found.append((linear, repair(linear.weight, mean.to(linear.weight.device), gone)))
+                    mean = dense[f"{block.name}.{part.projection}.mean"].to(linear.weight.device)
+                    found.append((linear, repair(linear.weight, mean.half() if self.reference else mean, gone)))
         return found
 
     def added_parameters(self, model: nn.Module) -> int:
@@ -156,28 +159,18 @@ class Flap(Structured):
             return by_unit(block, kind, found).sum(1)
         return by_unit(block, kind, standardised(found)).mean(1)
 
-    def _gone(self, model: nn.Module, scores: Sequence[Scores]) -> list[Scores]:
-        if self.structure == "AL-AM":
-            flat = torch.cat([score[kind] for kind in KINDS for score in scores])
-            return _parted(self._below_threshold(model, flat), scores, KINDS)
+    def _gone_of_all(
+        self, model: nn.Module, scores: Float[Tensor, " units"], costs: Int[Tensor, " units"]
+    ) -> Bool[Tensor, " units"]:
+        """What goes of all heads of the model, which come first, and all its channels."""
+        heads = sum(block.kv_heads for block in anatomy.blocks(model))
         if self.structure == "AL-MM":
             counts = self._counts(model)
-            whole = {kind: torch.cat([score[kind] for score in scores]) for kind in KINDS}
-            gone = [_parted(select.lowest(whole[kind], counts[kind]), scores, (kind,)) for kind in KINDS]
-            return [attention | mlp for attention, mlp in zip(*gone, strict=True)]
-        per_block = self.even_counts(model) if self.structure == "UL-UM" else [self._counts(model)] * len(scores)
-        return [
-            {kind: select.lowest(score[kind], counts[kind]) for kind in KINDS}
-            for score, counts in zip(scores, per_block, strict=True)
-        ]
-
-    def _below_threshold(self, model: nn.Module, flat: Float[Tensor, " units"]) -> Bool[Tensor, " units"]:
-        """What goes of all heads of the model followed by all its channels."""
-        blocks = anatomy.blocks(model)
+            lowest = (select.lowest(scores[:heads], counts["attention"]), select.lowest(scores[heads:], counts["mlp"]))
+            return torch.cat(lowest)
         if self.reference:
-            return flat <= released_threshold(flat, sum(block.heads for block in blocks), self.asked)
-        cost = [torch.full((block.units(kind),), block.unit_cost(kind)) for kind in KINDS for block in blocks]
-        return select.cheapest(flat, torch.cat(cost), self.budget(model))
+            return scores <= released_threshold(scores, heads, self.asked)
+        return select.cheapest(scores, costs, self.budget(model))
 
     def _counts(self, model: nn.Module) -> dict[str, int]:
         """KV heads and channels that go: of the whole model (AL-MM) or of each block (UL-MM)."""
@@ -224,10 +217,3 @@ def _released_channels(block: Block, blocks: int, ratio: float, heads: int) -> i
     width, channels = block.linear(block.family.query).in_features, block.channels
     wanted = blocks * ratio * (3 * channels * width + 4 * width * width)
     return int((wanted - 4 * width * heads * block.head_dim) / (3 * width))
-
-
-def _parted(flat: Tensor, like: Sequence[Scores], kinds: Sequence[str]) -> list[Scores]:
-    """Units of all blocks, one kind after the other, by block and kind."""
-    parts = iter(flat.split([len(scores[kind]) for kind in kinds for scores in like]))
-    by_kind = {kind: [next(parts) for _ in like] for kind in kinds}
-    return [{kind: by_kind[kind][index] for kind in kinds} for index in range(len(like))]

@@ -8,7 +8,6 @@ from typing import Any
 from torch import nn
 
 from pruners import anatomy
-from pruners.anatomy import Block
 
 
 @dataclass(frozen=True)
@@ -37,10 +36,6 @@ class Widths:
     kv_heads: int
     channels: int
 
-    @classmethod
-    def of(cls, block: Block) -> Widths:
-        return cls(block.heads, block.kv_heads, block.channels)
-
 
 @dataclass(frozen=True)
 class Size:
@@ -54,44 +49,58 @@ class Size:
         decoder = (p.numel() for block in anatomy.blocks(model) for p in block.module.parameters())
         return cls(sum(p.numel() for p in model.parameters()), sum(decoder))
 
-    def less(self, model: int, decoder: int) -> Size:
-        return Size(self.model - model, self.decoder - decoder)
+    def times(self, share: float | int) -> Size:
+        return Size(round(share * self.model), round(share * self.decoder))
+
+    def less(self, other: Size) -> Size:
+        return Size(self.model - other.model, self.decoder - other.decoder)
+
+    def shares_of(self, whole: Size) -> dict[str, float]:
+        return {"decoder": self.decoder / whole.decoder, "model": self.model / whole.model}
+
+
+@dataclass(frozen=True)
+class State:
+    """The size of a model and the widths of its parts; `hidden_size` is that of the residual stream, in channels."""
+
+    size: Size
+    blocks: list[Widths]
+    hidden_size: int
+
+    @classmethod
+    def of(cls, model: Any) -> State:
+        blocks = [Widths(block.heads, block.kv_heads, block.channels) for block in anatomy.blocks(model)]
+        return cls(Size.of(model), blocks, model.config.hidden_size)
 
 
 @dataclass(frozen=True)
 class Structure:
     """What structured pruning left: of a masked model, what cutting it would leave.
 
-    `asked` and `rounding` count parameters of the whole model: those that were to go, and those that stayed because of
-    `round_to`; `setting` says in words what the method's ratio is a share of.
+    `asked` are the parameters that were to go, `setting` says so in words, and `rounding` are those of the whole model
+    that stayed because of `round_to`.
     """
 
-    before: Size
-    after: Size
-    asked: int
     setting: str
-    blocks_before: list[Widths]
-    blocks: list[Widths]
-    hidden_size: int
-    rounding: int = 0
+    asked: Size
+    rounding: int
+    before: State
+    after: State
 
     @property
     def asked_shares(self) -> dict[str, float]:
-        return {"decoder": self.asked / self.before.decoder, "model": self.asked / self.before.model}
+        return self.asked.shares_of(self.before.size)
 
     @property
     def achieved_shares(self) -> dict[str, float]:
-        return {
-            "decoder": 1 - self.after.decoder / self.before.decoder,
-            "model": 1 - self.after.model / self.before.model,
-        }
+        return self.before.size.less(self.after.size).shares_of(self.before.size)
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "asked_shares": self.asked_shares, "achieved_shares": self.achieved_shares}
 
     def __str__(self) -> str:
         asked, achieved = self.asked_shares, self.achieved_shares
-        told = f"{self.setting}: {self.before.model:,} parameters to {self.after.model:,}; " + ", ".join(
+        told = f"{self.setting}: {self.before.size.model:,} parameters to {self.after.size.model:,}; " + ", ".join(
             f"{achieved[of]:.2%} of the {name} (asked {asked[of]:.2%})"
             for of, name in (("decoder", "decoder blocks"), ("model", "model"))
         )

@@ -113,7 +113,7 @@ def n_of_m(score: Float[Tensor, "out inp"], pattern: Pattern) -> Bool[Tensor, "o
     return (rank < pattern.m - pattern.n).flatten(-2)
 
 
-def cheapest(score: Float[Tensor, " units"], cost: Int[Tensor, " units"], budget: float) -> Bool[Tensor, " units"]:
+def cheapest(score: Float[Tensor, " units"], cost: Int[Tensor, " units"], budget: float | int) -> Bool[Tensor, " units"]:
     """One threshold for units of different cost: the lowest, up to where their cost together is closest to `budget`.
 
     Equal scores go in order; of two totals equally close the smaller one counts.
@@ -125,7 +125,7 @@ def cheapest(score: Float[Tensor, " units"], cost: Int[Tensor, " units"], budget
     return gone
 
 
-def evenly(units: Sequence[int], costs: Sequence[int], budget: float) -> list[int]:
+def evenly(units: Sequence[int], costs: Sequence[int], budget: float | int) -> list[int]:
     """How many units go from each place so that all lose the same share of theirs, up to one unit, for `budget`.
 
     `costs` is what a unit of each place holds.

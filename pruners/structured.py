@@ -7,10 +7,11 @@ goes, of the decoder blocks or of the whole model (`target_of`), met to the gran
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -18,7 +19,7 @@ from pruners import anatomy, apply, select
 from pruners.anatomy import Block
 from pruners.apply import KINDS, Kept
 from pruners.calibrate import Progress
-from pruners.report import Report, Size, Structure, Widths
+from pruners.report import Report, Size, State, Structure, Widths
 from pruners.unstructured import refuse_non_finite
 
 Scores = dict[str, Tensor]  # by kind of unit: one number (or whether it goes) per unit of a block
@@ -94,22 +95,18 @@ class Structured:
         **options: Any,
     ) -> Report:
         started = time.perf_counter()
-        blocks = anatomy.blocks(model)
         self.check(model)
-        before, widths, asked = Size.of(model), [Widths.of(block) for block in blocks], self.asked_parameters(model)
+        blocks, asked, before = anatomy.blocks(model), self.asked_parameters(model), State.of(model)
         kept = self.choose(model, windows, dense, progress=progress, **options)
-        after = self._carry_out(model, kept, self.repairs(blocks, kept, dense), before, cut)
-        structure = Structure(
-            before=before,
-            after=after,
-            asked=asked,
-            setting=self.setting,
-            blocks_before=widths,
-            blocks=[_left(width, keep) for width, keep in zip(widths, kept, strict=True)],
-            hidden_size=model.config.hidden_size,
-            rounding=sum(k.rounding * b.unit_cost("mlp") for k, b in zip(kept, blocks, strict=True)),
-        )
-        return Report(repr(self), self.asked, seconds={"prune": time.perf_counter() - started}, structure=structure)
+        rounding = sum(keep.rounding * block.unit_cost("mlp") for keep, block in zip(kept, blocks, strict=True))
+        gone = self._carry_out(model, kept, self.repairs(blocks, kept, dense), cut)
+        left = [_left(width, keep) for width, keep in zip(before.blocks, kept, strict=True)]
+        after = State(before.size.less(Size(gone, gone)), left, before.hidden_size)
+        return self.reported(Structure(self.setting, Size(asked, asked), rounding, before, after), started)
+
+    def reported(self, structure: Structure, started: float) -> Report:
+        seconds = {"prune": time.perf_counter() - started}
+        return Report(repr(self), self.asked, seconds=seconds, structure=structure)
 
     def check(self, model: nn.Module) -> None:
         """ValueError for a model that the method cannot prune as asked."""
@@ -144,20 +141,38 @@ class Structured:
             )
         return budget
 
-    def even_counts(self, model: nn.Module) -> list[dict[str, int]]:
-        """How many units of each kind go from each block when all open ones lose the same share."""
+    def even_counts(self, model: nn.Module, stage: float = 1.0) -> list[dict[str, int]]:
+        """How many units of each kind go from each block when all open ones lose the same share.
+
+        `stage` is how much of what is asked goes now.
+        """
         places = self._places(model)
         if self.target_parameters is None:
-            counts = [self.share_of(block, kind) for block, kind in places]
+            counts = [self.share_of(block, kind, stage) for block, kind in places]
         else:
             units, costs = [b.units(kind) for b, kind in places], [b.unit_cost(kind) for b, kind in places]
-            counts = select.evenly(units, costs, self.budget(model))
+            counts = select.evenly(units, costs, stage * self.budget(model))
         by_place = {(block.index, kind): count for (block, kind), count in zip(places, counts, strict=True)}
         return [{kind: by_place.get((b.index, kind), 0) for kind in KINDS} for b in anatomy.blocks(model)]
 
-    def share_of(self, block: Block, kind: str) -> int:
+    def share_of(self, block: Block, kind: str, stage: float) -> int:
         """`ratio` of the block's units of that kind, rounded down as released."""
-        return int(self.asked * block.units(kind))
+        return int(stage * self.asked * block.units(kind))
+
+    def ranked_together(
+        self, model: nn.Module, scores: Sequence[Scores], choose: Callable[[Tensor, Tensor], Tensor]
+    ) -> list[Kept]:
+        """What stays when `choose(scores, costs)` says which go of all heads followed by all channels that may."""
+        blocks, places = anatomy.blocks(model), self._places(model)
+        every = [scores[block.index][kind] for block, kind in places]
+        costs = [
+            torch.full((len(part),), block.unit_cost(kind)) for part, (block, kind) in zip(every, places, strict=True)
+        ]
+        gone = [{kind: torch.zeros(block.units(kind), dtype=torch.bool) for kind in KINDS} for block in blocks]
+        parts = choose(torch.cat(every), torch.cat(costs)).split([len(part) for part in every])
+        for (block, kind), part in zip(places, parts, strict=True):
+            gone[block.index][kind] = part
+        return [self.settled(*one) for one in zip(blocks, scores, gone, strict=True)]
 
     def lowest(self, block: Block, scores: Scores, counts: Mapping[str, int]) -> Kept:
         """What stays of a block that loses so many units of each kind, and `round_to` obeyed."""
@@ -166,45 +181,36 @@ class Structured:
     def settled(self, block: Block, scores: Scores, gone: Scores) -> Kept:
         """What stays of a block once `round_to` has given the best channels back."""
         mlp, asked = gone["mlp"], int(gone["mlp"].sum())
-        count = self._rounded(block.channels, asked)
+        count = self.rounded(block.channels, asked)
         if count != asked:
             mlp = select.lowest(scores["mlp"], count)
         return Kept(~gone["attention"], ~mlp, rounding=asked - count)
 
-    def _rounded(self, channels: int, count: int) -> int:
-        """How many of `count` channels go if what stays is to be a multiple of `round_to`."""
-        if self.round_to is None:
-            return count
-        return max(channels - -(-(channels - count) // self.round_to) * self.round_to, 0)
+    def rounded(self, width: int, count: int) -> int:
+        """How many of `count` channels go if what stays of `width` is to be a multiple of `round_to`."""
+        multiple = self.round_to or 1
+        return max(width - -(-(width - count) // multiple) * multiple, 0)
 
     def _removable(self, model: nn.Module) -> int:
         return sum(block.units(kind) * block.unit_cost(kind) for block, kind in self._places(model))
 
     def _places(self, model: nn.Module) -> list[tuple[Block, str]]:
-        return [(block, kind) for block in anatomy.blocks(model) for kind in KINDS if self.open(block, kind)]
+        return [(block, kind) for kind in KINDS for block in anatomy.blocks(model) if self.open(block, kind)]
 
     def _carry_out(
-        self,
-        model: nn.Module,
-        kept: Sequence[Kept],
-        repairs: Sequence[tuple[nn.Linear, Tensor]],
-        before: Size,
-        cut: bool,
-    ) -> Size:
-        blocks = anatomy.blocks(model)
-        gone = sum(
-            int((~keep[kind]).sum()) * block.unit_cost(kind)
-            for block, keep in zip(blocks, kept, strict=True)
-            for kind in KINDS
-        )
+        self, model: nn.Module, kept: Sequence[Kept], repairs: Sequence[tuple[nn.Linear, Tensor]], cut: bool
+    ) -> int:
+        """Remove units and add biases; returns how many parameters fewer cutting leaves."""
+        pairs = list(zip(anatomy.blocks(model), kept, strict=True))
+        gone = sum(int((~keep[kind]).sum()) * block.unit_cost(kind) for block, keep in pairs for kind in KINDS)
         gone -= sum(len(bias) for linear, bias in repairs if linear.bias is None)
         for linear, bias in repairs:
             apply.add_bias(linear, bias)
-        for block, keep in zip(blocks, kept, strict=True):
+        for block, keep in pairs:
             (apply.cut if cut else apply.zero)(block, keep)
         if repairs or (cut and gone):
             apply.describe(model)
-        return before.less(gone, gone)
+        return gone
 
 
 def by_unit(block: Block, kind: str, scores: Float[Tensor, " inp"]) -> Float[Tensor, "units size"]:

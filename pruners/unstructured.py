@@ -76,7 +76,7 @@ class Unstructured:
         blocks = anatomy.blocks(model)
         self._check_widths(blocks)
         for block, seen in self._walk(model, windows, **options):
-            for names in block.family.shared_inputs:
+            for names in block.shared_inputs:
                 linears = {f"{block.name}.{name}": block.linear(name) for name in names}
                 refuse_non_finite(linears)
                 self.remove(linears, seen.get(names[0]), dense)

@@ -1,0 +1,278 @@
+"""LLM-Pruner: remove the groups of coupled weights whose loss will be missed least, by a Taylor expansion.
+
+    vector        | sum_k w_k g_k |                    g = gradient of the mean next-token loss over all windows
+    element1      sum_k | w_k g_k |                    h = mean over windows of that window's gradient squared
+    element2      sum_k | w_k^2 h_k |
+    element_mix   sum_k | w_k g_k - w_k^2 h_k / 2 |    k runs over the unit's row or column of one matrix
+    l1, l2        sum_k |w_k|, sum_k w_k^2             no data
+    random        uniform numbers from `seed`          not even weights
+
+Ma, Fang & Wang 2023, arXiv:2305.11627.  A group is what must go together: row c of gate and up and column c of down; a
+head's rows of q, k, v and columns of o.  Its matrices' scores are combined by `reduction` (sum, mean, max, prod; first
+is q or gate, last is o or down), index by index; a head's score is the sum over its channels.  With grouped queries a
+group is a KV head with its own query heads, whose scores are added first, and `first` is k; the released code adds up
+the scores of query heads that belong to other KV heads (h, h + 8, h + 16, ... for KV head h).
+
+`granularity` says what is removed:
+
+    block     heads of `attention_blocks` and channels of `mlp_blocks`, half-open ranges; `ratio` of each block's
+              (scope "local") or of all of them ranked together, each counting one (scope "global").  The paper's
+              "20 %" of LLaMA-7B is ratio 0.25 in blocks 4..29, its "50 %" 0.6 in blocks 3..30
+    channel   `ratio` of the residual stream's channels, in the whole model, embeddings included
+    layer     the last blocks; 1 - ratio of them stay
+
+With `steps` above 1 the ratio is reached in equal steps, scored anew on the model pruned so far with the same windows
+(the released code draws new ones).  The released l1 and l2 always average the matrices' scores; give reduction="mean"
+for that, which only matters with scope "global".  Gradients are reduced to scores as backward hands them over: memory
+is the weights and one gradient, for element_mix also the squares h.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from pruners import anatomy, apply, calibrate, select, whole_model
+from pruners.anatomy import Block
+from pruners.apply import KINDS, Kept
+from pruners.calibrate import Progress
+from pruners.report import Report
+from pruners.structured import Scores, Structured
+
+TAYLOR = ("vector", "element1", "element2", "element_mix")
+IMPORTANCES = (*TAYLOR, "l1", "l2", "random")
+REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sum": lambda scores: scores.sum(0),
+    "mean": lambda scores: scores.mean(0),
+    "max": lambda scores: scores.amax(0),
+    "prod": lambda scores: scores.prod(0),
+    "first": lambda scores: scores[0],
+    "last": lambda scores: scores[-1],
+}
+
+
+def score(
+    importance: str, weight: Tensor, dim: int, gradient: Any = None, squares: Any = None
+) -> Float[Tensor, " index"]:
+    """How much each row (dim 0) or column (dim 1) of a matrix matters, or each entry of a vector, in float32."""
+    weight = weight.float()
+    salience: dict[str, Callable[[], Any]] = {
+        "vector": lambda: weight * gradient,
+        "element1": lambda: weight * gradient,
+        "element2": lambda: weight.square() * squares,
+        "element_mix": lambda: weight * gradient - weight.square() * squares / 2,
+        "l1": lambda: weight,
+        "l2": weight.square,
+    }
+    parts = salience[importance]().transpose(0, dim).flatten(1) if weight.ndim > 1 else salience[importance]()[:, None]
+    return parts.sum(1).abs() if importance == "vector" else parts.abs().sum(1)
+
+
+def index_scores(
+    model: nn.Module,
+    windows: Int[Tensor, "count length"] | None,
+    importance: str,
+    dims: Mapping[str, int],
+    progress: Progress | None = None,
+) -> dict[str, Float[Tensor, " index"]]:
+    """Scores by parameter name along its dimension in `dims`, on the CPU."""
+    weights = {name: model.get_parameter(name) for name in dims}
+    if importance not in TAYLOR:
+        return {name: score(importance, weight.data, dims[name]).cpu() for name, weight in weights.items()}
+    assert windows is not None  # pruners.prune has checked them
+    found: dict[str, Tensor] = {}
+    squares: dict[str, Tensor] = {}
+
+    def second_order(name: str, gradient: Tensor) -> None:
+        square = gradient.float().square() / len(windows)
+        if importance == "element_mix":
+            squares[name] = squares[name] + square if name in squares else square
+        else:
+            part = score(importance, weights[name].data, dims[name], squares=square).cpu()
+            found[name] = found[name] + part if name in found else part
+
+    def first_order(name: str, gradient: Tensor) -> None:
+        square = squares.pop(name, None)
+        found[name] = score(importance, weights[name].data, dims[name], gradient.float(), square).cpu()
+
+    if importance in ("element2", "element_mix"):
+        calibrate.gradients(model, windows, weights, second_order, progress=progress)
+    if importance != "element2":
+        calibrate.gradients(model, windows, weights, first_order, batch_size=len(windows), progress=progress)
+    return found
+
+
+@dataclass(frozen=True)
+class LLMPruner(Structured):
+    """ValueError for block ranges outside the model, and for `steps` with another granularity than `block`."""
+
+    importance: str = "element1"
+    reduction: str = "sum"
+    granularity: str = "block"
+    attention_blocks: tuple[int, int] = (4, 30)
+    mlp_blocks: tuple[int, int] = (4, 30)
+    scope: str = "local"
+    steps: int = 1
+    seed: int = 42
+
+    DEFAULT_RATIO: ClassVar[float] = 0.25
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        select.check_choice("importance", self.importance, IMPORTANCES)
+        select.check_choice("reduction", self.reduction, tuple(REDUCTIONS))
+        select.check_choice("granularity", self.granularity, ("block", "channel", "layer"))
+        select.check_choice("scope", self.scope, ("local", "global"))
+        for name in ("attention_blocks", "mlp_blocks"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.steps < 1 or (self.steps > 1 and self.granularity != "block"):
+            raise ValueError(f"steps is 1 or more, and 1 unless granularity is 'block'; got {self.steps}.")
+
+    @property
+    def needs_windows(self) -> bool:
+        return self.importance in TAYLOR and self.granularity != "layer"
+
+    @property
+    def statistics_key(self) -> dict[str, str] | None:
+        if not self.needs_windows:
+            return None
+        return {"kind": "group_scores", "importance": self.importance, "granularity": self.granularity}
+
+    @property
+    def setting(self) -> str:
+        if self.target_parameters is not None or self.granularity != "block":
+            return f"{super().setting} by {self.granularity}"
+        heads, channels = (f"{first}..{last - 1}" for first, last in (self.attention_blocks, self.mlp_blocks))
+        return f"{super().setting} of the heads of blocks {heads} and of the channels of blocks {channels}"
+
+    def gather(
+        self, model: nn.Module, windows: Tensor, *, progress: Progress | None = None, **options: Any
+    ) -> dict[str, Tensor]:
+        """Scores of the dense model by parameter, one a row or column, for every ratio, reduction, range and scope."""
+        return index_scores(model, windows, self.importance, self._dims(model), progress)
+
+    def check(self, model: nn.Module) -> None:
+        super().check(model)
+        count = len(anatomy.blocks(model))
+        for name in ("attention_blocks", "mlp_blocks") if self.granularity == "block" else ():
+            first, last = getattr(self, name)
+            if not 0 <= first <= last <= count:
+                raise ValueError(
+                    f"{name}=({first}, {last}) is no half-open range within the model's {count} blocks, 0 to {count}."
+                )
+
+    def prune(
+        self,
+        model: Any,
+        windows: Int[Tensor, "count length"] | None,
+        *,
+        dense: Mapping[str, Tensor],
+        cut: bool = True,
+        progress: Progress | None = None,
+        **options: Any,
+    ) -> Report:
+        if self.granularity == "block":
+            return super().prune(model, windows, dense=dense, cut=cut, progress=progress, **options)
+        started = time.perf_counter()
+        self.check(model)
+        if self.granularity == "layer":
+            return self.reported(whole_model.shorten(self, model, cut), started)
+        scores = self._channel_scores(model, dense)
+        return self.reported(whole_model.narrow(self, model, scores, cut), started)
+
+    def open(self, block: Block, kind: str) -> bool:
+        first, last = self.attention_blocks if kind == "attention" else self.mlp_blocks
+        return first <= block.index < last
+
+    def share_of(self, block: Block, kind: str, stage: float) -> int:
+        """Whole units within width - int(width * (1 - ratio)) channels, as released."""
+        size = block.head_dim if kind == "attention" else 1
+        width = block.units(kind) * size
+        return (width - int(width * (1 - stage * self.asked))) // size
+
+    def choose(
+        self,
+        model: nn.Module,
+        windows: Tensor | None,
+        dense: Mapping[str, Tensor],
+        *,
+        progress: Progress | None = None,
+        **options: Any,
+    ) -> list[Kept]:
+        blocks = anatomy.blocks(model)
+        kept = [Kept.all(block) for block in blocks]
+        random = torch.Generator().manual_seed(self.seed)
+        for step in range(1, self.steps + 1):
+            by_index = dense if step == 1 and dense else self._index_scores(model, windows, progress)
+            scores = [self._scores(*one, by_index, random) for one in zip(blocks, kept, strict=True)]
+            kept = self._next(model, scores, step / self.steps)
+            if step < self.steps:
+                for block, keep in zip(blocks, kept, strict=True):
+                    apply.zero(block, keep)
+        return kept
+
+    def _next(self, model: nn.Module, scores: Sequence[Scores], stage: float) -> list[Kept]:
+        """What stays once `stage` of what is asked has gone."""
+        if self.scope == "local":
+            counts = self.even_counts(model, stage)
+            return [self.lowest(*one) for one in zip(anatomy.blocks(model), scores, counts, strict=True)]
+
+        def lowest(every: Tensor, costs: Tensor) -> Tensor:
+            if self.target_parameters is not None:
+                return select.cheapest(every, costs, stage * self.budget(model))
+            return select.lowest(every, len(every) - int(len(every) * (1 - stage * self.asked)))
+
+        return self.ranked_together(model, scores, lowest)
+
+    def _scores(
+        self, block: Block, kept: Kept, by_index: Mapping[str, Tensor], random: torch.Generator
+    ) -> dict[str, Float[Tensor, " units"]]:
+        """Group scores of a block's units; those gone already come lowest."""
+        scores = {kind: self._group_scores(block, kind, by_index, random) for kind in KINDS}
+        return {kind: score.masked_fill(~kept[kind], -torch.inf) for kind, score in scores.items()}
+
+    def _group_scores(
+        self, block: Block, kind: str, by_index: Mapping[str, Tensor], random: torch.Generator
+    ) -> Float[Tensor, " units"]:
+        parts, units = block.parts[kind], block.units(kind)
+        if units == 0:
+            return torch.zeros(0)
+        size = min(part.size for part in parts)
+        if self.importance == "random":
+            return torch.rand(units, size, generator=random).sum(1)
+        if parts[0].size > size:  # with grouped queries the keys are the group's root
+            parts = (parts[1], parts[0], *parts[2:])
+        found = [by_index[f"{block.name}.{part.projection}.weight"].reshape(units, -1, size).sum(1) for part in parts]
+        return REDUCTIONS[self.reduction](torch.stack(found).double()).sum(1)
+
+    def _channel_scores(self, model: Any, dense: Mapping[str, Tensor]) -> Float[Tensor, " width"]:
+        if self.importance == "random":
+            return torch.rand(model.config.hidden_size, generator=torch.Generator().manual_seed(self.seed))
+        by_index = dense or self._index_scores(model, None, None)
+        return REDUCTIONS[self.reduction](torch.stack(list(by_index.values())).double())
+
+    def _index_scores(
+        self, model: nn.Module, windows: Tensor | None, progress: Progress | None
+    ) -> dict[str, Float[Tensor, " index"]]:
+        if self.importance == "random":
+            return {}
+        return index_scores(model, windows, self.importance, self._dims(model), progress)
+
+    def _dims(self, model: nn.Module) -> dict[str, int]:
+        """The dimension along which each matrix holds parts of the groups."""
+        if self.granularity == "channel":
+            named = dict(model.named_parameters())  # tied ones once
+            return {name: dim for name, dim in apply.residual(model).items() if name in named and "bias" not in name}
+        return {
+            f"{block.name}.{part.projection}.weight": 0 if part.rows else 1
+            for block in anatomy.blocks(model)
+            for parts in block.parts.values()
+            for part in parts
+            if block.linear(part.projection).weight.numel()
+        }
