@@ -113,7 +113,9 @@ def n_of_m(score: Float[Tensor, "out inp"], pattern: Pattern) -> Bool[Tensor, "o
     return (rank < pattern.m - pattern.n).flatten(-2)
 
 
-def cheapest(score: Float[Tensor, " units"], cost: Int[Tensor, " units"], budget: float | int) -> Bool[Tensor, " units"]:
+def cheapest(
+    score: Float[Tensor, " units"], cost: Int[Tensor, " units"], budget: float | int
+) -> Bool[Tensor, " units"]:
     """One threshold for units of different cost: the lowest, up to where their cost together is closest to `budget`.
 
     Equal scores go in order; of two totals equally close the smaller one counts.
