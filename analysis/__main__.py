@@ -4,6 +4,8 @@ python -m analysis table embedded.demo
 python -m analysis figure embedded.demo
 python -m analysis compare embedded.demo
 python -m analysis generation embedded.generation
+python -m analysis claims
+python -m analysis speed embedded.speed
 """
 
 from __future__ import annotations
@@ -49,7 +51,9 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("--baseline", metavar="LABEL", help="the cell to compare with (default: the dense model)")
     generation = commands.add_parser("generation", help="what the models write, side by side")
     generation.set_defaults(command=_generation)
-    for command in (table, figure, compare, generation):
+    speed = commands.add_parser("speed", help="prefill and decode at every batch size and length")
+    speed.set_defaults(command=_speed)
+    for command in (table, figure, compare, generation, speed):
         command.add_argument("table", metavar="TABLE")
         command.add_argument("--model", metavar="NAME|FOLDER", help="the same table on another model")
         command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="number format of the model")
@@ -91,6 +95,22 @@ def _generation(asked: argparse.Namespace) -> None:
     from analysis import generation
 
     _write(generation.page(generation.continuations(_rows(asked))), asked, "generation")
+
+
+def _speed(asked: argparse.Namespace) -> None:
+    from analysis import speed
+    from experiments.tables import find
+
+    _write(speed.page(find(asked.table), _rows(asked)), asked, "speed")
+
+
+def _claims(asked: argparse.Namespace) -> None:
+    from analysis import claims
+    from experiments import files
+
+    made = claims.frame(asked.results)
+    files.write(asked.results / "claims.csv", made.to_csv(index=False))
+    print(made.to_markdown(index=False))
 
 
 def _write(text: str, asked: argparse.Namespace, ending: str) -> None:

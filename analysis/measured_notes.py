@@ -26,7 +26,8 @@ def _tasks(what: ZeroShot, row: Row) -> list[str]:
         return []
     reported = ", ".join(f"{task} {metric}" for task, metric in what.metrics)
     limit = f"the first {what.limit} documents of each task" if what.limit else "all documents"
-    return [f"{what.key}: {reported}; lm-eval {version}, {limit}; ± one standard error over documents."]
+    spread = (row.measure(what.key) or {}).get("note") or "± one standard error over documents"
+    return [f"{what.key}: {reported}; lm-eval {version}, {limit}; {spread}."]
 
 
 def _missing(what: ZeroShot, row: Row) -> list[str]:
@@ -55,10 +56,19 @@ def _timed(what: Efficiency, row: Row) -> list[str]:
         return []
     first = timing["runs"][0]
     return [
-        f"Decode: median [quartiles] of {first['decode_s']['repetitions']}, batch {first['batch']} after "
-        f"{first['length']} tokens, {timing['dtype'].removeprefix('torch.')}, {timing['device']}, {timing['threads']} "
-        "threads; bound: the bytes of weights that one step reads over the bandwidth of a copy."
+        f"Times: median [quartiles] of {first['decode_s']['repetitions']}, {timing['dtype'].removeprefix('torch.')}, "
+        f"{timing['device']}, {timing['threads']} threads; decode in the table at batch {first['batch']} after "
+        f"{first['length']} tokens; bound: the bytes of weights that one step reads over the bandwidth of a copy."
     ]
+
+
+def _semi_structured(what: Efficiency, row: Row) -> list[str]:
+    probed = (row.measure(what.key) or {}).get("semi_structured", {})
+    if "skipped" in probed:
+        return [f"2:4 kernels were not timed: {probed['skipped']}."]
+    timed = {name: times for name, times in probed.items() if "speed_up" in times}
+    faster = ", ".join(f"{name} {times['speed_up']:.2f} times" for name, times in timed.items())
+    return [f"2:4 kernels, speed of dense ones: {faster}."] if timed else []
 
 
 def _zeros(what: Efficiency, row: Row) -> list[str]:
@@ -68,7 +78,7 @@ def _zeros(what: Efficiency, row: Row) -> list[str]:
 
 SENTENCES: dict[type, tuple[Callable[[Any, Row], list[str]], ...]] = {
     ZeroShot: (_tasks, _missing, _truncated),
-    Efficiency: (_counted, _timed, _zeros),
+    Efficiency: (_counted, _timed, _zeros, _semi_structured),
 }
 
 

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from eval import latency
+from eval.checks import check_fits
 from eval.latency import Progress
 
 MACS_TOKENS = 64  # as LLM-Pruner counts, one sequence
@@ -76,7 +77,7 @@ def efficiency(
     if not cells:
         return found
     for _, length in cells:
-        latency.check_fits(model, length, new_tokens)
+        check_fits(model, length, new_tokens)
     speed = latency.bandwidth(model.device)
     bound = bytes_per_step(model) / speed
     runs = []
@@ -94,7 +95,7 @@ def macs(model: PreTrainedModel, tokens: int = MACS_TOKENS) -> int:
     Half the FLOPs of torch's counter; attention counts whole, without the causal half being left out, as in the
     papers.  The plain attention kernel is used, since the counter does not see into the fused one for CPUs.
     """
-    latency.check_fits(model, tokens, 0)
+    check_fits(model, tokens, 0)
     ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:

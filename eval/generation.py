@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from eval.latency import Progress, check_fits
+from eval.checks import check_fits, check_tokenizer
+from eval.latency import Progress
 
 PROMPTS = (
     "I believe the meaning of life is",
@@ -31,6 +32,9 @@ class Sampling:
     top_k: int = 50
     top_p: float = 0.95
     seed: int = 0
+
+
+LLM_PRUNER = Sampling()
 
 
 @dataclass(frozen=True)
@@ -57,22 +61,24 @@ def generate(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str] = PROMPTS,
     new_tokens: int = 64,
-    sampling: Sampling | None = None,
+    sampling: Sampling = LLM_PRUNER,
     progress: Progress | None = None,
 ) -> list[Continuation]:
     """Each prompt's greedy and sampled continuation by at most `new_tokens` tokens.
 
     The same seed gives the same text on the same device and no random state is left changed.  Raises ValueError for
-    no or an empty prompt and for one that does not fit the model's positions with its continuation.
+    no or an empty prompt, for one that does not fit the model's positions with its continuation, and for a tokenizer
+    that does not belong to the model.
     """
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise ValueError("Generation needs at least one prompt, and none that is empty.")
+    check_tokenizer(model, tokenizer)
     found = []
     for prompt in prompts:
         ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
         check_fits(model, ids.shape[1], new_tokens)
-        for decoding, config in _configs(new_tokens, sampling or Sampling()).items():
-            new = _continue(model, ids, config, (sampling or Sampling()).seed)
+        for decoding, config in _configs(new_tokens, sampling).items():
+            new = _continue(model, ids, config, sampling.seed)
             found.append(_described(prompt, decoding, new, str(tokenizer.decode(new, skip_special_tokens=True))))
             if progress:
                 progress(len(found), 2 * len(prompts))

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from eval.checks import check_fits
+
 Progress = Callable[[int, int], None]
 WARM_UP = 2
 COPIED_BYTES = {"cpu": 2**28}  # beyond a CPU's caches
@@ -62,15 +64,6 @@ def timed(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
     result = work()
     _wait(device)
     return time.perf_counter() - start, result
-
-
-def check_fits(model: PreTrainedModel, length: int, new_tokens: int) -> None:
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and length + new_tokens > positions:
-        raise ValueError(
-            f"A prompt of {length} tokens and {new_tokens} new ones are longer than the model's {positions} positions; "
-            "shorten one of them."
-        )
 
 
 def where(model: PreTrainedModel) -> dict[str, Any]:

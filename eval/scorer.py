@@ -19,6 +19,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.answers import Answer, AnswerStore
+from eval.checks import check_tokenizer
 
 Request = tuple[Any, list[int], list[int]]  # what was asked, the tokens before, the tokens to score
 Progress = Callable[[int, int], None]
@@ -118,16 +119,6 @@ class Scorer(HFLM):
             return super()._model_call(inps, attn_mask, labels)
         with torch.inference_mode():
             return self.model(inps, use_cache=False, logits_to_keep=self._keep).logits
-
-
-def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """ValueError if the tokenizer can name tokens that the model has no embedding for."""
-    rows = len(model.get_input_embeddings().get_parameter("weight"))
-    if len(tokenizer) > rows:
-        raise ValueError(
-            f"The tokenizer has {len(tokenizer):,} tokens and the model {rows:,} embeddings, so it does not belong to "
-            "this model; give the tokenizer that the model was trained with."
-        )
 
 
 def fingerprint(model: PreTrainedModel) -> str:

@@ -17,6 +17,7 @@ MODEL = "smollm2-135m"
 WINDOWS = Windows("embedded/c4", count=16, length=256, sampling="first")
 PPL = Perplexity("embedded/wiki", window=512, limit=16)
 COST = Efficiency(new_tokens=4, repetitions=3)
+SPEED = Efficiency(batch_sizes=(1, 4), lengths=(64, 256), new_tokens=16, repetitions=5, semi_structured=True)
 # A few documents of the tasks with short ones: enough to see a model break, not to rank two that work.
 TASKS = ZeroShot(
     "short", (("piqa", "acc"), ("winogrande", "acc"), ("arc_easy", "acc"), ("openbookqa", "acc_norm")),
@@ -61,6 +62,14 @@ demo = Table(
     ),
     columns=((MODEL,),),
     run=lambda row, model: recovered(row, model, (PPL, COST, TASKS)),
+)
+
+speed = Table(
+    name="embedded.speed",
+    title="Speed by batch size and prompt length",
+    rows=(None, pruners.Magnitude(sparsity=0.5), pruners.Magnitude(pattern="2:4")),
+    columns=((MODEL,),),
+    run=lambda method, model: Run(model, method, WINDOWS, (SPEED,)),
 )
 
 generation = Table(

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from eval import semi_structured
 from eval.efficiency import efficiency
 from eval.generation import Sampling, generate
 from eval.intervals import perplexity_interval
@@ -103,7 +104,8 @@ def _efficiency(what: Efficiency, subject: Subject, progress: Progress | None) -
     first = {stage: runs[0][f"{stage}_s"] for stage in ("prefill", "decode")} if runs else {}
     medians = {f"{stage}_s": spread["median"] for stage, spread in first.items()}
     quartiles = {f"{stage}_{q}_s": spread[q] for stage, spread in first.items() for q in ("q1", "q3")}
-    return {what.key: {**found, **medians, **quartiles, **bound}}
+    sparse = {"semi_structured": semi_structured.probe(subject.model)} if what.semi_structured else {}
+    return {what.key: {**found, **medians, **quartiles, **bound, **sparse}}
 
 
 def _generation(what: Generation, subject: Subject, progress: Progress | None) -> Values:

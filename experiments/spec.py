@@ -82,12 +82,16 @@ class ZeroShot:
 
 @dataclass(frozen=True)
 class Efficiency:
-    """Parameters, MACs and bytes, and the latency of every batch size at every prompt length (in tokens)."""
+    """Parameters, MACs and bytes, and the latency of every batch size at every prompt length (in tokens).
+
+    `semi_structured` also times 2:4 weights in the kernels made for them, where the device has those.
+    """
 
     batch_sizes: tuple[int, ...] = (1,)
     lengths: tuple[int, ...] = (64,)
     new_tokens: int = 16
     repetitions: int = 5
+    semi_structured: bool = False
 
     @property
     def key(self) -> str:

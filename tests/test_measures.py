@@ -19,7 +19,7 @@ import torch
 from scipy import stats
 
 import pruners
-from analysis import comparisons, generation, rows, tables, written
+from analysis import comparisons, generation, rows, speed, tables, written
 from eval.answers import read_samples
 from experiments import accuracy, catalogue, cells, gate, measures, models, protocols, records, task_data
 from experiments import tables as all_tables
@@ -145,7 +145,7 @@ def test_comparing_changed_answers_or_an_unknown_baseline_is_refused(scored, tmp
 
 
 def test_cost_and_text_are_measured_and_shown(tmp_path, data):
-    cost, text = Efficiency(lengths=(16,), new_tokens=2, repetitions=2), Generation(new_tokens=6)
+    cost, text = Efficiency((1, 2), (16,), new_tokens=2, repetitions=2, semi_structured=True), Generation(new_tokens=6)
     table = small.table(METHODS, measures=(cost, text))
     assert run(table, tmp_path, data).failed == []
     made = rows.rows(table, tmp_path)
@@ -156,6 +156,9 @@ def test_cost_and_text_are_measured_and_shown(tmp_path, data):
     shown = written.markdown(table, made)
     assert {"parameters, M", "MACs, G", "decode, ms/token", "its bound, ms"} <= set(tables.text(made).columns)
     assert "Magnitude 50 %: Unstructured: no speed-up expected." in shown
+    assert "2:4 kernels were not timed: semi-structured kernels need a CUDA device" in shown
+    lines = [line.split("|")[1:4] for line in speed.page(table, made).splitlines() if "| 16 " in line]
+    assert [[part.strip() for part in line] for line in lines[:2]] == [["Dense", "1", "16"], ["Dense", "2", "16"]]
     page = generation.page(generation.continuations(made))
     assert "| Dense" in page
     assert "Magnitude 50 %" in page
