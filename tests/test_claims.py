@@ -1,0 +1,123 @@
+"""Claims: the paper's numbers answer them, and made-up records of ours give each of the answers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import small_table as small
+
+from analysis import claims, evidence, papers
+from analysis.evidence import Better, Claim, Ours, Place, on_ours, on_paper
+from experiments import gblm, headlines, records, tables
+from experiments.labels import labels
+
+WANDA = Better(("GBLM-Pruner (l1)", "50 %"), ("Wanda", "50 %"))
+AT = Place("gblm.perplexity", ("llama-7b",), "wikitext2/test@2048")
+CLAIM = Claim("c", "GBLM-Pruner", "GBLM below Wanda.", (WANDA,), (AT,), claims.stand_in("gblm"))
+
+
+def store(root, table, words, windows, seed=None, token_sha256="a" * 64):
+    """A record of the run with these words, whose windows have these log-likelihoods."""
+    wanted = [run for run in table.runs() if table.label(run) == words and run.model in ("llama-7b", "smollm2-135m")]
+    for run in wanted:
+        if seed is None or run.windows is None or run.windows.seed == seed:
+            record = small.record(run).model_copy(update={"table": table.name})
+            for measured in record.measures.values():
+                measured["perplexity"] = float(np.exp(np.mean(windows)))
+                measured |= {"nll_per_window": list(map(float, windows)), "token_sha256": token_sha256}
+            records.write(record, root)
+
+
+def answers(root, ours, wanda, **how):
+    store(root, gblm.perplexity, WANDA.left, ours)
+    store(root, gblm.perplexity, WANDA.right, wanda, **how)
+    found = Ours(root)
+    return on_ours(CLAIM, found), on_ours(CLAIM, found, noise=True)
+
+
+def test_the_papers_numbers_answer():
+    assert str(on_paper(CLAIM)) == "holds (1 of 1)"
+    reverse = Claim("r", "", "", (Better(WANDA.right, WANDA.left),), (AT,))
+    assert str(on_paper(reverse)) == "fails (0 of 1: not llama-7b Wanda 50 %)"
+
+
+def test_without_records_there_are_no_numbers(tmp_path):
+    assert str(on_ours(CLAIM, Ours(tmp_path))) == "no numbers"
+    assert str(on_ours(CLAIM, Ours(tmp_path), noise=True)) == "no numbers"
+
+
+def test_a_gap_far_beyond_the_noise_holds(tmp_path):
+    plain, noisy = answers(tmp_path, [2.0, 2.1, 1.9, 2.0], [2.2, 2.31, 2.1, 2.19])
+    assert str(plain) == str(noisy) == "holds (1 of 1) on llama-7b"
+
+
+def test_a_gap_within_the_noise_is_undecided(tmp_path):
+    plain, noisy = answers(tmp_path, [2.0, 2.1, 1.9, 2.0], [2.2, 2.0, 2.1, 1.9])
+    assert plain.verdict == "holds"
+    assert noisy.verdict == "undecided"
+
+
+def test_the_other_way_round_fails(tmp_path):
+    plain, noisy = answers(tmp_path, [2.2, 2.31, 2.1, 2.19], [2.0, 2.1, 1.9, 2.0])
+    assert plain.verdict == noisy.verdict == "fails"
+    assert plain.against == ["llama-7b GBLM-Pruner (l1) 50 %"]
+
+
+def test_other_windows_cannot_be_paired(tmp_path):
+    plain, noisy = answers(tmp_path, [2.0, 2.1, 1.9, 2.0], [2.2, 2.31, 2.1, 2.19], token_sha256="b" * 64)
+    assert (plain.verdict, noisy.verdict) == ("holds", "undecided")
+
+
+@pytest.mark.parametrize(("shifts", "verdict"), [((0.1, 0.11, 0.09), "holds"), ((0.1, -0.2, 0.12), "undecided")])
+def test_three_seeds_speak_for_the_calibration(tmp_path, shifts, verdict):
+    for seed, shift in enumerate(shifts):
+        store(tmp_path, headlines.gblm, WANDA.left, [2.0, 2.0], seed)
+        store(tmp_path, headlines.gblm, WANDA.right, [2.0 + shift] * 2, seed)
+    answer = on_ours(CLAIM, Ours(tmp_path), noise=True)
+    assert (answer.verdict, answer.where) == (verdict, "smollm2-135m")
+
+
+def test_accuracies_are_better_when_higher():
+    place = Place("gblm.zero_shot", ("llama-7b",), "mean.gblm@0shot", "score")
+    assert on_paper(Claim("a", "", "", (WANDA,), (place,))).verdict == "holds"
+
+
+def test_a_number_may_stand_on_the_right():
+    assert on_paper(Claim("n", "", "", (Better(WANDA.left, 7.2),), (AT,))).verdict == "holds"
+    assert on_paper(Claim("n", "", "", (Better(WANDA.left, 7.0),), (AT,))).verdict == "fails"
+
+
+def test_there_are_25_claims_at_least_each_with_its_own_name_and_places():
+    assert len(claims.CLAIMS) >= 25
+    assert len({claim.name for claim in claims.CLAIMS}) == len(claims.CLAIMS)
+    for claim in claims.CLAIMS:
+        for place in (*claim.places, *claim.stand_in):
+            assert papers.of(place.published) if place.published else tables.find(place.table)
+
+
+@pytest.mark.parametrize("claim", claims.CLAIMS, ids=lambda claim: claim.name)
+def test_our_side_of_every_claim_is_declared(claim):
+    """A misspelt method or key would read as 'no numbers' for ever."""
+    for places, comparisons in evidence.scopes(claim):
+        for place in places:
+            if place.table and place.key:
+                known = declared(tables.find(place.table))
+                for model in place.models:
+                    wanted = {(model, *side.left, place.key) for side in comparisons}
+                    assert wanted & known or claim.name in PRINTED_ONLY
+
+
+PRINTED_ONLY = ("flap-faster", "perp-share")
+
+
+def declared(table):
+    runs = table.runs()
+    named = zip(runs, labels(runs, table.label), strict=True)
+    return {(run.model, *label, key) for run, label in named for what in run.measures for key in what.keys}
+
+
+def test_the_frame_has_the_three_answers(tmp_path):
+    found = claims.frame(tmp_path).set_index("Claim")
+    assert found.loc["pruner-keeps", "Paper's numbers"] == "holds (1 of 1)"
+    assert found.loc["flap-accuracy-wanda", "Paper's numbers"].startswith("fails (1 of 2")
+    assert set(found["Ours"]) == set(found["Ours with noise"]) == {"no numbers"}
