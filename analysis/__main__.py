@@ -5,6 +5,7 @@ python -m analysis figure embedded.demo
 python -m analysis compare embedded.demo
 python -m analysis generation embedded.generation
 python -m analysis claims
+python -m analysis report
 python -m analysis speed embedded.speed
 """
 
@@ -111,6 +112,15 @@ def _claims(asked: argparse.Namespace) -> None:
     made = claims.frame(asked.results)
     files.write(asked.results / "claims.csv", made.to_csv(index=False))
     print(made.to_markdown(index=False))
+
+
+def _report(asked: argparse.Namespace) -> None:
+    from analysis import report
+    from experiments import files
+
+    path = asked.results / "report.html"
+    files.write(path, report.html(asked.results))
+    print(f"Written: {path}", file=sys.stderr)
 
 
 def _write(text: str, asked: argparse.Namespace, ending: str) -> None:
