@@ -47,6 +47,8 @@ def parser() -> argparse.ArgumentParser:
     figure = commands.add_parser("figure", help="perplexity by method, as .svg and .png under the results folder")
     figure.set_defaults(command=_figure)
     figure.add_argument("--measure", metavar="KEY", help="the protocol key to show, where several were measured")
+    figure.add_argument("--kind", choices=("perplexity", "sparsity", "paper", "cost"), default="perplexity",
+                        help="perplexity by method or by sparsity, ours against the paper's, or time and memory")  # fmt: skip
     compare = commands.add_parser("compare", help="every cell against one of them, paired, with intervals and tests")
     compare.set_defaults(command=_compare)
     compare.add_argument("--baseline", metavar="LABEL", help="the cell to compare with (default: the dense model)")
@@ -54,6 +56,13 @@ def parser() -> argparse.ArgumentParser:
     generation.set_defaults(command=_generation)
     speed = commands.add_parser("speed", help="prefill and decode at every batch size and length")
     speed.set_defaults(command=_speed)
+    claims = commands.add_parser("claims", help="the papers' sentences, by their numbers and by ours")
+    claims.set_defaults(command=_claims)
+    report = commands.add_parser("report", help="everything as one HTML page, report.html under the results folder")
+    report.set_defaults(command=_report)
+    for command in (claims, report):
+        command.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="default: results")
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     for command in (table, figure, compare, generation, speed):
         command.add_argument("table", metavar="TABLE")
         command.add_argument("--model", metavar="NAME|FOLDER", help="the same table on another model")
@@ -75,12 +84,19 @@ def _table(asked: argparse.Namespace) -> None:
 
 
 def _figure(asked: argparse.Namespace) -> None:
-    from analysis import figures
+    from analysis import charts, figures, verdicts
     from experiments.tables import find
 
-    table, made = find(asked.table), _rows(asked)
-    paths = figures.save(figures.perplexity(table, made, asked.measure), asked.results / _stem(asked))
-    print(f"Written: {', '.join(map(str, paths))}", file=sys.stderr)
+    table, made, path = find(asked.table), _rows(asked), asked.results / _stem(asked)
+    draw = {
+        "perplexity": lambda: figures.perplexity(table, made, asked.measure),
+        "sparsity": lambda: charts.by_sparsity(table, verdicts.cells(table, made)),
+        "paper": lambda: charts.against_paper(table, verdicts.cells(table, made)),
+        "cost": lambda: charts.cost(table, made),
+    }[asked.kind]
+    if asked.kind != "perplexity":
+        path = path.with_name(f"{path.name}.{asked.kind}")
+    print(f"Written: {', '.join(map(str, figures.save(draw(), path)))}", file=sys.stderr)
 
 
 def _compare(asked: argparse.Namespace) -> None:

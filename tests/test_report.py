@@ -81,6 +81,14 @@ def test_without_records_there_is_no_report(tmp_path, capsys):
     assert "No record of any table" in capsys.readouterr().err
 
 
+def test_every_kind_of_figure_is_written(root):
+    for kind in ("perplexity", "paper", "cost"):
+        assert main(["figure", "gblm.perplexity", "--kind", kind, "--results", str(root)]) == 0
+    assert {path.name for path in root.glob("*.svg")} == {
+        "gblm.perplexity.svg", "gblm.perplexity.paper.svg", "gblm.perplexity.cost.svg",
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("draw", [charts.by_sparsity, charts.against_paper])
 def test_a_figure_of_one_point_is_refused(draw, tmp_path):
     run = gblm.perplexity.runs()[0]
