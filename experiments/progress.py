@@ -62,6 +62,10 @@ class Board:
 
         return advance
 
+    def note(self, text: str) -> None:
+        """Say how the current stage is going, beside its bar, until it advances."""
+        self.bars.update(self.current, note=text)
+
     def finish(self, work: float, line: str) -> None:
         """The current cell is over, done or failed; say so."""
         self.finished_work, self.finished_cells, self.partial = self.finished_work + work, self.finished_cells + 1, 0.0

@@ -15,6 +15,7 @@ from pruners import retrain
 from pruners.calibrate import Progress
 from pruners.retrain import Retrained
 from pruners.retrain.batches import IGNORED
+from pruners.retrain.finetune import Watch
 
 Record = dict[str, list[int]]
 
@@ -26,8 +27,12 @@ def retrained(
     data_dir: Path | None,
     folder: Path,
     progress: Progress | None = None,
+    watch: Watch | None = None,
 ) -> Retrained:
-    """Retrain `model` in place; what a killed process had reached lies in `folder`."""
+    """Retrain `model` in place; what a killed process had reached lies in `folder`.
+
+    On a GPU blocks recompute their activations, so that memory is left for the weights.
+    """
     return retrain.finetune(
         model,
         recovery.trainable,
@@ -38,8 +43,10 @@ def retrained(
         warmup=recovery.warmup,
         seed=recovery.seed,
         micro_batch_size=recovery.micro_batch_size,
+        checkpointing=model.device.type == "cuda",
         folder=folder,
         progress=progress,
+        watch=watch,
     )
 
 

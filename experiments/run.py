@@ -137,8 +137,14 @@ def _retrain(
     begun: Path,
 ) -> dict[str, Any]:
     progress = board.stage("retraining", work_tokens(recovery, None))
+
+    def watch(step: int, loss: float, pace: float) -> None:
+        board.note(f"{step}/{recovery.steps}, loss {loss:.3f}, {pace:.0f} tokens/s")
+
     with stages("retrain"):
-        report = retraining.retrained(subject.model, recovery, subject.tokenizer, settings.data_dir, begun, progress)
+        report = retraining.retrained(
+            subject.model, recovery, subject.tokenizer, settings.data_dir, begun, progress, watch
+        )
     return report.to_dict()
 
 

@@ -19,7 +19,7 @@ import pruners
 from pruners.retrain import Diverged, LoRA, LoRAPrune, MaskLoRA, ScaleLoRA, Trainable, finetune
 from pruners.retrain.batches import Batches
 from pruners.retrain.peers import Peers
-from pruners.retrain.schedule import Schedule
+from pruners.retrain.schedule import Schedule, precision_for
 
 MASKED = {
     "biases and norms": Trainable(biases=True, norms=True),
@@ -172,6 +172,22 @@ def test_a_half_precision_model_trains_and_stays_half_precision(kind, dtype, win
     assert report.merging == pytest.approx(report.merging[::-1], rel=2e-2)
     with pytest.raises(ValueError, match="cannot train in float32"):
         finetune(model, PEFT, windows, steps=1, learning_rate=1e-3, precision="float32")
+
+
+def test_bfloat16_where_the_device_lacks_it_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    cuda = torch.device("cuda")
+    for asked, dtype in (("bfloat16", torch.float32), (None, torch.float16)):
+        with pytest.raises(ValueError, match="cuda has no bfloat16; load the model in float32"):
+            precision_for(asked, dtype, cuda)
+    assert precision_for(None, torch.float32, cuda) is None
+
+
+def test_every_step_is_told(windows):
+    told = []
+    report = finetune(pruned("opt"), PEFT, windows, steps=3, learning_rate=1e-3, watch=lambda *step: told.append(step))
+    assert [(step, loss) for step, loss, _ in told] == list(enumerate(report.losses, start=1))
+    assert told[-1][2] == pytest.approx(3 * 2 * 16 / report.seconds)
 
 
 def test_the_global_generator_is_left_alone(windows):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import cycle
+
 import pytest
 import torch
 from conftest import tiny
@@ -25,8 +27,7 @@ def bits(model) -> list[torch.Tensor]:
     return [p.detach().clone() for p in model.parameters()]
 
 
-@pytest.mark.parametrize("what", WHAT)
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: type(method).__name__)
+@pytest.mark.parametrize(("what", "method"), list(zip(WHAT, cycle(METHODS), strict=False)))
 def test_no_block_error_rises_and_pruned_weights_stay_pruned(kind, method, what, windows):
     model, plain = tiny(kind), tiny(kind)
     wanted = Reconstruction(WHAT[what], steps=30, learning_rate=5e-3)

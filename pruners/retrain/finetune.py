@@ -7,9 +7,9 @@ resumes from one small safetensors file and ends with the same bits, on a CPU, a
 from __future__ import annotations
 
 import hashlib
-import logging
 import math
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,7 +26,7 @@ from pruners.retrain.peers import Peers
 from pruners.retrain.schedule import Schedule, autocast, precision_for
 from pruners.retrain.trainable import Attached, Trainable
 
-log = logging.getLogger(__name__)
+Watch = Callable[[int, float, float], None]
 SMOOTHED = 10  # steps whose mean loss is compared when looking for divergence
 
 
@@ -85,13 +85,17 @@ def finetune(
     folder: Path | None = None,
     save_every: int = 100,
     progress: Progress | None = None,
+    watch: Watch | None = None,
 ) -> Retrained:
     """Train `model` in place and merge the adapters.
 
     `examples` are packed windows [count, length], or records of `input_ids` and `labels`; a step takes `batch_size` of
     them, `micro_batch_size` at once.  `seed` shuffles them, starts the adapters and drops out.  With a `folder`, the
-    state is kept there every `save_every` steps and a killed run goes on from it.  Under torchrun the processes share
-    each batch.  Raises ValueError for examples, settings or checkpoints that do not fit, Diverged where the loss does.
+    state is kept there every `save_every` steps and a killed run goes on from it.  After every step
+    `progress(step, steps)` and `watch(step, loss, tokens a second)` are called.  Under torchrun the processes share
+    each batch.
+
+    Raises ValueError for examples, settings or checkpoints that do not fit, Diverged where the loss does.
     """
     schedule = Schedule(steps, learning_rate, batch_size, warmup)
     batches = Batches(examples, batch_size, seed, model.config)
@@ -102,7 +106,7 @@ def finetune(
     report = Retrained(repr(trainable), attached.trained, attached.parameters, attached.share, attached.sparsity)
     try:
         loop = _Loop(model, attached, schedule, batches, clip, cast, micro_batch_size or batch_size, path, mark, report)
-        loop.run(save_every, checkpointing, progress)
+        loop.run(save_every, checkpointing, progress, watch)
     except BaseException as error:
         if not isinstance(error, Diverged):
             attached.detach()
@@ -129,7 +133,7 @@ class _Loop:
         self.peers = Peers.here(self.model.device)
         self.good: tuple[int, dict[str, torch.Tensor]] = (0, {})
 
-    def run(self, save_every: int, checkpointing: bool, progress: Progress | None) -> None:
+    def run(self, save_every: int, checkpointing: bool, progress: Progress | None, watch: Watch | None) -> None:
         self._resume()
         training = self.model.training
         with ExitStack() as stack:
@@ -143,6 +147,8 @@ class _Loop:
                 self._step(step)
                 if progress:
                     progress(step + 1, self.schedule.steps)
+                if watch:
+                    watch(step + 1, self.report.losses[-1], self.report.tokens / self.report.seconds)
             self._keep(self.schedule.steps)
 
     def _step(self, step: int) -> None:
@@ -158,9 +164,6 @@ class _Loop:
         self.report.losses.append(float(loss))
         self.report.tokens += sum(len(self.batches.examples[index][0]) for index in indices)
         self.report.seconds += time.perf_counter() - started
-        if (step + 1) % max(1, self.schedule.steps // 10) == 0:
-            pace = self.report.tokens / self.report.seconds
-            log.info("step %d/%d: loss %.3f, %.0f tokens/s", step + 1, self.schedule.steps, float(loss), pace)
 
     def _accumulate(self, step: int, indices: list[int]) -> torch.Tensor:
         """Gradients of the batch's mean loss a token; returns that loss, this process's part."""

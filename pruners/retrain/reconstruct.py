@@ -73,14 +73,14 @@ class Reconstruction:
         mark = ""
         if folder:
             mark = state.fingerprint(model, method, self, hashlib.sha256(windows.numpy().tobytes()).hexdigest())
-        return Rebuilder(self, precision_for(None, model.dtype, model.device), mark, folder)
+        return Rebuilder(self, model.dtype, mark, folder)
 
 
 class Rebuilder(Rebuild):
     """One run of a Reconstruction; `blocks` tells what became of every block."""
 
-    def __init__(self, settings: Reconstruction, precision: torch.dtype | None, mark: str, folder: Path | None) -> None:
-        self.settings, self.precision, self.mark, self.folder = settings, precision, mark, folder
+    def __init__(self, settings: Reconstruction, dtype: torch.dtype, mark: str, folder: Path | None) -> None:
+        self.settings, self.dtype, self.mark, self.folder = settings, dtype, mark, folder
         self.batch_size = settings.batch_size
         self.blocks: list[Rebuilt] = []
 
@@ -116,10 +116,11 @@ class Rebuilder(Rebuild):
     @torch.enable_grad()
     def _train(self, block: Block, attached: Attached, passage: Passage) -> None:
         schedule, count = self.settings.schedule, len(passage.inputs)
+        precision = precision_for(None, self.dtype, passage.inputs.device)
         optimizer = schedule.optimizer(attached.tensors)
         for step in range(schedule.steps):
             rows = torch.arange(step * self.batch_size, (step + 1) * self.batch_size) % count
-            with autocast(self.precision, passage.inputs.device):
+            with autocast(precision, passage.inputs.device):
                 outputs = passage.run(block, passage.inputs[rows])
             loss = F.mse_loss(outputs.float(), passage.targets[rows].float())
             if not loss.isfinite():
