@@ -6,16 +6,20 @@ python -m experiments run embedded.perp       about 20 min
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pruners
+from experiments import labels, recovery
 from experiments.recovery import Retraining
 from experiments.spec import Efficiency, Generation, Perplexity, Run, Table, Windows, ZeroShot
 from pruners.retrain import MaskLoRA, Reconstruction, ScaleLoRA, Trainable
 
 MODEL = "smollm2-135m"
 WINDOWS = Windows("embedded/c4", count=16, length=256, sampling="first")
+SENTENCES = Windows("embedded/c4", count=10, length=64, sampling="first")  # LLM-Pruner needs no more
 PPL = Perplexity("embedded/wiki", window=512, limit=16)
+QUICK = Perplexity("embedded/wiki", window=512, limit=8)
 COST = Efficiency(new_tokens=4, repetitions=3)
 SPEED = Efficiency(batch_sizes=(1, 4), lengths=(64, 256), new_tokens=16, repetitions=5, semi_structured=True)
 # A few documents of the tasks with short ones: enough to see a model break, not to rank two that work.
@@ -44,9 +48,30 @@ def recovered(row: Any, model: str, measures: tuple[Any, ...]) -> Run:
     return Run(model, method, WINDOWS, measures, recovery=recovery)
 
 
+MIDDLE: dict[str, Any] = {
+    "attention_blocks": (4, 26),
+    "mlp_blocks": (4, 26),
+}  # of 30 blocks; LLM-Pruner spares both ends
+
+
+def sampled(row: Any, model: str) -> Run:
+    run = recovered(row, model, (QUICK, COST, TASKS))
+    return replace(run, windows=SENTENCES) if isinstance(run.method, pruners.LLMPruner) else run
+
+
+def label(run: Run) -> tuple[str, str]:
+    method = run.method
+    name = {pruners.Flap: "FLAP", pruners.WandaSP: "Wanda-sp", pruners.LLMPruner: "LLM-Pruner element1"}.get(
+        type(method)
+    )
+    norm = f" {method.norm}" if isinstance(method, pruners.GBLM) else ""
+    plain = type(method).__name__ if method else "Dense"
+    return (name or plain) + norm + recovery.label(run.recovery), labels.setting(method)
+
+
 demo = Table(
     name="embedded.demo",
-    title="Unstructured pruning, and retraining of one pruned model",
+    title="Unstructured pruning, retraining of one pruned model, and structured pruning",
     rows=(
         None,
         pruners.Magnitude(sparsity=0.5),
@@ -59,9 +84,13 @@ demo = Table(
         pruners.Wanda(pattern="2:4"),
         pruners.SparseGPT(pattern="2:4"),
         pruners.GBLM(pattern="2:4", norm="l1"),
+        pruners.Flap(ratio=0.2),
+        pruners.WandaSP(ratio=0.2),
+        pruners.LLMPruner(target_parameters=0.2, importance="element1", **MIDDLE),
     ),
     columns=((MODEL,),),
-    run=lambda row, model: recovered(row, model, (PPL, COST, TASKS)),
+    run=sampled,
+    label=label,
 )
 
 speed = Table(

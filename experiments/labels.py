@@ -9,7 +9,7 @@ from typing import Any
 from experiments import recovery
 from experiments.spec import Run
 
-SETTINGS = ("sparsity", "pattern", "ratio")
+SETTINGS = ("sparsity", "pattern", "ratio", "target_parameters")
 
 
 def labels(runs: Sequence[Run], label: Callable[[Run], tuple[str, str]] | None = None) -> list[tuple[str, str]]:
@@ -28,8 +28,7 @@ def setting(method: Any) -> str:
     """`2:4` for a pattern, otherwise the asked share, e.g. `50 %`; empty for the dense model."""
     if pattern := getattr(method, "pattern", None):
         return str(pattern)
-    share = getattr(method, "sparsity", None) or getattr(method, "ratio", None)
-    return "" if share is None else f"{100 * share:g} %"
+    return "" if method is None else f"{100 * method.asked:g} %"
 
 
 def full(label: tuple[str, str]) -> str:

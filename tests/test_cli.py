@@ -34,7 +34,7 @@ def tiny(monkeypatch):
     [
         (["run", "embeded.demo"], "Did you mean embedded.demo or"),
         (["show", "embedded.demo", "--model", "smollm2-135"], "Did you mean smollm2-135m"),
-        (["run", "embedded.demo", "--method", "wnda"], "Did you mean wanda?"),
+        (["run", "embedded.demo", "--method", "wnda"], "Did you mean wanda"),
         (["run", "embedded.demo", "--only", "Wanda 2:5"], "Did you mean wanda 2:4"),
     ],
 )
