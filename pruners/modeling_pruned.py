@@ -7,7 +7,7 @@ It needs torch and transformers (5.20 or newer) and nothing else.
 import json
 from contextlib import contextmanager
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, no_type_check
 
 from huggingface_hub.dataclasses import strict
 from torch import nn
@@ -72,11 +72,15 @@ class WidthsPerBlock:
                 f"config.json describes {len(self.blocks)} blocks and says num_hidden_layers is "
                 f"{self.num_hidden_layers}; it was edited or belongs to another model."
             )
+        for index, widths in enumerate(self.blocks or ()):
+            if missing := {"heads", "kv_heads", "channels", "biases"} - widths.keys():
+                raise ValueError(f"config.json does not say the {', '.join(sorted(missing))} of block {index}.")
 
     def validate_architecture(self):
         """Dense models tie hidden_size to the number of heads; pruned ones do not."""
 
 
+@no_type_check  # transformers' configurations take more keywords than their signatures say
 @strict
 class PrunedLlamaConfig(WidthsPerBlock, LlamaConfig):
     model_type = "pruned_llama"
@@ -84,6 +88,7 @@ class PrunedLlamaConfig(WidthsPerBlock, LlamaConfig):
     pruned_format: int = FORMAT
 
 
+@no_type_check
 @strict
 class PrunedMistralConfig(WidthsPerBlock, MistralConfig):
     model_type = "pruned_mistral"
@@ -91,6 +96,7 @@ class PrunedMistralConfig(WidthsPerBlock, MistralConfig):
     pruned_format: int = FORMAT
 
 
+@no_type_check
 @strict
 class PrunedOPTConfig(WidthsPerBlock, OPTConfig):
     model_type = "pruned_opt"
@@ -174,17 +180,17 @@ class PrunedOPTForCausalLM(PrunedModel, OPTForCausalLM):  # type: ignore[misc]
 
 def check_complete(folder, info):
     """ValueError where weights and configuration disagree: transformers would make up or ignore such weights."""
-    found = {
-        "lack": set(info["missing_keys"]),
-        "have no place for": {key for key in info["unexpected_keys"] if key.endswith((".weight", ".bias"))},
-        "have other shapes for": {key for key, *_ in info["mismatched_keys"]},
+    wrong = {
+        "asks for {} that the weights lack": info["missing_keys"],
+        "has no place for {} of the weights": [k for k in info["unexpected_keys"] if k.endswith((".weight", ".bias"))],
+        "says other shapes for {}": [key for key, *_ in info["mismatched_keys"]],
     }
-    for verdict, keys in found.items():
+    for verdict, keys in wrong.items():
         if keys:
-            what = "the weights" if verdict == "lack" else "the configuration's tensors"
             raise ValueError(
-                f"The weights of {folder} do not fit its config.json: they {verdict} {len(keys)} tensors, e.g. "
-                f"{min(keys)}. One of the two was edited, or {what} did not arrive whole; save or fetch them again."
+                f"The weights in {folder} and its config.json disagree: the configuration "
+                f"{verdict.format(f'{len(keys)} tensors')}, e.g. {min(keys)}; one of the two was edited or did not "
+                "arrive whole."
             )
 
 

@@ -1,0 +1,302 @@
+"""Pruned models come back: from this project, from transformers with the saved module, and from transformers alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    OPTForCausalLM,
+)
+
+import pruners
+from pruners import anatomy, apply, checkpoint
+from pruners.apply import CLASSES, Kept
+from tests.conftest import CONFIGS, SHARED, tiny
+
+FLAP = pruners.Flap(ratio=0.5)
+UNIFORM = pruners.Flap(ratio=0.5, structure="UL-UM")
+
+
+def pruned(kind, windows, method=FLAP):
+    model = tiny(kind)
+    pruners.prune(model, method, windows)
+    return model
+
+
+def no_attention(kind):
+    """Cut by hand: no head in the first block, no channel in the second."""
+    model = tiny(kind)
+    for block in anatomy.blocks(model):
+        kept = Kept.all(block)
+        kept["mlp" if block.index else "attention"][:] = False
+        apply.cut(block, kept)
+    apply.describe(model)
+    return model
+
+
+def ragged(kind):
+    return pruned(kind, torch.arange(96).view(6, 16))
+
+
+WAYS = {"ragged": ragged, "nothing left": no_attention}
+
+
+def generated(model, windows):
+    mask = torch.ones_like(windows)
+    return model.generate(windows, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0)
+
+
+def edit(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def in_a_fresh_process(code, tmp_path):
+    """Runs code that knows nothing of this project; returns what it prints."""
+    environment = os.environ | {"HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    check = "import sys; assert not any(name.split('.')[0] == 'pruners' for name in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\n{check}"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("method", [FLAP, UNIFORM, pruners.WandaSP(ratio=0.5)], ids=["flap", "uniform", "wanda_sp"])
+def test_a_round_trip_changes_no_logit_and_no_generated_token(kind, windows, method, tmp_path):
+    model = pruned(kind, windows, method)
+    checkpoint.save(model, None, tmp_path / "model")
+    loaded, tokenizer = checkpoint.load(tmp_path / "model")
+    assert tokenizer is None
+    assert torch.equal(loaded(windows).logits, model(windows).logits)
+    assert torch.equal(generated(loaded, windows), generated(model, windows))
+
+
+def test_blocks_without_heads_or_channels_come_back(kind, windows, tmp_path):
+    model = no_attention(kind)
+    checkpoint.save(model, None, tmp_path / "model")
+    loaded, _ = checkpoint.load(tmp_path / "model")
+    assert torch.equal(loaded(windows).logits, model(windows).logits)
+    assert torch.equal(generated(loaded, windows), generated(model, windows))
+
+
+def test_importing_pruners_is_enough_for_transformers(kind, windows, tmp_path):
+    model = pruned(kind, windows)
+    checkpoint.save(model, None, tmp_path / "model")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert isinstance(loaded, CLASSES["opt" if kind == "opt" else "llama"])
+    assert torch.equal(loaded(windows).logits, model(windows).logits)
+
+
+def test_save_pretrained_of_a_cut_model_writes_the_same(kind, windows, tmp_path):
+    model = pruned(kind, windows)
+    model.save_pretrained(tmp_path)
+    loaded, _ = checkpoint.load(tmp_path)
+    assert torch.equal(loaded(windows).logits, model(windows).logits)
+
+
+def test_the_saved_module_is_enough_without_this_project(windows, tmp_path):
+    models = {f"{kind} {how}": make(kind) for kind in CONFIGS for how, make in WAYS.items()}
+    for name, model in models.items():
+        checkpoint.save(model, None, tmp_path / name)
+        save_file({"windows": windows, "logits": model(windows).logits.detach()}, tmp_path / f"{name}.safetensors")
+    code = """
+from pathlib import Path
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+for path in Path().glob("*.safetensors"):
+    model = AutoModelForCausalLM.from_pretrained(path.stem, trust_remote_code=True)
+    expected = load_file(path)
+    assert torch.equal(model(expected["windows"]).logits, expected["logits"])
+    assert model.generate(expected["windows"], max_new_tokens=4, do_sample=False).shape[1] > 16
+    model.save_pretrained(f"again/{path.stem}")
+    print(type(model).__module__, flush=True)
+"""
+    modules = in_a_fresh_process(code, tmp_path).splitlines()
+    assert len(modules) == len(models)
+    assert all(module.startswith("transformers_modules.") for module in modules)
+    for name, model in models.items():
+        again, _ = checkpoint.load(tmp_path / "again" / name)
+        assert torch.equal(again(windows).logits, model(windows).logits)
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        ("llama multi-head", pruners.Flap(ratio=0.5, structure="UL-UM")),
+        ("llama multi-head", pruners.WandaSP(ratio=0.5)),
+        ("llama grouped-query", pruners.Flap(ratio=0.34, structure="UL-MM", heads_removed=0)),
+        ("opt", pruners.Flap(ratio=0.2, structure="UL-MM", heads_removed=0)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_uniform_results_open_in_stock_transformers(kind, method, windows, tmp_path):
+    model = pruned(kind, windows, method)
+    checkpoint.save(model, None, tmp_path / "model")
+    said = json.loads((tmp_path / "model/config.json").read_text())
+    assert said["model_type"] == ("opt" if kind == "opt" else "llama")
+    assert not {"blocks", "auto_map", "pruned_format"} & said.keys()
+    assert sorted(path.suffix for path in (tmp_path / "model").iterdir()) == [".json", ".json", ".safetensors"]
+    stock = (OPTForCausalLM if kind == "opt" else LlamaForCausalLM).from_pretrained(tmp_path / "model")
+    assert_close(stock(windows).logits, model(windows).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_fewer_blocks_and_fewer_channels_are_plain_where_the_numbers_divide(kind, windows, tmp_path):
+    layers, channels = tiny(kind), tiny(kind)
+    pruners.prune(layers, pruners.LLMPruner(ratio=0.5, granularity="layer"))
+    pruners.prune(channels, pruners.LLMPruner(ratio=0.25, granularity="channel", importance="l2"))
+    for name, model in (("layers", layers), ("channels", channels)):
+        checkpoint.save(model, None, tmp_path / name)
+        loaded, _ = checkpoint.load(tmp_path / name)
+        assert torch.equal(loaded(windows).logits, model(windows).logits)
+        assert loaded.config.tie_word_embeddings == (loaded.lm_head.weight is loaded.get_input_embeddings().weight)
+    assert AutoConfig.from_pretrained(tmp_path / "layers").model_type == ("opt" if kind == "opt" else "llama")
+    pruned_type = AutoConfig.from_pretrained(tmp_path / "channels").model_type
+    assert pruned_type == ("pruned_opt" if kind == "opt" else "llama")  # 36 channels: 4 and 6 heads divide them
+
+
+def test_unstructured_results_are_plain(kind, windows, tmp_path):
+    model = tiny(kind)
+    pruners.prune(model, pruners.Wanda(sparsity=0.5), windows)
+    checkpoint.save(model, None, tmp_path / "model")
+    assert AutoConfig.from_pretrained(tmp_path / "model").model_type == model.config.model_type
+    assert torch.equal(checkpoint.load(tmp_path / "model")[0](windows).logits, model(windows).logits)
+
+
+def test_masked_results_with_biases_come_back_too(kind, windows, tmp_path):
+    model = tiny(kind)
+    pruners.prune(model, FLAP, windows, cut=False)
+    checkpoint.save(model, None, tmp_path / "model")
+    assert_close(checkpoint.load(tmp_path / "model")[0](windows).logits, model(windows).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_sliding_window_family_comes_back(windows, tmp_path):
+    config = MistralConfig(
+        vocab_size=96, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=6,
+        num_key_value_heads=3, max_position_embeddings=64, sliding_window=8,
+    )  # fmt: skip
+    model = MistralForCausalLM(config).eval()
+    pruners.prune(model, FLAP, windows)
+    checkpoint.save(model, None, tmp_path / "model")
+    loaded, _ = checkpoint.load(tmp_path / "model")
+    assert torch.equal(loaded(windows).logits, model(windows).logits)
+    assert torch.equal(generated(loaded, windows), generated(model, windows))
+
+
+def test_a_trained_model_with_its_tokenizer_and_sharded_files(stories, tmp_path):
+    model, tokenizer = stories(), AutoTokenizer.from_pretrained(SHARED / "data/models/stories260K/hf")
+    windows = torch.randint(3, 512, (4, 32), generator=torch.Generator().manual_seed(0))
+    pruners.prune(model, pruners.Flap(ratio=0.3), windows)
+    checkpoint.save(model, tokenizer, tmp_path / "model", max_shard_size="300KB")
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) > 2
+    loaded, again = checkpoint.load(tmp_path / "model")
+    assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
+    prompt = tokenizer("Once upon a time", return_tensors="pt").input_ids
+    assert again("Once upon a time").input_ids == prompt[0].tolist()
+    assert torch.equal(generated(loaded, prompt), generated(model, prompt))
+
+
+def test_a_missing_shard_is_named(stories, tmp_path):
+    checkpoint.save(stories(), None, tmp_path / "model", max_shard_size="300KB")
+    lost = sorted((tmp_path / "model").glob("*.safetensors"))[1]
+    lost.unlink()
+    with pytest.raises(FileNotFoundError, match=f"lacks 1 of its .* weight files, e.g. {lost.name}"):
+        checkpoint.load(tmp_path / "model")
+
+
+def test_weights_and_configuration_that_disagree_are_refused(kind, windows, tmp_path):
+    model = pruned(kind, windows)
+    checkpoint.save(model, None, tmp_path / "model")
+    blocks = model.config.blocks
+    edits = {
+        "says other shapes for": [{**blocks[0], "channels": blocks[0]["channels"] + 1}, blocks[1]],
+        "has no place for|asks for": [{**blocks[0], "biases": []}, blocks[1]],
+        "describes 1 blocks and says num_hidden_layers is 2": blocks[:1],
+        "does not say the heads of block 1": [blocks[0], {k: v for k, v in blocks[1].items() if k != "heads"}],
+    }
+    for said, edited in edits.items():
+        edit(tmp_path / "model", blocks=edited)
+        for opened in (checkpoint.load, AutoModelForCausalLM.from_pretrained):
+            with pytest.raises(ValueError, match=said):
+                opened(tmp_path / "model")
+
+
+def test_a_dense_configuration_over_cut_weights_is_refused(kind, windows, tmp_path):
+    checkpoint.save(pruned(kind, windows), None, tmp_path / "model")
+    tiny(kind).config.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="disagree"):
+        checkpoint.load(tmp_path / "model")
+
+
+def test_a_tensor_that_was_lost_is_refused(kind, windows, tmp_path):
+    checkpoint.save(pruned(kind, windows), None, tmp_path / "model")
+    file = tmp_path / "model/model.safetensors"
+    tensors = load_file(file)
+    del tensors[next(name for name in tensors if "v_proj" in name)]
+    save_file(tensors, file, metadata={"format": "pt"})
+    for opened in (checkpoint.load, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(ValueError, match=r"asks for 1 tensors that the weights lack, e\.g\. .*v_proj"):
+            opened(tmp_path / "model")
+
+
+def test_damaged_weights_are_refused(windows, tmp_path):
+    checkpoint.save(pruned("opt", windows), None, tmp_path / "model")
+    file = tmp_path / "model/model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match="are damaged"):
+        checkpoint.load(tmp_path / "model")
+
+
+def test_a_newer_format_is_refused(windows, tmp_path):
+    checkpoint.save(pruned("opt", windows), None, tmp_path / "model")
+    edit(tmp_path / "model", pruned_format=2)
+    with pytest.raises(ValueError, match="saved in format 2 and this code reads up to 1; update"):
+        checkpoint.load(tmp_path / "model")
+
+
+def test_a_folder_in_use_is_left_alone_and_an_empty_one_is_taken(tmp_path):
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used/notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="choose another folder"):
+        checkpoint.save(tiny("opt"), None, tmp_path / "used")
+    (tmp_path / "empty").mkdir()
+    checkpoint.save(tiny("opt"), None, tmp_path / "empty")
+    assert (tmp_path / "empty/config.json").is_file()
+
+
+def test_a_save_that_fails_leaves_nothing(tmp_path):
+    class Broken:
+        def save_pretrained(self, folder):
+            raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        checkpoint.save(tiny("opt"), Broken(), tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_without_a_model_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"it has no config\.json"):
+        checkpoint.load(tmp_path)
+
+
+def test_the_saved_module_names_what_anatomy_names():
+    for name, kind in CLASSES.items():
+        family = anatomy.FAMILIES[name]
+        roles = {"heads": [family.query], "kv_heads": [family.key, family.value], "channels": [*family.inward]}
+        assert kind.rows == {projection: role for role, names in roles.items() for projection in names}
+        assert kind.columns == {family.output: "heads", family.outward: "channels"}
+        assert (kind.blocks_at, kind.output) == (family.blocks, family.output)
