@@ -47,8 +47,8 @@ def parser() -> argparse.ArgumentParser:
     figure = commands.add_parser("figure", help="perplexity by method, as .svg and .png under the results folder")
     figure.set_defaults(command=_figure)
     figure.add_argument("--measure", metavar="KEY", help="the protocol key to show, where several were measured")
-    figure.add_argument("--kind", choices=("perplexity", "sparsity", "paper", "cost"), default="perplexity",
-                        help="perplexity by method or by sparsity, ours against the paper's, or time and memory")  # fmt: skip
+    kinds = ("perplexity", "sparsity", "paper", "cost")
+    figure.add_argument("--kind", choices=kinds, default=kinds[0], help="default: perplexity by method")
     compare = commands.add_parser("compare", help="every cell against one of them, paired, with intervals and tests")
     compare.set_defaults(command=_compare)
     compare.add_argument("--baseline", metavar="LABEL", help="the cell to compare with (default: the dense model)")

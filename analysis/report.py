@@ -79,7 +79,7 @@ def _section(table: Table, root: Path) -> Section | None:
         published=table.published,
         counts=verdicts.counts(found) if table.published else "",
         own=_grid(tables.text(made), [_origin(row) for row in made]),
-        beside=_grid(verdicts.text(found), [_source(cell) for cell in found]) if table.published else None,
+        beside=_grid(verdicts.text(found), [_source(cell) for cell in found]) if verdicts.tells_more(found) else None,
         notes=notes(table, made),
         figures=list(_figures(table, made, found)),
     )

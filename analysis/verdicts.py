@@ -3,7 +3,8 @@
 The verdict is *matches* where the paper's value lies within the interval around ours, half of the paper's last digit
 added.  The interval says where a repeat of the experiment would land:
 
-    several seeds     mean +- t(97.5 %) * s * sqrt(1/n + 1/m), m the number of draws that the paper averages
+    several seeds     mean +- t(97.5 %) * s * sqrt(1/n + 1/m), m the number of draws that the paper averages (without
+                      a printed value that of the mean itself: m infinite)
     accuracies        the same with the standard error over documents, from one run
     one perplexity    REPEATS, the relative distance at which independent runs of the released code have landed
 """
@@ -71,7 +72,8 @@ class Cell:
         if self.ours is None or self.fold != "mean":
             return None
         if len(self.values) > 1:
-            spread = statistics.stdev(self.values) * math.sqrt(1 / len(self.values) + 1 / self._draws)
+            repeat = 1 / self._draws if self.published else 0.0
+            spread = statistics.stdev(self.values) * math.sqrt(1 / len(self.values) + repeat)
             return float(stats.t.ppf((1 + CONFIDENCE) / 2, len(self.values) - 1)) * spread
         error = (self.rows[0].measure(self.key) or {}).get("standard_error") if self.metric in PERCENT else None
         if error is not None:
@@ -123,6 +125,11 @@ def cells(table: Table, rows: Sequence[Row]) -> list[Cell]:
     return found
 
 
+def tells_more(found: Sequence[Cell]) -> bool:
+    """Whether there is a printed value or a mean over seeds, which the rows alone do not show."""
+    return any(cell.published or len(cell.rows) > 1 for cell in found)
+
+
 def quantities(run: Run) -> list[tuple[str, str]]:
     """(protocol key, quantity) of every number that a paper would print of this run."""
     kinds = {Perplexity: ("perplexity",), ZeroShot: ("score",), Efficiency: ("parameters", "macs")}
@@ -137,7 +144,8 @@ def frame(found: Iterable[Cell]) -> pd.DataFrame:
 def text(found: Sequence[Cell]) -> pd.DataFrame:
     """What a reader sees."""
     several = len({cell.model for cell in found}) > 1
-    return pd.DataFrame([_words(cell, several) for cell in found])
+    words = pd.DataFrame([_words(cell, several) for cell in found])
+    return words if any(cell.published for cell in found) else words.drop(columns=["Paper", "Difference", "Verdict"])
 
 
 def counts(found: Sequence[Cell]) -> str:

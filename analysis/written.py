@@ -22,14 +22,15 @@ TEX = {
 
 
 def write(table: Table, rows: Sequence[Row], path: Path) -> list[Path]:
-    """Write `path` with the endings .md, .csv and .tex, and .verdicts.csv where a paper prints such a table."""
+    """Write `path` with the endings .md, .csv and .tex, and .verdicts.csv for a paper or several seeds to compare."""
     texts = {
         ".md": markdown(table, rows),
         ".csv": tables.numbers(rows).to_csv(index=False),
         ".tex": latex(table, rows),
     }
-    if table.published:
-        texts[".verdicts.csv"] = verdicts.frame(verdicts.cells(table, rows)).to_csv(index=False)
+    found = verdicts.cells(table, rows)
+    if verdicts.tells_more(found):
+        texts[".verdicts.csv"] = verdicts.frame(found).to_csv(index=False)
     paths = [path.with_name(path.name + ending) for ending in texts]
     for target, text in zip(paths, texts.values(), strict=True):
         files.write(target, text)
@@ -39,22 +40,26 @@ def write(table: Table, rows: Sequence[Row], path: Path) -> list[Path]:
 def markdown(table: Table, rows: Sequence[Row]) -> str:
     listed = "\n".join(f"- {note}" for note in notes(table, rows))
     own = f"**{title(table, rows)}** (`{table.name}`)\n\n{_markdown(tables.text(rows))}\n\n{listed}\n"
-    found = verdicts.cells(table, rows) if table.published else []
-    if not found:
+    found = verdicts.cells(table, rows)
+    if not verdicts.tells_more(found):
         return own
-    beside = _markdown(verdicts.text(found))
-    return f"{own}\n**Beside the paper** ({table.published}): {verdicts.counts(found)}.\n\n{beside}\n"
+    return f"{own}\n**{_heading(table, found)}**\n\n{_markdown(verdicts.text(found))}\n"
 
 
 def latex(table: Table, rows: Sequence[Row]) -> str:
     """`table` environments; need \\usepackage{booktabs}."""
     caption = ". ".join([title(table, rows), " ".join(notes(table, rows))])
     own = _latex(tables.text(rows), caption, f"tab:{table.name}")
-    found = verdicts.cells(table, rows) if table.published else []
-    if not found:
+    found = verdicts.cells(table, rows)
+    if not verdicts.tells_more(found):
         return own
-    caption = f"Beside the paper ({table.published}): {verdicts.counts(found)}."
-    return own + "\n" + _latex(verdicts.text(found), caption, f"tab:{table.name}.verdicts")
+    return own + "\n" + _latex(verdicts.text(found), _heading(table, found), f"tab:{table.name}.verdicts")
+
+
+def _heading(table: Table, found: Sequence[verdicts.Cell]) -> str:
+    if not table.published:
+        return "Means over seeds with 95 % intervals."
+    return f"Beside the paper ({table.published}): {verdicts.counts(found)}."
 
 
 def _markdown(frame: pd.DataFrame) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import small_table as small
 
-from analysis import rows, verdicts
-from experiments import gblm, records, tables
+from analysis import rows, verdicts, written
+from experiments import gblm, headlines, records, tables
 
 
 def made(tmp_path, table, values, **changes):
@@ -100,3 +100,13 @@ def test_a_missing_seed_leaves_no_mean(tmp_path):
 def test_the_text_has_the_papers_digits(found):
     text = verdicts.text([found["llama-7b", "Wanda", "50 %", "mean"]]).iloc[0]
     assert text.to_list() == ["Wanda", "50 %", "wikitext2/test@2048", "7.30 ± 0.07", "7.26", "+0.04", "matches"]
+
+
+def test_seeds_without_a_paper_stand_as_their_mean(tmp_path):
+    found = made(tmp_path, headlines.gblm, {("smollm2-135m", "Wanda", "50 %"): [40.0, 41.0, 42.0]})
+    mean = found["smollm2-135m", "Wanda", "50 %", "mean"]
+    assert mean.half_width == pytest.approx(4.303 / 3**0.5, rel=1e-3)
+    assert verdicts.text([mean]).iloc[0]["Ours"] == "41.00 ± 2.48 (3 seeds)"
+    assert "Verdict" not in verdicts.text([mean]).columns
+    text = written.markdown(headlines.gblm, rows.rows(headlines.gblm, tmp_path))
+    assert "**Means over seeds with 95 % intervals.**" in text
