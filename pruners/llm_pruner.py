@@ -115,8 +115,8 @@ class LLMPruner(Structured):
     importance: str = "element1"
     reduction: str = "sum"
     granularity: str = "block"
-    attention_blocks: tuple[int, int] = (4, 30)
-    mlp_blocks: tuple[int, int] = (4, 30)
+    attention_blocks: Sequence[int] = (4, 30)
+    mlp_blocks: Sequence[int] = (4, 30)
     scope: str = "local"
     steps: int = 1
     seed: int = 42
@@ -130,7 +130,10 @@ class LLMPruner(Structured):
         select.check_choice("granularity", self.granularity, ("block", "channel", "layer"))
         select.check_choice("scope", self.scope, ("local", "global"))
         for name in ("attention_blocks", "mlp_blocks"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            blocks = tuple(getattr(self, name))
+            if len(blocks) != 2:
+                raise ValueError(f"{name} is the first block and the one after the last; got {blocks}.")
+            object.__setattr__(self, name, blocks)
         if self.steps < 1 or (self.steps > 1 and self.granularity != "block"):
             raise ValueError(f"steps is 1 or more, and 1 unless granularity is 'block'; got {self.steps}.")
 

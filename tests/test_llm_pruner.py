@@ -155,6 +155,12 @@ def test_steps_reach_the_same_size_and_score_anew(kind, windows, steps, scope):
         assert report.structure.after.size.model == once.num_parameters()
 
 
+def test_ranges_may_be_lists_and_are_the_same_method():
+    lists = pruners.LLMPruner(attention_blocks=[4, 26], mlp_blocks=[4, 26])
+    assert lists == pruners.LLMPruner(attention_blocks=(4, 26), mlp_blocks=(4, 26))
+    assert hash(lists) == hash(pruners.LLMPruner(attention_blocks=(4, 26), mlp_blocks=(4, 26)))
+
+
 def test_random_scores_come_from_the_seed(kind):
     def left(seed):
         model = tiny(kind)
@@ -214,6 +220,7 @@ def test_the_first_blocks_stay(kind, windows, cut):
         ({"granularity": "head"}, "Unknown granularity"),
         ({"scope": "lokal"}, "Did you mean local"),
         ({"steps": 0}, "1 or more"),
+        ({"mlp_blocks": (1, 2, 3)}, r"mlp_blocks is the first block .* got \(1, 2, 3\)"),
         ({"steps": 2, "granularity": "channel"}, "unless granularity is 'block'"),
     ],
 )
