@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     figure = commands.add_parser("figure", help="perplexity by method, as .svg and .png under the results folder")
     figure.set_defaults(command=_figure)
     figure.add_argument("--measure", metavar="KEY", help="the protocol key to show, where several were measured")
-    kinds = ("perplexity", "sparsity", "paper", "cost")
+    kinds = ("perplexity", "sparsity", "paper", "cost", "kept", "losses", "parameters")
     figure.add_argument("--kind", choices=kinds, default=kinds[0], help="default: perplexity by method")
     compare = commands.add_parser("compare", help="every cell against one of them, paired, with intervals and tests")
     compare.set_defaults(command=_compare)
@@ -84,7 +84,7 @@ def _table(asked: argparse.Namespace) -> None:
 
 
 def _figure(asked: argparse.Namespace) -> None:
-    from analysis import charts, figures, verdicts
+    from analysis import charts, figures, inside, verdicts
     from experiments.tables import find
 
     table, made, path = find(asked.table), _rows(asked), asked.results / _stem(asked)
@@ -93,6 +93,9 @@ def _figure(asked: argparse.Namespace) -> None:
         "sparsity": lambda: charts.by_sparsity(table, verdicts.cells(table, made)),
         "paper": lambda: charts.against_paper(table, verdicts.cells(table, made)),
         "cost": lambda: charts.cost(table, made),
+        "kept": lambda: inside.kept(table, made),
+        "losses": lambda: inside.losses(table, made),
+        "parameters": lambda: inside.by_parameters(table, verdicts.cells(table, made)),
     }[asked.kind]
     if asked.kind != "perplexity":
         path = path.with_name(f"{path.name}.{asked.kind}")

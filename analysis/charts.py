@@ -27,11 +27,11 @@ def by_sparsity(table: Table, found: Sequence[Cell]) -> Figure:
         if first and swept and (cell.model, cell.key) == (first.model, first.key):
             lines.setdefault(cell.method, []).append((100 * _reached(cell), cell.ours or 0.0))
     lines = {name: sorted(set(points)) for name, points in lines.items()}
-    _refuse_few(len({x for points in lines.values() for x, _ in points}), "sparsities", table)
+    refuse_few(len({x for points in lines.values() for x, _ in points}), "sparsities", table)
     assert first is not None
-    figure, axes = _canvas(f"{table.title}: {first.model}")
+    figure, axes = canvas(f"{table.title}: {first.model}")
     for index, (name, points) in enumerate(lines.items()):
-        axes.plot(*zip(*points, strict=True), label=name, **_look(index))
+        axes.plot(*zip(*points, strict=True), label=name, **look(index))
     axes.set(xlabel="weights removed, %", ylabel=f"perplexity, {first.key}")
     _log_if_wide(axes, [y for points in lines.values() for _, y in points], axes.set_yscale)
     axes.legend(frameon=False, fontsize=8.5)
@@ -44,13 +44,13 @@ def against_paper(table: Table, found: Sequence[Cell]) -> Figure:
     both = [(cell, x, y) for cell, x, y in pairs if x is not None and y is not None and cell.fold == "mean"]
     first = both[0][0].metric if both else ""
     both = [(cell, x, y) for cell, x, y in both if cell.metric == first]
-    _refuse_few(len(both), "values beside the paper's", table)
-    figure, axes = _canvas(table.title, (4.8, 4.6))
+    refuse_few(len(both), "values beside the paper's", table)
+    figure, axes = canvas(table.title, (4.8, 4.6))
     low, high = (pick(value for _, x, y in both for value in (x, y)) for pick in (min, max))
     axes.plot([low, high], [low, high], color="0.6", linewidth=1, linestyle="--", zorder=0)
     for index, name in enumerate(dict.fromkeys(cell.method for cell, _, _ in both)):
         points = [(x, y) for cell, x, y in both if cell.method == name]
-        axes.plot(*zip(*points, strict=True), label=name, **_look(index) | {"linestyle": "none"})
+        axes.plot(*zip(*points, strict=True), label=name, **look(index) | {"linestyle": "none"})
     axes.set(xlabel=f"{first}, the paper's", ylabel=f"{first}, ours")
     for scale in (axes.set_xscale, axes.set_yscale):
         _log_if_wide(axes, [low, high], scale)
@@ -61,7 +61,7 @@ def against_paper(table: Table, found: Sequence[Cell]) -> Figure:
 def cost(table: Table, rows: Sequence[Row]) -> Figure:
     """Pruning time and peak memory by cell; ValueError for fewer than two cells that prune."""
     done = [(row.label, row.record.cost) for row in rows if row.record and row.run.method is not None]
-    _refuse_few(len(done), "pruned cells", table)
+    refuse_few(len(done), "pruned cells", table)
     names = [name for name, _ in done]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8.0, 1.4 + 0.24 * len(done)), layout="constrained")
@@ -81,7 +81,7 @@ def _reached(cell: Cell) -> float:
     return record.achieved["sparsity"] if record else 0.0
 
 
-def _canvas(title: str, size: tuple[float, float] = (6.4, 4.0)) -> tuple[Figure, Axes]:
+def canvas(title: str, size: tuple[float, float] = (6.4, 4.0)) -> tuple[Figure, Axes]:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots()
@@ -91,7 +91,7 @@ def _canvas(title: str, size: tuple[float, float] = (6.4, 4.0)) -> tuple[Figure,
     return figure, axes
 
 
-def _look(index: int) -> dict:
+def look(index: int) -> dict:
     return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "markersize": 5}
 
 
@@ -100,7 +100,7 @@ def _log_if_wide(axes: Axes, values: Sequence[float], scale: Callable[[str], obj
         scale("log")
 
 
-def _refuse_few(count: int, what: str, table: Table) -> None:
+def refuse_few(count: int, what: str, table: Table) -> None:
     if count < 2:
         raise ValueError(
             f"A figure of {table.name} needs two {what} at least and there {'is' if count == 1 else 'are'} {count}; "

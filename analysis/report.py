@@ -16,7 +16,7 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
-from analysis import charts, claims, figures, tables, unmatched, verdicts
+from analysis import charts, claims, figures, inside, tables, unmatched, verdicts
 from analysis.notes import notes, title
 from analysis.rows import Row, rows
 from analysis.verdicts import Cell
@@ -118,6 +118,9 @@ def _figures(table: Table, made: list[Row], found: list[Cell]) -> Iterator[tuple
     drawings += [
         ("Perplexity by sparsity", lambda: charts.by_sparsity(table, found)),
         ("Ours against the paper's", lambda: charts.against_paper(table, found)),
+        ("Heads and channels kept in each block", lambda: inside.kept(table, made)),
+        ("Loss while retraining", lambda: inside.losses(table, made)),
+        ("Mean accuracy by parameters", lambda: inside.by_parameters(table, found)),
         ("Time and memory", lambda: charts.cost(table, made)),
     ]
     for caption, draw in drawings:

@@ -9,7 +9,7 @@ import subprocess
 import pytest
 import small_table as small
 
-from analysis import charts, report, rows, verdicts
+from analysis import charts, inside, report, rows, verdicts
 from analysis.__main__ import main
 from experiments import gblm, records, tables
 
@@ -109,6 +109,25 @@ def test_the_sweep_has_a_line_a_method(tmp_path):
     assert {line.get_label(): len(line.get_xdata()) for line in axes.lines} == {
         "Magnitude": 6, "SparseGPT": 6, "Wanda": 6, "GBLM-Pruner (l1)": 6,
     }  # fmt: skip
+
+
+def test_what_is_kept_and_the_losses_are_drawn_by_block_and_step(tmp_path):
+    table = tables.find("flap.perplexity")
+    run = next(run for run in table.runs() if run.method is not None)
+    blocks = {
+        "before": [{"heads": 8, "channels": 100}] * 3,
+        "after": [{"heads": 8 - 2 * i, "channels": 50} for i in range(3)],
+    }
+    structure = {when: {"blocks": told, "size": {"model": 1}} for when, told in blocks.items()}
+    achieved = {"sparsity": 0.2, "structure": structure, "recovery": {"losses": [3.0, 2.5, 2.25]}}
+    records.write(small.record(run, achieved=achieved).model_copy(update={"table": table.name}), tmp_path)
+    made = rows.rows(table, tmp_path)
+    heads, channels = inside.kept(table, made).axes
+    assert heads.lines[0].get_ydata().tolist() == [100, 75, 50]
+    assert channels.lines[0].get_ydata().tolist() == [50, 50, 50]
+    assert inside.losses(table, made).axes[0].lines[0].get_ydata().tolist() == [3.0, 2.5, 2.25]
+    with pytest.raises(ValueError, match="two mean accuracies"):
+        inside.by_parameters(table, verdicts.cells(table, made))
 
 
 def chromium(path, tmp_path, *more):
