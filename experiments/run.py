@@ -198,6 +198,7 @@ def _dense(
         "device": cost.device_name(subject.model.device),
         "measure": describe(what),
         "data": corpora.provenance(what.corpus, settings.data_dir),
+        "code": cost.commit(),
     }
     progress = board.stage(f"dense {what.key}", measures.work_tokens(what))
     return gate.dense(settings.root, key, lambda: measures.measure(what, subject, progress))
@@ -209,7 +210,7 @@ def _measure(
     values: dict[str, dict[str, Any]] = {}
     with stages("measure"):
         for what in run.measures:
-            if run.method is None and isinstance(what, Perplexity):
+            if run.method is None and run.recovery is None and isinstance(what, Perplexity):
                 values |= _dense(what, run, subject, settings, board)
                 continue
             progress = board.stage(f"measuring {what.key}", measures.work_tokens(what))

@@ -24,8 +24,10 @@ from eval.answers import read_samples
 from experiments import accuracy, catalogue, cells, gate, measures, models, protocols, records, task_data
 from experiments import tables as all_tables
 from experiments.batch import run_table
+from experiments.recovery import Retraining
 from experiments.run import Settings
 from experiments.spec import Efficiency, Generation, Perplexity, Table, ZeroShot
+from pruners.retrain import Trainable
 
 pytestmark = pytest.mark.skipif(not small.MODEL.is_dir(), reason=f"{small.MODEL} is absent")
 METHODS = (None, pruners.Magnitude(sparsity=0.5))
@@ -230,6 +232,16 @@ def test_a_mutilated_model_is_stopped_with_the_likely_causes(held, tmp_path, dat
     assert "more than 1 % away. Likely causes: another split or join of ptb/test, a tokenizer" in message
     assert run(table, tmp_path / "results", data, dense_gate=False).failed == []
     assert cell(table, tmp_path / "results", 1).dense_gate == {small.PPL.key: {"skipped": "--no-dense-gate"}}
+
+
+def test_a_retrained_unpruned_model_is_no_dense_model(tmp_path, data):
+    recovery = Retraining(Trainable(biases=False, norms=True), small.WINDOWS, steps=2, learning_rate=0.1, batch_size=1)
+    dense = small.table(METHODS[:1]).runs()[0]
+    runs = (dense, replace(dense, recovery=recovery))
+    table = Table("tiny", "A tiny table", (0, 1), ((str(small.MODEL),),), lambda index, model: runs[index])
+    assert run(table, tmp_path, data).failed == []
+    first, second = (cell(table, tmp_path, index).measures[small.PPL.key]["perplexity"] for index in (0, 1))
+    assert first != second
 
 
 def test_a_damaged_dense_value_is_evaluated_again(tmp_path, caplog):
