@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from analysis.charts import canvas, look, refuse_few
 from analysis.figures import STYLE
@@ -32,6 +33,7 @@ def kept(table: Table, rows: Sequence[Row]) -> Figure:
     panels[0].set_title(table.title, loc="left", fontsize=10)
     panels[0].legend(frameon=False, fontsize=8)
     panels[1].set_xlabel("block")
+    panels[1].xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 
