@@ -24,7 +24,8 @@ from pruners.retrain import LoRA, Trainable
 WINDOWS = Windows("bookcorpus/train", count=10, length=64, seed=42, sampling="sentences")
 PPL = protocols.perplexity("llm_pruner")
 MEASURES = (*PPL, protocols.zero_shot("llm_pruner"))
-BLOCKS = {"llama-13b": 40, "vicuna-13b": 40, "tinyllama-1.1b": 22}
+BLOCKS = {"llama-13b": 40, "vicuna-13b": 40}
+TINYLLAMA = {("tinyllama-1.1b", 0.2): (4, 18)}  # what the repository prunes of its 22 blocks
 SPARED = {0.2: (4, 2), 0.5: (3, 1)}  # blocks at both ends
 RATIOS = {0.2: 0.25, 0.5: 0.6}
 METHODS: dict[str, dict[str, Any]] = {
@@ -45,7 +46,7 @@ def method(name: str, model: str, share: float, **changes: Any) -> LLMPruner | N
     if METHODS[name].get("granularity") == "channel":
         return LLMPruner(share, **METHODS[name])
     first, last = SPARED[share]
-    blocks = (first, BLOCKS.get(model, 32) - last)
+    blocks = TINYLLAMA.get((model, share), (first, BLOCKS.get(model, 32) - last))
     return LLMPruner(RATIOS[share], attention_blocks=blocks, mlp_blocks=blocks, **{**METHODS[name], **changes})
 
 

@@ -17,9 +17,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
 
+import pruners
 from analysis import papers, unmatched
-from experiments import cells, models, protocols, tables
+from experiments import cells, llm_pruner, models, protocols, tables
 from experiments.labels import labels
 from experiments.spec import Table, digest
 
@@ -68,6 +71,20 @@ def test_models_are_known_and_their_windows_fit(table):
 def test_a_table_runs_on_another_model(table):
     runs = table.runs("llama-2-7b")
     assert {run.model for run in runs} == {"llama-2-7b"}
+
+
+@pytest.mark.parametrize(
+    ("model", "share", "parameters"),
+    [("llama-7b", 0.2, 5_422_977_024), ("llama-7b", 0.5, 3_350_188_032), ("tinyllama-1.1b", 0.2, 945_907_712)],
+)
+def test_the_blocks_that_llm_pruner_prunes_leave_the_published_parameters(model, share, parameters):
+    hidden, mlp, blocks, kv_heads = {"llama-7b": (4096, 11008, 32, 32), "tinyllama-1.1b": (2048, 5632, 22, 4)}[model]
+    config = LlamaConfig(hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=blocks, num_attention_heads=32,
+                         num_key_value_heads=kv_heads, vocab_size=32000)  # fmt: skip
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config)
+    pruners.prune(empty, llm_pruner.method("Random", model, share), None)
+    assert empty.num_parameters() == parameters
 
 
 def test_ids_are_those_of_the_snapshot():
