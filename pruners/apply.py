@@ -48,6 +48,14 @@ class Kept:
         return getattr(self, kind)
 
 
+def check(model: nn.Module) -> None:
+    """TypeError for a model whose class `describe` could not replace once it is cut."""
+    anatomy.family(model)
+    stock = _class_for(model).__bases__[-1]
+    if not isinstance(model, stock):
+        raise TypeError(f"Structured pruning needs a {stock.__name__}; got a {type(model).__name__}.")
+
+
 def zero(block: Block, kept: Kept) -> None:
     """Zero every row, column and bias of the units that go; shapes stay."""
     for linear, rows, index in _held(block, kept):
@@ -87,7 +95,7 @@ def describe(model: nn.Module) -> None:
     """
     blocks = anatomy.blocks(model)
     config = _own_config(model)
-    kind = CLASSES[config.model_type.removeprefix("pruned_")]
+    kind = _class_for(model)
     if not isinstance(model, PrunedModel):
         model.__class__, config.__class__ = kind, kind.config_class
         config.pruned_format = modeling_pruned.FORMAT
@@ -211,6 +219,10 @@ def _chosen(parameter: Tensor, dim: int, chosen: Tensor) -> nn.Parameter:
 
 def _config(model: nn.Module) -> Any:
     return model.config
+
+
+def _class_for(model: nn.Module) -> type[Any]:
+    return CLASSES[_config(model).model_type.removeprefix("pruned_")]
 
 
 def _own_config(model: nn.Module) -> Any:

@@ -37,7 +37,7 @@ from pruners import anatomy, calibrate, select
 from pruners.anatomy import Block
 from pruners.apply import KINDS, Kept
 from pruners.calibrate import Moments, Progress
-from pruners.structured import Structured, by_unit
+from pruners.structured import Structured, by_unit, readers
 
 METRICS = ("WIFV", "IFV", "WIFN")
 STRUCTURES = ("AL-AM", "AL-MM", "UL-UM", "UL-MM")
@@ -101,8 +101,7 @@ class Flap(Structured):
         """Moments of the inputs of each block's last projections, as `<projection>.<statistic>`, in float32."""
         found: dict[str, Tensor] = {}
         total = len(anatomy.blocks(model))
-        groups = lambda block: tuple((block.reader(kind).projection,) for kind in KINDS)  # noqa: E731
-        for block, seen in calibrate.walk(model, windows, Moments, sequential=False, groups=groups, **options):
+        for block, seen in calibrate.walk(model, windows, Moments, sequential=False, groups=readers, **options):
             for name, moments in seen.items():
                 for statistic in STATISTICS:
                     found[f"{block.name}.{name}.{statistic}"] = getattr(moments, statistic).float()

@@ -109,7 +109,8 @@ class Structured:
         return Report(repr(self), self.asked, seconds=seconds, structure=structure)
 
     def check(self, model: nn.Module) -> None:
-        """ValueError for a model that the method cannot prune as asked."""
+        """ValueError or TypeError for a model that the method cannot prune as asked."""
+        apply.check(model)
         for block in anatomy.blocks(model):
             refuse_non_finite({f"{block.name}.{name}": linear for name, linear in block.linears().items()})
 
@@ -211,6 +212,11 @@ class Structured:
         if repairs or (cut and gone):
             apply.describe(model)
         return gone
+
+
+def readers(block: Block) -> tuple[tuple[str, ...], ...]:
+    """The projections that read what units put out, for `calibrate.walk`."""
+    return tuple((block.reader(kind).projection,) for kind in KINDS)
 
 
 def by_unit(block: Block, kind: str, scores: Float[Tensor, " inp"]) -> Float[Tensor, "units size"]:

@@ -21,7 +21,7 @@ from pruners import anatomy, apply, calibrate
 from pruners.anatomy import Block
 from pruners.apply import KINDS, Kept
 from pruners.calibrate import InputNorm, Progress
-from pruners.structured import Scores, Structured, by_unit
+from pruners.structured import Scores, Structured, by_unit, readers
 
 
 def wanda_score(weight: Float[Tensor, "out inp"], x: InputNorm) -> Float[Tensor, " inp"]:
@@ -61,10 +61,9 @@ class WandaSP(Structured):
     ) -> list[Kept]:
         assert windows is not None  # pruners.prune has checked them
         kept, counts = [], self.even_counts(model)
-        groups = lambda block: tuple((block.reader(kind).projection,) for kind in KINDS)  # noqa: E731
-        for block, seen in calibrate.walk(model, windows, InputNorm, groups=groups, **options):
-            readers = {kind: block.reader(kind).projection for kind in KINDS}
-            scores = {kind: wanda_score(block.linear(name).weight, seen[name]) for kind, name in readers.items()}
+        for block, seen in calibrate.walk(model, windows, InputNorm, groups=readers, **options):
+            names = {kind: block.reader(kind).projection for kind in KINDS}
+            scores = {kind: wanda_score(block.linear(name).weight, seen[name]) for kind, name in names.items()}
             kept.append(self.lowest(block, _summed(block, scores), counts[block.index]))
             apply.zero(block, kept[-1])
             if progress:

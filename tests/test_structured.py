@@ -177,6 +177,12 @@ def test_weights_that_are_not_finite_are_named(kind, method, windows):
         pruners.prune(model, method(ratio=0.5), windows)
 
 
+def test_a_model_without_an_output_head_is_refused_before_anything_is_cut(kind):
+    model = tiny(kind).model
+    with pytest.raises(TypeError, match=r"needs a \w+ForCausalLM; got a (Llama|OPT)Model"):
+        pruners.prune(model, pruners.MagnitudeSP(ratio=0.5))
+
+
 def test_the_budget_search_is_optimal_among_all_thresholds():
     generator = torch.Generator().manual_seed(0)
     for _ in range(50):
