@@ -68,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--model", metavar="NAME|FOLDER", help="the same table on another model")
         command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="number format of the model")
         command.add_argument("--limit", type=int, metavar="N", help="zero-shot on the first N documents of a task")
+        command.add_argument("--tasks", nargs="+", default=[], metavar="NAME", help="as the cells were run")
         command.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="default: results")
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return top
@@ -155,12 +156,13 @@ def _rows(asked: argparse.Namespace) -> list[Row]:
     from analysis.rows import rows
     from experiments.tables import find
 
-    return rows(find(asked.table), asked.results, asked.model, asked.dtype, asked.limit)
+    return rows(find(asked.table), asked.results, asked.model, asked.dtype, asked.limit, asked.tasks)
 
 
 def _stem(asked: argparse.Namespace) -> str:
     limit = f"first-{asked.limit}" if asked.limit else None
-    parts = (asked.table, Path(asked.model).name if asked.model else None, asked.dtype, limit)
+    tasks = "+".join(asked.tasks)
+    parts = (asked.table, Path(asked.model).name if asked.model else None, asked.dtype, limit, tasks)
     return ".".join(part for part in parts if part)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,10 +40,15 @@ class Row:
 
 
 def rows(
-    table: Table, root: Path, model: str | None = None, dtype: str | None = None, limit: int | None = None
+    table: Table,
+    root: Path,
+    model: str | None = None,
+    dtype: str | None = None,
+    limit: int | None = None,
+    tasks: Sequence[str] = (),
 ) -> list[Row]:
     """One row per declared cell, in the table's order; raises LookupError if none was ever run."""
-    runs = tables.runs(table, model, dtype, limit)
+    runs = tables.runs(table, model, dtype, limit, tasks)
     found, failed = records.load(root, table.name), records.load_failures(root, table.name)
     done, broken = _newest(found.values()), _newest(failed.values())
     made = [

@@ -79,8 +79,8 @@ def zero_shot(
 
     `tasks` maps lm-eval's task names to changes of their configuration: {} for the task as lm-eval has it, or where
     its documents come from.  `limit` keeps the first so many documents of each task.  `batch_size` None packs batches
-    by tokens.  `resume` names a file that keeps finished batches until the caller removes it.  Raises ValueError for
-    unknown tasks, a limit below 1 and a tokenizer that does not fit the model.
+    by tokens.  `resume` names a file that keeps finished batches until the caller removes it.  Raises LookupError
+    for unknown tasks, ValueError for a limit below 1 and a tokenizer that does not fit the model.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit is the number of documents of each task, at least 1; got {limit}.")
@@ -102,12 +102,12 @@ def task_manager() -> TaskManager:
 
 
 def check_names(tasks: Sequence[str] | Mapping[str, Any]) -> None:
-    """ValueError with the nearest names for a task that lm-eval does not have."""
+    """LookupError with the nearest names for a task that lm-eval does not have."""
     known = task_manager().all_tasks
     for name in tasks:
         if name not in task_manager().task_index:
             near = ", ".join(difflib.get_close_matches(name, known, n=3)) or "none"
-            raise ValueError(f"lm-eval {lm_eval.__version__} has no task {name!r}; nearest: {near}.")
+            raise LookupError(f"lm-eval {lm_eval.__version__} has no task {name!r}; nearest: {near}.")
 
 
 def load(tasks: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Task], dict[str, str]]:

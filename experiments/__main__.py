@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,11 +62,17 @@ def parser() -> argparse.ArgumentParser:
 
 def _list(asked: argparse.Namespace) -> int:
     import pruners
-    from experiments import corpora, models
+    from experiments import corpora, models, protocols
     from experiments.tables import TABLES
 
     print(tabulate([(t.name, len(t.runs()), t.title) for t in TABLES.values()], ("table", "cells", "title")))
-    for kind, names in (("models", models.CATALOGUE), ("methods", pruners.METHODS), ("corpora", corpora.SOURCES)):
+    known: dict[str, Iterable[str]] = {
+        "models": models.CATALOGUE,
+        "methods": pruners.METHODS,
+        "corpora": corpora.SOURCES,
+        "zero-shot conventions (--tasks, as are all tasks of lm-eval)": protocols.CONVENTIONS,
+    }
+    for kind, names in known.items():
         print(f"\n{kind}: {', '.join(names)}")
     print("A local model folder can stand wherever a model's name does.")
     return 0

@@ -19,6 +19,9 @@ def add_selection(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--limit", type=_positive, metavar="N", help="only the first N documents of each zero-shot task"
     )
+    command.add_argument(
+        "--tasks", nargs="+", default=[], metavar="NAME", help="measure these, too: a convention or tasks of lm-eval"
+    )
     command.add_argument("--method", nargs="+", default=[], metavar="NAME", help="only these methods (or: dense)")
     command.add_argument("--only", nargs="+", default=[], metavar="ID|LABEL", help="only these cells")
     command.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="default: results")
@@ -46,7 +49,8 @@ def chosen(asked: argparse.Namespace) -> list[Cell]:
     table = tables.find(asked.table)
     if table.missing:
         raise ValueError(f"{table.name} cannot run yet. It needs {table.missing}.")
-    runs = tables.runs(table, asked.model, asked.dtype, asked.limit)
+    _refuse_unknown(asked.tasks)
+    runs = tables.runs(table, asked.model, asked.dtype, asked.limit, asked.tasks)
     return cells.choose(cells.cells(runs, table.label), asked.method, asked.only)
 
 
@@ -62,6 +66,16 @@ def watchers(asked: argparse.Namespace) -> list[Watcher]:
     from experiments.tracking import Wandb  # wandb takes a second to import
 
     return [Wandb(asked.wandb, asked.table, asked.results)]
+
+
+def _refuse_unknown(tasks: list[str]) -> None:
+    """LookupError with the nearest names, before any work; lm-eval's index is read only for names that it may know."""
+    from experiments import protocols, task_data
+
+    if unfamiliar := [name for name in tasks if name not in protocols.CONVENTIONS and name not in task_data.SOURCES]:
+        from eval.zero_shot import check_names
+
+        check_names(unfamiliar)
 
 
 def _positive(text: str) -> int:

@@ -6,6 +6,8 @@ The same model has other numbers under another protocol (dense LLaMA-7B: a perpl
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from experiments.spec import Perplexity, ZeroShot
 from pruners.suggest import unknown
 
@@ -72,6 +74,11 @@ def zero_shot(name: str, limit: int | None = None, parameters: int = 0) -> ZeroS
 def tasks(*names: str, limit: int | None = None) -> ZeroShot:
     """Any of lm-eval's tasks by name, accuracy shown, without a mean."""
     return ZeroShot(None, tuple((name, "acc") for name in names), limit)
+
+
+def named(names: Sequence[str]) -> ZeroShot:
+    """What a command line means by them: one convention, or tasks of lm-eval."""
+    return zero_shot(names[0]) if len(names) == 1 and names[0] in CONVENTIONS else tasks(*names)
 
 
 def _own_length(name: str, positions: int | None) -> int:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from experiments import baselines, embedded, flap, gblm, headlines, llm_pruner, perp
+from experiments import baselines, embedded, flap, gblm, headlines, llm_pruner, perp, protocols
 from experiments.spec import Run, Table, ZeroShot
 from pruners.suggest import unknown
 
@@ -21,14 +22,23 @@ def find(name: str) -> Table:
         raise LookupError(unknown("table", name, TABLES)) from None
 
 
-def runs(table: Table, model: str | None = None, dtype: str | None = None, limit: int | None = None) -> list[Run]:
+def runs(
+    table: Table,
+    model: str | None = None,
+    dtype: str | None = None,
+    limit: int | None = None,
+    tasks: Sequence[str] = (),
+) -> list[Run]:
     """The table's runs in reading order, on another model or in another number format where asked.
 
-    `limit` cuts zero-shot tasks to their first so many documents, which gives them protocol keys of their own.
+    `limit` cuts zero-shot tasks to their first so many documents, which gives them protocol keys of their own; `tasks`,
+    a convention or tasks of lm-eval, are measured besides.
     """
     asked = table.runs(model)
     if dtype:
         asked = [replace(run, dtype=dtype) for run in asked]
+    if tasks:
+        asked = [replace(run, measures=(*run.measures, protocols.named(tasks))) for run in asked]
     return [replace(run, measures=_limited(run.measures, limit)) for run in asked] if limit else asked
 
 

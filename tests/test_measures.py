@@ -23,6 +23,7 @@ from analysis import comparisons, generation, rows, speed, tables, written
 from eval.answers import read_samples
 from experiments import accuracy, catalogue, cells, gate, measures, models, protocols, records, task_data
 from experiments import tables as all_tables
+from experiments.__main__ import main
 from experiments.batch import run_table
 from experiments.recovery import Retraining
 from experiments.run import Settings
@@ -114,6 +115,14 @@ def test_limits_have_their_own_keys_and_records():
     full, limited = all_tables.runs(table), all_tables.runs(table, limit=7)
     assert limited[0].measures[0].keys[0] == "boolq.acc@0shot[:7]"
     assert {run.id() for run in full}.isdisjoint(run.id() for run in limited)
+
+
+def test_tasks_and_conventions_can_be_asked_for_by_name(capsys):
+    table = small.table(METHODS)
+    assert all_tables.runs(table, tasks=["gblm"])[0].measures[1] == protocols.zero_shot("gblm")
+    assert all_tables.runs(table, tasks=["piqa"], limit=3)[0].measures[1].keys == ("piqa.acc@0shot[:3]",)
+    assert main(["run", "embedded.demo", "--tasks", "hela_swag"]) == 2
+    assert "nearest: hellaswag" in capsys.readouterr().err
 
 
 def test_cells_are_compared_on_the_same_documents(scored):
