@@ -49,6 +49,11 @@ class Entry:
     def folder(self) -> Path:
         return place(Path(self.root), self.table) / self.name
 
+    @property
+    def cells(self) -> dict[str, str]:
+        """Labels of all its cells by id."""
+        return {id: label for job in self.jobs for id, label in job.cells.items()}
+
     def events(self, index: int) -> Path:
         return self.folder / f"{index}.events.jsonl"
 

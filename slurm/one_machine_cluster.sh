@@ -6,6 +6,7 @@
 #   slurm/one_machine_cluster.sh restart FOLDER            the controller alone, as after a crash of it
 #
 # Everything lives in FOLDER: keys, sockets, state, logs.  No accounting, no cgroups: it runs in a container, too.
+# A job that goes back into the queue waits cred_expire seconds there; Slurm's own default is 120.
 # CLUSTER_CPUS sets how many processors it claims to have (default: as many as there are, at least 4).
 set -euo pipefail
 export PATH="$PATH:/usr/sbin:/sbin"
@@ -41,7 +42,7 @@ SlurmdPort=$(free_port)
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket=$folder/munge/socket
+AuthInfo=socket=$folder/munge/socket,cred_expire=5
 StateSaveLocation=$folder/state
 SlurmdSpoolDir=$folder/spool
 SlurmctldPidFile=$folder/slurmctld.pid
@@ -59,9 +60,9 @@ JobAcctGatherParams=OverMemoryKill
 JobCompType=jobcomp/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU_Memory
-SchedulerParameters=bf_interval=1,sched_min_interval=0,batch_sched_delay=0,requeue_delay=1
+SchedulerParameters=sched_interval=2,bf_interval=2,sched_min_interval=0,batch_sched_delay=0
 SlurmdParameters=config_overrides
-ReturnToService=2
+ReturnToService=1
 KillWait=3
 MinJobAge=300
 InactiveLimit=0

@@ -132,7 +132,7 @@ def _cell(id: str, label: str, record: Record | None, failure: Failure | None, j
 
 def labels(root: Path, table: str) -> dict[str, str]:
     """Of every cell that was ever submitted, by id."""
-    return {id: label for entry in ledger.load(root, table) for job in entry.jobs for id, label in job.cells.items()}
+    return {id: label for entry in ledger.load(root, table) for id, label in entry.cells.items()}
 
 
 def find(root: Path, cell: str) -> list[Job]:
@@ -163,7 +163,7 @@ def cancel(found: Sequence[Job]) -> list[str]:
 
 def _unfinished(entry: Entry) -> bool:
     done = records.load(Path(entry.root), entry.table)
-    return any(id not in done for job in entry.jobs for id in job.cells)
+    return any(id not in done for id in entry.cells)
 
 
 def _process(entry: Entry, index: int) -> Queued | None:

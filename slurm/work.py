@@ -7,7 +7,7 @@ time limit is near would end the job for good.
 from __future__ import annotations
 
 import os
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -75,9 +75,13 @@ class Work:
 
     @property
     def asked(self) -> Namespace:
-        """The arguments as a command line gives them, for these cells."""
+        """As a command line gives it, for these cells; options that are younger than the job are at their defaults."""
+        parser = ArgumentParser()
+        arguments.add_selection(parser)
+        arguments.add_running(parser)
+        defaults = vars(parser.parse_args([self.table]))
         paths = {name: Path(value) for name in ("results", "data_dir") if (value := self.arguments[name])}
-        return Namespace(**{**self.arguments, **paths, "only": list(self.cells)})
+        return Namespace(**{**defaults, **self.arguments, **paths, "only": list(self.cells)})
 
     @property
     def _events(self) -> Events:
