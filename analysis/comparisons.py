@@ -126,7 +126,9 @@ def _scores(table: Table, what: ZeroShot, row: Row, root: Path) -> dict[str, lis
     metrics = dict(what.metrics)
     scores: dict[str, list[float]] = {}
     for sample in read_samples(path):
-        scores.setdefault(sample["task"], []).append(sample[metrics[sample["task"]]])
+        score = sample.get(metrics.get(sample["task"], ""))
+        if isinstance(score, int | float):  # a perplexity task has no score of one document
+            scores.setdefault(sample["task"], []).append(score)
     return scores
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
+import pruners
 from eval import latency, semi_structured
 from eval.efficiency import NO_SPEED_UP, TWO_FOUR, bytes_per_step, counts, decoder_blocks, efficiency, macs, speed_note
 
@@ -71,6 +72,17 @@ def test_a_block_that_was_cut_counts_as_it_is():
     assert before.parameters - after.parameters == 3 * 38 * 32
     assert before.macs - after.macs == 64 * 3 * 38 * 32
     assert before.weight_bytes - after.weight_bytes == 4 * 3 * 38 * 32
+
+
+def test_what_pruning_cuts_out_is_gone_from_every_count():
+    windows = torch.randint(96, (2, 16), generator=torch.Generator().manual_seed(0))
+    masked, cut = llama(), llama()
+    for model, how in ((masked, False), (cut, True)):
+        pruners.prune(model, pruners.Flap(ratio=0.4), windows, cut=how)
+    assert counts(cut).nonzero_parameters == counts(masked).nonzero_parameters
+    assert counts(cut).parameters < counts(masked).parameters
+    assert counts(cut).macs < counts(masked).macs
+    assert counts(cut).weight_bytes == 4 * counts(cut).parameters
 
 
 def test_zeros_are_parameters_but_not_nonzero_ones():

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+import pruners
 from eval import zero_shot as zs
 from eval.answers import AnswerStore, read_samples, write_samples
 from eval.scorer import Scorer
@@ -133,6 +134,17 @@ def test_perplexity_tasks_of_lm_eval_run_too(stories):
     found = zs.zero_shot(*stories, sources("wikitext"), limit=1).tasks["wikitext"]
     assert found.metrics["word_perplexity"] > found.metrics["byte_perplexity"] > 1
     assert found.standard_errors == {}
+
+
+def test_a_cut_model_answers_as_the_masked_one(stories):
+    windows = torch.randint(3, 500, (4, 32), generator=torch.Generator().manual_seed(0))
+    found = []
+    for cut in (False, True):
+        model = AutoModelForCausalLM.from_pretrained(DATA / "models/stories260K/hf").eval()
+        pruners.prune(model, pruners.Flap(ratio=0.5), windows, cut=cut)
+        found.append(zs.zero_shot(model, stories[1], sources("piqa"), limit=6).samples)
+    for masked, sliced in zip(*found, strict=True):
+        assert masked["answers"] == pytest.approx(sliced["answers"], abs=1e-3)
 
 
 def test_documents_that_do_not_fit_are_counted(stories):
