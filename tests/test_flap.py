@@ -100,6 +100,47 @@ def test_the_released_threshold_is_the_closest_cumulative_cost():
         assert float(flap.released_threshold(scores, heads, ratio)) == best[1]
 
 
+def released_masks(structure, attention, mlp, ratio, heads_removed):
+    """Kept heads and channels, with the thresholds and strictness of the released code; scores [blocks, width]."""
+    blocks, width, channels, head = len(attention), attention.shape[1], mlp.shape[1], 12
+    if structure.startswith("UL"):
+        by_head = attention.view(blocks, -1, head).sum(2)
+        index = (int(ratio * 4), int(ratio * channels))
+        if structure == "UL-MM":
+            wanted, heads = ratio * (3 * channels * width + 4 * width**2), heads_removed // blocks
+            index = (heads, int((wanted - 4 * width * heads * head) / (3 * width)))
+        thresholds = [part.sort(dim=1)[0][:, i, None] for part, i in zip((by_head, mlp), index, strict=True)]
+        return by_head >= thresholds[0], mlp >= thresholds[1]
+    attention, mlp = ((s - s.mean(1, keepdim=True)) / s.std(1, keepdim=True) for s in (attention, mlp))
+    by_head = attention.view(blocks, -1, head).mean(2)
+    wanted = blocks * ratio * (3 * channels * width + 4 * width**2)
+    count = int((wanted - 4 * width * heads_removed * head) / (3 * width))
+    ordered = [part.flatten().sort(descending=True)[0] for part in (by_head, mlp)]
+    return by_head > ordered[0][-heads_removed], mlp > ordered[1][-count]
+
+
+@pytest.mark.parametrize("metric", flap.METRICS)
+@pytest.mark.parametrize(("structure", "heads_removed"), [("UL-UM", None), ("UL-MM", 3), ("AL-MM", 3)])
+@pytest.mark.parametrize("ratio", [0.3, 0.5])
+@torch.no_grad()
+def test_the_references_masks_are_the_released_thresholds(windows, metric, structure, heads_removed, ratio):
+    model = tiny("llama multi-head")
+    seen, blocks, scores = pruners.gather(model, pruners.Flap(), windows), anatomy.blocks(model), []
+    for projection, power in (("self_attn.o_proj", 2), ("mlp.down_proj", 1)):
+        rows = []
+        for block in blocks:
+            fluctuation, square = (
+                seen[f"{block.name}.{projection}.{s}"] for s in ("released_fluctuation", "mean_square")
+            )
+            rows.append(flap.score(metric, block.linear(projection).weight.data, fluctuation, square.sqrt()) ** power)
+        scores.append(torch.stack(rows))
+    heads, channels = released_masks(structure, *scores, ratio, heads_removed)
+    method = pruners.Flap(ratio, metric=metric, structure=structure, heads_removed=heads_removed, reference=True)
+    kept = method.choose(model, windows, seen)
+    assert torch.equal(torch.stack([keep.attention for keep in kept]), heads)
+    assert torch.equal(torch.stack([keep.mlp for keep in kept]), channels)
+
+
 @pytest.mark.parametrize("ratio", [0.2, 0.5, 0.8])
 @pytest.mark.parametrize("fields", [{}, {"metric": "IFV"}, {"structure": "AL-MM", "heads_removed": 16}])
 def test_the_budget_of_the_whole_model_is_met_up_to_half_a_unit(stories, ratio, fields):
