@@ -101,7 +101,7 @@ def _launch(asked: argparse.Namespace, cells: Sequence[Cell]) -> int:
         todo = launch.missing(cells, plan.root, asked.table)
         for array in jobs.arrays(todo, wanted, asked.memory_gb):
             _show(array)
-            print(f"\n{launch.script(plan, array, wanted, asked.table, plan.root / '.cache/slurm/...')}")
+            print(f"\n{launch.script(array, wanted, asked.table, plan.root / '.cache/slurm/...')}")
         return 0
     sent = 0
     for entry in launch.launch(plan, cells, wanted, asked.executor, asked.memory_gb):

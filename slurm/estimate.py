@@ -1,8 +1,8 @@
-"""What a job needs, from the model's size and the work of its cells; rough, and on the safe side.
+"""What a job asks for, from the model's size and the work of its cells; rough, and on the safe side.
 
-    accelerator   weights + dense statistics (4 bytes a weight) + activations + Hessians and their factorisation
-    memory        weights while they are read, dense statistics, and what Python and its libraries take
-    time          3 * (reading the weights + 2 * parameters * tokens / sustained speed); a backward pass counts twice
+    memory   the weights while they are read, dense statistics, Python and its libraries; and without an accelerator
+             all that would be on one
+    time     3 * (reading the weights + 2 * parameters * tokens / sustained speed)
 
 A job that needs longer than the profile allows asks for the longest time and puts itself back into the queue.
 """
@@ -12,16 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
-from safetensors import safe_open
-
-from experiments import models
 from experiments.cells import Cell
-from experiments.spec import Run, needs_windows
+from experiments.estimate import BYTES, gpu_gb, parameters_of
+from experiments.spec import Run
 from slurm.profile import Profile
 
-BYTES = {"float32": 4, "float64": 8}
 LIBRARIES_GB = 4.0
 READING_GB_PER_SECOND = 0.5
 SAFETY = 3
@@ -52,7 +48,7 @@ def request(cells: Sequence[Cell], profile: Profile, memory_gb: float | None = N
 
     Raises TooLargeError where the profile's accelerator or memory limit is below that.
     """
-    device = max(map(_device_gb, cells))
+    device = max(map(gpu_gb, cells))
     host = LIBRARIES_GB + max(map(_host_gb, cells)) + (0 if profile.gres else device)
     asked = math.ceil(host if memory_gb is None else memory_gb)
     needed = max(SHORTEST_HOURS, SAFETY * seconds(cells, profile) / 3600)
@@ -65,20 +61,7 @@ def seconds(cells: Sequence[Cell], profile: Profile) -> float:
     run = cells[0].run
     reading = len(cells) * _weights_gb(run) / READING_GB_PER_SECOND
     tokens = sum(cell.work for cell in cells) - _saved_tokens(cells)
-    return reading + 2 * parameters(run.model) * tokens / (profile.teraflops * 1e12)
-
-
-@lru_cache
-def parameters(model: str) -> int:
-    """Of the catalogue, or counted in the headers of a folder's weight files."""
-    found = models.find(model)
-    if found.parameters or not found.folder:
-        return found.parameters or 0
-    total = 0
-    for path in sorted(found.folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-    return total
+    return reading + 2 * parameters_of(run.model) * tokens / (profile.teraflops * 1e12)
 
 
 def _saved_tokens(cells: Sequence[Cell]) -> int:
@@ -86,48 +69,29 @@ def _saved_tokens(cells: Sequence[Cell]) -> int:
     shared: dict[str, int] = {}
     every = 0
     for cell in cells:
-        if _has_statistics(cell.run):
-            tokens = 3 * _calibration_tokens(cell.run)
-            shared[repr(cell.run.method.statistics_key)] = tokens
+        run = cell.run
+        if run.method is not None and run.method.statistics_key and run.windows:
+            tokens = 3 * run.windows.count * run.windows.length
+            shared[repr(run.method.statistics_key)] = tokens
             every += tokens
     return every - sum(shared.values())
 
 
-def _device_gb(cell: Cell) -> float:
-    run, width = cell.run, _width(cell.run)
-    statistics = 4e-9 * parameters(run.model) if _has_statistics(run) else 0
-    hidden = 4e-9 * width * _calibration_tokens(run)
-    factorisation = 30e-9 * (2.7 * width) ** 2 if needs_windows(run.method) else 0
-    return 1.1 * (_weights_gb(run) + statistics + hidden + factorisation) + 1
-
-
 def _host_gb(cell: Cell) -> float:
-    statistics = 4e-9 * parameters(cell.run.model) if _has_statistics(cell.run) else 0
-    return 1.2 * _weights_gb(cell.run) + statistics
+    key = cell.run.method.statistics_key if cell.run.method is not None else None
+    gradients = 4e-9 * parameters_of(cell.run.model) if key and key["kind"] == "gradient_norms" else 0
+    return 1.2 * _weights_gb(cell.run) + gradients
 
 
 def _weights_gb(run: Run) -> float:
-    return 1e-9 * BYTES.get(run.dtype, 2) * parameters(run.model)
-
-
-def _width(run: Run) -> float:
-    """Of the hidden states: decoders have about 12 width^2 parameters a block, and a block per 128 channels."""
-    return (128 * parameters(run.model) / 12) ** (1 / 3)
-
-
-def _has_statistics(run: Run) -> bool:
-    return run.method is not None and run.method.statistics_key is not None
-
-
-def _calibration_tokens(run: Run) -> int:
-    return run.windows.count * run.windows.length if run.windows and needs_windows(run.method) else 0
+    return 1e-9 * BYTES.get(run.dtype, 2) * parameters_of(run.model)
 
 
 def _check(model: str, device_gb: float, memory_gb: float, profile: Profile) -> None:
     if profile.gpu_memory_gb and device_gb > profile.gpu_memory_gb:
         raise TooLargeError(
             f"{model} needs about {device_gb:.0f} GB on one accelerator and this profile's hold "
-            f"{profile.gpu_memory_gb:g} GB; take a profile with larger ones, --dtype bfloat16, or one without gres."
+            f"{profile.gpu_memory_gb:g} GB; take a profile with larger ones, or one without gres."
         )
     if profile.memory_gb and memory_gb > profile.memory_gb:
         raise TooLargeError(

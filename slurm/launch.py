@@ -73,7 +73,7 @@ def clear_broken(root: Path, table: str) -> None:
             ledger.remove(entry)
 
 
-def script(plan: Work, array: Array, profile: Profile, name: str, folder: Path) -> str:
+def script(array: Array, profile: Profile, name: str, folder: Path) -> str:
     """The batch script of this array, as sbatch gets it."""
     command = f"{profile.python or shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
     count = len(array.jobs) if len(array.jobs) > 1 else None

@@ -1,0 +1,261 @@
+"""What is sent to a cluster, and what is said where it cannot be; without one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import small_table as small
+
+import pruners
+from experiments import cells, records, tables, watchers
+from experiments.cells import Cell
+from experiments.spec import Perplexity, Run, Windows, digest
+from slurm import estimate, jobs, launch, ledger, profile, queue, state
+from slurm.__main__ import main
+from slurm.profile import Profile
+from slurm.work import Work
+
+GPU = Profile(gres="gpu:1", gpu_memory_gb=80, teraflops=60, cpus=8, hours=24, python="python")
+PPL = Perplexity("wikitext2/test", 2048)
+WINDOWS = Windows("c4/train", 128, 2048)
+METHODS = (None, pruners.Wanda(sparsity=0.5), pruners.GBLM(sparsity=0.5), pruners.GBLM(pattern="2:4"))
+
+
+def found(model: str = "llama-7b", methods=METHODS, dtype: str = "float16") -> list[Cell]:
+    runs = [Run(model, method, WINDOWS, (PPL,), dtype) for method in methods]
+    return [Cell(run, digest(run.spec()), f"{model} {cells.method_name(run)} {i}") for i, run in enumerate(runs)]
+
+
+def with_changes(**changes) -> Profile:
+    return GPU.model_copy(update=changes)
+
+
+def work(root: Path, **changes) -> Work:
+    return Work({"table": "flap.perplexity", "results": str(root), "data_dir": None, **changes})
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path) -> list[str]:
+    """Words that choose a table on a small real model and a results folder."""
+    if not small.MODEL.is_dir():
+        pytest.skip(f"{small.MODEL} is absent")
+    monkeypatch.setitem(tables.TABLES, "tiny", small.table())
+    data = small.data(tmp_path / "data")
+    return ["tiny", "--results", str(tmp_path / "results"), "--data-dir", str(data)]
+
+
+def status(tiny: list[str]) -> int:
+    return main(["status", *tiny[:3]])
+
+
+def test_cells_of_one_model_fill_a_job_and_shared_statistics_are_never_parted():
+    (array,) = jobs.arrays(found(), with_changes(packed_hours=24))
+    assert [len(job.cells) for job in array.jobs] == [4]
+    (array,) = jobs.arrays(found(), with_changes(packed_hours=0))
+    assert [[cells.method_name(cell.run) for cell in job.cells] for job in array.jobs] == [
+        ["dense"], ["wanda"], ["gblm", "gblm"],
+    ]  # fmt: skip
+
+
+def test_every_model_is_an_array_of_its_own_that_asks_for_what_it_needs():
+    seven, thirteen = jobs.arrays([*found("llama-7b"), *found("llama-13b")], with_changes(gpu_memory_gb=140))
+    assert (seven.request.gpus, thirteen.request.gpus) == (1, 1)
+    assert 1.5 < thirteen.request.memory_gb / seven.request.memory_gb < 2
+    assert 1.5 < thirteen.request.gpu_memory_gb / seven.request.gpu_memory_gb < 2
+    assert thirteen.request.needed_hours > 1.5 * seven.request.needed_hours
+
+
+def test_shared_statistics_are_counted_once():
+    both, (first, second) = found(methods=METHODS[2:]), found(methods=METHODS[2:])
+    apart = estimate.seconds([first], GPU) + estimate.seconds([second], GPU)
+    saved = 2 * 6_738_415_616 * 3 * 128 * 2048 / 60e12
+    assert estimate.seconds(both, GPU) == pytest.approx(apart - saved)
+
+
+def test_a_job_that_takes_longer_than_allowed_asks_for_what_is_allowed():
+    request = estimate.request(found("llama-65b"), with_changes(hours=1, gpu_memory_gb=1000))
+    assert (request.hours, request.minutes) == (1, 60)
+    assert request.needed_hours > 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({}, "needs about .* GB on one accelerator and this profile's hold 80"), ({"memory_gb": 10}, "allows 10")],
+)
+def test_a_model_that_is_too_large_is_refused_before_it_queues(changes, said):
+    with pytest.raises(estimate.TooLargeError, match=said):
+        jobs.arrays(found("llama-65b" if not changes else "llama-7b"), with_changes(**changes))
+
+
+def test_the_batch_script_is_the_stored_one(tmp_path):
+    asked = with_changes(
+        partition="gpu", account="lab", qos="high", constraint="a100", parallel=2, packed_hours=0, warning_seconds=90,
+        setup=("module load cuda",), environment={"HF_HOME": "/scratch/hf cache"}, options={"mail-type": "FAIL"},
+    )  # fmt: skip
+    (array,) = jobs.arrays(found(), asked)
+    script = launch.script(array, asked, "flap-1", Path("/results/flap-1"))
+    assert script == (Path(__file__).parent / "batch_script.sh").read_text()
+
+
+def test_no_secret_of_the_environment_is_written_anywhere(tiny, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("HF_TOKEN", "hf_verysecret")
+    monkeypatch.setenv("WANDB_API_KEY", "verysecret")
+    assert main(["submit", *tiny, "--dry-run"]) == 0
+    assert main(["submit", *tiny, "--executor", "local", "--method", "dense"]) == 0
+    told = capsys.readouterr()
+    texts = [told.out, told.err, *(p.read_text(errors="replace") for p in tmp_path.rglob("*") if p.is_file())]
+    assert not any("verysecret" in text for text in texts)
+
+
+def test_the_payload_is_plain_values(tmp_path):
+    payload = vars(replace(work(tmp_path), cells=("ab",), events="e.jsonl"))
+    assert json.loads(json.dumps(payload)) == {**payload, "cells": ["ab"]}
+
+
+def test_the_same_jobs_run_here_as_subprocesses_and_in_the_process(tiny, tmp_path, capsys):
+    assert main(["submit", *tiny, "--executor", "debug", "--method", "dense"]) == 0
+    assert main(["submit", *tiny, "--executor", "local", "--method", "dense", "magnitude", "--only", "dense"]) == 0
+    assert "cells sent: 0" in capsys.readouterr().err
+    assert status(tiny) == 0
+    assert "1 done" in capsys.readouterr().out
+
+
+def test_a_job_that_a_killed_launcher_never_completed_is_forgotten_and_sent_again(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(launch.SENDERS, "debug", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main(["submit", *tiny, "--executor", "debug", "--method", "dense"]) == 130
+    (broken,) = ledger.load(tmp_path / "results", "tiny")
+    assert not broken.complete
+    monkeypatch.setitem(launch.SENDERS, "debug", lambda *_: ["debug"])
+    assert main(["submit", *tiny, "--executor", "debug", "--method", "dense"]) == 0
+    (entry,) = ledger.load(tmp_path / "results", "tiny")
+    assert entry.complete
+    assert entry.name != broken.name
+
+
+def test_a_failed_cell_shows_its_last_lines_and_is_retried_alone(tiny, tmp_path, monkeypatch, capsys):
+    methods = (None, pruners.Wanda(pattern="3:7"))
+    monkeypatch.setitem(tables.TABLES, "tiny", small.table(methods))
+    main(["submit", *tiny, "--executor", "debug"])
+    capsys.readouterr()
+    assert status(tiny) == 1
+    told = capsys.readouterr().out
+    assert "1 done, 1 failed" in told
+    assert "multiple of 7" in told
+    assert main(["retry", *tiny, "--failed", "--executor", "debug"]) == 0
+    assert capsys.readouterr().out == "debug: Wanda 3:7\n"
+
+
+def test_logs_finds_a_cell_by_id_or_label(tiny, tmp_path, capsys):
+    main(["submit", *tiny, "--executor", "debug", "--method", "dense"])
+    (record,) = records.load(tmp_path / "results", "tiny").values()
+    for name in (record.id, "dense"):
+        assert main(["logs", name, *tiny[1:3]]) == 0
+    assert main(["logs", "dance", *tiny[1:3]]) == 2
+    assert "status TABLE" in capsys.readouterr().err
+
+
+def test_a_job_gives_up_after_it_went_back_too_often_without_a_finished_cell(tmp_path):
+    job = replace(work(tmp_path), cells=("ab",), events=str(tmp_path / "e.jsonl"), requeues=1)
+    job = job.checkpoint().function
+    assert job.stalled == 1
+    with pytest.raises(SystemExit, match="2 times in a row"):
+        job.checkpoint()
+    (tmp_path / "runs/flap.perplexity").mkdir(parents=True)
+    (tmp_path / "runs/flap.perplexity/ab.json").touch()
+    assert job.checkpoint().function.stalled == 0
+    assert [event["event"] for event in watchers.read(tmp_path / "e.jsonl")] == [
+        "job requeued", "job gave up", "job requeued",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("slurmstepd: error: Exceeded job memory limit", "--memory-gb 8"),
+        ("slurmstepd: error: Detected 1 oom-kill event(s) in step 7.0", "--memory-gb 8"),
+        ("*** STEP 7.0 ON n1 CANCELLED AT 2026-01-01T00:00:00 DUE TO TIME LIMIT ***", "warning_seconds"),
+        ("*** STEP 7.0 ON n1 CANCELLED AT 2026-01-01T00:00:00 DUE TO JOB REQUEUE ***", "ended early"),
+        ("*** STEP 7.0 ON n1 CANCELLED AT 2026-01-01T00:00:00 ***", "Cancelled"),
+        ("srun: error: n1: task 0: Killed", "Killed from outside"),
+        ("IndexError: list index out of range", "ended early"),
+    ],
+)
+def test_why_a_job_died_is_one_sentence(tmp_path, line, said):
+    entry = ledger.Entry("t-1", "t", "slurm", str(tmp_path), (ledger.Sent("7", {"ab": "Dense"}),), 4, "now", True)
+    job = state.Job(entry, 0, None)
+    job.logs[1].parent.mkdir(parents=True)
+    job.logs[1].write_text(f"[1/2] Dense in 4 s\n{line}\n")
+    assert said in job.death
+    assert "\n" not in job.death
+
+
+@pytest.mark.parametrize(
+    ("words", "said", "status"),
+    [
+        (["submit", "flap.perplexty"], "Unknown table 'flap.perplexty'", 2),
+        (
+            ["submit", "embedded.demo", "--profile", "gpu_partion"],
+            "Unknown profile 'gpu_partion'. Did you mean gpu_partition?",
+            2,
+        ),
+        (["submit", "embedded.demo", "--method", "wnda"], "Did you mean wanda", 2),
+        (["status", "flap.perplexty"], "Unknown table 'flap.perplexty'", 2),
+        (["cancel", "flap.perplexty"], "Unknown table 'flap.perplexty'", 2),
+    ],
+)
+def test_what_cannot_be_asked_is_one_sentence(tmp_path, capsys, words, said, status):
+    assert main([*words, "--results", str(tmp_path)]) == status
+    told = capsys.readouterr().err
+    assert said in told
+    assert len(told.splitlines()) == 1
+
+
+def test_without_slurm_the_way_out_is_named(tiny, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert main(["submit", *tiny]) == 1
+    assert "sbatch is not on the path" in capsys.readouterr().err
+
+
+def test_what_sbatch_complains_of_is_passed_on_and_nothing_counts_as_sent(tiny, tmp_path, monkeypatch, capsys):
+    for name in ("sbatch", "srun", "squeue", "scancel"):
+        (path := tmp_path / "bin" / name).parent.mkdir(exist_ok=True)
+        path.write_text("#!/bin/sh\necho 'sbatch: error: invalid partition specified: gpu' >&2\nexit 1\n")
+        path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    assert main(["submit", *tiny]) == 1
+    assert capsys.readouterr().err == "sbatch refused: sbatch: error: invalid partition specified: gpu\n"
+    assert ledger.load(tmp_path / "results", "tiny") == []
+
+
+def test_a_queue_that_cannot_be_asked_is_never_taken_for_an_empty_one(monkeypatch, tmp_path):
+    (tmp_path / "squeue").write_text("#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact slurm' >&2\nexit 1\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setattr(queue, "check", lambda: None)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(queue.SlurmError, match="Unable to contact slurm"):
+        queue.jobs(["tiny-1"])
+
+
+def test_a_damaged_entry_is_reported_and_left_out(tiny, tmp_path, caplog):
+    main(["submit", *tiny, "--executor", "debug", "--method", "dense"])
+    (path,) = (tmp_path / "results").rglob("entry.json")
+    small.edit(path, '"debug"', '"slurm"')
+    assert ledger.load(tmp_path / "results", "tiny") == []
+    assert "checksum" in caplog.text
+
+
+def test_what_a_job_needs_first_loads_without_torch():
+    code = "import sys, slurm.work; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_cluster_examples_need_no_cluster_to_be_shown(tiny, capsys):
+    for name in profile.names():
+        assert main(["submit", *tiny, "--profile", name, "--dry-run"]) == 0
+    assert capsys.readouterr().out.count("#SBATCH --signal=USR2@") == 3
