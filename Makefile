@@ -21,6 +21,8 @@ check: .venv/ready
 
 bench: .venv/ready
 	$(RUN) -m tests.bench
+	$(RUN) -m tests.bench_retrain
+	$(RUN) -m tests.bench_eval
 
 env: .venv/ready
 
