@@ -8,13 +8,16 @@ import resource
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pruners
 from experiments import cells, records
 from experiments.batch import Outcome, run_table
+from experiments.recovery import Retraining
 from experiments.run import Settings
 from experiments.spec import Perplexity, Run, Table, Windows, digest
+from pruners.retrain import Trainable
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 MODEL = SHARED / "data" / "models" / "stories260K" / "hf"
@@ -31,6 +34,13 @@ METHODS = (
 
 def table(methods=METHODS, name="tiny", measures=(PPL,)) -> Table:
     return Table(name, "A tiny table", methods, ((str(MODEL),),), lambda m, model: Run(model, m, WINDOWS, measures))
+
+
+def retrained() -> Table:
+    """One pruned model whose norms are trained for eight steps."""
+    recovery = Retraining(Trainable(norms=True), WINDOWS, steps=8, learning_rate=1e-3)
+    plain = table((pruners.Wanda(sparsity=0.5),), "retrained")
+    return replace(plain, run=lambda method, model: replace(plain.run(method, model), recovery=recovery))
 
 
 def data(folder: Path) -> Path:

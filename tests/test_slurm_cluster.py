@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,8 @@ import pytest
 import slurm_driver
 import small_table as small
 
-from experiments import records, tables, watchers
+from experiments import batch, cells, records, tables, watchers
+from experiments.run import Settings
 from slurm import ledger, queue, state
 from slurm.__main__ import main
 
@@ -49,6 +51,7 @@ def cluster(tmp_path_factory) -> Iterator[Callable[[str], None]]:
         patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setitem(tables.TABLES, "tiny", small.table())
+        patch.setitem(tables.TABLES, "retrained", small.retrained())
         do("start")
         try:
             yield do
@@ -68,14 +71,17 @@ def undisturbed(tmp_path_factory, data) -> dict[str, tuple]:
     return results(root)
 
 
-def results(root: Path) -> dict[str, tuple]:
-    return {id: (r.spec, r.achieved, r.measures, r.data) for id, r in records.load(root, "tiny").items()}
+def results(root: Path, table: str = "tiny") -> dict[str, tuple]:
+    return {id: (r.spec, r.achieved, r.measures, r.data) for id, r in records.load(root, table).items()}
 
 
 class Site:
     """One results folder and one profile; every life of a job ends at the next of `pauses`, e.g. "remove 9"."""
 
-    def __init__(self, root: Path, data: Path, *pauses: str, greedy_gb: int = 0, **profile) -> None:
+    def __init__(
+        self, root: Path, data: Path, *pauses: str, greedy_gb: int = 0, table: str = "tiny", **profile
+    ) -> None:
+        self.table = table
         self.root, self.data, self.pauses = root / "results", data, root / "pauses"
         self.profile = root / "profile.toml"
         self.pauses.write_text("\n".join(pauses))
@@ -88,18 +94,18 @@ class Site:
 
     def __call__(self, *words: str) -> int:
         sending = ("--profile", str(self.profile), "--data-dir", str(self.data), "--memory-gb", "2")
-        return main([*words[:1], "tiny", *words[1:], *(sending if words[0] in ("submit", "retry") else ()),
+        return main([*words[:1], self.table, *words[1:], *(sending if words[0] in ("submit", "retry") else ()),
                      "--results", str(self.root)])  # fmt: skip
 
     @property
     def jobs(self) -> list[state.Job]:
-        return state.jobs(self.root.resolve(), "tiny")
+        return state.jobs(self.root.resolve(), self.table)
 
     def wait(self, until: Callable[[], bool], what: str) -> None:
         deadline = time.monotonic() + PATIENCE_SECONDS
         while not until():
             if time.monotonic() > deadline:
-                main(["status", "tiny", "--results", str(self.root)])
+                main(["status", self.table, "--results", str(self.root)])
                 raise TimeoutError(f"{what} did not come; jobs: {self.jobs}")
             time.sleep(0.3)
 
@@ -112,8 +118,13 @@ class Site:
 
     @property
     def record(self) -> records.Record:
-        (record,) = records.load(self.root, "tiny").values()
+        (record,) = records.load(self.root, self.table).values()
         return record
+
+    def kill(self) -> None:
+        """The process of the last job, as the kernel does it, and wait for the end of the job."""
+        os.kill(watchers.read(self.jobs[-1].entry.events(0))[-1]["process"], signal.SIGKILL)
+        self.wait_for_the_end()
 
 
 def test_a_table_goes_as_an_array_and_twice_sent_is_sent_once(cluster, tmp_path, data, undisturbed, capsys):
@@ -168,14 +179,32 @@ def test_killed_while_pruning_and_while_measuring_a_cell_is_sent_again(cluster, 
     assert "Cancelled" in capsys.readouterr().out
     site("retry", "--failed")
     site.wait_for_pause(left=0)
-    os.kill(watchers.read(site.jobs[-1].entry.events(0))[-1]["process"], signal.SIGKILL)  # as the kernel does
-    site.wait_for_the_end()
+    site.kill()
     assert site("status") == 1
     assert "Killed from outside" in capsys.readouterr().out
     site("submit", "--method", "wanda")
     site.wait_for_the_end()
     assert results(site.root)[site.record.id] == undisturbed[site.record.id]
     assert site.record.resumed == 2
+
+
+def test_killed_while_retraining_a_cell_goes_on_from_its_steps(cluster, tmp_path, data):
+    batch.run_table("retrained", cells.cells(small.retrained().runs()), Settings(tmp_path, data_dir=data))
+    site = Site(tmp_path, data, "step 6", table="retrained")
+    site("submit")
+    site.wait_for_pause(left=0)
+    site.kill()
+    site("submit")
+    site.wait_for_the_end()
+    (undisturbed,) = results(tmp_path, "retrained").values()
+    (resumed,) = results(site.root, "retrained").values()
+    assert resumed[1]["recovery"]["resumed_at"] == 4  # of eight steps, kept every second, killed in the sixth
+    assert but_for_how(resumed) == but_for_how(undisturbed)
+    assert site.record.resumed == 1
+
+
+def but_for_how(result: tuple) -> str:
+    return re.sub(r"'(seconds|resumed_at)': [0-9.e-]+", "", repr(result))
 
 
 def test_a_job_without_enough_memory_says_what_to_ask_for_and_the_others_finish(cluster, tmp_path, data, capsys):
