@@ -8,10 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from experiments import failures, files, measures, models, records
 from experiments.cells import Cell, ordered
+from experiments.locks import lock
 from experiments.progress import Board, duration
 from experiments.records import Failure, Record
 from experiments.run import Settings, execute, unfinished
@@ -101,7 +102,7 @@ class _Worker:
         place = self.settings.root / ".cache" / "started" / self.table
         with files.explained(place):
             place.mkdir(parents=True, exist_ok=True)
-        with FileLock(place / f"{cell.id}.lock", timeout=-1 if wait else 0):
+        with lock(place / f"{cell.id}.lock", timeout=-1 if wait else 0):
             marker = place / cell.id
             before = len(marker.read_text()) if marker.exists() else 0
             files.write(marker, "." * (before + 1))

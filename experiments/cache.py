@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from experiments import files
+from experiments.locks import lock
 from experiments.spec import digest
 
 LIMIT_VARIABLE = "PRUNING_CACHE_GB"
@@ -37,12 +38,12 @@ def statistics(root: Path, key: dict[str, Any], compute: Callable[[], Statistics
     path = folder(root) / f"{digest(key)}.safetensors"
     with files.explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(_lock(path))
-        lock.acquire()
+        held = lock(_lock(path))
+        held.acquire()
     try:
         return read(path) or _computed(path, compute)
     finally:
-        lock.release()
+        held.release()
 
 
 def folder(root: Path) -> Path:
@@ -120,7 +121,7 @@ def _make_room(place: Path, allowed_bytes: int) -> None:
 def _remove(path: Path) -> int:
     """Bytes freed: none while another process holds the entry."""
     try:
-        with FileLock(_lock(path), timeout=0):
+        with lock(_lock(path), timeout=0):
             size = path.stat().st_size
             path.unlink()
             return size

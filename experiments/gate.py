@@ -11,11 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from experiments import files, sealed
 from experiments.accuracy import Values
 from experiments.catalogue import Model
+from experiments.locks import lock
 from experiments.spec import Perplexity, digest
 
 logger = logging.getLogger(__name__)
@@ -51,7 +50,7 @@ def dense(root: Path, key: dict[str, Any], evaluate: Callable[[], Values]) -> Va
     path = root / ".cache" / "dense" / f"{digest(key)}.json"
     with files.explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):
+    with lock(path.with_suffix(".lock")):
         if (values := _read(path)) is None:
             values = evaluate()
             files.write(path, sealed.dumps({"key": key, "values": values}))

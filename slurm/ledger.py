@@ -15,9 +15,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from experiments import files, records, sealed
+from experiments.locks import lock
 from experiments.spec import digest
 from slurm.jobs import Array
 
@@ -109,7 +110,7 @@ def launching(root: Path, table: str) -> Iterator[None]:
     with files.explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(folder / "launching.lock", timeout=10):
+        with lock(folder / "launching.lock", timeout=10):
             yield
     except Timeout:
         raise TimeoutError(f"Another process is submitting {table} right now; wait for it, then ask again.") from None
