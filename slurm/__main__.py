@@ -34,6 +34,7 @@ LOG_LINES = 200
 def main(words: Sequence[str] | None = None) -> int:
     """The exit status: 0 all well, 1 something failed, 2 asked for something unknown, 130 interrupted."""
     asked = parser().parse_args(words)
+    asked.results = asked.results.resolve()  # jobs may run in another folder
     from experiments.failures import sentence  # torch takes seconds to import; --help should not
 
     try:
@@ -122,7 +123,7 @@ def _plan(asked: argparse.Namespace) -> Work:
     ours = {"command", "debug", "profile", "executor", "memory_gb", "dry_run", "failed"}
     told = {name: value for name, value in vars(asked).items() if name not in ours}
     data_dir = str(asked.data_dir.resolve()) if asked.data_dir else None
-    return Work({**told, "results": str(asked.results.resolve()), "data_dir": data_dir})
+    return Work({**told, "results": str(asked.results), "data_dir": data_dir})
 
 
 def _show(array: Array) -> None:
@@ -169,8 +170,8 @@ def _cancel(asked: argparse.Namespace) -> int:
     from slurm import ledger, state
 
     tables.find(asked.table)
-    with ledger.launching(asked.results.resolve(), asked.table):
-        stopped = state.cancel(state.jobs(asked.results.resolve(), asked.table))
+    with ledger.launching(asked.results, asked.table):
+        stopped = state.cancel(state.jobs(asked.results, asked.table))
     print(f"{asked.table}: jobs cancelled: {len(stopped)}; what they had finished is kept", file=sys.stderr)
     return 0
 
@@ -178,7 +179,7 @@ def _cancel(asked: argparse.Namespace) -> int:
 def _logs(asked: argparse.Namespace) -> int:
     from slurm import state
 
-    job = state.find(asked.results.resolve(), asked.cell)[-1]
+    job = state.find(asked.results, asked.cell)[-1]
     for path in job.logs:
         print(f"==> {path} <==")
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ["(nothing yet)"]

@@ -259,3 +259,19 @@ def test_cluster_examples_need_no_cluster_to_be_shown(tiny, capsys):
     for name in profile.names():
         assert main(["submit", *tiny, "--profile", name, "--dry-run"]) == 0
     assert capsys.readouterr().out.count("#SBATCH --signal=USR2@") == 3
+
+
+def test_a_job_on_this_machine_is_alive_as_long_as_its_process_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sent = ledger.Sent("", {"ab": "Dense"})
+    entry = ledger.Entry("t-1", "t", "local", str(tmp_path), (sent,), 4, "now", True)
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", str(entry.folder)])
+    ledger.write(entry.with_ids([str(process.pid)]))
+    (job,) = state.jobs(tmp_path, "t")
+    assert job.alive
+    assert state.cells(tmp_path, "t", {"ab": "Dense"})[0].state == "queued"
+    assert state.cancel([job]) == [str(process.pid)]
+    process.wait()
+    assert not state.jobs(tmp_path, "t")[0].alive
+    ledger.write(entry.with_ids([str(os.getpid())]))  # that number is somebody else's now
+    assert not state.jobs(tmp_path, "t")[0].alive
