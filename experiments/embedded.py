@@ -72,7 +72,7 @@ def label(run: Run) -> tuple[str, str]:
 
 demo = Table(
     name="embedded.demo",
-    title="Unstructured pruning, retraining of one pruned model, and structured pruning",
+    title="Pruning the embedded model",
     rows=(
         None,
         pruners.Magnitude(sparsity=0.5),
