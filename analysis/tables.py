@@ -41,6 +41,7 @@ QUANTITIES = (
     Quantity("macs", digits=2, title="MACs, G", scale=1e-9),
     Quantity("decode_s", digits=1, title="decode, ms/token", scale=1e3, quartiles=("decode_q1_s", "decode_q3_s")),
     Quantity("decode_bound_s", digits=1, title="its bound, ms", scale=1e3),
+    Quantity("column_dispersion", digits=1, title="column overdispersion"),
     Quantity("distinct_2", digits=3, title="distinct 2-grams"),
     Quantity("repeated_4", digits=3, title="repeated 4-grams"),
 )

@@ -23,7 +23,7 @@ from scipy import stats
 from analysis import papers
 from analysis.papers import Published
 from analysis.rows import Row
-from experiments.spec import Efficiency, Perplexity, Run, Table, ZeroShot
+from experiments.spec import Efficiency, MaskPatterns, Perplexity, Run, Table, ZeroShot
 
 MATCHES, DIFFERS, MISSING, UNPUBLISHED = "matches", "differs", "missing", "not published"
 CONFIDENCE = 0.95
@@ -132,7 +132,12 @@ def tells_more(found: Sequence[Cell]) -> bool:
 
 def quantities(run: Run) -> list[tuple[str, str]]:
     """(protocol key, quantity) of every number that a paper would print of this run."""
-    kinds = {Perplexity: ("perplexity",), ZeroShot: ("score",), Efficiency: ("parameters", "macs")}
+    kinds = {
+        Perplexity: ("perplexity",),
+        ZeroShot: ("score",),
+        Efficiency: ("parameters", "macs"),
+        MaskPatterns: ("column_dispersion",),
+    }
     return [(key, metric) for what in run.measures for key in what.keys for metric in kinds.get(type(what), ())]
 
 

@@ -2,8 +2,8 @@
 
     python -m experiments run embedded.gblm       about half an hour a table on two cores with AVX512-BF16
 
-65,536 evaluation tokens, in bfloat16: the format the model was published in, as the papers use half precision.  The texts
-stand in for the papers' own, and a model this small loses more than theirs.
+65,536 evaluation tokens, in bfloat16: the format the model was published in, as the papers use half precision.  The
+texts stand in for the papers' own, and a model this small loses more than theirs.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from experiments import flap as flap_tables
 from experiments import gblm as gblm_tables
 from experiments.embedded import MODEL
 from experiments.labels import setting
-from experiments.spec import Perplexity, Run, Table, Windows, needs_windows
+from experiments.spec import MaskPatterns, Perplexity, Run, Table, Windows, needs_windows
 from pruners import GBLM, Flap, LLMPruner, Magnitude, MagnitudeSP, SparseGPT, Wanda, WandaSP
 
 SEEDS = (0, 1, 2)
 DTYPE = "bfloat16"
-PPL = (Perplexity("embedded/wiki", window=512, limit=128),)
+PPL = Perplexity("embedded/wiki", window=512, limit=128)
 COUNT = 32
 ALPHA = 100 * 128 / COUNT  # the gradient term grows with the number of windows, and 100 belongs to 128
 BLOCKS = (4, 28)  # of 30
@@ -30,9 +30,9 @@ IMPORTANCES = {"L2": "l2", "Random": "random", "Vector (Block)": "vector", "Elem
                "Element^1 (Block)": "element1"}  # fmt: skip
 
 
-def drawn(method: Any, model: str, seed: int, windows: Windows) -> Run:
+def drawn(method: Any, model: str, seed: int, windows: Windows, measures: tuple[Any, ...] = (PPL,)) -> Run:
     """Methods that see no data have one run."""
-    return Run(model, method, replace(windows, seed=seed) if needs_windows(method) else None, PPL, DTYPE)
+    return Run(model, method, replace(windows, seed=seed) if needs_windows(method) else None, measures, DTYPE)
 
 
 gblm = Table(
@@ -41,7 +41,11 @@ gblm = Table(
     rows=(None, Magnitude, SparseGPT, Wanda, partial(GBLM, norm="l1", alpha=ALPHA)),
     columns=tuple(product((MODEL,), ({"sparsity": 0.5}, {"pattern": "2:4"}), SEEDS)),
     run=lambda method, model, how, seed: drawn(
-        method and method(**how), model, seed, Windows("embedded/c4", COUNT, 512)
+        method and method(**how),
+        model,
+        seed,
+        Windows("embedded/c4", COUNT, 512),
+        (PPL, *([MaskPatterns()] if method else [])),
     ),
     label=gblm_tables.label,
 )

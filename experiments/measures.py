@@ -14,10 +14,11 @@ from eval import semi_structured
 from eval.efficiency import efficiency
 from eval.generation import Sampling, generate
 from eval.intervals import perplexity_interval
+from eval.patterns import mask_patterns
 from eval.perplexity import perplexity
 from experiments import accuracy, tokens
 from experiments.accuracy import Values
-from experiments.spec import Efficiency, Generation, Perplexity, ZeroShot
+from experiments.spec import Efficiency, Generation, MaskPatterns, Perplexity, ZeroShot
 from experiments.tokens import Tokenizer
 
 Progress = Callable[[int, int], None]
@@ -116,6 +117,10 @@ def _generation(what: Generation, subject: Subject, progress: Progress | None) -
     return {what.key: {**{name: _mean(rows, name) for name in ("distinct_2", "repeated_4")}, "continuations": rows}}
 
 
+def _mask_patterns(what: MaskPatterns, subject: Subject, progress: Progress | None) -> Values:
+    return {what.key: mask_patterns(subject.model, what.block)}
+
+
 def _mean(rows: list[dict[str, Any]], name: str) -> float | None:
     known = [row[name] for row in rows if row[name] is not None]
     return fmean(known) if known else None
@@ -153,6 +158,7 @@ KINDS = {
     ZeroShot: Kind(_zero_shot, _zero_shot_work),
     Efficiency: Kind(_efficiency, _efficiency_work),
     Generation: Kind(_generation, _generation_work),
+    MaskPatterns: Kind(_mask_patterns, lambda what: 0),
 }
 
 

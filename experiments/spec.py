@@ -121,6 +121,21 @@ class Generation:
 
 
 @dataclass(frozen=True)
+class MaskPatterns:
+    """How far rows and columns of the masks stay or go together, and maps of the masks of one block, from 0."""
+
+    block: int = 0
+
+    @property
+    def key(self) -> str:
+        return f"mask patterns, block {self.block}"
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return (self.key,)
+
+
+@dataclass(frozen=True)
 class Run:
     """One cell: a model, a method (None is the dense model), its calibration and what is measured.
 
