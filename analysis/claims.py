@@ -54,6 +54,7 @@ GBLM = "GBLM-Pruner (l1)"
 SMALL = "Magnitude + norms, biases"
 MASKLORA = "Magnitude + MaskLoRA, norms, biases"
 TERMS = ("|W|*||G||_1 (gradient term only)", "|W|*||G||_2 (gradient term only)")
+PATTERNS = "mask patterns, block 0"
 FULL_METRIC = "|W|*||X||_2 + alpha*|W|*||G||_1, alpha=100 (final)"
 
 CLAIMS = (
@@ -97,6 +98,13 @@ CLAIMS = (
     Claim("gblm-alpha", "GBLM-Pruner", "A weight of 100 is better than both ends of the sweep.",
           tuple(Better(("GBLM-Pruner alpha=100", "50 %"), (f"GBLM-Pruner alpha={end}", "50 %"))
                 for end in ("0.001", "100000")), (Place("gblm.alpha", LLAMA_2[:1], AT_2048),)),
+    Claim("gblm-patterns", "GBLM-Pruner", "Its masks spare and give up whole columns more than chance does (1).",
+          (Better((GBLM, "50 %"), 1.0),),
+          (Place("gblm.patterns", LLAMA_2[:1], PATTERNS, "column_dispersion"),),
+          (Place("embedded.gblm", EMBEDDED, PATTERNS, "column_dispersion"),)),
+    Claim("gblm-patterns-wanda", "GBLM-Pruner", "Its masks show more of that structure than Wanda's.",
+          over(GBLM, "Wanda", "50 %"), (Place("gblm.patterns", LLAMA_2[:1], PATTERNS, "column_dispersion"),),
+          (Place("embedded.gblm", EMBEDDED, PATTERNS, "column_dispersion"),)),
     Claim("wanda-magnitude", "Wanda", "Wanda's perplexity is below magnitude pruning's at 50 %, 4:8 and 2:4.",
           over("Wanda", "Magnitude", "50 %", "4:8", "2:4"), WANDA_PPL, stand_in("gblm"),
           over("Wanda", "Magnitude", "50 %", "2:4")),
@@ -121,19 +129,19 @@ CLAIMS = (
           (Better(("Biases + LN", "retrain mode"), 0.0005),), PERP_SHARES),
     Claim("perp-full", "PERP", "Retraining biases and norms matches retraining everything (within 5 %).",
           over(SMALL, "Magnitude + all weights", "50 %", "60 %", factor=1.05), PERP_MAGNITUDE,
-          (Place("embedded.perp", EMBEDDED, "embedded/wiki@512[:16]"),)),
+          stand_in("perp")),
     Claim("perp-masklora", "PERP", "MaskLoRA on magnitude masks is below Wanda without retraining.",
           (Better((MASKLORA, "50 %"), ("Wanda", "50 %")),), PERP_MASKS,
-          (Place("embedded.perp", EMBEDDED, "embedded/wiki@512[:16]"),),
+          stand_in("perp"),
           (Better(("Magnitude + MaskLoRA, norms", "50 %"), ("Wanda", "50 %")),)),
     Claim("perp-sparsegpt", "PERP", "MaskLoRA lifts magnitude to SparseGPT (within 5 %).",
           (Better((MASKLORA, "50 %"), ("SparseGPT", "50 %"), 1.05),), PERP_MASKS,
-          (Place("embedded.perp", EMBEDDED, "embedded/wiki@512[:16]"),),
+          stand_in("perp"),
           (Better(("Magnitude + MaskLoRA, norms", "50 %"), ("SparseGPT", "50 %"), 1.05),)),
     Claim("perp-reconstruction", "PERP", "Reconstruction improves Wanda and SparseGPT.",
           tuple(Better((f"{name} + reconstruction (MaskLoRA, norms, biases)", "50 %"), (name, "50 %"))
                 for name in ("Wanda", "SparseGPT")), PERP_RECONSTRUCTION,
-          (Place("embedded.perp", EMBEDDED, "embedded/wiki@512[:16]"),),
+          stand_in("perp"),
           tuple(Better((f"{name} + reconstruction (MaskLoRA, norms)", "50 %"), (name, "50 %"))
                 for name in ("Wanda", "SparseGPT"))),
     Claim("pruner-keeps", "LLM-Pruner", "20 % pruned and tuned, LLaMA-7B keeps 94.97 % of its accuracy.",

@@ -26,7 +26,7 @@ from analysis.rows import Row, rows
 from analysis.verdicts import Cell, cells
 from experiments import tables
 
-HIGHER = ("score", "tokens_per_second")
+HIGHER = ("score", "tokens_per_second", "column_dispersion")
 CONFIDENCE = 0.95
 FEWEST_SEEDS = 3
 Words = tuple[str, str]  # method and setting

@@ -26,9 +26,9 @@ def mask_patterns(model: nn.Module, block: int, side: int = 64) -> dict[str, Any
     """Overdispersion of rows and columns by matrix, over all blocks, and maps of one block's masks.
 
     `row_dispersion` and `column_dispersion` are medians over all matrices.  Each matrix has `kept`, `rows` and
-    `columns` as lists over the blocks; a dense or empty matrix has None for the last two.  `maps` shows `block`: at most `side`
-    lines of `side` cells, each the percentage of weights kept (99 at most) as two digits.  Raises ValueError for a
-    block that the model has not.
+    `columns` as lists over the blocks; a dense or empty matrix has None for the last two.  `maps` shows `block`: at
+    most `side` lines of `side` cells, each the percentage of weights kept (99 at most) as two digits.  Raises
+    ValueError for a block that the model has not.
     """
     matrices: dict[str, dict[str, list[float | None]]] = {}
     maps = {}

@@ -8,6 +8,7 @@ number).  alpha = 100 belongs to 128 windows; the gradient is not divided by the
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import pruners
 from experiments import protocols
 from experiments.labels import setting
-from experiments.spec import Run, Table, Windows
+from experiments.spec import MaskPatterns, Run, Table, Windows
 
 MODELS = ("llama-7b", "llama-13b", "llama-30b", "llama-2-7b", "llama-2-13b", "llama-2-70b")
 SETTINGS: tuple[dict[str, Any], ...] = ({"sparsity": 0.5}, {"pattern": "4:8"}, {"pattern": "2:4"})
@@ -118,4 +119,13 @@ calibration_seeds = Table(
     ),
     published="gblm: Calibration-set robustness (5 random draws)",
     label=lambda run: (label(run)[0], f"{setting(run.method)}, {WINDOWS.count} samples"),
+)
+
+patterns = Table(
+    name="gblm.patterns",
+    title="Structure in the masks of the first block (a figure without printed numbers)",
+    rows=METHODS[1:],
+    columns=(("llama-2-7b", SETTINGS[0]),),
+    run=lambda method, model, how: replace(pruned(method, model, how), measures=(MaskPatterns(),)),
+    label=label,
 )

@@ -103,10 +103,10 @@ def test_the_text_has_the_papers_digits(found):
 
 
 def test_seeds_without_a_paper_stand_as_their_mean(tmp_path):
-    found = made(tmp_path, headlines.gblm, {("smollm2-135m", "Wanda", "50 %"): [40.0, 41.0, 42.0]})
-    mean = found["smollm2-135m", "Wanda", "50 %", "mean"]
+    found = made(tmp_path, headlines.flap, {("smollm2-135m", "Wanda-sp", "20 %"): [40.0, 41.0, 42.0]})
+    mean = found["smollm2-135m", "Wanda-sp", "20 %", "mean"]
     assert mean.half_width == pytest.approx(4.303 / 3**0.5, rel=1e-3)
     assert verdicts.text([mean]).iloc[0]["Ours"] == "41.00 ± 2.48 (3 seeds)"
     assert "Verdict" not in verdicts.text([mean]).columns
-    text = written.markdown(headlines.gblm, rows.rows(headlines.gblm, tmp_path))
+    text = written.markdown(headlines.flap, rows.rows(headlines.flap, tmp_path))
     assert "**Means over seeds with 95 % intervals.**" in text
