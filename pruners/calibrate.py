@@ -18,7 +18,6 @@ import torch
 from accelerate.utils import send_to_device
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from pruners import anatomy
 from pruners.anatomy import Block
@@ -188,7 +187,7 @@ def walk(
     finite.
     """
     blocks, kept = anatomy.blocks(model), rebuild or keeper
-    with _evaluating(model):
+    with evaluating(model):
         stream = _Stream(model, windows, batch_size, device, also=rebuild.batch_size if rebuild else 0)
         for block in blocks:
             with _moved(block.module, device):
@@ -206,46 +205,6 @@ def walk(
                         keeper.keep(block)
                 if sequential and not last:
                     stream.advance(block)
-
-
-def gradients(
-    model: nn.Module,
-    windows: Int[Tensor, "count length"],
-    weights: Mapping[str, Tensor],
-    consume: Callable[[str, Tensor], None],
-    *,
-    batch_size: int = 1,
-    checkpointing: bool = False,
-    progress: Progress | None = None,
-) -> None:
-    """Backward passes of the mean next-token loss; `consume(name, gradient)` sees each weight's gradient once a batch.
-
-    A gradient is handed over and freed as soon as backward has produced it, so memory stays at weights plus one
-    gradient plus activations.  Dropout is off; no other parameter gets a gradient.  float16 losses are scaled by
-    1024 during backward and unscaled before `consume`, so that small gradients do not underflow.
-    """
-    scale = 1024.0 if model.dtype == torch.float16 else 1.0
-
-    def handle(name: str, weight: Tensor) -> None:
-        gradient, weight.grad = weight.grad, None
-        assert gradient is not None  # the hook runs once the gradient is there
-        if not gradient.isfinite().all():
-            raise ValueError(f"The gradient of {name} is not finite; use --dtype bfloat16 or float32.")
-        consume(name, gradient.float().div_(scale) if scale != 1 else gradient)
-
-    with ExitStack() as stack:
-        stack.enter_context(_only_trainable(model, weights))
-        if checkpointing:
-            stack.enter_context(checkpointed(model))
-        for name, weight in weights.items():
-            stack.callback(weight.register_post_accumulate_grad_hook(partial(handle, name)).remove)
-        batches = windows.split(batch_size)
-        for index, batch in enumerate(batches):
-            batch = batch.to(next(iter(weights.values())).device)
-            loss = model(input_ids=batch, labels=batch, use_cache=False).loss
-            (loss * scale).backward()
-            if progress:
-                progress(index + 1, len(batches))
 
 
 class _Caught(Exception):  # noqa: N818  (a signal that enough of a forward pass has run, not an error)
@@ -362,7 +321,7 @@ def _moved(module: nn.Module, device: torch.device | str | None) -> Iterator[Non
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Dropout off for a while."""
     training = model.training
     model.eval()
@@ -370,32 +329,3 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(training)
-
-
-@contextmanager
-def _only_trainable(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Evaluation mode, with gradients for these weights alone; everything as before afterwards."""
-    before = {p: p.requires_grad for p in model.parameters()}
-    model.requires_grad_(False)
-    for weight in weights.values():
-        weight.requires_grad_(True)
-    try:
-        with _evaluating(model), torch.enable_grad():
-            yield
-    finally:
-        for parameter, wanted in before.items():
-            parameter.requires_grad_(wanted)
-            parameter.grad = None
-
-
-@contextmanager
-def checkpointed(model: nn.Module) -> Iterator[None]:
-    """Blocks recompute their activations during backward (transformers' own switch works in training mode only)."""
-    modules = list(model.get_submodule(anatomy.family(model).blocks).children())
-    for module in modules:
-        module.forward = partial(checkpoint, module.forward, use_reentrant=False)
-    try:
-        yield
-    finally:
-        for module in modules:
-            del module.forward

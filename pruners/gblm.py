@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from pruners import anatomy, calibrate
+from pruners import anatomy, gradients
 from pruners.calibrate import InputNorm, Progress
 from pruners.unstructured import Unstructured
 
@@ -47,7 +47,7 @@ def gradient_norms(
         else:
             sums[name].addcmul_(gradient, gradient)
 
-    calibrate.gradients(model, windows, weights, add, **options)
+    gradients.backward(model, windows, weights, add, **options)
     return sums if norm == "l1" else {name: total.sqrt_() for name, total in sums.items()}
 
 

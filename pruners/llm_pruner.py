@@ -38,7 +38,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from pruners import anatomy, apply, calibrate, select, whole_model
+from pruners import anatomy, apply, gradients, select, whole_model
 from pruners.anatomy import Block
 from pruners.apply import KINDS, Kept
 from pruners.calibrate import Progress
@@ -102,9 +102,9 @@ def index_scores(
         found[name] = score(importance, weights[name].data, dims[name], gradient.float(), square).cpu()
 
     if importance in ("element2", "element_mix"):
-        calibrate.gradients(model, windows, weights, second_order, progress=progress)
+        gradients.backward(model, windows, weights, second_order, progress=progress)
     if importance != "element2":
-        calibrate.gradients(model, windows, weights, first_order, batch_size=len(windows), progress=progress)
+        gradients.backward(model, windows, weights, first_order, batch_size=len(windows), progress=progress)
     return found
 
 

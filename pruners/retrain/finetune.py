@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from pruners import calibrate
+from pruners import gradients
 from pruners.calibrate import Progress
 from pruners.retrain import state
 from pruners.retrain.batches import Batches
@@ -139,7 +139,7 @@ class _Loop:
         with ExitStack() as stack:
             stack.callback(self.model.train, training)
             if checkpointing:
-                stack.enter_context(calibrate.checkpointed(self.model))
+                stack.enter_context(gradients.checkpointed(self.model))
             self.model.train()
             for step in range(len(self.report.losses), self.schedule.steps):
                 if step % save_every == 0:
