@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from analysis.evidence import Better, Claim, Ours, Place, on_ours, on_paper
+from analysis.rows import COST
 
 EMBEDDED, EMBEDDED_KEY = ("smollm2-135m",), "embedded/wiki@512[:128]"
 AT_128, AT_2048, AT_4096 = (f"wikitext2/test@{window}" for window in (128, 2048, 4096))
@@ -144,6 +145,11 @@ CLAIMS = (
           stand_in("perp"),
           tuple(Better((f"{name} + reconstruction (MaskLoRA, norms)", "50 %"), (name, "50 %"))
                 for name in ("Wanda", "SparseGPT"))),
+    Claim("perp-minutes", "PERP", "OPT-30B's biases and norms are retrained on one GPU in minutes, not in an hour.",
+          (Better((SMALL, "50 %"), 1.0),), (Place("perp.magnitude", OPT[-1:], COST, "retraining_hours"),)),
+    Claim("pruner-hours", "LLM-Pruner", "Tuning LLaMA-7B on 50,000 samples takes three hours at most.",
+          (Better((ELEMENT1, "20 %, tuned"), 3.0), Better((ELEMENT2, "20 %, tuned"), 3.0)),
+          (Place("llm_pruner.llama_7b", LLAMA[:1], COST, "retraining_hours"),)),
     Claim("pruner-keeps", "LLM-Pruner", "20 % pruned and tuned, LLaMA-7B keeps 94.97 % of its accuracy.",
           (Better((ELEMENT2, "20 %, tuned"), ("Dense", ""), 0.9497),), PRUNER_MEAN[:1]),
     Claim("pruner-l2", "LLM-Pruner", "Element^1 is better than L2 in perplexity.",

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,12 @@ import numpy as np
 from scipy import stats
 
 from analysis import papers
-from analysis.rows import Row, rows
+from analysis.rows import COST, Row, rows
 from analysis.verdicts import Cell, cells
 from experiments import tables
 
 HIGHER = ("score", "tokens_per_second", "column_dispersion")
+EXACT = ("parameters", "macs", "retraining_hours")
 CONFIDENCE = 0.95
 FEWEST_SEEDS = 3
 Words = tuple[str, str]  # method and setting
@@ -103,7 +104,9 @@ class Ours:
             made: Sequence[Row] = rows(tables.find(place.table), self.root)
         except LookupError:  # nothing of this table was run yet
             return []
-        return [cell for cell in cells(tables.find(place.table), made) if cell.fold == "mean"]
+        found = [cell for cell in cells(tables.find(place.table), made) if cell.fold == "mean"]
+        paid = (replace(cell, key=COST, metric="retraining_hours", published=None) for cell in found)
+        return [*found, *paid]
 
 
 def on_paper(claim: Claim) -> Answer:
@@ -192,7 +195,7 @@ def _noisy(ours: Ours, place: Place, model: str, side: Better) -> int | None:
 
 def difference(left: Cell, right: Cell | float, factor: float) -> tuple[float, float] | None:
     """95 % interval of left - factor * right (of log left - log(factor * right) for perplexities); None: no spread."""
-    if left.metric in ("parameters", "macs"):
+    if left.metric in EXACT:
         gap = (left.ours or 0) - factor * (right if isinstance(right, float) else right.ours or 0)
         return gap, gap
     if left.metric == "score":

@@ -15,6 +15,8 @@ from experiments.spec import Run, Table, digest
 
 logger = logging.getLogger(__name__)
 
+COST = "cost"
+
 
 @dataclass(frozen=True)
 class Row:
@@ -35,7 +37,10 @@ class Row:
         return full((self.method, self.setting))
 
     def measure(self, key: str) -> dict[str, Any] | None:
-        """What was measured under this very protocol key, if anything."""
+        """What was measured under this very protocol key, if anything; `COST` is what the cell itself took."""
+        if self.record and key == COST:
+            seconds = (self.record.achieved.get("recovery") or {}).get("seconds")
+            return {"retraining_hours": seconds / 3600} if seconds is not None else None
         return self.record.measures.get(key) if self.record else None
 
 

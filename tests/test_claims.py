@@ -8,7 +8,8 @@ import small_table as small
 
 from analysis import claims, evidence, papers
 from analysis.evidence import Better, Claim, Ours, Place, on_ours, on_paper
-from experiments import gblm, headlines, records, tables
+from analysis.rows import COST
+from experiments import gblm, headlines, perp, records, tables
 from experiments.labels import labels
 
 WANDA = Better(("GBLM-Pruner (l1)", "50 %"), ("Wanda", "50 %"))
@@ -87,6 +88,17 @@ def test_a_number_may_stand_on_the_right():
     assert on_paper(Claim("n", "", "", (Better(WANDA.left, 7.0),), (AT,))).verdict == "fails"
 
 
+@pytest.mark.parametrize(("seconds", "verdict"), [(1800.0, "holds"), (7200.0, "fails"), (None, "no numbers")])
+def test_hours_are_those_of_the_retraining_alone(tmp_path, seconds, verdict):
+    words = ("Magnitude + norms, biases", "50 %")
+    run = next(run for run in perp.magnitude.runs() if run.model == "opt-30b" and perp.words(run) == words)
+    achieved = {"sparsity": 0.5, "recovery": {"seconds": seconds} if seconds else None}
+    record = small.record(run).model_copy(update={"table": "perp.magnitude", "achieved": achieved})
+    records.write(record, tmp_path)
+    claim = next(claim for claim in claims.CLAIMS if claim.name == "perp-minutes")
+    assert on_ours(claim, Ours(tmp_path)).verdict == on_ours(claim, Ours(tmp_path), noise=True).verdict == verdict
+
+
 def test_there_are_25_claims_at_least_each_with_its_own_name_and_places():
     assert len(claims.CLAIMS) >= 25
     assert len({claim.name for claim in claims.CLAIMS}) == len(claims.CLAIMS)
@@ -113,7 +125,8 @@ PRINTED_ONLY = ("flap-faster", "perp-share")
 def declared(table):
     runs = table.runs()
     named = zip(runs, labels(runs, table.label), strict=True)
-    return {(run.model, *label, key) for run, label in named for what in run.measures for key in what.keys}
+    keys = ((run, label, [COST, *(key for what in run.measures for key in what.keys)]) for run, label in named)
+    return {(run.model, *label, key) for run, label, known in keys for key in known}
 
 
 def test_the_frame_has_the_three_answers(tmp_path):
