@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
-import json
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
-from analysis import charts, claims, figures, inside, tables, unmatched, verdicts
+from analysis import charts, claims, figures, inside, origins, summary, tables, unmatched, verdicts
 from analysis.notes import notes, title
 from analysis.rows import Row, rows
+from analysis.summary import Pivot, Verdict
 from analysis.verdicts import Cell
 from experiments import tables as declared
 from experiments.spec import Table
@@ -28,25 +29,29 @@ TEMPLATE = "report.html"
 
 @dataclass(frozen=True)
 class Section:
-    """One table that has records: frames as (heads, lines), figures as data URLs, origins as JSON."""
+    """One table that has records; `figures` are (caption, data URL), `made` its rows, all by increasing detail."""
 
     name: str
     title: str
     published: str | None
+    done: int
     counts: str
-    own: Grid
+    pivots: list[Pivot]
+    claims: list[Verdict]
     beside: Grid | None
+    own: Grid
     notes: list[str]
     figures: list[tuple[str, str]]
+    made: list[Row]
 
 
 @dataclass(frozen=True)
 class Grid:
-    """`details` holds, a line, the whole origin of its number as JSON; empty where there is none."""
+    """`origins` holds, a line, the ids of the records behind it."""
 
     heads: list[str]
     lines: list[list[str]]
-    details: list[str]
+    origins: list[list[str]]
 
 
 def html(root: Path) -> str:
@@ -54,17 +59,24 @@ def html(root: Path) -> str:
     sections = [section for table in declared.TABLES.values() if (section := _section(table, root))]
     if not sections:
         raise LookupError(f"No record of any table under {root}. Run `python -m experiments run TABLE` first.")
+    judged = sorted(summary.judged(claims.CLAIMS, root), key=lambda one: not one.ours.of)  # stable: answered ones first
     shown = {section.name for section in sections}
-    left = [table for table in declared.TABLES.values() if table.name not in shown]
-    environment = Environment(
-        loader=PackageLoader("analysis", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    return environment.get_template(TEMPLATE).render(
-        sections=sections,
-        claims=_grid(claims.frame(root)),
-        left=[(table.name, table.title, len(table.runs()), table.missing) for table in left],
+    return _environment().get_template(TEMPLATE).render(
+        sections=[replace(section, claims=summary.about(section.name, judged)) for section in sections],
+        claims=judged,
+        methods=_methods(section.made for section in sections),
+        origins={id: told for section in sections for id, told in origins.origins(section.made).items()},
+        left=[_left(table) for table in declared.TABLES.values() if table.name not in shown],
         unmatched=unmatched.summary(unmatched.unmatched(declared.TABLES.values())),
-    )
+    )  # fmt: skip
+
+
+def _environment() -> Environment:
+    made = Environment(loader=PackageLoader("analysis", "."), autoescape=True, undefined=StrictUndefined,
+                       trim_blocks=True, lstrip_blocks=True)  # fmt: skip
+    made.policies["json.dumps_kwargs"] = {"sort_keys": False}  # origins are told in a reader's order
+    made.globals.update(value=summary.value, against=summary.against, ids=origins.ids, printed=verdicts.printed)
+    return made
 
 
 def _section(table: Table, root: Path) -> Section | None:
@@ -77,36 +89,42 @@ def _section(table: Table, root: Path) -> Section | None:
         name=table.name,
         title=title(table, made),
         published=table.published,
+        done=sum(row.record is not None for row in made),
         counts=verdicts.counts(found) if table.published else "",
-        own=_grid(tables.text(made), [_origin(row) for row in made]),
-        beside=_grid(verdicts.text(found), [_source(cell) for cell in found]) if verdicts.tells_more(found) else None,
+        pivots=summary.pivots(found),
+        claims=[],
+        beside=_grid(verdicts.text(found), [origins.ids(cell.rows) for cell in found]) if table.published else None,
+        own=_grid(_cells(made), [origins.ids([row]) for row in made]),
         notes=notes(table, made),
         figures=list(_figures(table, made, found)),
+        made=made,
     )
 
 
-def _grid(frame: pd.DataFrame, details: list[str] | None = None) -> Grid:
+def _cells(made: Sequence[Row]) -> pd.DataFrame:
+    """Every cell, rows of the same words told apart by their seed."""
+    frame = tables.text(made)
+    if frame.duplicated(["Method", "Setting"]).any():
+        frame.insert(
+            frame.columns.get_loc("Setting") + 1, "Seed", [origins.seed(row) or tables.MISSING for row in made]
+        )
+    return frame
+
+
+def _grid(frame: pd.DataFrame, behind: list[list[str]]) -> Grid:
     lines = [[str(value) for value in line] for line in frame.itertuples(index=False)]
-    return Grid([str(head) for head in frame.columns], lines, details or [""] * len(lines))
+    return Grid([str(head) for head in frame.columns], lines, behind)
 
 
-def _origin(row: Row) -> str:
-    """The record without what is long: enough to make it again."""
-    if row.record is None:
-        return row.failure.message if row.failure else ""
-    record: dict[str, Any] = row.record.model_dump(include={"id", "spec", "data", "cost", "made_by", "sha256"})
-    measured = {key: _short(value) for key, value in row.record.measures.items()}
-    return json.dumps({**record, "measures": measured}, indent=1)
+def _methods(sections: Iterator[list[Row]]) -> list[str]:
+    """What each method does, in the first sentence of its own file."""
+    kinds = {type(row.run.method): None for made in sections for row in made if row.run.method is not None}
+    said = {(sys.modules[kind.__module__].__doc__ or "").splitlines()[0]: None for kind in kinds}
+    return list(said)
 
 
-def _source(cell: Cell) -> str:
-    ids = [row.record.id for row in cell.rows if row.record]
-    printed = asdict(cell.published) if cell.published else None
-    return json.dumps({"records": ids, "protocol": cell.key, "printed": printed}, indent=1)
-
-
-def _short(measured: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in measured.items() if not isinstance(value, list | dict)}
+def _left(table: Table) -> dict[str, Any]:
+    return {"name": table.name, "title": table.title, "count": len(table.runs()), "missing": table.missing}
 
 
 def _figures(table: Table, made: list[Row], found: list[Cell]) -> Iterator[tuple[str, str]]:
@@ -132,6 +150,7 @@ def _figures(table: Table, made: list[Row], found: list[Cell]) -> Iterator[tuple
 
 def _data_url(figure: Figure) -> str:
     drawn = io.BytesIO()
-    with matplotlib.rc_context(figures.STYLE):
+    # Letters as text, not as outlines: a quarter of the size.
+    with matplotlib.rc_context({**figures.STYLE, "svg.fonttype": "none"}):
         figure.savefig(drawn, format="svg", metadata={"Date": None})
     return f"data:image/svg+xml;base64,{base64.b64encode(drawn.getvalue()).decode()}"

@@ -1,0 +1,117 @@
+"""A table as its paper would print it: methods downwards, settings to the right, means over the seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from analysis import verdicts
+from analysis.evidence import Answer, Claim, Ours, on_ours, on_paper, scopes
+from analysis.rows import Row
+from analysis.tables import MISSING
+from analysis.verdicts import Cell
+
+
+@dataclass(frozen=True)
+class Pivot:
+    """One quantity under one protocol key; `lines` hold a method and its cells, None where it has no such cell."""
+
+    key: str
+    metric: str
+    heads: list[str]
+    lines: list[tuple[str, list[Cell | None]]]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One sentence of a paper with its three answers; `noisy` counts only what noise leaves no doubt about."""
+
+    claim: Claim
+    paper: Answer
+    ours: Answer
+    noisy: Answer
+
+
+def pivots(found: Sequence[Cell]) -> list[Pivot]:
+    """One a perplexity and a mean accuracy; the dense model, which has no setting, stands in every column."""
+    shown = [cell for cell in found if cell.fold == "mean" and _is_headline(cell)]
+    return [
+        _pivot(key, metric, [cell for cell in shown if (cell.key, cell.metric) == (key, metric)])
+        for key, metric in dict.fromkeys((cell.key, cell.metric) for cell in shown)
+    ]
+
+
+def value(cell: Cell | None) -> str:
+    """Ours with its 95 % interval over seeds, or over documents for an accuracy; how far it is where it is not done."""
+    if cell is None:
+        return MISSING
+    if cell.ours is None:
+        return _unfinished(cell.rows)
+    random = len(cell.values) > 1 or cell.metric in verdicts.PERCENT
+    spread = _number(cell.half_width, cell) if random and cell.half_width is not None else ""
+    return _number(cell.ours, cell) + (f" ± {spread}" if spread else "")
+
+
+def judged(claims: Sequence[Claim], root: Path) -> list[Verdict]:
+    ours = Ours(root)
+    return [Verdict(claim, on_paper(claim), on_ours(claim, ours), on_ours(claim, ours, noise=True)) for claim in claims]
+
+
+def about(table: str, found: Sequence[Verdict]) -> list[Verdict]:
+    """Those that our records of this table answer."""
+    return [one for one in found if one.ours.of and table in {place.table for place in _answering(one)}]
+
+
+def against(answer: Answer) -> str:
+    """How many of several comparisons hold, and which do not, without the model that `where` names."""
+    if answer.of < 2:
+        return ""
+    named = "; ".join(words.removeprefix(f"{answer.where} ") for words in answer.against[:3])
+    more = f" and {len(answer.against) - 3} more" if len(answer.against) > 3 else ""
+    return f"{answer.held} of {answer.of}" + (f"; not {named}{more}" if named else "")
+
+
+def _answering(verdict: Verdict) -> Iterator:
+    models = verdict.ours.where.split(", ")
+    for places, _ in scopes(verdict.claim):
+        yield from (place for place in places if set(models) & set(place.models))
+
+
+def _is_headline(cell: Cell) -> bool:
+    return cell.metric == "perplexity" or (cell.metric == "score" and cell.key.startswith("mean."))
+
+
+def _pivot(key: str, metric: str, cells: Sequence[Cell]) -> Pivot:
+    columns = list(dict.fromkeys((cell.model, cell.setting) for cell in cells if not _is_dense(cell)))
+    columns = columns or list(dict.fromkeys((cell.model, cell.setting) for cell in cells))
+    several = len({model for model, _ in columns}) > 1
+    heads = [" ".join(part for part in (model if several else "", setting) if part) for model, setting in columns]
+    at = {(cell.method, *column): cell for cell in reversed(cells) for column in _columns(cell, columns)}
+    methods = dict.fromkeys(cell.method for cell in cells)
+    lines = [(method, [at.get((method, *column)) for column in columns]) for method in methods]
+    return Pivot(key, metric, heads, lines)
+
+
+def _columns(cell: Cell, columns: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    if _is_dense(cell):
+        return [column for column in columns if column[0] == cell.model]
+    return [(cell.model, cell.setting)]
+
+
+def _is_dense(cell: Cell) -> bool:
+    return cell.rows[0].run.method is None
+
+
+def _unfinished(rows: Sequence[Row]) -> str:
+    done = sum(row.record is not None for row in rows)
+    if any(row.state == "failed" for row in rows):
+        return "failed"
+    return f"{done} of {len(rows)} runs" if done else MISSING
+
+
+def _number(number: float | None, cell: Cell) -> str:
+    if number is None:
+        return MISSING
+    scale, digits = (100, 1) if cell.metric in verdicts.PERCENT else (1, 2 if (cell.ours or 0) < 1000 else 0)
+    return f"{scale * number:,.{digits}f}"
