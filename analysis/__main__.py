@@ -6,6 +6,7 @@ python -m analysis compare embedded.demo
 python -m analysis generation embedded.generation
 python -m analysis claims
 python -m analysis report
+python -m analysis readme
 python -m analysis speed embedded.speed
 """
 
@@ -60,7 +61,9 @@ def parser() -> argparse.ArgumentParser:
     claims.set_defaults(command=_claims)
     report = commands.add_parser("report", help="everything as one HTML page, report.html under the results folder")
     report.set_defaults(command=_report)
-    for command in (claims, report):
+    readme = commands.add_parser("readme", help="README's results, their report and figures, from the kept records")
+    readme.set_defaults(command=_readme)
+    for command in (claims, report, readme):
         command.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="default: results")
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     for command in (table, figure, compare, generation, speed):
@@ -141,6 +144,12 @@ def _report(asked: argparse.Namespace) -> None:
     path = asked.results / "report.html"
     files.write(path, report.html(asked.results))
     print(f"Written: {path}", file=sys.stderr)
+
+
+def _readme(asked: argparse.Namespace) -> None:
+    from analysis import readme
+
+    print(f"Written: {', '.join(map(str, readme.write(asked.results)))}", file=sys.stderr)
 
 
 def _write(text: str, asked: argparse.Namespace, ending: str) -> None:

@@ -1,0 +1,88 @@
+"""README's results, their report and figures are what the kept records say; and how they are written."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import matplotlib
+import pytest
+import small_table as small
+
+from analysis import readme
+from analysis.__main__ import main
+from experiments import records, tables
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+DRIFTED = (
+    "{} is not what the records under results/runs say: run `python -m analysis readme` and commit what it writes."
+)
+
+
+def without_figures(page):
+    return re.sub(r"data:image/svg\+xml;base64,[\w+/=]+", "", page)
+
+
+def test_nothing_drifted_from_the_records():
+    for path, text in readme.written(RESULTS).items():
+        assert path.is_file(), DRIFTED.format(path)
+        kept = path.read_text(encoding="utf-8")
+        if path.suffix == ".svg" and f"Matplotlib v{matplotlib.__version__}," not in kept:
+            continue  # another release of matplotlib draws the same numbers a little differently
+        assert without_figures(kept) == without_figures(text), DRIFTED.format(path)
+
+
+@pytest.fixture
+def root(tmp_path):
+    (tmp_path / "README.md").write_text(f"# Title\n\n{readme.BEGIN}\nstale\n{readme.END}\n\nThe rest.\n")
+    return tmp_path / "results"
+
+
+def store(root, table, method, perplexities):
+    """One record a seed of this method at 50 %."""
+    runs = [run for run in tables.find(table).runs() if tables.find(table).label(run) == (method, "50 %")]
+    for run, value in zip(runs, perplexities, strict=True):
+        record = small.record(run).model_copy(update={"table": table})
+        for measured in record.measures.values():
+            measured |= {"perplexity": value, "nll_per_window": [1.0, 2.0]}
+        records.write(record, root)
+
+
+def test_without_records_it_says_so(root):
+    assert main(["readme", "--results", str(root)]) == 0
+    text = (root.parent / "README.md").read_text()
+    assert text.startswith("# Title\n")
+    assert text.endswith("The rest.\n")
+    assert text.count("no records yet") == 4
+    assert "stale" not in text
+    assert not (root / "embedded").exists()
+
+
+def test_a_mean_its_interval_and_a_sentence_stand_there(root):
+    store(root, "embedded.gblm", "Wanda", [20.0, 21.0, 22.0])
+    store(root, "embedded.gblm", "Magnitude", [30.0])
+    readme.write(root)
+    text = (root.parent / "README.md").read_text()
+    assert re.search(r"\| Wanda +\| 21\.00 ± 2\.48 \| +— \|", text)
+    assert re.search(r"\| Magnitude +\| +30\.00 \| +— \|", text)
+    assert re.search(r"\| Wanda's perplexity is below magnitude.*\| holds +\| holds +\|", text)
+    for link in re.findall(r"\]\((results/[^)]+)\)", text):
+        assert (root.parent / link).is_file()
+
+
+def test_other_tables_move_nothing_and_a_changed_number_does(root):
+    store(root, "embedded.gblm", "Wanda", [20.0, 21.0, 22.0])
+    before = readme.written(root)
+    other = tables.find("embedded.demo").runs()[0]
+    records.write(small.record(other).model_copy(update={"table": "embedded.demo"}), root)
+    assert readme.written(root) == before
+    store(root, "embedded.gblm", "Wanda", [20.0, 21.0, 22.1])
+    after = readme.written(root)
+    assert all(after[path] != text for path, text in before.items())
+
+
+@pytest.mark.parametrize("text", ["nothing", f"{readme.BEGIN}", f"{readme.BEGIN}{readme.END}" * 2])
+def test_a_readme_without_a_place_is_refused(root, text):
+    (root.parent / "README.md").write_text(text)
+    with pytest.raises(ValueError, match="must have each of these lines once"):
+        readme.written(root)
