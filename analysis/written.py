@@ -7,18 +7,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis import tables, verdicts
+from analysis import best, latex, tables, verdicts
 from analysis.notes import notes, title
 from analysis.rows import Row
 from experiments import files
 from experiments.spec import Table
 
-WORDS = ("Method", "Model", "Measured", "Verdict")
-TEX = {
-    **{sign: f"\\{sign}" for sign in "&%$#_{}"},
-    **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
-    **{"±": r"$\pm$", "—": "---", "-": "-{}", "<": "$<$", ">": "$>$"},
-}
+WORDS = ("Method", "Model", "Setting", "Measured", "Verdict")
 
 
 def write(table: Table, rows: Sequence[Row], path: Path) -> list[Path]:
@@ -26,7 +21,7 @@ def write(table: Table, rows: Sequence[Row], path: Path) -> list[Path]:
     texts = {
         ".md": markdown(table, rows),
         ".csv": tables.numbers(rows).to_csv(index=False),
-        ".tex": latex(table, rows),
+        ".tex": tex(table, rows),
     }
     found = verdicts.cells(table, rows)
     if verdicts.tells_more(found):
@@ -38,22 +33,33 @@ def write(table: Table, rows: Sequence[Row], path: Path) -> list[Path]:
 
 
 def markdown(table: Table, rows: Sequence[Row]) -> str:
-    listed = "\n".join(f"- {note}" for note in notes(table, rows))
-    own = f"**{title(table, rows)}** (`{table.name}`)\n\n{_markdown(tables.text(rows))}\n\n{listed}\n"
     found = verdicts.cells(table, rows)
+    marked = best.best(found)
+    listed = "\n".join(f"- {note}" for note in _notes(table, rows, found))
+    own = _markdown(tables.text(rows), best.in_rows(rows, marked))
+    text = f"**{title(table, rows)}** (`{table.name}`)\n\n{own}\n\n{listed}\n"
     if not verdicts.tells_more(found):
-        return own
-    return f"{own}\n**{_heading(table, found)}**\n\n{_markdown(verdicts.text(found))}\n"
+        return text
+    return f"{text}\n**{_heading(table, found)}**\n\n{_markdown(verdicts.text(found), best.in_cells(found, marked))}\n"
 
 
-def latex(table: Table, rows: Sequence[Row]) -> str:
-    """`table` environments; need \\usepackage{booktabs}."""
-    caption = ". ".join([title(table, rows), " ".join(notes(table, rows))])
-    own = _latex(tables.text(rows), caption, f"tab:{table.name}")
+def tex(table: Table, rows: Sequence[Row]) -> str:
+    """`table` environments; the packages that they need stand in the first line."""
     found = verdicts.cells(table, rows)
-    if not verdicts.tells_more(found):
-        return own
-    return own + "\n" + _latex(verdicts.text(found), _heading(table, found), f"tab:{table.name}.verdicts")
+    marked, label = best.best(found), f"tab:{table.name}"
+    parts = [
+        latex.NEEDS,
+        latex.tables(tables.text(rows), best.in_rows(rows, marked), WORDS, title(table, rows), label),
+        latex.notes(_notes(table, rows, found), label),
+    ]
+    if verdicts.tells_more(found):
+        beside, label = best.in_cells(found, marked), f"{label}.verdicts"
+        parts.append(latex.tables(verdicts.text(found), beside, WORDS, _heading(table, found), label))
+    return "\n".join(parts)
+
+
+def _notes(table: Table, rows: Sequence[Row], found: Sequence[verdicts.Cell]) -> list[str]:
+    return [*notes(table, rows), *([best.NOTE] if best.competes(found) else [])]
 
 
 def _heading(table: Table, found: Sequence[verdicts.Cell]) -> str:
@@ -62,19 +68,11 @@ def _heading(table: Table, found: Sequence[verdicts.Cell]) -> str:
     return f"Beside the paper ({table.published}): {verdicts.counts(found)}."
 
 
-def _markdown(frame: pd.DataFrame) -> str:
+def _markdown(frame: pd.DataFrame, marked: pd.DataFrame) -> str:
     sides = ["left" if name in WORDS else "right" for name in frame.columns]
-    return frame.to_markdown(index=False, colalign=sides, disable_numparse=True)
-
-
-def _latex(frame: pd.DataFrame, caption: str, label: str) -> str:
-    sides = "".join("l" if name in WORDS else "r" for name in frame.columns)
-    return (
-        frame.map(_escaped)
-        .rename(columns=_escaped)
-        .to_latex(index=False, column_format=sides, caption=_escaped(caption), label=label, position="t")
-    )
-
-
-def _escaped(text: str) -> str:
-    return "".join(TEX.get(sign, sign) for sign in text)
+    shown = frame.copy()
+    for name in marked.columns:
+        shown[name] = [
+            f"**{text}**" if is_best else text for text, is_best in zip(frame[name], marked[name], strict=True)
+        ]
+    return shown.to_markdown(index=False, colalign=sides, disable_numparse=True)

@@ -75,7 +75,7 @@ def test_markdown_shows_protocol_spread_gaps_and_failures(made):
 
 
 def test_latex_is_booktabs_with_everything_escaped(made):
-    text = written.latex(table(), made)
+    text = written.tex(table(), made)
     assert all(rule in text for rule in (r"\toprule", r"\midrule", r"\bottomrule"))
     assert r"Magnitude & 50 \% & 50.00 \% & 1,234 $\pm$ 2 \\" in text
     assert r"less\_of \& it" in text
