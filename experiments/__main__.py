@@ -3,14 +3,17 @@
 python -m experiments list
 python -m experiments show embedded.demo
 python -m experiments run embedded.demo --method wanda
+torchrun --nproc-per-node 2 -m experiments run perp.magnitude    # two GPUs share each batch of a retraining
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,14 +34,14 @@ def main(words: Sequence[str] | None = None) -> int:
     try:  # commands import what they need: torch takes seconds, and --help should not
         return int(asked.command(asked))
     except KeyboardInterrupt:
-        print("Stopped. Finished cells are kept; the same command continues with the others.", file=sys.stderr)
+        _say("Stopped. Finished cells are kept; the same command continues with the others.")
         return EXIT_INTERRUPTED
     except Exception as error:  # noqa: BLE001  (the one place where an error becomes a sentence and an exit status)
         from experiments.failures import sentence
 
         if asked.debug:
             traceback.print_exc()
-        print(sentence(error), file=sys.stderr)
+        _say(sentence(error))
         return EXIT_USAGE if isinstance(error, LookupError) else EXIT_FAILED
 
 
@@ -108,13 +111,35 @@ def _summary(chosen: Sequence[Cell], done: Sequence[Cell], data_dir: Path | None
 
 
 def _run(asked: argparse.Namespace) -> int:
+    from experiments import together
     from experiments.batch import run_table
 
-    chosen, settings, watchers = arguments.chosen(asked), arguments.settings(asked), arguments.watchers(asked)
-    outcome = run_table(asked.table, chosen, settings, watchers)
+    settings = arguments.settings(asked)
+    with together.joined() as group:
+        if group and group.rank > 0:
+            group.follow(lambda: arguments.chosen(asked), settings)
+            return 0
+        chosen, watchers = arguments.chosen(asked), arguments.watchers(asked)
+        if group:
+            _say(_shares(chosen, group.count))
+        outcome = run_table(asked.table, chosen, replace(settings, group=group), watchers)
     counts = f"{len(outcome.done)} done now, {len(outcome.found)} before, {len(outcome.failed)} failed"
     print(f"{asked.table}: {counts}; python -m analysis table {asked.table}", file=sys.stderr)
     return EXIT_FAILED if outcome.failed else 0
+
+
+def _shares(chosen: Sequence[Cell], processes: int) -> str:
+    from experiments.recovery import Retraining
+
+    retrained = sum(isinstance(cell.run.recovery, Retraining) for cell in chosen)
+    shares = f"{processes} processes share the retraining of {retrained} of {len(chosen)} cells"
+    hint = "" if retrained else "; several plain commands would share the cells themselves"
+    return f"{shares}. Process 0 does all else alone{hint}."
+
+
+def _say(sentence: str) -> None:
+    rank = os.environ.get("RANK", "0")  # of processes that were launched together
+    print(f"Process {rank}: {sentence}" if rank != "0" else sentence, file=sys.stderr)
 
 
 def _calibration(run: Run) -> str:

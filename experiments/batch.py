@@ -85,10 +85,12 @@ class _Worker:
         try:
             record = execute(cell.run, self.table, self.settings, self.board, resumed)
             path = records.write(record, self.settings.root)
-        except Exception as error:  # noqa: BLE001  (whatever it was, the other cells go on and the table shows it)
+        except Exception as error:  # whatever it was, the other cells go on and the table shows it
             self.outcome.failed.append(cell.label)
             self._keep_failure(cell, error)
             self.board.finish(cell.work, f"{cell.label}: failed: {failures.sentence(error)}")
+            if self.settings.group and self.settings.group.broken:
+                raise  # the processes that train along are lost, and this one with them
         else:
             shutil.rmtree(unfinished(self.settings.root, self.table, cell.id), ignore_errors=True)
             self.outcome.done.append(cell.label)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,20 @@ from typing import Any
 import torch
 
 import pruners
-from experiments import accuracy, cache, corpora, cost, gate, measures, models, pruned, records, retraining, tokens
+from experiments import (
+    accuracy,
+    cache,
+    corpora,
+    cost,
+    gate,
+    measures,
+    models,
+    pruned,
+    records,
+    retraining,
+    together,
+    tokens,
+)
 from experiments.progress import Board
 from experiments.records import Record
 from experiments.recovery import Retraining, work_tokens
@@ -26,7 +40,8 @@ from pruners.unstructured import Unstructured
 class Settings:
     """Where and how cells run; nothing here moves a number.
 
-    `root` is the results folder; `device` None is CUDA where there is some.  ValueError for a device that is not there.
+    `root` is the results folder; `device` None is CUDA where there is some, of several processes launched together each
+    its own.  ValueError for a device that is not there.  `group` is those processes.
     """
 
     root: Path = Path("results")
@@ -34,6 +49,7 @@ class Settings:
     batch_size: int = 8
     data_dir: Path | None = None
     dense_gate: bool = True
+    group: together.Group | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "device", _device(self.device))
@@ -54,7 +70,7 @@ def execute(run: Run, table: str, settings: Settings, board: Board | None = None
     begun = place.unfinished / _origin(run, settings)
     achieved = _prune(run, subject, settings, board, stages, begun / "pruned")
     if isinstance(run.recovery, Retraining):
-        achieved["recovery"] = _retrain(run.recovery, subject, settings, board, stages, begun / "retrained")
+        achieved["recovery"] = _retrain(run.recovery, id, subject, settings, board, stages, begun / "retrained")
     return Record(
         id=id,
         table=table,
@@ -77,9 +93,16 @@ def unfinished(root: Path, table: str, id: str) -> Path:
 def _device(asked: str | None) -> str:
     """Raises ValueError, listing what there is, for a device that torch does not know or does not have."""
     found = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-    name = asked or found[min(1, len(found) - 1)]
-    if name not in found and not (name == "cuda" and len(found) > 1):
-        raise ValueError(f"There is no device {name!r} here; found {', '.join(found)}.")
+    name = f"cuda:{together.local_rank()}" if asked == "cuda" or (asked is None and len(found) > 1) else asked or "cpu"
+    if name not in found:
+        raise ValueError(
+            f"There is no device {name!r} here; found {', '.join(found)}."
+            + (" Launch one process for each GPU at most." if together.local_rank() else "")
+        )
+    if asked == name != "cpu" and together.count() > 1:
+        raise ValueError(
+            f"{together.count()} processes cannot train together on {name}; leave --device out, or say cpu."
+        )
     return name
 
 
@@ -130,6 +153,7 @@ def _retrains(run: Run) -> bool:
 
 def _retrain(
     recovery: Retraining,
+    id: str,
     subject: measures.Subject,
     settings: Settings,
     board: Board,
@@ -141,10 +165,9 @@ def _retrain(
     def watch(step: int, loss: float, pace: float) -> None:
         board.note(f"{step}/{recovery.steps}, loss {loss:.3f}, {pace:.0f} tokens/s")
 
-    with stages("retrain"):
-        report = retraining.retrained(
-            subject.model, recovery, subject.tokenizer, settings.data_dir, begun, progress, watch
-        )
+    model, tokenizer, group = subject.model, subject.tokenizer, settings.group
+    with stages("retrain"), group.training(id, model, tokenizer.inner, begun) if group else nullcontext():
+        report = retraining.retrained(model, recovery, tokenizer, settings.data_dir, begun, progress, watch)
     return report.to_dict()
 
 

@@ -39,7 +39,7 @@ class Retrained:
     """What a retraining did.  `share` is of all parameters, adapters included; `losses` are by step, in nats a token.
 
     `merging` is the loss on the last batch, without dropout, before and after adapters were merged;
-    `lost_by_merging` is LoRA-Prune's |s BA . (1 - M)| / |s BA|, 0 for exact merges.
+    `lost_by_merging` is LoRA-Prune's |s BA . (1 - M)| / |s BA|, 0 for exact merges.  `processes` shared each batch.
     """
 
     trainable: str
@@ -55,6 +55,7 @@ class Retrained:
     merging: tuple[float, float] | None = None
     lost_by_merging: float = 0.0
     untied: bool = False
+    processes: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -100,7 +101,7 @@ def finetune(
     schedule = Schedule(steps, learning_rate, batch_size, warmup)
     batches = Batches(examples, batch_size, seed, model.config)
     cast = precision_for(precision, model.dtype, model.device)
-    mark = state.fingerprint(model, schedule, trainable, clip, seed, cast, batches.digest()) if folder else ""
+    mark = state.fingerprint(model, schedule, trainable, clip, seed, cast, batches.digest())
     path = Path(folder) / "retrain.safetensors" if folder else None
     attached = trainable.attach(model, seed)
     report = Retrained(repr(trainable), attached.trained, attached.parameters, attached.share, attached.sparsity)
@@ -131,10 +132,12 @@ class _Loop:
     def __post_init__(self) -> None:
         self.optimizer = self.schedule.optimizer(self.attached.tensors)
         self.peers = Peers.here(self.model.device)
+        self.report.processes = self.peers.count
         self.good: tuple[int, dict[str, torch.Tensor]] = (0, {})
 
     def run(self, save_every: int, checkpointing: bool, progress: Progress | None, watch: Watch | None) -> None:
         self._resume()
+        self.peers.agree(f"{self.mark} from step {self.report.resumed_at}")
         training = self.model.training
         with ExitStack() as stack:
             stack.callback(self.model.train, training)

@@ -6,27 +6,36 @@ accumulation.  Since the loss is divided by the whole batch's tokens, the sum is
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, distributed, nn
 
 
+class PeerLostError(ConnectionError):
+    """A process that trains along has ended or does not answer."""
+
+
 @dataclass(frozen=True)
 class Peers:
     rank: int = 0
     count: int = 1
+    device: torch.device | None = None
 
     @classmethod
     def here(cls, device: torch.device) -> Peers:
         """Joins the process group that the environment describes, if there is one."""
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized():
-            distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            on_gpu = device.type == "cuda"
+            with _explained():
+                distributed.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
         if not distributed.is_initialized():
             return cls()
-        return cls(distributed.get_rank(), distributed.get_world_size())
+        return cls(distributed.get_rank(), distributed.get_world_size(), device)
 
     def share(self, indices: Sequence[int]) -> Sequence[int]:
         """This process's part of a batch; ValueError where it does not divide."""
@@ -37,13 +46,41 @@ class Peers:
             )
         return indices[self.rank :: self.count]
 
+    def agree(self, what: str) -> None:
+        """ValueError unless every process says the same: sums over different models would look like training."""
+        if self.count == 1:
+            return
+        lowest = torch.tensor(list(hashlib.sha256(what.encode()).digest()), device=self.device)
+        highest = lowest.clone()
+        with _explained():
+            distributed.all_reduce(lowest, distributed.ReduceOp.MIN)
+            distributed.all_reduce(highest, distributed.ReduceOp.MAX)
+        if not torch.equal(lowest, highest):
+            raise ValueError(
+                f"The {self.count} processes do not train the same: model, examples, settings or checkpoint differ "
+                "between them. Start them all with the same command on the same files."
+            )
+
     def add_up(self, parameters: Iterable[nn.Parameter], loss: Tensor) -> None:
         """Sum loss and gradients over the processes, in place."""
         if self.count > 1:
             work = [loss, *(p.grad for p in parameters if p.grad is not None)]
-            for handle in [distributed.all_reduce(tensor, async_op=True) for tensor in work]:
-                handle.wait()
+            with _explained():
+                for handle in [distributed.all_reduce(tensor, async_op=True) for tensor in work]:
+                    handle.wait()
 
     def wait(self) -> None:
         if self.count > 1:
-            distributed.barrier()
+            with _explained():
+                distributed.barrier()
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise PeerLostError(
+            "A process that was to train along has ended or does not answer; see what it said. The same command goes "
+            "on from the last state that was kept."
+        ) from error

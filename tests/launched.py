@@ -1,0 +1,59 @@
+"""The command line on small tables that are retrained, for processes that are launched together.
+
+    torchrun --nproc-per-node 2 tests/launched.py run retrained --results DIR --data-dir DIR [--lose RANK STEP]
+
+With --lose, that process runs out of memory at that step.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+import small_table as small
+
+import pruners
+from experiments import tables, together
+from experiments.__main__ import main
+from experiments.recovery import Retraining
+from experiments.spec import Table
+from pruners.retrain import MaskLoRA, Trainable
+from pruners.retrain.peers import Peers
+
+NORMS = Retraining(Trainable(norms=True), small.WINDOWS, steps=8, learning_rate=1e-3)
+ADAPTERS = replace(NORMS, trainable=Trainable(norms=True, adapters=MaskLoRA(rank=4)), batch_size=4)
+ROWS = (
+    (pruners.Wanda(sparsity=0.5), replace(NORMS, batch_size=3)),  # which two processes cannot share
+    (pruners.Wanda(sparsity=0.5), ADAPTERS),
+    (pruners.Flap(ratio=0.25), NORMS),
+    (None, None),
+)
+
+
+def table() -> Table:
+    plain = small.table(ROWS, "retrained")
+    return replace(plain, run=lambda row, model: replace(small.table().run(row[0], model), recovery=row[1]))
+
+
+def lose(rank: int, step: int) -> None:
+    """That process runs out of memory in its so-many-th step."""
+    add_up, steps = Peers.add_up, []
+
+    def failing(self: Peers, *arguments: object) -> None:
+        steps.append(1)
+        if self.rank == rank and len(steps) == step:
+            raise MemoryError
+        add_up(self, *arguments)
+
+    Peers.add_up = failing  # type: ignore[method-assign, assignment]
+
+
+if __name__ == "__main__":
+    words = sys.argv[1:]
+    tables.TABLES["retrained"] = table()
+    together.PATIENCE_SECONDS = 3.0
+    if "--lose" in words:
+        place = words.index("--lose")
+        lose(*map(int, words[place + 1 : place + 3]))
+        del words[place : place + 3]
+    sys.exit(main(words))
