@@ -56,7 +56,12 @@ def examples(text: Windows | Documents | Instructions, tokenizer: Tokenizer, dat
         return tokens.calibration(text, tokenizer, data_dir)
     if isinstance(text, Documents):
         return _documents(text, tokenizer.inner, data_dir)
-    return _instructions(text, tokenizer.inner, data_dir)
+    return _instructions(text, tokenizer.inner, data_dir, "train")
+
+
+def held_out(text: Windows | Documents | Instructions, tokenizer: Tokenizer, data_dir: Path | None) -> list[Record]:
+    """The records that are kept back from training; none of windows and documents."""
+    return _instructions(text, tokenizer.inner, data_dir, "test") if isinstance(text, Instructions) else []
 
 
 def _documents(text: Documents, tokenizer: Any, data_dir: Path | None) -> list[Record]:
@@ -68,7 +73,8 @@ def _documents(text: Documents, tokenizer: Any, data_dir: Path | None) -> list[R
     return kept
 
 
-def _instructions(text: Instructions, tokenizer: Any, data_dir: Path | None) -> list[Record]:
+def _instructions(text: Instructions, tokenizer: Any, data_dir: Path | None, part: str) -> list[Record]:
+    """`part` is `train` or `test`, which is held out."""
     records = corpora.instructions(text.corpus, data_dir)
     if len(records) <= text.held_out:
         raise ValueError(
@@ -76,7 +82,7 @@ def _instructions(text: Instructions, tokenizer: Any, data_dir: Path | None) -> 
             "left to train on. Hold out fewer, or fetch the whole corpus."
         )
     split = Dataset.from_list(list(records)).train_test_split(test_size=text.held_out, shuffle=True, seed=text.seed)
-    made = [_answered(tokenizer, record, text.length) for record in split["train"]]
+    made = [_answered(tokenizer, record, text.length) for record in split[part]]
     return [record for record in made if record["labels"][-1] != IGNORED]  # a prompt that fills it leaves no answer
 
 

@@ -32,6 +32,7 @@ from experiments.recovery import Retraining, work_tokens
 from experiments.spec import Perplexity, Run, describe, digest
 from experiments.stages import PrunedBlocks
 from experiments.tokens import Tokenizer
+from pruners import retrain
 from pruners.retrain import Reconstruction
 from pruners.unstructured import Unstructured
 
@@ -160,6 +161,8 @@ def _retrain(
     stages: cost.Stages,
     begun: Path,
 ) -> dict[str, Any]:
+    kept_back = retraining.held_out(recovery.text, subject.tokenizer, settings.data_dir)
+    before = _held_out(kept_back, subject, board, stages)
     progress = board.stage("retraining", work_tokens(recovery, None))
 
     def watch(step: int, loss: float, pace: float) -> None:
@@ -168,7 +171,18 @@ def _retrain(
     model, tokenizer, group = subject.model, subject.tokenizer, settings.group
     with stages("retrain"), group.training(id, model, tokenizer.inner, begun) if group else nullcontext():
         report = retraining.retrained(model, recovery, tokenizer, settings.data_dir, begun, progress, watch)
-    return report.to_dict()
+    held_out = {"held_out": {"before": before, "after": _held_out(kept_back, subject, board, stages)}}
+    return report.to_dict() | (held_out if kept_back else {})
+
+
+def _held_out(kept_back: list[Any], subject: measures.Subject, board: Board, stages: cost.Stages) -> dict[str, Any]:
+    """The loss on these records, in nats a predicted token; empty without records."""
+    if not kept_back:
+        return {}
+    progress = board.stage("held-out loss")
+    with stages("held-out loss"):
+        loss, tokens = retrain.held_out_loss(subject.model, kept_back, batch_size=subject.batch_size, progress=progress)
+    return {"loss": loss, "tokens": tokens, "records": len(kept_back)}
 
 
 def _calibration_key(run: Run, settings: Settings) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 import pruners
-from pruners.retrain import Diverged, LoRA, LoRAPrune, MaskLoRA, ScaleLoRA, Trainable, finetune
+from pruners.retrain import Diverged, LoRA, LoRAPrune, MaskLoRA, ScaleLoRA, Trainable, finetune, held_out_loss
 from pruners.retrain.batches import Batches
 from pruners.retrain.peers import Peers
 from pruners.retrain.schedule import Schedule, precision_for
@@ -250,3 +250,22 @@ def test_a_batch_that_processes_cannot_share_is_refused():
     with pytest.raises(ValueError, match="multiple of 2"):
         Peers(0, 2).share([1, 2, 3])
     assert Peers(1, 2).share([1, 2, 3, 4]) == [2, 4]
+
+
+def test_the_held_out_loss_weighs_tokens_not_batches(kind, windows):
+    model = pruned(kind).train()
+    records = [{"input_ids": row[:length].tolist()} for row, length in zip(windows, (16, 3, 9, 16, 5, 2), strict=True)]
+    records[0]["labels"] = [-100] * 12 + records[0]["input_ids"][12:]
+    summed, tokens = 0.0, 0
+    for record in records:
+        ids, labels = torch.tensor([record["input_ids"]]), torch.tensor(record.get("labels", record["input_ids"]))
+        with torch.no_grad():
+            logits = model.eval()(ids).logits[0, :-1].double()
+        summed += float(F.cross_entropy(logits, labels[1:], reduction="sum"))
+        tokens += int((labels[1:] != -100).sum())
+    model.train()
+    for batch_size in (1, 2, 6):
+        loss, counted = held_out_loss(model, records, batch_size=batch_size)
+        assert (loss, counted) == (pytest.approx(summed / tokens, rel=1e-5), tokens)
+    assert model.training
+    assert held_out_loss(model, records) == held_out_loss(model, records)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,7 @@ import pruners
 from experiments import cells, corpora, records
 from experiments.batch import run_table
 from experiments.recovery import POST_TRAINING, Documents, Instructions, Retraining
-from experiments.retraining import examples
+from experiments.retraining import examples, held_out
 from experiments.run import Settings
 from experiments.spec import Run, Windows
 from experiments.tokens import Tokenizer
@@ -81,6 +82,30 @@ def test_loss_is_on_the_answers_alone(tokenizer):
         assert repr(record["input_ids"][:asked]) in prompts
         assert record["labels"][asked:] == record["input_ids"][asked:]
         assert len(record["input_ids"]) == 256 or record["input_ids"][-1] == tokenizer.inner.eos_token_id
+
+
+@needs_shared
+def test_what_is_held_out_is_not_trained_on(tokenizer):
+    text = Instructions("alpaca/train", length=1024, held_out=1600)
+    train, kept = (make(text, tokenizer, SHARED / "data") for make in (examples, held_out))
+    assert (len(train), len(kept)) == (400, 1600)
+    assert not {repr(record) for record in train} & {repr(record) for record in kept}
+    assert held_out(TEXT, tokenizer, SHARED / "data") == []
+
+
+@needs_shared
+def test_a_record_says_how_the_held_out_loss_moved(tmp_path):
+    data_dir = small_table.data(tmp_path / "data")
+    shutil.copytree(SHARED / "data/alpaca", data_dir / "alpaca")
+    text = Instructions("alpaca/train", length=384, held_out=40)
+    recovery = Retraining(Trainable.full(), text, steps=20, learning_rate=3e-3, batch_size=4)
+    found = cells.cells([replace(RUN, model=str(small_table.MODEL), recovery=recovery)])
+    assert run_table("tiny", found, Settings(tmp_path, data_dir=data_dir)).done
+    record = records.find(tmp_path, "tiny", found[0].id)
+    before, after = (record.achieved["recovery"]["held_out"][when] for when in ("before", "after"))
+    assert after["loss"] < before["loss"]
+    assert before["tokens"] == after["tokens"] > before["records"] == after["records"] > 0
+    assert record.cost.seconds["held-out loss"] > 0
 
 
 @needs_shared

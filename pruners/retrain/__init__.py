@@ -5,6 +5,7 @@ from __future__ import annotations
 from pruners.retrain.adapters import LoRA, LoRAPrune, MaskLoRA, ScaleLoRA
 from pruners.retrain.cycles import Cycle, iterate, magnitudes
 from pruners.retrain.finetune import Diverged, Retrained, finetune
+from pruners.retrain.held_out import held_out_loss
 from pruners.retrain.reconstruct import Reconstruction
 from pruners.retrain.trainable import Trainable
 
@@ -19,6 +20,7 @@ __all__ = [
     "ScaleLoRA",
     "Trainable",
     "finetune",
+    "held_out_loss",
     "iterate",
     "magnitudes",
 ]

@@ -1,0 +1,34 @@
+"""The loss on text that was kept back from training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from pruners.calibrate import Progress
+from pruners.retrain.batches import Batches
+
+
+@torch.no_grad()
+def held_out_loss(
+    model: PreTrainedModel, examples: Any, *, batch_size: int = 8, progress: Progress | None = None
+) -> tuple[float, int]:
+    """Mean loss of `examples` (as for `finetune`) in nats a predicted token, and how many are predicted; no dropout.
+
+    Every token counts the same, whatever its example's length; `batch_size` moves rounding alone.
+    """
+    batches = Batches(examples, batch_size, seed=0, config=model.config)
+    order = sorted(range(len(batches.examples)), key=lambda index: len(batches.examples[index][0]))  # little padding
+    tokens, total, training = batches.predicted(order), 0.0, model.training
+    model.eval()
+    try:
+        for start in range(0, len(order), batch_size):
+            batch = batches.collated(order[start : start + batch_size], model.device)
+            total += float(model(**batch, use_cache=False, num_items_in_batch=tokens).loss)
+            if progress:
+                progress(min(start + batch_size, len(order)), len(order))
+    finally:
+        model.train(training)
+    return total, tokens
