@@ -55,6 +55,39 @@ def backward(
                 progress(index + 1, len(batches))
 
 
+def of_mean_loss(
+    model: nn.Module,
+    windows: Int[Tensor, "count length"],
+    weights: Mapping[str, Tensor],
+    consume: Callable[[str, Tensor], None],
+    *,
+    at_once: int,
+    progress: Progress | None = None,
+) -> None:
+    """`consume(name, gradient)` sees each weight's gradient of the mean loss over all windows once, in float32.
+
+    Up to `at_once` windows go through the model together; where there are more, their gradients are added up in one
+    float32 copy of the weights.
+    """
+    sums: dict[str, Tensor] = {}
+    batches = windows.split(at_once)
+    for index, batch in enumerate(batches):
+        share, last = len(batch) / len(windows), index == len(batches) - 1
+
+        def add(name: str, gradient: Tensor, share: float = share, last: bool = last) -> None:
+            total = share * gradient.float()
+            if name in sums:
+                total += sums.pop(name)
+            if last:
+                consume(name, total)
+            else:
+                sums[name] = total
+
+        backward(model, batch, weights, add, batch_size=len(batch))
+        if progress:
+            progress(index + 1, len(batches))
+
+
 @contextmanager
 def _only_trainable(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
     """Evaluation mode, with gradients for these weights alone; everything as before afterwards."""

@@ -45,6 +45,7 @@ from pruners.calibrate import Progress
 from pruners.report import Report
 from pruners.structured import Scores, Structured
 
+TOKENS_AT_ONCE = 2048  # in a backward pass: above the papers' 10 x 64, and a bound on memory
 TAYLOR = ("vector", "element1", "element2", "element_mix")
 IMPORTANCES = (*TAYLOR, "l1", "l2", "random")
 REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -99,12 +100,13 @@ def index_scores(
 
     def first_order(name: str, gradient: Tensor) -> None:
         square = squares.pop(name, None)
-        found[name] = score(importance, weights[name].data, dims[name], gradient.float(), square).cpu()
+        found[name] = score(importance, weights[name].data, dims[name], gradient, square).cpu()
 
     if importance in ("element2", "element_mix"):
         gradients.backward(model, windows, weights, second_order, progress=progress)
     if importance != "element2":
-        gradients.backward(model, windows, weights, first_order, batch_size=len(windows), progress=progress)
+        at_once = max(1, TOKENS_AT_ONCE // windows.shape[1])
+        gradients.of_mean_loss(model, windows, weights, first_order, at_once=at_once, progress=progress)
     return found
 
 

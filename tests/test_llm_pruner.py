@@ -87,6 +87,17 @@ def test_group_scores_equal_full_gradient_arithmetic(kind, windows, importance):
         assert_close(found[name].double(), expected, rtol=2e-3, atol=1e-7)
 
 
+@pytest.mark.parametrize("importance", ["vector", "element1", "element_mix"])
+def test_windows_that_go_through_in_parts_give_the_same_scores(kind, windows, importance, monkeypatch):
+    dims = pruners.LLMPruner(importance=importance, **BLOCKS)._dims(tiny(kind))
+    at_once = llm_pruner.index_scores(tiny(kind), windows, importance, dims)
+    monkeypatch.setattr(llm_pruner, "TOKENS_AT_ONCE", 3 * windows.shape[1])
+    assert len(windows) % 3  # the last part is smaller
+    in_parts = llm_pruner.index_scores(tiny(kind), windows, importance, dims)
+    for name, whole in at_once.items():
+        assert_close(in_parts[name], whole, rtol=1e-4, atol=1e-9)
+
+
 @pytest.mark.parametrize("reduction", ["sum", "mean", "max", "prod", "first", "last"])
 def test_reductions_combine_the_matrices_index_by_index(reduction):
     block = anatomy.blocks(tiny("llama multi-head"))[0]
