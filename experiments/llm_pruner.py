@@ -149,6 +149,23 @@ tuned_modules = Table(
     label=lambda run: (TARGETS[run.recovery.trainable.adapters.targets], label(run)[1]),
 )
 
+
+def stopped(step: int, model: str, share: float) -> Run:
+    """Recovery left after so many of its steps; cells of one table go on from each other's."""
+    run = pruned("Element^1 (Block)", model, share)
+    return replace(run, recovery=replace(POST_TRAINING, stop=step)) if step else run
+
+
+tuning_steps = Table(
+    name="llm_pruner.tuning_steps",
+    title="Perplexity and accuracy by step of recovery (table 15)",
+    rows=tuple(range(0, 1600, 200)),
+    columns=(("llama-7b", 0.2),),
+    run=stopped,
+    published="llm_pruner: table 15",
+    label=lambda run: ("Element^1 (Block)", f"20 %, LoRA step {run.recovery.stop if run.recovery else 0}"),
+)
+
 REDUCTIONS = {"sum": "Summation", "max": "Max", "prod": "Production", "last": "Last-only"}
 
 aggregation = Table(
@@ -218,10 +235,6 @@ chatglm_6b = _lacking(
 stablelm = _lacking(
     "stablelm", "Pruned LLaMA against StableLM-3B (table 9)", "table 9",
     "StableLM's family (GPT-NeoX) in pruners.anatomy, and the ratio of the pruned model, which the paper does not give",
-)  # fmt: skip
-tuning_steps = _lacking(
-    "tuning_steps", "Perplexity and accuracy by step of recovery (table 15)", "table 15",
-    "measures taken while a recovery's schedule is still running",
 )  # fmt: skip
 more_data = _lacking(
     "more_data",

@@ -36,7 +36,8 @@ class Instructions:
 class Retraining:
     """`steps` of `batch_size` examples of `text` for what `trainable` selects; the fields are those of `finetune`.
 
-    `micro_batch_size` examples go through the model at once and move no number.
+    `micro_batch_size` examples go through the model at once and move no number.  The schedule of `steps` is left after
+    `stop` of them where that is given.
     """
 
     trainable: Trainable
@@ -47,6 +48,12 @@ class Retraining:
     warmup: float = 0.1
     seed: int = 0
     micro_batch_size: int | None = field(default=None, metadata={"result": False})
+    stop: int | None = field(default=None, metadata={"since": "later"})
+
+    @property
+    def taken(self) -> int:
+        """Steps that are really taken."""
+        return self.stop or self.steps
 
 
 # LLM-Pruner's post-training on the 49,760 records of Alpaca-cleaned that are not held out: 2 epochs.
@@ -65,7 +72,7 @@ def work_tokens(recovery: Any, windows: Windows | None) -> float:
     """Rough work in tokens through the model; a backward pass counts as two."""
     if isinstance(recovery, Retraining):
         evaluated = 2 * recovery.text.held_out if isinstance(recovery.text, Instructions) else 0
-        return (3 * recovery.steps * recovery.batch_size + evaluated) * recovery.text.length
+        return (3 * recovery.taken * recovery.batch_size + evaluated) * recovery.text.length
     if isinstance(recovery, Reconstruction) and windows:
         return 3 * recovery.steps * recovery.batch_size * windows.length + 2 * windows.count * windows.length
     return 0
@@ -79,4 +86,6 @@ def label(recovery: Any) -> str:
     named = [name for name in ("norms", "biases", "head", "embeddings") if getattr(what, name)]
     adapters = [type(what.adapters).__name__] if what.adapters else []
     parts = "all weights" if what == Trainable.full() else ", ".join(adapters + named + ["weights"] * what.weights)
-    return f" + reconstruction ({parts})" if isinstance(recovery, Reconstruction) else f" + {parts}"
+    if isinstance(recovery, Reconstruction):
+        return f" + reconstruction ({parts})"
+    return f" + {parts}" + (f", step {recovery.stop} of {recovery.steps}" if recovery.stop else "")

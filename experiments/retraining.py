@@ -44,6 +44,7 @@ def retrained(
         seed=recovery.seed,
         micro_batch_size=recovery.micro_batch_size,
         checkpointing=model.device.type == "cuda",
+        stop=recovery.stop,
         folder=folder,
         progress=progress,
         watch=watch,

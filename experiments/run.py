@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,8 @@ def execute(run: Run, table: str, settings: Settings, board: Board | None = None
     begun = place.unfinished / _origin(run, settings)
     achieved = _prune(run, subject, settings, board, stages, begun / "pruned")
     if isinstance(run.recovery, Retraining):
-        achieved["recovery"] = _retrain(run.recovery, id, subject, settings, board, stages, begun / "retrained")
+        kept = _shared_steps(run, identity, table, settings) if run.recovery.stop else begun / "retrained"
+        achieved["recovery"] = _retrain(run.recovery, id, subject, settings, board, stages, kept)
     return Record(
         id=id,
         table=table,
@@ -89,6 +90,13 @@ def execute(run: Run, table: str, settings: Settings, board: Board | None = None
 def unfinished(root: Path, table: str, id: str) -> Path:
     """The folder of what a killed cell resumes from; of no use once its record is written."""
     return root / ".cache" / "unfinished" / table / id
+
+
+def _shared_steps(run: Run, identity: dict[str, Any], table: str, settings: Settings) -> Path:
+    """Where all cells that stop the same schedule, each at its step, keep its state: they go on from each other's."""
+    assert isinstance(run.recovery, Retraining)
+    whole = replace(run, measures=(), recovery=replace(run.recovery, stop=None))
+    return unfinished(settings.root, table, f"steps of {whole.id(identity)}") / _origin(whole, settings)
 
 
 def _device(asked: str | None) -> str:
@@ -166,7 +174,7 @@ def _retrain(
     progress = board.stage("retraining", work_tokens(recovery, None))
 
     def watch(step: int, loss: float, pace: float) -> None:
-        board.note(f"{step}/{recovery.steps}, loss {loss:.3f}, {pace:.0f} tokens/s")
+        board.note(f"{step}/{recovery.taken}, loss {loss:.3f}, {pace:.0f} tokens/s")
 
     model, tokenizer, group = subject.model, subject.tokenizer, settings.group
     with stages("retrain"), group.training(id, model, tokenizer.inner, begun) if group else nullcontext():

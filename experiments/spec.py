@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -205,14 +205,19 @@ def needs_windows(method: Any) -> bool:
 def describe(thing: Any) -> dict[str, Any] | None:
     """A method or measure as `{"name": ..., **hyperparameters}`.
 
-    Fields whose metadata says `{"result": False}` cannot move the number and are left out.
+    Fields whose metadata says `{"result": False}` cannot move the number and are left out, and so is a field that came
+    after records were made, `{"since": "later"}`, where it has its default.
     """
     if thing is None:
         return None
     if not is_dataclass(thing):
         raise TypeError(f"{thing!r} is no dataclass; methods and measures of a Run are frozen dataclasses.")
-    kept = {f.name: getattr(thing, f.name) for f in fields(thing) if f.metadata.get("result", True)}
+    kept = {f.name: getattr(thing, f.name) for f in fields(thing) if _is_told(f, getattr(thing, f.name))}
     return {"name": _name(thing), **{key: _plain(value) for key, value in kept.items()}}
+
+
+def _is_told(field: Field[Any], value: Any) -> bool:
+    return field.metadata.get("result", True) and not (field.metadata.get("since") and value == field.default)
 
 
 def digest(spec: dict[str, Any]) -> str:

@@ -47,7 +47,7 @@ class Group:
     @contextmanager
     def training(self, cell: str, model: Any, tokenizer: Any, begun: Path) -> Iterator[None]:
         """Of process 0: the others retrain the cell of that id with it, from `model` as it is now."""
-        pruned = begun.with_name("to_train")
+        pruned = begun.with_name(f"to_train_{cell}")
         shutil.rmtree(pruned, ignore_errors=True)
         with quiet():
             model.save_pretrained(pruned)  # checkpoint.save may turn it into an equal model of another class

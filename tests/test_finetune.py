@@ -269,3 +269,25 @@ def test_the_held_out_loss_weighs_tokens_not_batches(kind, windows):
         assert (loss, counted) == (pytest.approx(summed / tokens, rel=1e-5), tokens)
     assert model.training
     assert held_out_loss(model, records) == held_out_loss(model, records)
+
+
+def test_a_schedule_can_be_left_early_and_gone_on_with(kind, windows, tmp_path):
+    asked = {"steps": 12, "learning_rate": 1e-3, "seed": 3, "save_every": 3}
+    whole, early, late = pruned(kind), pruned(kind), pruned(kind)
+    losses = finetune(whole, PEFT, windows, **asked).losses
+    assert finetune(early, PEFT, windows, stop=5, folder=tmp_path, **asked).losses == losses[:5]
+    report = finetune(late, PEFT, windows, stop=12, folder=tmp_path, **asked)
+    assert (report.resumed_at, report.losses) == (5, losses)
+    assert all(torch.equal(a, b) for a, b in zip(bits(whole), bits(late), strict=True))
+    again = pruned(kind)
+    assert (
+        finetune(again, PEFT, windows, stop=5, folder=tmp_path, **asked).resumed_at == 0
+    )  # kept: what is after step 12
+    assert all(torch.equal(a, b) for a, b in zip(bits(early), bits(again), strict=True))
+    assert finetune(pruned(kind), PEFT, windows, folder=tmp_path, **asked).resumed_at == 12
+
+
+@pytest.mark.parametrize("stop", [0, -1, 3])
+def test_a_stop_outside_the_schedule_is_refused(windows, stop):
+    with pytest.raises(ValueError, match=f"stops after 1 to 2 of them; got stop={stop}"):
+        finetune(pruned("opt"), PEFT, windows, steps=2, stop=stop, learning_rate=1e-3)

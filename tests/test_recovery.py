@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 import pruners
 from experiments import cells, corpora, records
 from experiments.batch import run_table
-from experiments.recovery import POST_TRAINING, Documents, Instructions, Retraining
+from experiments.recovery import POST_TRAINING, Documents, Instructions, Retraining, label, work_tokens
 from experiments.retraining import examples, held_out
 from experiments.run import Settings
 from experiments.spec import Run, Windows
@@ -38,6 +38,28 @@ def test_what_moves_a_recovery_is_part_of_the_id_and_no_recovery_is_no_part():
     assert len({run.id() for run in runs}) == len(runs)
     assert replace(RUN, recovery=replace(NORMS, micro_batch_size=1)).id() == runs[1].id()
     assert "recovery" not in RUN.spec()
+
+
+def test_a_stop_is_part_of_the_id_and_of_the_words_where_there_is_one():
+    stopped = replace(NORMS, stop=2)
+    assert "stop" not in replace(RUN, recovery=NORMS).spec()["recovery"]
+    assert replace(RUN, recovery=stopped).spec()["recovery"]["stop"] == 2
+    assert (label(NORMS), label(stopped)) == (" + norms", " + norms, step 2 of 3")
+    assert work_tokens(stopped, None) == pytest.approx(2 / 3 * work_tokens(NORMS, None))
+
+
+@needs_shared
+def test_cells_that_stop_at_other_steps_go_on_from_each_other(tmp_path):
+    data_dir = small_table.data(tmp_path / "data")
+    long = replace(NORMS, steps=6, trainable=Trainable(norms=True, adapters=MaskLoRA(rank=4)))
+    recoveries = [replace(long, stop=2), replace(long, stop=5), replace(long, stop=6), long]
+    found = cells.cells([replace(RUN, model=str(small_table.MODEL), recovery=recovery) for recovery in recoveries])
+    assert not run_table("tiny", found, Settings(tmp_path, data_dir=data_dir)).failed
+    told = [records.find(tmp_path, "tiny", cell.id) for cell in found]
+    assert [record.achieved["recovery"]["resumed_at"] for record in told] == [0, 2, 5, 0]
+    losses = [record.achieved["recovery"]["losses"] for record in told]
+    assert losses == [losses[-1][:2], losses[-1][:5], losses[-1], losses[-1]]
+    assert told[2].measures == told[3].measures
 
 
 def test_calibration_windows_belong_to_a_run_that_reconstructs_after_magnitude():

@@ -85,6 +85,7 @@ def finetune(
     checkpointing: bool = False,
     folder: Path | None = None,
     save_every: int = 100,
+    stop: int | None = None,
     progress: Progress | None = None,
     watch: Watch | None = None,
 ) -> Retrained:
@@ -92,13 +93,14 @@ def finetune(
 
     `examples` are packed windows [count, length], or records of `input_ids` and `labels`; a step takes `batch_size` of
     them, `micro_batch_size` at once.  `seed` shuffles them, starts the adapters and drops out.  With a `folder`, the
-    state is kept there every `save_every` steps and a killed run goes on from it.  After every step
-    `progress(step, steps)` and `watch(step, loss, tokens a second)` are called.  Under torchrun the processes share
-    each batch.
+    state is kept there every `save_every` steps and a killed run goes on from it, as does one that is to `stop` the
+    same schedule after more steps.  After every step `progress(step, stop or steps)` and
+    `watch(step, loss, tokens a second)` are called.  Under torchrun the processes share each batch.
 
     Raises ValueError for examples, settings or checkpoints that do not fit, Diverged where the loss does.
     """
     schedule = Schedule(steps, learning_rate, batch_size, warmup)
+    stop = schedule.checked(stop)
     batches = Batches(examples, batch_size, seed, model.config)
     cast = precision_for(precision, model.dtype, model.device)
     mark = state.fingerprint(model, schedule, trainable, clip, seed, cast, batches.digest())
@@ -106,7 +108,9 @@ def finetune(
     attached = trainable.attach(model, seed)
     report = Retrained(repr(trainable), attached.trained, attached.parameters, attached.share, attached.sparsity)
     try:
-        loop = _Loop(model, attached, schedule, batches, clip, cast, micro_batch_size or batch_size, path, mark, report)
+        loop = _Loop(
+            model, attached, schedule, stop, batches, clip, cast, micro_batch_size or batch_size, path, mark, report
+        )
         loop.run(save_every, checkpointing, progress, watch)
     except BaseException as error:
         if not isinstance(error, Diverged):
@@ -121,6 +125,7 @@ class _Loop:
     model: PreTrainedModel
     attached: Attached
     schedule: Schedule
+    stop: int
     batches: Batches
     clip: float
     precision: torch.dtype | None
@@ -144,15 +149,15 @@ class _Loop:
             if checkpointing:
                 stack.enter_context(gradients.checkpointed(self.model))
             self.model.train()
-            for step in range(len(self.report.losses), self.schedule.steps):
+            for step in range(len(self.report.losses), self.stop):
                 if step % save_every == 0:
                     self._keep(step)
                 self._step(step)
                 if progress:
-                    progress(step + 1, self.schedule.steps)
+                    progress(step + 1, self.stop)
                 if watch:
                     watch(step + 1, self.report.losses[-1], self.report.tokens / self.report.seconds)
-            self._keep(self.schedule.steps)
+            self._keep(self.stop)
 
     def _step(self, step: int) -> None:
         started = time.perf_counter()
@@ -214,6 +219,9 @@ class _Loop:
     def _resume(self) -> None:
         if self.path and self.path.exists():
             saved, about = state.load(self.path, self.mark)
+            if about["step"] > self.stop:
+                self.path = None  # of a run that went further; its state is worth more than any of this one
+                return
             state.restore(self.optimizer, self.attached.tensors, saved, about["step"])
             self.report.losses, self.report.tokens = about["losses"], about["tokens"]
             self.report.seconds, self.report.resumed_at = about["seconds"], about["step"]
@@ -228,7 +236,7 @@ class _Loop:
         report.sparsity, report.untied = attached.sparsity, attached.untied
 
     def _last_loss(self, precision: torch.dtype | None) -> float:
-        indices = self.batches.indices(self.schedule.steps - 1)[: self.micro_batch_size]
+        indices = self.batches.indices(self.stop - 1)[: self.micro_batch_size]
         training = self.model.training
         self.model.eval()
         try:

@@ -29,6 +29,14 @@ class Schedule:
         if self.steps < 1 or self.batch_size < 1 or not 0 < self.learning_rate < math.inf or self.warmup < 0:
             raise ValueError(f"steps and batch_size start at 1, learning_rate is positive, warmup not negative: {self}")
 
+    def checked(self, stop: int | None) -> int:
+        """The step after which training stops; ValueError for one outside the schedule."""
+        if stop is not None and not 1 <= stop <= self.steps:
+            raise ValueError(
+                f"A schedule of {self.steps} steps stops after 1 to {self.steps} of them; got stop={stop}."
+            )
+        return stop or self.steps
+
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0; the first one is 0 where there is a warm-up."""
         warm = self.warmup if self.warmup >= 1 else math.ceil(self.steps * self.warmup)
