@@ -43,8 +43,8 @@ def derived() -> list[tuple[str, str, str]]:
 
 
 @needs_shared
-@pytest.mark.parametrize("name", ["OPT-125M", "OPT-2.7B", "OPT-6.7B", "OPT-13B", "OPT-30B", "LLaMA-2-7B",
-                                  "Mistral-7B-v0.1"])  # fmt: skip
+@pytest.mark.parametrize("name", ["OPT-125M", "OPT-1.3B", "OPT-2.7B", "OPT-6.7B", "OPT-13B", "OPT-30B", "LLaMA-2-7B",
+                                  "LLaMA-2-13B", "Mistral-7B-v0.1"])  # fmt: skip
 def test_shares_are_those_derived_from_the_public_configs(name):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(public_config(name))
