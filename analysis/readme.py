@@ -17,7 +17,7 @@ import pandas as pd
 from analysis import claims, figures, report, summary
 from analysis.rows import Row, rows
 from analysis.summary import Pivot, Verdict
-from analysis.verdicts import cells
+from analysis.verdicts import Cell, cells
 from experiments import files, records
 from experiments.tables import find
 
@@ -28,7 +28,8 @@ BEGIN, END = "<!-- results: by `python -m analysis readme`, not by hand -->", "<
 WORDS = {"holds": "hold", "fails": "fail", "undecided": "undecided"}
 READING = (
     "Mean perplexity on SmolLM2-135M, a model small enough for two CPU cores; lower is better. ± is half the 95 % "
-    "interval of the mean over three draws of the calibration text; without ± a method draws nothing. The papers' "
+    "interval of the mean over three draws of the calibration text; without ± a method draws nothing. Bold: better "
+    "than every other method by a 95 % interval of the paired difference, the dense model apart. The papers' "
     "models are 20 to 500 times as large and lose less: compare directions, not values."
 )
 REPORT = "[The report]({}), one HTML page to download and open, tells the protocol and the origin of every number."
@@ -97,16 +98,25 @@ def _table(name: str, made: Sequence[Row], folder: str) -> str:
     head = HEAD.format(KEPT[name], table.title[0].lower() + table.title[1:], name)
     if not made:
         return NONE.format(head, name)
-    shown = [_pivot(pivot) for pivot in summary.pivots(cells(table, made))]
-    under = f"{_origin(made)} [Figure]({folder}/{FOLDER}/{name}.svg)."
+    pivots = summary.pivots(cells(table, made))
+    shown = [_pivot(pivot) for pivot in pivots]
+    under = f"{_protocols(pivots, made)}; {_origin(made)} [Figure]({folder}/{FOLDER}/{name}.svg)."
     return "\n\n".join([head, *shown, under])
 
 
 def _pivot(pivot: Pivot) -> str:
-    lines = [[method, *map(summary.value, found)] for method, found in pivot.lines]
-    return _markdown(
-        pd.DataFrame(lines, columns=[f"`{pivot.key}`", *pivot.heads]), ["left"] + ["right"] * len(pivot.heads)
-    )
+    lines = [[method, *(_value(pivot, cell) for cell in found)] for method, found in pivot.lines]
+    return _markdown(pd.DataFrame(lines, columns=["method", *pivot.heads]), ["left"] + ["right"] * len(pivot.heads))
+
+
+def _value(pivot: Pivot, cell: Cell | None) -> str:
+    return f"**{summary.value(cell)}**" if pivot.is_best(cell) else summary.value(cell)
+
+
+def _protocols(pivots: Sequence[Pivot], made: Sequence[Row]) -> str:
+    """E.g. 65,536 tokens as `embedded/wiki@512[:128]`."""
+    tokens = {pivot.key: measured["tokens"] for pivot in pivots for row in made if (measured := row.measure(pivot.key))}
+    return ", ".join(f"{count:,} tokens as `{key}`" for key, count in tokens.items())
 
 
 def _origin(made: Sequence[Row]) -> str:

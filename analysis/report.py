@@ -29,7 +29,7 @@ TEMPLATE = "report.html"
 
 @dataclass(frozen=True)
 class Section:
-    """One table that has records; `figures` are (caption, data URL), `made` its rows, all by increasing detail."""
+    """One table that has records; `done` counts them, `made` are its rows."""
 
     name: str
     title: str
@@ -41,8 +41,17 @@ class Section:
     beside: Grid | None
     own: Grid
     notes: list[str]
-    figures: list[tuple[str, str]]
+    figures: list[Drawn]
     made: list[Row]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A figure as a data URL, and how wide it must stay for its letters to be read."""
+
+    caption: str
+    image: str
+    inches: float
 
 
 @dataclass(frozen=True)
@@ -126,8 +135,8 @@ def _left(table: Table) -> dict[str, Any]:
     return {"name": table.name, "title": table.title, "count": len(table.runs()), "missing": table.missing}
 
 
-def _figures(table: Table, made: list[Row], found: list[Cell]) -> Iterator[tuple[str, str]]:
-    """(caption, data URL) of every figure that there are enough numbers for."""
+def _figures(table: Table, made: list[Row], found: list[Cell]) -> Iterator[Drawn]:
+    """Every figure that there are enough numbers for."""
     keys = dict.fromkeys(cell.key for cell in found if cell.metric == "perplexity" and cell.ours is not None)
     drawings: list[tuple[str, Callable[[], Figure]]] = [
         (f"Perplexity by method, {key}", partial(figures.perplexity, table, made, key)) for key in keys
@@ -142,7 +151,8 @@ def _figures(table: Table, made: list[Row], found: list[Cell]) -> Iterator[tuple
     ]
     for caption, draw in drawings:
         try:
-            yield caption, _data_url(draw())
+            figure = draw()
+            yield Drawn(caption, _data_url(figure), float(figure.get_figwidth()))
         except ValueError:  # too few numbers yet, which the table shows better
             continue
 

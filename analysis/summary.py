@@ -6,21 +6,34 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from analysis import verdicts
+from analysis import best, verdicts
 from analysis.evidence import Answer, Claim, Ours, on_ours, on_paper, scopes
 from analysis.rows import Row
 from analysis.tables import MISSING
 from analysis.verdicts import Cell
 
+SIDE_BY_SIDE = 4  # columns that leave room for a figure beside them
+
 
 @dataclass(frozen=True)
 class Pivot:
-    """One quantity under one protocol key; `lines` hold a method and its cells, None where it has no such cell."""
+    """One quantity under one protocol key; `lines` hold a method and its cells, None where it has no such cell.
+
+    `marked` names the cells that are the best of their column beyond doubt.
+    """
 
     key: str
     metric: str
     heads: list[str]
     lines: list[tuple[str, list[Cell | None]]]
+    marked: set[best.Name]
+
+    @property
+    def is_wide(self) -> bool:
+        return len(self.heads) > SIDE_BY_SIDE
+
+    def is_best(self, cell: Cell | None) -> bool:
+        return cell is not None and best.name(cell) in self.marked
 
 
 @dataclass(frozen=True)
@@ -90,7 +103,7 @@ def _pivot(key: str, metric: str, cells: Sequence[Cell]) -> Pivot:
     at = {(cell.method, *column): cell for cell in reversed(cells) for column in _columns(cell, columns)}
     methods = dict.fromkeys(cell.method for cell in cells)
     lines = [(method, [at.get((method, *column)) for column in columns]) for method in methods]
-    return Pivot(key, metric, heads, lines)
+    return Pivot(key, metric, heads, lines, best.best(cells))
 
 
 def _columns(cell: Cell, columns: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -107,7 +120,7 @@ def _unfinished(rows: Sequence[Row]) -> str:
     done = sum(row.record is not None for row in rows)
     if any(row.state == "failed" for row in rows):
         return "failed"
-    return f"{done} of {len(rows)} runs" if done else MISSING
+    return f"{done} of {len(rows)} runs" if 0 < done < len(rows) else MISSING
 
 
 def _number(number: float | None, cell: Cell) -> str:

@@ -63,8 +63,9 @@ def test_a_mean_its_interval_and_a_sentence_stand_there(root):
     store(root, "embedded.gblm", "Magnitude", [30.0])
     readme.write(root)
     text = (root.parent / "README.md").read_text()
-    assert re.search(r"\| Wanda +\| 21\.00 ± 2\.48 \| +— \|", text)
+    assert re.search(r"\| Wanda +\| \*\*21\.00 ± 2\.48\*\* \| +— \|", text)
     assert re.search(r"\| Magnitude +\| +30\.00 \| +— \|", text)
+    assert "256 tokens as `embedded/wiki@512[:128]`; 4 of 21 cells" in text
     assert re.search(r"\| Wanda's perplexity is below magnitude.*\| holds +\| holds +\|", text)
     for link in re.findall(r"\]\((results/[^)]+)\)", text):
         assert (root.parent / link).is_file()
