@@ -97,17 +97,17 @@ llm_pruner = Table(
 )
 
 # 8,192 tokens of retraining for every row, or of reconstruction for every block.  Each learning rate is the best of a
-# grid of factors of two to three, on magnitude 50 % and text not trained on; LOG.md has the grid.  The model has no
-# biases, so that biases and norms are norms.
+# grid in factors of two or three, on magnitude 50 % and text that was not trained on; LOG.md has the grid.  The model
+# has no biases, so that biases and norms are norms.
 STEPS = 32
 MASKED = Trainable(norms=True, adapters=MaskLoRA(rank=16))
 RATES = {
     Trainable(biases=True, norms=True): 1e-2,
-    Trainable(adapters=ScaleLoRA(rank=16)): 5e-3,
-    MASKED: 3e-3,
-    Trainable.full(): 5e-4,
+    Trainable(adapters=ScaleLoRA(rank=16)): 2e-3,
+    MASKED: 5e-3,
+    Trainable.full(): 1e-3,
 }
-RECONSTRUCTION = Reconstruction(MASKED, STEPS, learning_rate=1e-3, batch_size=1)
+RECONSTRUCTION = Reconstruction(MASKED, STEPS, learning_rate=1e-2, batch_size=1)
 
 
 def recovered(row: tuple[Any, Any], model: str, sparsity: float, seed: int) -> Run:
