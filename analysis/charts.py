@@ -2,39 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.figures import COLOURS, LOG_ABOVE, MARKERS, STYLE
+from analysis.figures import COLOURS, grid, legend, look, use_log
 from analysis.rows import Row
 from analysis.verdicts import Cell
+from experiments.records import Cost
 from experiments.spec import Table
-
-Point = tuple[float, float]
 
 
 def by_sparsity(table: Table, found: Sequence[Cell]) -> Figure:
-    """Perplexity over the sparsity that was reached, a line a method; ValueError for fewer than two sparsities."""
-    lines: dict[str, list[Point]] = {}
+    """Perplexity over the sparsity that was reached, a panel a model and a line a method.
+
+    Of several protocol keys the first; ValueError for fewer than two sparsities.
+    """
     done = [cell for cell in found if cell.metric == "perplexity" and cell.fold == "mean" and cell.ours is not None]
-    first = done[0] if done else None
-    for cell in done:
-        method = cell.rows[0].run.method
-        swept = method is not None and getattr(method, "pattern", None) is None
-        if first and swept and (cell.model, cell.key) == (first.model, first.key):
-            lines.setdefault(cell.method, []).append((100 * _reached(cell), cell.ours or 0.0))
-    lines = {name: sorted(set(points)) for name, points in lines.items()}
-    refuse_few(len({x for points in lines.values() for x, _ in points}), "sparsities", table)
-    assert first is not None
-    figure, axes = canvas(f"{table.title}: {first.model}")
-    for index, (name, points) in enumerate(lines.items()):
-        axes.plot(*zip(*points, strict=True), label=name, **look(index))
-    axes.set(xlabel="weights removed, %", ylabel=f"perplexity, {first.key}")
-    _log_if_wide(axes, [y for points in lines.values() for _, y in points], axes.set_yscale)
-    axes.legend(frameon=False, fontsize=8.5)
+    key = done[0].key if done else ""
+    swept = [cell for cell in done if cell.key == key and _is_swept(cell)]
+    refuse_few(len({_reached(cell) for cell in swept}), "sparsities", table)
+    methods = list(dict.fromkeys(cell.method for cell in swept))
+    models = list(dict.fromkeys(cell.model for cell in swept))
+    figure, panels = grid(table.title, len(models), (4.4, 3.2), sharey=False)
+    for axes, model in zip(panels, models, strict=True):
+        _draw_lines(axes, [cell for cell in swept if cell.model == model], methods)
+        axes.set_title(model, loc="left", fontsize=9)
+        axes.set(xlabel="weights removed, %", ylabel=f"perplexity, {key}")
+    legend(figure, panels)
     return figure
 
 
@@ -45,59 +43,47 @@ def against_paper(table: Table, found: Sequence[Cell]) -> Figure:
     first = both[0][0].metric if both else ""
     both = [(cell, x, y) for cell, x, y in both if cell.metric == first]
     refuse_few(len(both), "values beside the paper's", table)
-    figure, axes = canvas(table.title, (4.8, 4.6))
+    figure, (axes,) = grid(table.title, 1, (5.0, 4.2))
     low, high = (pick(value for _, x, y in both for value in (x, y)) for pick in (min, max))
-    axes.plot([low, high], [low, high], color="0.6", linewidth=1, linestyle="--", zorder=0)
+    axes.plot([low, high], [low, high], color="0.6", linewidth=1, linestyle="--", zorder=0, label="equal")
     for index, name in enumerate(dict.fromkeys(cell.method for cell, _, _ in both)):
         points = [(x, y) for cell, x, y in both if cell.method == name]
-        axes.plot(*zip(*points, strict=True), label=name, **look(index) | {"linestyle": "none"})
+        axes.plot(*zip(*points, strict=True), label=name, **look(index, line=False))
     axes.set(xlabel=f"{first}, the paper's", ylabel=f"{first}, ours")
-    for scale in (axes.set_xscale, axes.set_yscale):
-        _log_if_wide(axes, [low, high], scale)
-    axes.legend(frameon=False, fontsize=8.5)
+    axes.grid(color="0.92")
+    use_log(axes, [low, high], "xy")
+    legend(figure, [axes])
     return figure
 
 
 def cost(table: Table, rows: Sequence[Row]) -> Figure:
-    """Pruning time and peak memory by cell; ValueError for fewer than two cells that prune."""
-    done = [(row.label, row.record.cost) for row in rows if row.record and row.run.method is not None]
-    refuse_few(len(done), "pruned cells", table)
-    names = [name for name, _ in done]
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(8.0, 1.4 + 0.24 * len(done)), layout="constrained")
-        left, right = figure.subplots(1, 2, sharey=True)
-        left.barh(names, [paid.seconds.get("prune", 0) + paid.seconds.get("statistics", 0) for _, paid in done],
-                  color=COLOURS[0])  # fmt: skip
-        right.barh(names, [paid.peak_bytes / 2**30 for _, paid in done], color=COLOURS[1])
-        left.set(xlabel="statistics and pruning, s")
-        right.set(xlabel="peak memory of the cell, GiB")
-        left.invert_yaxis()
-        left.set_title(table.title, loc="left", fontsize=10)
+    """Pruning time and peak memory by method, the mean of its cells as a bar and each as a mark.
+
+    ValueError for fewer than two cells that prune.
+    """
+    paid: dict[str, list[Cost]] = {}
+    several = len({row.run.model for row in rows if row.record}) > 1
+    for row in (row for row in rows if row.run.method is not None and row.record):
+        name = f"{row.method}, {Path(row.run.model).name}" if several else row.method
+        paid.setdefault(name, []).append(row.record.cost)  # type: ignore[union-attr]
+    refuse_few(sum(map(len, paid.values())), "pruned cells", table)
+    figure, (left, right) = grid(table.title, 2, (3.2, 0.4 + 0.22 * len(paid)))
+    seconds = {name: [_seconds(one) for one in costs] for name, costs in paid.items()}
+    long = max(map(max, seconds.values())) > 300
+    _draw_bars(left, {name: [one / (60 if long else 1) for one in many] for name, many in seconds.items()}, COLOURS[0])
+    _draw_bars(right, {name: [one.peak_bytes / 2**30 for one in costs] for name, costs in paid.items()}, COLOURS[1])
+    left.set(xlabel=f"statistics, pruning and retraining, {'min' if long else 's'}")
+    right.set(xlabel="peak memory of the cell, GiB")
+    left.invert_yaxis()
     return figure
 
 
-def _reached(cell: Cell) -> float:
-    record = cell.rows[0].record
-    return record.achieved["sparsity"] if record else 0.0
-
-
 def canvas(title: str, size: tuple[float, float] = (6.4, 4.0)) -> tuple[Figure, Axes]:
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=size, layout="constrained")
-        axes = figure.subplots()
-    axes.set_title(title, loc="left", fontsize=10)
+    """One panel under its wrapped title."""
+    figure, (axes,) = grid(title, 1, (size[0] - 1.4, size[1] - 1.3))
     axes.grid(color="0.92")
     axes.set_axisbelow(True)
     return figure, axes
-
-
-def look(index: int) -> dict:
-    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "markersize": 5}
-
-
-def _log_if_wide(axes: Axes, values: Sequence[float], scale: Callable[[str], object]) -> None:
-    if values and min(values) > 0 and max(values) / min(values) > LOG_ABOVE:
-        scale("log")
 
 
 def refuse_few(count: int, what: str, table: Table) -> None:
@@ -106,3 +92,40 @@ def refuse_few(count: int, what: str, table: Table) -> None:
             f"A figure of {table.name} needs two {what} at least and there {'is' if count == 1 else 'are'} {count}; "
             f"run more of its cells (python -m experiments show {table.name})."
         )
+
+
+def _is_swept(cell: Cell) -> bool:
+    method = cell.rows[0].run.method
+    return method is not None and getattr(method, "pattern", None) is None
+
+
+def _draw_lines(axes: Axes, cells: Sequence[Cell], methods: Sequence[str]) -> None:
+    lines: dict[str, set[tuple[float, float]]] = {}
+    for cell in cells:
+        lines.setdefault(cell.method, set()).add((100 * _reached(cell), cell.ours or 0.0))
+    for name, points in lines.items():
+        axes.plot(*zip(*sorted(points), strict=True), label=name, **look(methods.index(name)))
+    axes.grid(color="0.92")
+    use_log(axes, [y for points in lines.values() for _, y in points])
+
+
+def _draw_bars(axes: Axes, values: dict[str, list[float]], colour: str) -> None:
+    axes.barh(
+        list(values),
+        [statistics.fmean(many) for many in values.values()],
+        color=colour,
+        height=0.7,
+    )
+    axes.margins(y=0.01)
+    marks = [(value, line) for line, many in enumerate(values.values()) if len(many) > 1 for value in many]
+    if marks:
+        axes.plot(*zip(*marks, strict=True), linestyle="none", marker="|", markersize=4, color="0.1", zorder=3)
+
+
+def _seconds(paid: Cost) -> float:
+    return sum(paid.seconds.get(stage, 0.0) for stage in ("statistics", "prune", "retrain"))
+
+
+def _reached(cell: Cell) -> float:
+    record = cell.rows[0].record
+    return record.achieved["sparsity"] if record else 0.0

@@ -1,0 +1,119 @@
+"""Figures from made-up records: one mark for several seeds, nothing merged that differs, nothing beyond the canvas."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import pytest
+import small_table as small
+from PIL import Image
+
+import pruners
+from analysis import charts, figures, inside, rows, verdicts
+from experiments import records
+from experiments.spec import Run, Table, needs_windows
+
+METHODS = (None, pruners.Magnitude, pruners.Wanda, pruners.SparseGPT)
+SEEDS, SPARSITIES = (0, 1, 2), (0.4, 0.5)
+LONG = "A title of a table that says so much about what was pruned and how that no figure is wide enough for it, ever"
+
+
+def table(models=("smollm2-135m",), seeds=SEEDS) -> Table:
+    def run(method, model, sparsity, seed):
+        made = method and method(sparsity=sparsity)
+        windows = replace(small.WINDOWS, seed=seed) if needs_windows(made) else None
+        return Run(model, made, windows, (small.PPL,))
+
+    return Table("tiny", LONG, METHODS, tuple(product(models, SPARSITIES, seeds)), run)
+
+
+def fill(declared: Table, root) -> list[rows.Row]:
+    """Perplexities 10 to 14 by method and 0, 1 or 2 more by seed; the larger sparsity doubles them."""
+    for run in declared.runs():
+        seed, sparsity = run.windows.seed if run.windows else 0, run.method.sparsity if run.method else 0.0
+        value = (10.0 + len(type(run.method).__name__) % 5 + seed) * (2 if sparsity > 0.45 else 1)
+        record = small.record(run, achieved={"asked": sparsity, "sparsity": sparsity})
+        record.measures[small.PPL.key].update(perplexity=value)
+        record.cost.seconds.update(prune=10.0 + seed)
+        records.write(record, root)
+    return rows.rows(declared, root)
+
+
+def drawn(figure) -> np.ndarray:
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=60)
+    return np.asarray(Image.open(picture).convert("L"))
+
+
+def test_seeds_are_one_mark_at_their_mean_with_a_t_interval(tmp_path):
+    (axes,) = figures.perplexity(table(), fill(table(), tmp_path)).axes
+    low, high = (container for container in axes.containers)
+    assert [low.get_label(), high.get_label()] == ["40 %", "50 %"]
+    assert low[0].get_xdata().tolist() == [14.0, 11.0, 15.0]  # magnitude has one run
+    (bars,) = low[2]
+    assert [line[1, 0] - line[0, 0] for line in bars.get_segments()] == pytest.approx([3.0, 2 * 2.484, 2 * 2.484], 1e-3)
+    seeds = next(line for line in axes.lines if line.get_marker() == "|" and len(line.get_xdata()) == 6)
+    assert sorted(seeds.get_xdata()) == [10.0, 11.0, 12.0, 14.0, 15.0, 16.0]
+
+
+def test_the_bars_are_told_apart_in_words(tmp_path):
+    (legend,) = figures.perplexity(table(), fill(table(), tmp_path)).legends
+    told = legend.get_title().get_text().replace("\n", " ")
+    assert told == (
+        "several seeds: mean and its 95 % interval, each seed below it; one run: ± 1 standard error over windows"
+    )
+
+
+def test_an_interval_that_reaches_below_zero_does_not_stretch_a_logarithmic_axis(tmp_path):
+    made = fill(table(), tmp_path)
+    for row, value in zip((row for row in made if row.method == "Wanda"), (1.0, 2.0, 300.0), strict=False):
+        row.record.measures[small.PPL.key].update(perplexity=value)
+    (axes,) = figures.perplexity(table(), made).axes
+    assert axes.get_xscale() == "log"
+    assert axes.get_xlim()[0] > 0.5
+
+
+def test_no_two_of_forty_nine_methods_look_alike():
+    looks = [figures.look(index) for index in range(49)]
+    assert len({(one["color"], one["marker"]) for one in looks}) == 49
+    assert len({(one["color"], one["linestyle"]) for one in looks[:28]}) == 28
+
+
+@pytest.mark.parametrize("models", [("smollm2-135m",), ("opt-125m", "opt-1.3b", "opt-2.7b")])
+def test_nothing_reaches_the_edge_of_a_figure(tmp_path, models):
+    declared = table(models)
+    made = fill(declared, tmp_path)
+    found = verdicts.cells(declared, made)
+    for figure in (
+        figures.perplexity(declared, made),
+        charts.by_sparsity(declared, found),
+        charts.cost(declared, made),
+    ):
+        picture = drawn(figure)
+        edges = (picture[0], picture[-1], picture[:, 0], picture[:, -1])
+        assert all((edge == 255).all() for edge in edges)
+        assert figure._suptitle.get_text().replace("\n", " ") == LONG
+
+
+def test_every_model_and_every_method_has_its_bar(tmp_path):
+    declared = table(("opt-125m", "opt-1.3b"))
+    left, right = charts.cost(declared, fill(declared, tmp_path)).axes
+    names = [label.get_text() for label in left.get_yticklabels()]
+    assert names == [
+        f"{method}, {model}" for method in ("Magnitude", "Wanda", "SparseGPT") for model in ("opt-125m", "opt-1.3b")
+    ]
+    assert [bar.get_width() for bar in left.patches] == [10.0, 10.0, 11.0, 11.0, 11.0, 11.0]
+    assert left.get_xlabel().endswith(", s")
+    assert len(right.patches) == 6
+
+
+def test_retraining_curves_have_a_panel_a_setting(tmp_path):
+    made = fill(table(), tmp_path)
+    for row in made:
+        row.record.achieved["recovery"] = {"losses": [3.0, 2.0]} if row.run.method else {}
+    panels = inside.losses(table(), made).axes
+    assert [axes.get_title("left") for axes in panels] == ["40 %", "50 %"]
+    assert [len(axes.lines) for axes in panels] == [3, 3]  # of three seeds the first
