@@ -9,8 +9,9 @@ import matplotlib
 import pytest
 import small_table as small
 
-from analysis import readme
+from analysis import claims, readme, summary
 from analysis.__main__ import main
+from analysis.evidence import Answer
 from experiments import records, tables
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -87,3 +88,20 @@ def test_a_readme_without_a_place_is_refused(root, text):
     (root.parent / "README.md").write_text(text)
     with pytest.raises(ValueError, match="must have each of these lines once"):
         readme.written(root)
+
+
+def test_a_table_is_told_the_sentences_that_it_answers(root):
+    store(root, "embedded.gblm", "Wanda", [20.0, 21.0, 22.0])
+    store(root, "embedded.gblm", "Magnitude", [19.0])
+    judged = summary.judged(claims.CLAIMS, root)
+    told = {one.claim.name: one for one in summary.about("embedded.gblm", judged)}
+    assert list(told) == ["wanda-magnitude"]
+    assert told["wanda-magnitude"].noisy.verdict == "undecided"
+    assert told["wanda-magnitude"].ours.verdict == "fails"
+    assert summary.about("embedded.flap", judged) == []
+
+
+def test_what_does_not_hold_is_named_once_for_the_model():
+    one = Answer("fails", held=1, of=2, against=["smollm2-135m FLAP 20 %"], where="smollm2-135m")
+    assert summary.against(one) == "1 of 2; not FLAP 20 %"
+    assert summary.against(Answer("holds", held=1, of=1)) == ""
