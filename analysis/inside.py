@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -49,6 +50,24 @@ def losses(table: Table, rows: Sequence[Row]) -> Figure:
     return figure
 
 
+def steps(table: Table, rows: Sequence[Row]) -> Figure:
+    """Perplexity by the step at which retraining was left, a line a protocol key; ValueError for fewer than two steps.
+
+    Of several models and methods the first; step 0 is the pruned model.
+    """
+    pruned = [row for row in rows if row.record and row.run.method is not None]
+    done = [row for row in pruned if (row.run.model, row.method) == (pruned[0].run.model, pruned[0].method)]
+    refuse_few(len({_step(row) for row in done}), "steps of retraining", table)
+    figure, axes = canvas(f"{table.title}: {Path(done[0].run.model).name}")
+    keys = [key for key, value in (done[0].record.measures if done[0].record else {}).items() if "perplexity" in value]
+    for index, key in enumerate(keys):
+        points = sorted((_step(row), (row.measure(key) or {})["perplexity"]) for row in done if row.measure(key))
+        axes.plot(*zip(*points, strict=True), label=key, **look(index))
+    axes.set(xlabel="step of retraining", ylabel="perplexity")
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
 def by_parameters(table: Table, found: Sequence[Cell]) -> Figure:
     """Mean accuracy over the parameters that are left, a marker a method; ValueError for fewer than two cells."""
     points: dict[str, list[tuple[float, float]]] = {}
@@ -63,6 +82,11 @@ def by_parameters(table: Table, found: Sequence[Cell]) -> Figure:
     axes.set(xlabel="parameters, billions", ylabel="mean accuracy, %")
     axes.legend(frameon=False, fontsize=8)
     return figure
+
+
+def _step(row: Row) -> int:
+    recovery = (row.record.spec.get("recovery") if row.record else None) or {}
+    return int(recovery.get("stop", recovery.get("steps", 0)))
 
 
 def _structure(row: Row) -> bool:

@@ -137,6 +137,22 @@ def test_what_is_kept_and_the_losses_are_drawn_by_block_and_step(tmp_path):
         inside.by_parameters(table, verdicts.cells(table, made))
 
 
+def test_perplexity_by_step_has_a_line_a_corpus(tmp_path):
+    table = tables.find("llm_pruner.tuning_steps")
+    for step, run in enumerate(table.runs()):
+        measured = {what.key: {"perplexity": 20.0 + 10 * i - step} for i, what in enumerate(run.measures[:2])}
+        record = small.record(run, measures=measured).model_copy(update={"table": table.name})
+        records.write(record, tmp_path)
+        if step == 0:
+            with pytest.raises(ValueError, match="two steps of retraining at least and there is 1"):
+                inside.steps(table, rows.rows(table, tmp_path))
+    (axes,) = inside.steps(table, rows.rows(table, tmp_path)).axes
+    wikitext, ptb = axes.lines
+    assert wikitext.get_xdata().tolist() == list(range(0, 1600, 200))
+    assert wikitext.get_ydata().tolist() == [20.0 - step for step in range(8)]
+    assert ptb.get_label() == "ptb/validation@128"
+
+
 @pytest.fixture(scope="module", params=[1200, 375], ids=["desktop", "phone"])
 def told(page, request, tmp_path_factory):
     """What the page does in a browser's frame of that many pixels: no window is as narrow as a phone."""
