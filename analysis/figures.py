@@ -86,10 +86,15 @@ def grid(
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width, size[1] * lines + 1.3), layout="constrained")
         panels = figure.subplots(lines, columns, squeeze=False, **({"sharey": True} | options)).flatten().tolist()
-        figure.suptitle(textwrap.fill(title, int(13 * width)), x=0.01, horizontalalignment="left", fontsize=10)
+        figure.suptitle(wrapped(title, width), x=0.01, horizontalalignment="left", fontsize=10)
     for axes in panels[count:]:
         axes.set_visible(False)
     return figure, panels[:count]
+
+
+def wrapped(text: str, width: float) -> str:
+    """Lines that fit so many inches at 10 points."""
+    return textwrap.fill(text, int(13 * width))
 
 
 def legend(figure: Figure, panels: Iterable[Axes], note: str = "") -> None:
@@ -134,7 +139,7 @@ def one_key(rows: Sequence[Row], key: str | None, quantity: str) -> str:
         raise ValueError(
             f"A figure shows one protocol; choose with --measure one of: {', '.join(known)}."
             if known
-            else f"No {quantity} was measured, so there is nothing to draw."
+            else f"No {quantity} in any record, so there is nothing to draw."
         )
     return key or known[0]
 

@@ -4,49 +4,63 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from analysis.charts import canvas, look, refuse_few
-from analysis.figures import STYLE
+from analysis.charts import canvas, refuse_few
+from analysis.figures import LINES, grid, legend, look
 from analysis.rows import Row
 from analysis.verdicts import Cell
 from experiments.spec import Table
 
+SMALL = {"markersize": 3, "linewidth": 1.1}
+
 
 def kept(table: Table, rows: Sequence[Row]) -> Figure:
-    """Heads and MLP channels that stay in each block, as shares of the dense block; ValueError for one block."""
-    done = {row.label: row.record.achieved["structure"] for row in rows if row.record and _structure(row)}
-    blocks = max((len(told["after"]["blocks"]) for told in done.values()), default=0)
+    """Heads and MLP channels that stay in each block, as shares of the dense block, a line of panels a setting.
+
+    Of several models and seeds the first; ValueError for one block.
+    """
+    done = _first([row for row in rows if _structure(row)])
+    blocks = max((len(_told(row)["after"]["blocks"]) for row in done), default=0)
     refuse_few(blocks, "blocks of a structured model", table)
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 5.0), layout="constrained")
-        panels = figure.subplots(2, 1, sharex=True)
-    for axes, kind in zip(panels, ("heads", "channels"), strict=True):
-        for index, (label, told) in enumerate(done.items()):
-            pairs = zip(told["before"]["blocks"], told["after"]["blocks"], strict=False)
-            shares = [100 * after[kind] / before[kind] for before, after in pairs if before[kind]]
-            axes.plot(range(len(shares)), shares, label=label, **look(index))
-        axes.set(ylabel=f"{kind} kept, %", ylim=(-3, 103))
+    settings, methods = (list(dict.fromkeys(getattr(row, name) for row in done)) for name in ("setting", "method"))
+    figure, panels = grid(_title(table, done), 2 * len(settings), (3.6, 2.2), sharex=True)
+    for index, axes in enumerate(panels):
+        setting, kind = settings[index // 2], ("heads", "channels")[index % 2]
+        for row in (row for row in done if row.setting == setting):
+            shares = _shares(row, kind)
+            axes.plot(range(len(shares)), shares, label=row.method, **look(methods.index(row.method)) | SMALL)
+        axes.set_title(f"{kind} kept at {setting}, %", loc="left", fontsize=9)
+        axes.set_ylim(-3, 103)
         axes.grid(color="0.92")
-    panels[0].set_title(table.title, loc="left", fontsize=10)
-    panels[0].legend(frameon=False, fontsize=8)
-    panels[1].set_xlabel("block")
-    panels[1].xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in panels[-2:]:
+        axes.set_xlabel("block")
+    legend(figure, panels)
     return figure
 
 
 def losses(table: Table, rows: Sequence[Row]) -> Figure:
-    """Loss by step of every retrained cell; ValueError where none took two steps."""
-    curves = {row.label: row.record.achieved["recovery"]["losses"] for row in rows if row.record and _recovery(row)}
-    refuse_few(max(map(len, curves.values()), default=0), "steps of retraining", table)
-    figure, axes = canvas(table.title)
-    for index, (label, curve) in enumerate(curves.items()):
-        axes.plot(range(1, len(curve) + 1), curve, label=label, color=look(index)["color"], linewidth=1.2)
-    axes.set(xlabel="step of retraining", ylabel="loss, nats per token")
-    axes.legend(frameon=False, fontsize=8)
+    """Loss by step of every retrained cell, a panel a setting; ValueError where none took two steps.
+
+    Of several models and seeds the first.
+    """
+    done = _first([row for row in rows if _recovery(row)])
+    refuse_few(max((len(_curve(row)) for row in done), default=0), "steps of retraining", table)
+    settings, methods = (list(dict.fromkeys(getattr(row, name) for row in done)) for name in ("setting", "method"))
+    figure, panels = grid(_title(table, done), len(settings), (4.2, 2.8))
+    for setting, axes in zip(settings, panels, strict=True):
+        for row in (row for row in done if row.setting == setting):
+            index = methods.index(row.method)
+            style = look(index) | {"marker": "", "linewidth": 1.1, "linestyle": LINES[index % len(LINES)]}
+            axes.plot(range(1, len(_curve(row)) + 1), _curve(row), label=row.method, **style)
+        axes.set_title(setting, loc="left", fontsize=9)
+        axes.set(xlabel="step of retraining", ylabel="loss, nats per token")
+        axes.grid(color="0.92")
+    legend(figure, panels)
     return figure
 
 
@@ -80,8 +94,33 @@ def by_parameters(table: Table, found: Sequence[Cell]) -> Figure:
     for index, (method, pairs) in enumerate(points.items()):
         axes.plot(*zip(*sorted(set(pairs)), strict=True), label=method, **look(index))
     axes.set(xlabel="parameters, billions", ylabel="mean accuracy, %")
-    axes.legend(frameon=False, fontsize=8)
+    legend(figure, [axes])
     return figure
+
+
+def _first(rows: Sequence[Row]) -> list[Row]:
+    """Of the first model, and of the runs that differ in their seed the first."""
+    found: dict[tuple[str, str], Row] = {}
+    for row in (row for row in rows if row.run.model == rows[0].run.model):
+        found.setdefault((row.method, row.setting), row)
+    return list(found.values())
+
+
+def _title(table: Table, done: Sequence[Row]) -> str:
+    return f"{table.title}: {Path(done[0].run.model).name}"
+
+
+def _told(row: Row) -> dict[str, Any]:
+    return row.record.achieved["structure"] if row.record else {}
+
+
+def _shares(row: Row, kind: str) -> list[float]:
+    pairs = zip(_told(row)["before"]["blocks"], _told(row)["after"]["blocks"], strict=False)
+    return [100 * after[kind] / before[kind] for before, after in pairs if before[kind]]
+
+
+def _curve(row: Row) -> list[float]:
+    return row.record.achieved["recovery"]["losses"] if row.record else []
 
 
 def _step(row: Row) -> int:
