@@ -16,7 +16,7 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
-from analysis import charts, claims, figures, inside, origins, summary, tables, unmatched, verdicts
+from analysis import charts, claims, figures, inside, origins, patterns, summary, tables, unmatched, verdicts
 from analysis.notes import notes, title
 from analysis.rows import Row, rows
 from analysis.summary import Pivot, Verdict
@@ -146,8 +146,10 @@ def _figures(table: Table, made: list[Row], found: list[Cell]) -> Iterator[Drawn
         ("Ours against the paper's", lambda: charts.against_paper(table, found)),
         ("Heads and channels kept in each block", lambda: inside.kept(table, made)),
         ("Loss while retraining", lambda: inside.losses(table, made)),
+        ("Perplexity by step of retraining", lambda: inside.steps(table, made)),
         ("Mean accuracy by parameters", lambda: inside.by_parameters(table, found)),
         ("Time and memory", lambda: charts.cost(table, made)),
+        ("Masks of one block", lambda: patterns.masks(table, made)),
     ]
     for caption, draw in drawings:
         try:
