@@ -9,9 +9,7 @@ torchrun --nproc-per-node 2 -m experiments run perp.magnitude    # two GPUs shar
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,24 +23,12 @@ if TYPE_CHECKING:
     from experiments.cells import Cell
     from experiments.spec import Run
 
-EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
-
 
 def main(words: Sequence[str] | None = None) -> int:
-    """The exit status: 0 all well, 1 something failed, 2 asked for something unknown, 130 interrupted."""
-    asked = parser().parse_args(words)
-    try:  # commands import what they need: torch takes seconds, and --help should not
-        return int(asked.command(asked))
-    except KeyboardInterrupt:
-        _say("Stopped. Finished cells are kept; the same command continues with the others.")
-        return EXIT_INTERRUPTED
-    except Exception as error:  # noqa: BLE001  (the one place where an error becomes a sentence and an exit status)
-        from experiments.failures import sentence
-
-        if asked.debug:
-            traceback.print_exc()
-        _say(sentence(error))
-        return EXIT_USAGE if isinstance(error, LookupError) else EXIT_FAILED
+    """The exit status."""
+    return arguments.carry_out(
+        parser().parse_args(words), "Stopped. Finished cells are kept; the same command continues with the others."
+    )
 
 
 def parser() -> argparse.ArgumentParser:
@@ -121,11 +107,11 @@ def _run(asked: argparse.Namespace) -> int:
             return 0
         chosen, watchers = arguments.chosen(asked), arguments.watchers(asked)
         if group:
-            _say(_shares(chosen, group.count))
+            arguments.say(_shares(chosen, group.count))
         outcome = run_table(asked.table, chosen, replace(settings, group=group), watchers)
     counts = f"{len(outcome.done)} done now, {len(outcome.found)} before, {len(outcome.failed)} failed"
     print(f"{asked.table}: {counts}; python -m analysis table {asked.table}", file=sys.stderr)
-    return EXIT_FAILED if outcome.failed else 0
+    return arguments.EXIT_FAILED if outcome.failed else 0
 
 
 def _shares(chosen: Sequence[Cell], processes: int) -> str:
@@ -135,11 +121,6 @@ def _shares(chosen: Sequence[Cell], processes: int) -> str:
     shares = f"{processes} processes share the retraining of {retrained} of {len(chosen)} cells"
     hint = "" if retrained else "; several plain commands would share the cells themselves"
     return f"{shares}. Process 0 does all else alone{hint}."
-
-
-def _say(sentence: str) -> None:
-    rank = os.environ.get("RANK", "0")  # of processes that were launched together
-    print(f"Process {rank}: {sentence}" if rank != "0" else sentence, file=sys.stderr)
 
 
 def _calibration(run: Run) -> str:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +13,34 @@ if TYPE_CHECKING:
     from experiments.cells import Cell
     from experiments.run import Settings
     from experiments.watchers import Watcher
+
+
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+
+
+def carry_out(asked: argparse.Namespace, stopped: str) -> int:
+    """Run the asked command and return its exit status; an error becomes one sentence.
+
+    0 all well, 1 something failed, 2 asked for something unknown, 130 interrupted, for which `stopped` is said.
+    """
+    try:  # commands import what they need: torch takes seconds, and --help should not
+        return int(asked.command(asked) or 0)
+    except KeyboardInterrupt:
+        say(stopped)
+        return EXIT_INTERRUPTED
+    except Exception as error:  # noqa: BLE001  (the one place where an error becomes a sentence and an exit status)
+        from experiments.failures import sentence
+
+        if asked.debug:
+            traceback.print_exc()
+        say(sentence(error))
+        return EXIT_USAGE if isinstance(error, LookupError) else EXIT_FAILED
+
+
+def say(sentence: str) -> None:
+    """To the user, naming the process where several were launched together."""
+    rank = os.environ.get("RANK", "0")
+    print(f"Process {rank}: {sentence}" if rank != "0" else sentence, file=sys.stderr)
 
 
 def add_selection(command: argparse.ArgumentParser) -> None:

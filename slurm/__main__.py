@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import traceback
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +19,6 @@ from typing import TYPE_CHECKING
 from tabulate import tabulate
 
 from experiments import arguments
-from experiments.__main__ import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE
 
 if TYPE_CHECKING:
     from experiments.cells import Cell
@@ -32,21 +30,10 @@ LOG_LINES = 200
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """The exit status: 0 all well, 1 something failed, 2 asked for something unknown, 130 interrupted."""
+    """The exit status."""
     asked = parser().parse_args(words)
     asked.results = asked.results.resolve()  # jobs may run in another folder
-    from experiments.failures import sentence  # torch takes seconds to import; --help should not
-
-    try:
-        return int(asked.command(asked))
-    except KeyboardInterrupt:
-        print("Stopped. What was sent is in the queue; the same command sends the rest.", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except Exception as error:  # noqa: BLE001  (the one place where an error becomes a sentence and an exit status)
-        if asked.debug:
-            traceback.print_exc()
-        print(sentence(error), file=sys.stderr)
-        return EXIT_USAGE if isinstance(error, LookupError) else EXIT_FAILED
+    return arguments.carry_out(asked, "Stopped. What was sent is in the queue; the same command sends the rest.")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -156,7 +143,7 @@ def _status(asked: argparse.Namespace) -> int:
         print(f"\n{tabulate(queued, ('job', 'state', 'node', 'time left'), disable_numparse=True)}")
     counts = Counter(cell.state for cell in found)
     print(f"\n{asked.table}: {', '.join(f'{count} {name}' for name, count in counts.items())}")
-    return EXIT_FAILED if counts["failed"] else 0
+    return arguments.EXIT_FAILED if counts["failed"] else 0
 
 
 def _print_failures(found: Sequence[CellState]) -> None:
