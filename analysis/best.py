@@ -1,8 +1,9 @@
 """Which value of a column is the best beyond doubt, and so may stand in bold.
 
-A column is one number (protocol key) of one model at one setting; its cells are the methods that were measured.  The
-best is marked only where the 95 % interval of its difference from every other method excludes zero: over the same
-windows, or over the seeds that both have, as `evidence.difference` pairs them.  The dense model does not compete.
+A column is one number (protocol key) of one model at one setting; its cells are the table's methods.  The best is
+marked only where all of them were measured and the 95 % interval of its difference from every other excludes zero: over
+the same windows, or over the seeds that both have, as `evidence.difference` pairs them.  The dense model does not
+compete.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from analysis.verdicts import Cell
 COMPARED = ("perplexity", "score")
 NOTE = (
     "Bold: better than every other method of the same model, setting and measure, by a 95 % interval of the paired "
-    "difference (accuracies: unpaired); where none is bold, none is clearly the best. The dense model does not compete."
+    "difference (accuracies: unpaired); where none is bold, none is clearly the best or a method is missing. The dense "
+    "model does not compete."
 )
 Name = tuple[str, str, str, str, str]
 
@@ -32,8 +34,8 @@ def best(found: Sequence[Cell]) -> set[Name]:
 
 
 def competes(found: Sequence[Cell]) -> bool:
-    """Whether any column has two methods to compare."""
-    return any(len(column) > 1 for column in _columns(found))
+    """Whether any column has two measured methods to compare."""
+    return any(sum(cell.ours is not None for cell in column) > 1 for column in _columns(found))
 
 
 def name(cell: Cell) -> Name:
@@ -60,12 +62,14 @@ def in_cells(found: Sequence[Cell], marked: set[Name]) -> pd.DataFrame:
 def _columns(found: Sequence[Cell]) -> list[list[Cell]]:
     columns: dict[tuple[str, ...], dict[Name, Cell]] = {}
     for cell in found:
-        if cell.metric in COMPARED and cell.fold == "mean" and cell.ours is not None and not _dense(cell):
+        if cell.metric in COMPARED and cell.fold == "mean" and not _dense(cell):
             columns.setdefault((cell.model, cell.setting, cell.key, cell.metric), {})[name(cell)] = cell
     return [list(cells.values()) for cells in columns.values()]
 
 
 def _winner(column: Sequence[Cell]) -> Cell | None:
+    if any(cell.ours is None for cell in column):
+        return None
     first, *others = sorted(column, key=lambda cell: cell.ours or 0.0, reverse=column[0].metric in HIGHER)
     return first if others and all(_better(first, other) for other in others) else None
 

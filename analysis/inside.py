@@ -15,8 +15,6 @@ from analysis.rows import Row
 from analysis.verdicts import Cell
 from experiments.spec import Table
 
-SMALL = {"markersize": 3, "linewidth": 1.1}
-
 
 def kept(table: Table, rows: Sequence[Row]) -> Figure:
     """Heads and MLP channels that stay in each block, as shares of the dense block, a line of panels a setting.
@@ -32,7 +30,9 @@ def kept(table: Table, rows: Sequence[Row]) -> Figure:
         setting, kind = settings[index // 2], ("heads", "channels")[index % 2]
         for row in (row for row in done if row.setting == setting):
             shares = _shares(row, kind)
-            axes.plot(range(len(shares)), shares, label=row.method, **look(methods.index(row.method)) | SMALL)
+            line = methods.index(row.method)
+            marks = {"markevery": (line % len(shares), len(methods)), "linestyle": LINES[line % len(LINES)]}
+            axes.plot(range(len(shares)), shares, label=row.method, **look(line) | marks)  # equal lines stay visible
         axes.set_title(f"{kind} kept at {setting}, %", loc="left", fontsize=9)
         axes.set_ylim(-3, 103)
         axes.grid(color="0.92")

@@ -84,6 +84,13 @@ def test_one_method_alone_is_not_the_best_of_anything(tmp_path):
     assert not best.competes(found)
 
 
+def test_a_method_that_was_not_measured_leaves_nothing_in_bold(tmp_path):
+    shifts = {"NoneType": -1.0, "Magnitude": 0.3, "Wanda": 0.1, "SparseGPT": 0.2}
+    found = marked(tmp_path, table(), shifts)
+    unmeasured = [replace(cell, rows=(replace(cell.rows[0], record=None),)) for cell in found[-1:]]
+    assert best.best([*found[:-1], *unmeasured]) == set()
+
+
 def test_higher_accuracy_is_better(tmp_path):
     declared = tables.find("flap.zero_shot")
     found = fill(declared, tmp_path)
