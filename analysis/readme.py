@@ -28,9 +28,10 @@ BEGIN, END = "<!-- results: by `python -m analysis readme`, not by hand -->", "<
 WORDS = {"holds": "hold", "fails": "fail", "undecided": "undecided"}
 READING = (
     "Mean perplexity on SmolLM2-135M, a model small enough for two CPU cores; lower is better. ± is half the 95 % "
-    "interval of the mean over three draws of the calibration text; without ± it is one run, as the method draws nothing "
-    "or one draw was asked. Bold: better than every other method by a 95 % interval of the paired difference, the dense "
-    "model apart. The papers' models are 20 to 500 times as large and lose less: compare directions, not values."
+    "interval of the mean over three draws of the calibration text; without ± it is one run, as the method draws "
+    "nothing or one draw was asked. Bold: better than every other method by a 95 % interval of the paired difference, "
+    "the dense model apart. The papers' models are 20 to 500 times as large and lose less: compare directions, not "
+    "values."
 )
 REPORT = "[The report]({}), one HTML page to download and open, tells the protocol and the origin of every number."
 HEAD = "**{}:** {} (`{}`)"

@@ -62,11 +62,13 @@ def test_without_records_it_says_so(root):
 def test_a_mean_its_interval_and_a_sentence_stand_there(root):
     store(root, "embedded.gblm", "Wanda", [20.0, 21.0, 22.0])
     store(root, "embedded.gblm", "Magnitude", [30.0])
+    for other in ("SparseGPT", "GBLM-Pruner (l1)"):
+        store(root, "embedded.gblm", other, [40.0, 41.0, 42.0])
     readme.write(root)
     text = (root.parent / "README.md").read_text()
     assert re.search(r"\| Wanda +\| \*\*21\.00 ± 2\.48\*\* \| +— \|", text)
     assert re.search(r"\| Magnitude +\| +30\.00 \| +— \|", text)
-    assert "256 tokens as `embedded/wiki@512[:128]`; 4 of 21 cells" in text
+    assert "256 tokens as `embedded/wiki@512[:128]`; 10 of 21 cells" in text
     assert re.search(r"\| Wanda's perplexity is below magnitude.*\| holds +\| holds +\|", text)
     for link in re.findall(r"\]\((results/[^)]+)\)", text):
         assert (root.parent / link).is_file()
