@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pandas as pd
 
+from analysis.tables import MISSING
+
 NEEDS = "% needs \\usepackage{array,booktabs,graphicx}\n"
 LINES = 40  # of a table in \small on one page, with its caption
+COLUMNS = 11  # of numbers on one line, shrunk to about half
 LONG = 30  # characters that fit a column of \LONG_WIDTH
 LONG_WIDTH = "4.6cm"
 TEX = {
@@ -34,16 +37,14 @@ def bold(text: str) -> str:
 
 
 def tables(frame: pd.DataFrame, marked: pd.DataFrame, words: Sequence[str], caption: str, label: str) -> str:
-    """`marked` says what is bold; columns in `words` stand left; only the first part has the caption and the label."""
-    made = frame.map(escaped)
-    for name in marked.columns:
-        made[name] = [bold(text) if is_best else text for text, is_best in zip(made[name], marked[name], strict=True)]
-    sides = "".join(_side(frame[name], name in words) for name in frame.columns)
-    heads = [_head(name, frame[name], "l" if name in words else "r") for name in frame.columns]
-    made.columns = pd.Index(heads)
-    parts = [part.to_latex(index=False, column_format=sides) for _, part in made.groupby(_pages(frame))]
+    """`marked` says what is bold; columns in `words` stand left; only the first part has the caption and the label.
+
+    Where more columns can be marked than a page has room for, they are cut too, and each part keeps the rows with a
+    value in it.
+    """
     first = rf"\caption{{{escaped(caption)}}}" + "\n" + rf"\label{{{label}}}"
     later = rf"\par Table~\ref{{{label}}}, continued"
+    parts = [part for block in _blocks(frame, marked) for part in _tabulars(block, marked, words)]
     return "\n".join(_table(part, later if index else first) for index, part in enumerate(parts))
 
 
@@ -51,6 +52,28 @@ def notes(sentences: Sequence[str], label: str) -> str:
     """A paragraph, as it may be longer than a page has room below a table."""
     listed = " ".join(escaped(sentence) for sentence in sentences)
     return rf"{{\footnotesize\raggedright\noindent Notes to Table~\ref{{{label}}}. {listed}\par}}" + "\n"
+
+
+def _blocks(frame: pd.DataFrame, marked: pd.DataFrame) -> Iterator[pd.DataFrame]:
+    """The frame by at most COLUMNS of its marked columns, beside all others; more than one without its empty rows."""
+    names = list(marked.columns)
+    count = max(1, math.ceil(len(names) / COLUMNS))
+    size = math.ceil(len(names) / count)
+    for part in range(count):
+        shown = names[part * size : (part + 1) * size]
+        kept = frame.drop(columns=[name for name in names if name not in shown])
+        yield kept if count == 1 else kept[(kept[shown] != MISSING).any(axis=1)]
+
+
+def _tabulars(frame: pd.DataFrame, marked: pd.DataFrame, words: Sequence[str]) -> Iterator[str]:
+    """One `tabular` a page."""
+    made = frame.map(escaped)
+    for name in frame.columns.intersection(marked.columns):
+        made[name] = made[name].map(bold).where(marked.loc[frame.index, name], made[name])
+    sides = "".join(_side(frame[name], name in words) for name in frame.columns)
+    made.columns = pd.Index([_head(name, frame[name], "l" if name in words else "r") for name in frame.columns])
+    for _, page in made.groupby(_pages(frame)):
+        yield page.to_latex(index=False, column_format=sides)
 
 
 def _table(tabular: str, caption: str) -> str:

@@ -147,6 +147,17 @@ def test_it_parses(texts):
         assert any(getattr(node, "environmentname", None) == "table" for node in nodes) or text is texts[1]
 
 
+def test_more_columns_than_a_page_holds_are_cut_and_none_is_lost():
+    numbers = {f"n{index}": ["1", "—"] if index < 12 else ["—", "2"] for index in range(24)}
+    frame = pd.DataFrame({"Method": ["a", "b"], **numbers})
+    text = latex.tables(frame, frame.iloc[:, 1:] == "2", ("Method",), "A caption", "tab:wide")
+    parts = text.split(r"\end{table}")[:-1]
+    assert len(parts) == 3  # 24 by at most 11
+    assert [part.count(r"\textbf{2}") for part in parts] == [0, 4, 8]
+    assert ["a &" in part for part in parts] == [True, True, False]
+    assert text.count(r"\label") == 1
+
+
 def test_every_special_sign_is_escaped():
     assert latex.escaped("a_b & 50 % Element^1 #{x}~") == (
         r"a\_b \& 50 \% Element\textasciicircum{}1 \#\{x\}\textasciitilde{}"
