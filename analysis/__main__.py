@@ -14,30 +14,19 @@ from __future__ import annotations
 
 import argparse
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from experiments import arguments
+
 if TYPE_CHECKING:
     from analysis.rows import Row
 
-EXIT_FAILED, EXIT_USAGE = 1, 2
 
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit status: 0 all well, 1 something failed, 2 asked for something unknown."""
-    asked = parser().parse_args(arguments)
-    try:  # commands import what they need: torch takes seconds, and --help should not
-        asked.command(asked)
-    except Exception as error:  # noqa: BLE001  (the one place where an error becomes a sentence and an exit status)
-        from experiments.failures import sentence
-
-        if asked.debug:
-            traceback.print_exc()
-        print(sentence(error), file=sys.stderr)
-        return EXIT_USAGE if isinstance(error, LookupError) else EXIT_FAILED
-    return 0
+def main(words: Sequence[str] | None = None) -> int:
+    """The exit status."""
+    return arguments.carry_out(parser().parse_args(words), "Stopped.")
 
 
 def parser() -> argparse.ArgumentParser:
