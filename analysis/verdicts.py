@@ -78,7 +78,9 @@ class Cell:
         error = (self.rows[0].measure(self.key) or {}).get("standard_error") if self.metric in PERCENT else None
         if error is not None:
             return float(stats.norm.ppf((1 + CONFIDENCE) / 2)) * error
-        return self.ours * _repeats(self.rows[0].run.method) if self._varies else 0.0
+        if not self._varies:
+            return 0.0
+        return self.ours * _repeats(self.rows[0].run.method) if self.published else None  # what a rerun elsewhere moves
 
     @property
     def difference(self) -> float | None:
@@ -164,6 +166,8 @@ def printed(value: float | None, cell: Cell, sign: str = "") -> str:
     if value is None:
         return "—"
     scale, digits = (100, 2) if cell.metric in PERCENT else (1, 0 if cell.metric in ("parameters", "macs") else 2)
+    if cell.metric not in PERCENT and abs(cell.ours or value) >= 1000:
+        digits = 0
     return f"{scale * value:{sign},.{digits}f}"
 
 
@@ -190,17 +194,23 @@ def _numbers(cell: Cell) -> dict[str, object]:
 def _words(cell: Cell, several: bool) -> dict[str, str]:
     ours = printed(cell.ours, cell)
     spread = f" ± {printed(cell.half_width, cell)}" if cell.ours is not None and cell.half_width else ""
-    seeds = f" ({len(cell.values)} seeds)" if len(cell.rows) > 1 else ""
     return {
         "Method": cell.method,
         **({"Model": cell.model} if several else {}),
         "Setting": cell.setting,
         "Measured": cell.key + (f", {cell.fold} of seeds" if cell.fold != "mean" else ""),
-        "Ours": ours + spread + seeds,
+        "Ours": ours + spread + _seeds_measured(cell),
         "Paper": printed(cell.published.value, cell) if cell.published else "—",
         "Difference": printed(cell.difference, cell, "+"),
         "Verdict": cell.verdict,
     }
+
+
+def _seeds_measured(cell: Cell) -> str:
+    done, asked = len(cell.values), len(cell.rows)
+    if asked == 1 or not done:
+        return ""
+    return f" ({asked} seeds)" if done == asked else f" ({done} of {asked} seeds)"
 
 
 def _seeds(rows: Sequence[Row]) -> list[tuple[Row, ...]]:
