@@ -21,12 +21,6 @@ def ids(rows: Iterable[Row]) -> list[str]:
     return [stored.id for row in rows if (stored := row.record or row.failure)]
 
 
-def seed(row: Row) -> str:
-    """What tells rows with the same words apart."""
-    found = _seed(row.record.spec if row.record else row.run.spec())
-    return "" if found is None else str(found)
-
-
 def _done(row: Row, record: Record) -> dict[str, Any]:
     return {
         "cell": _named(row),
@@ -46,7 +40,7 @@ def _maker(made: MadeBy) -> dict[str, Any]:
 
 
 def _named(row: Row) -> str:
-    return row.label + (f", seed {seed(row)}" if seed(row) else "")
+    return row.label + ("" if row.seed is None else f", seed {row.seed}")
 
 
 def _failed(row: Row) -> dict[str, Any]:
@@ -91,10 +85,3 @@ def _short(measured: dict[str, Any]) -> dict[str, Any]:
 
 def _memory(record: Record) -> dict[str, float]:
     return {"peak memory, GiB": round(record.cost.peak_bytes / 2**30, 3)}
-
-
-def _seed(spec: dict[str, Any]) -> int | None:
-    windows = spec["windows"]
-    if windows and windows["sampling"] != "first":
-        return windows["seed"]
-    return (spec.get("recovery") or {}).get("seed")

@@ -17,7 +17,8 @@ import pandas as pd
 from analysis import claims, figures, report, summary
 from analysis.rows import Row, rows
 from analysis.summary import Pivot, Verdict
-from analysis.verdicts import Cell, cells
+from analysis.verdicts import cells
+from analysis.written import marked
 from experiments import files, records
 from experiments.tables import find
 
@@ -106,12 +107,7 @@ def _table(name: str, made: Sequence[Row], folder: str) -> str:
 
 
 def _pivot(pivot: Pivot) -> str:
-    lines = [[method, *(_value(pivot, cell) for cell in found)] for method, found in pivot.lines]
-    return _markdown(pd.DataFrame(lines, columns=["method", *pivot.heads]), ["left"] + ["right"] * len(pivot.heads))
-
-
-def _value(pivot: Pivot, cell: Cell | None) -> str:
-    return f"**{summary.value(cell)}**" if pivot.is_best(cell) else summary.value(cell)
+    return marked(pivot.text(), pivot.bold())
 
 
 def _protocols(pivots: Sequence[Pivot], made: Sequence[Row]) -> str:
@@ -137,7 +133,7 @@ def _sentences(judged: Sequence[Verdict]) -> str:
     if not lines:
         return counted
     frame = pd.DataFrame(lines, columns=["sentence", "paper", "its numbers", "ours, on SmolLM2-135M"])
-    return f"{counted} Those that ours speak of:\n\n{_markdown(frame, ['left'] * 4)}"
+    return f"{counted} Those that ours speak of:\n\n{marked(frame, pd.DataFrame(), list(frame.columns))}"
 
 
 def _words(one: Verdict) -> str:
@@ -153,11 +149,6 @@ def _counts(verdicts: Iterable[str], otherwise: str) -> str:
 
 def _listed(names: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(names))
-
-
-def _markdown(frame: pd.DataFrame, sides: list[str]) -> str:
-    escaped = frame.map(lambda text: text.replace("|", "\\|"))
-    return escaped.to_markdown(index=False, colalign=sides, disable_numparse=True)
 
 
 def _figure(name: str, made: Sequence[Row]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -103,20 +103,11 @@ def _section(table: Table, root: Path) -> Section | None:
         pivots=summary.pivots(found),
         claims=[],
         beside=_grid(verdicts.text(found), [origins.ids(cell.rows) for cell in found]) if table.published else None,
-        own=_grid(_cells(made), [origins.ids([row]) for row in made]),
+        own=_grid(tables.text(made), [origins.ids([row]) for row in made]),
         notes=notes(table, made),
         figures=list(_figures(table, made, found)),
         made=made,
     )
-
-
-def _cells(made: Sequence[Row]) -> pd.DataFrame:
-    """Every cell, rows of the same words told apart by their seed."""
-    frame = tables.text(made)
-    if frame.duplicated(["Method", "Setting"]).any():
-        seeds = [origins.seed(row) or tables.MISSING for row in made]
-        frame.insert(list(frame.columns).index("Setting") + 1, "Seed", seeds)
-    return frame
 
 
 def _grid(frame: pd.DataFrame, behind: list[list[str]]) -> Grid:

@@ -36,6 +36,14 @@ class Row:
     def label(self) -> str:
         return full((self.method, self.setting))
 
+    @property
+    def seed(self) -> int | None:
+        """What tells rows with the same words apart."""
+        windows = self.run.windows if self.run.calibrates else None
+        if windows and windows.sampling != "first":
+            return windows.seed
+        return getattr(self.run.recovery, "seed", None)
+
     def measure(self, key: str) -> dict[str, Any] | None:
         """What was measured under this very protocol key, if anything; `COST` is what the cell itself took."""
         if self.record and key == COST:

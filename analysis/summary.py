@@ -6,10 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
+
 from analysis import best, verdicts
 from analysis.evidence import Answer, Claim, Ours, on_ours, on_paper, scopes
 from analysis.rows import Row
-from analysis.tables import MISSING
+from analysis.tables import MISSING, QUANTITIES
 from analysis.verdicts import Cell
 
 SIDE_BY_SIDE = 4  # columns that leave room for a figure beside them
@@ -29,11 +31,29 @@ class Pivot:
     marked: set[best.Name]
 
     @property
+    def title(self) -> str:
+        """E.g. perplexity wikitext2/test@128."""
+        return next(quantity.title for quantity in QUANTITIES if quantity.name == self.metric).format(self.key)
+
+    @property
     def is_wide(self) -> bool:
         return len(self.heads) > SIDE_BY_SIDE
 
+    @property
+    def has_paper(self) -> bool:
+        return any(_printed(cell) for _, found in self.lines for cell in found)
+
     def is_best(self, cell: Cell | None) -> bool:
         return cell is not None and best.name(cell) in self.marked
+
+    def text(self) -> pd.DataFrame:
+        """Ours, and behind a stroke the paper's where it prints any of them."""
+        told = [[method, *(_beside(cell, self.has_paper) for cell in found)] for method, found in self.lines]
+        return pd.DataFrame(told, columns=["Method", *self.heads])
+
+    def bold(self) -> pd.DataFrame:
+        """True where `text` shows the best of its column."""
+        return pd.DataFrame([[self.is_best(cell) for cell in found] for _, found in self.lines], columns=self.heads)
 
 
 @dataclass(frozen=True)
@@ -48,7 +68,7 @@ class Verdict:
 
 def pivots(found: Sequence[Cell]) -> list[Pivot]:
     """One a perplexity and a mean accuracy; the dense model, which has no setting, stands in every column."""
-    shown = [cell for cell in found if cell.fold == "mean" and _is_headline(cell)]
+    shown = [cell for cell in found if cell.fold == "mean" and is_headline(cell)]
     return [
         _pivot(key, metric, [cell for cell in shown if (cell.key, cell.metric) == (key, metric)])
         for key, metric in dict.fromkeys((cell.key, cell.metric) for cell in shown)
@@ -64,6 +84,15 @@ def value(cell: Cell | None) -> str:
     random = len(cell.values) > 1 or cell.metric in verdicts.PERCENT
     spread = _number(cell.half_width, cell) if random and cell.half_width is not None else ""
     return _number(cell.ours, cell) + (f" ± {spread}" if spread else "")
+
+
+def _beside(cell: Cell | None, paper: bool) -> str:
+    return f"{value(cell)} / {_printed(cell) or MISSING}" if paper else value(cell)
+
+
+def _printed(cell: Cell | None) -> str:
+    paper = cell.published if cell else None
+    return verdicts.printed(paper.value, cell) if cell and paper and paper.value is not None else ""
 
 
 def judged(claims: Sequence[Claim], root: Path) -> list[Verdict]:
@@ -91,7 +120,7 @@ def _answering(verdict: Verdict) -> Iterator:
         yield from (place for place in places if set(models) & set(place.models))
 
 
-def _is_headline(cell: Cell) -> bool:
+def is_headline(cell: Cell) -> bool:
     return cell.metric == "perplexity" or (cell.metric == "score" and cell.key.startswith("mean."))
 
 

@@ -121,12 +121,14 @@ def text(rows: Sequence[Row]) -> pd.DataFrame:
     """What a reader sees; columns that would say the same in every row are left to the notes."""
     found = shown(rows)
     several = len({row.run.model for row in rows}) > 1
+    drawn = len({(row.run.model, row.label) for row in rows}) < len(rows)
     return pd.DataFrame(
         [
             {
                 "Method": row.method,
                 **({"Model": Path(row.run.model).name} if several else {}),
                 "Setting": row.setting,
+                **({"Seed": MISSING if row.seed is None else str(row.seed)} if drawn else {}),
                 "Sparsity": _share(row),
                 **{column.title: column.text(row) for column in found},
             }
@@ -145,6 +147,7 @@ def _numbers(row: Row, found: Sequence[Column]) -> dict[str, Any]:
     return {
         "method": row.method,
         "setting": row.setting,
+        "seed": row.seed,
         "model": row.run.model,
         "dtype": row.run.dtype,
         "id": row.record.id if row.record else None,
