@@ -79,13 +79,20 @@ flap = Table(
     label=_flap_label,
 )
 
+
+def _by(importance: str, seed: int) -> LLMPruner:
+    """Random groups are drawn anew for every seed; other importances draw nothing but their windows."""
+    draw = {"seed": seed} if importance == "random" else {}
+    return LLMPruner(0.25, importance=importance, attention_blocks=BLOCKS, mlp_blocks=BLOCKS, **draw)
+
+
 llm_pruner = Table(
     name="embedded.llm_pruner",
     title="25 % of the groups of blocks 4 to 27, which the paper calls 20 %, by importance",
     rows=(None, *IMPORTANCES.values()),
     columns=tuple(product((MODEL,), SEEDS)),
     run=lambda importance, model, seed: drawn(
-        importance and LLMPruner(0.25, importance=importance, attention_blocks=BLOCKS, mlp_blocks=BLOCKS),
+        importance and _by(importance, seed),
         model,
         seed,
         Windows("embedded/c4", 10, 64, sampling="sentences"),

@@ -11,9 +11,11 @@ FEW = 25  # names that a sentence can list
 def unknown(kind: str, asked: str, known: Iterable[str]) -> str:
     """E.g. `Unknown method 'wnda'. Did you mean wanda? Known: gblm, magnitude, wanda.`
 
-    Of many names only the nearest are said.
+    Of many names those that are near are said alone, or a few to begin with.
     """
     names = sorted(known)
-    near = get_close_matches(str(asked), names, n=3, cutoff=0.5 if len(names) <= FEW else 0.0)
+    near = get_close_matches(str(asked), names, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
-    return f"Unknown {kind} {asked!r}.{hint}" + (f" Known: {', '.join(names)}." if len(names) <= FEW else "")
+    if len(names) <= FEW:
+        return f"Unknown {kind} {asked!r}.{hint} Known: {', '.join(names) or 'none'}."
+    return f"Unknown {kind} {asked!r}." + (hint or f" There are {len(names)}, from {names[0]} to {names[-1]}.")
