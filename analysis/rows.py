@@ -42,6 +42,8 @@ class Row:
         windows = self.run.windows if self.run.calibrates else None
         if windows and windows.sampling != "first":
             return windows.seed
+        if getattr(self.run.method, "importance", None) == "random":
+            return self.run.method.seed
         return getattr(self.run.recovery, "seed", None)
 
     def measure(self, key: str) -> dict[str, Any] | None:
