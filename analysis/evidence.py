@@ -19,16 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from analysis import papers
 from analysis.rows import COST, Row, rows
 from analysis.verdicts import Cell, cells
+from eval.intervals import half_width, normal_half_width
 from experiments import tables
 
 HIGHER = ("score", "tokens_per_second", "column_dispersion")
 EXACT = ("parameters", "macs", "retraining_hours")
-CONFIDENCE = 0.95
 FEWEST_SEEDS = 3
 Words = tuple[str, str]  # method and setting
 
@@ -236,14 +235,11 @@ def _accuracies(left: Cell, right: Cell | float, factor: float) -> tuple[float, 
     if None in errors:
         return None
     weighed = [weight * error for error, (_, weight) in zip(errors, sides, strict=True) if error is not None]
-    half = float(stats.norm.ppf((1 + CONFIDENCE) / 2)) * math.hypot(*weighed)
+    half = normal_half_width(math.hypot(*weighed))
     gap = (left.ours or 0.0) - factor * (right if isinstance(right, float) else right.ours or 0.0)
     return gap - half, gap + half
 
 
 def _t_interval(samples: Any) -> tuple[float, float]:
-    mean, error = float(np.mean(samples)), float(stats.sem(samples))
-    if error == 0:
-        return mean, mean
-    low, high = stats.t.interval(CONFIDENCE, len(samples) - 1, loc=mean, scale=error)
-    return float(low), float(high)
+    mean, half = float(np.mean(samples)), half_width(samples)
+    return mean - half, mean + half

@@ -14,9 +14,9 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
-from scipy import stats
 
 from analysis.rows import Row, keys
+from eval.intervals import half_width
 from experiments import files
 from experiments.spec import Table
 from pruners.suggest import unknown
@@ -28,7 +28,6 @@ LINES = ("-", "--", ":", "-.")
 LOG_ABOVE = 4.0  # largest over smallest perplexity
 LABELLED = 4  # settings of a method whose values still have room beside their marks
 BELOW = 0.2  # of a method's height: where the seeds of a mark stand
-CONFIDENCE = 0.95
 STYLE: dict[Any, Any] = {
     "font.size": 9,
     "svg.hashsalt": "llm-pruning-tables",
@@ -169,8 +168,7 @@ def _point(name: tuple[str, str, str], measured: Sequence[dict[str, Any]]) -> Po
     values = tuple(one["perplexity"] for one in measured)
     if len(values) == 1:
         return Point(*name, values, measured[0].get("standard_error") or 0.0)
-    error = statistics.stdev(values) / math.sqrt(len(values))
-    return Point(*name, values, float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * error)
+    return Point(*name, values, half_width(values))
 
 
 def _bars(points: Sequence[Point]) -> str:

@@ -18,15 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-from scipy import stats
 
 from analysis import papers
 from analysis.papers import Published
 from analysis.rows import Row
+from eval.intervals import half_width, normal_half_width
 from experiments.spec import Efficiency, MaskPatterns, Perplexity, Run, Table, ZeroShot
 
 MATCHES, DIFFERS, MISSING, UNPUBLISHED = "matches", "differs", "missing", "not published"
-CONFIDENCE = 0.95
 REPEATS = {"Flap": 0.04, "WandaSP": 0.13, "LLMPruner": 0.09, "LLMPruner l2": 0.3}
 OTHERS = 0.01  # dense, and pruned without structure: BESA's reruns land within 0.3 %, Wanda's seeds vary by 0.15 %
 FOLDS: dict[str, Callable[[list[float]], float]] = {
@@ -72,12 +71,10 @@ class Cell:
         if self.ours is None or self.fold != "mean":
             return None
         if len(self.values) > 1:
-            repeat = 1 / self._draws if self.published else 0.0
-            spread = statistics.stdev(self.values) * math.sqrt(1 / len(self.values) + repeat)
-            return float(stats.t.ppf((1 + CONFIDENCE) / 2, len(self.values) - 1)) * spread
+            return half_width(self.values, self._draws)
         error = (self.rows[0].measure(self.key) or {}).get("standard_error") if self.metric in PERCENT else None
         if error is not None:
-            return float(stats.norm.ppf((1 + CONFIDENCE) / 2)) * error
+            return normal_half_width(error)
         if not self._varies:
             return 0.0
         return self.ours * _repeats(self.rows[0].run.method) if self.published else None  # what a rerun elsewhere moves
@@ -105,8 +102,10 @@ class Cell:
         return MATCHES if abs(self.difference or 0.0) <= allowed else DIFFERS
 
     @property
-    def _draws(self) -> int:
-        return len(self.values) if self.published and "seeds" in self.published.metric else 1
+    def _draws(self) -> float:
+        if self.published is None:
+            return math.inf
+        return len(self.values) if "seeds" in self.published.metric else 1
 
     @property
     def _varies(self) -> bool:

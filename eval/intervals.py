@@ -51,6 +51,21 @@ def standard_error(scores: ArrayLike) -> float | None:
     return float(stats.sem(values)) if len(values) > 1 else None
 
 
+def half_width(values: ArrayLike, draws: float = math.inf) -> float:
+    """Half the 95 % t interval of the mean of two values or more.
+
+    With `draws` that of its distance to the mean of so many further ones: t(97.5 %) * s * sqrt(1/n + 1/draws).
+    """
+    found = _scores(values)
+    spread = float(np.std(found, ddof=1)) * math.sqrt(1 / len(found) + 1 / draws)
+    return float(stats.t.ppf((1 + CONFIDENCE) / 2, len(found) - 1)) * spread
+
+
+def normal_half_width(error: float) -> float:
+    """Half the 95 % interval of a mean with this standard error over many documents."""
+    return float(stats.norm.ppf((1 + CONFIDENCE) / 2)) * error
+
+
 def mean_over_tasks(scores: Mapping[str, ArrayLike], seed: int = 0, resamples: int = RESAMPLES) -> Interval:
     """The unweighted mean of the tasks' means, with a stratified percentile bootstrap.
 

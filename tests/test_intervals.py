@@ -33,6 +33,14 @@ def test_standard_error_of_an_accuracy_is_the_binomial_one():
     assert intervals.standard_error([1]) is None
 
 
+def test_half_widths_are_those_of_scipys_intervals():
+    values = [20.0, 21.0, 22.5]
+    low, high = stats.t.interval(0.95, 2, loc=np.mean(values), scale=stats.sem(values))
+    assert intervals.half_width(values) == pytest.approx((high - low) / 2)
+    assert intervals.half_width(values, draws=3) == pytest.approx((high - low) / 2**0.5)  # two means of three
+    assert intervals.normal_half_width(0.5) == pytest.approx(0.98, abs=1e-4)
+
+
 def test_mean_over_tasks_weights_tasks_not_documents():
     found = intervals.mean_over_tasks({"large": answers(900, 1000), "small": answers(10, 100)})
     assert found.value == pytest.approx(0.5)
