@@ -156,6 +156,15 @@ def test_a_learning_rate_that_diverges_is_stopped_with_the_last_good_state(kind,
     assert all(torch.equal(a, b) for a, b in zip(before, bits(model), strict=True))
 
 
+def test_a_divergence_after_resuming_leaves_what_was_resumed_from(windows, tmp_path):
+    asked = {"steps": 60, "learning_rate": 50.0, "folder": tmp_path}
+    early, late = pruned("opt"), pruned("opt")
+    finetune(early, Trainable.full(), windows, stop=5, **asked)
+    with pytest.raises(Diverged, match="left as it was after step 5;"):
+        finetune(late, Trainable.full(), windows, **asked)
+    assert all(torch.equal(a, b) for a, b in zip(bits(early), bits(late), strict=True))
+
+
 def test_a_loss_that_is_not_finite_stops(windows):
     model = tiny("llama multi-head")
     model.lm_head.weight.data.fill_(math.inf)

@@ -150,7 +150,7 @@ class _Loop:
                 stack.enter_context(gradients.checkpointed(self.model))
             self.model.train()
             for step in range(len(self.report.losses), self.stop):
-                if step % save_every == 0:
+                if step % save_every == 0 or step == self.report.resumed_at:
                     self._keep(step)
                 self._step(step)
                 if progress:
