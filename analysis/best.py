@@ -62,7 +62,7 @@ def in_cells(found: Sequence[Cell], marked: set[Name]) -> pd.DataFrame:
 def _columns(found: Sequence[Cell]) -> list[list[Cell]]:
     columns: dict[tuple[str, ...], dict[Name, Cell]] = {}
     for cell in found:
-        if cell.metric in COMPARED and cell.fold == "mean" and not _dense(cell):
+        if cell.metric in COMPARED and cell.fold == "mean" and not cell.is_dense:
             columns.setdefault((cell.model, cell.setting, cell.key, cell.metric), {})[name(cell)] = cell
     return [list(cells.values()) for cells in columns.values()]
 
@@ -79,7 +79,3 @@ def _better(first: Cell, other: Cell) -> bool:
     if interval is None:  # no spread, no test
         return False
     return interval[0] > 0 if first.metric in HIGHER else interval[1] < 0
-
-
-def _dense(cell: Cell) -> bool:
-    return cell.rows[0].run.method is None

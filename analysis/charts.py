@@ -63,7 +63,7 @@ def cost(table: Table, rows: Sequence[Row]) -> Figure:
     """
     paid: dict[str, list[Cost]] = {}
     several = len({row.run.model for row in rows if row.record}) > 1
-    for row in (row for row in rows if row.run.method is not None and row.record):
+    for row in (row for row in rows if not row.is_dense and row.record):
         name = f"{row.method}, {Path(row.run.model).name}" if several else row.method
         paid.setdefault(name, []).append(row.record.cost)  # type: ignore[union-attr]
     refuse_few(sum(map(len, paid.values())), "pruned cells", table)
@@ -95,8 +95,7 @@ def refuse_few(count: int, what: str, table: Table) -> None:
 
 
 def _is_swept(cell: Cell) -> bool:
-    method = cell.rows[0].run.method
-    return method is not None and getattr(method, "pattern", None) is None
+    return not cell.is_dense and getattr(cell.rows[0].run.method, "pattern", None) is None
 
 
 def _draw_lines(axes: Axes, cells: Sequence[Cell], methods: Sequence[str]) -> None:

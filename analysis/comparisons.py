@@ -37,7 +37,7 @@ class TaskTest:
 
 def baselines(rows: Sequence[Row], label: str | None = None) -> dict[str, Row]:
     """By model the row of that label, by default the dense one; LookupError where none has a record."""
-    named = [row for row in rows if (row.run.method is None if label is None else row.label.lower() == label.lower())]
+    named = [row for row in rows if (row.is_dense if label is None else row.label.lower() == label.lower())]
     if not named:
         raise LookupError(unknown("baseline", label or "Dense", [row.label for row in rows]))
     found = {row.run.model: row for row in named if row.record}

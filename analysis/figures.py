@@ -159,7 +159,7 @@ def use_log(axes: Axes, values: Sequence[float], ways: str = "y") -> None:
 def _points(rows: Sequence[Row], key: str) -> list[Point]:
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
-        method = row.method if row.run.method is not None else ""
+        method = "" if row.is_dense else row.method
         groups.setdefault((Path(row.run.model).name, method, row.setting), []).append(row)
     return [_point(name, [row.measure(key) or {} for row in group]) for name, group in groups.items()]
 

@@ -69,7 +69,7 @@ def steps(table: Table, rows: Sequence[Row]) -> Figure:
 
     Of several models and methods the first; step 0 is the pruned model.
     """
-    pruned = [row for row in rows if row.record and row.run.method is not None]
+    pruned = [row for row in rows if row.record and not row.is_dense]
     done = [row for row in pruned if (row.run.model, row.method) == (pruned[0].run.model, pruned[0].method)]
     refuse_few(len({_step(row) for row in done}), "steps of retraining", table)
     figure, axes = canvas(f"{table.title}: {Path(done[0].run.model).name}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from analysis import measured_notes
 from analysis.rows import Row, keys
@@ -25,7 +24,7 @@ def notes(table: Table, rows: Sequence[Row]) -> list[str]:
         *measured_notes.notes(table, rows),
         *_distinct(_calibration(record) for record in done),
         *_distinct(_origin(record) for record in done),
-        *_distinct(note for record in done for note in _partial(record)),
+        *_distinct(f"{name} was only a part of the data set." for row in rows for name in row.partial),
         *(f"{row.label} failed: {row.failure.message}" for row in rows if row.failure and not row.record),
         *_missing(table, rows),
     ]
@@ -57,14 +56,6 @@ def _origin(record: Record) -> str:
     commit = f"commit {made.commit[:10]}{' with local changes' if made.dirty else ''}" if made.commit else "no commit"
     model = Path(record.spec["model"]["name"]).name
     return f"{model} in {made.dtype} on {made.device}, {commit}, torch {made.packages['torch']}."
-
-
-def _partial(record: Record) -> list[str]:
-    return [f"{name} was only a part of the data set." for name, source in record.data.items() if _is_partial(source)]
-
-
-def _is_partial(source: dict[str, Any]) -> bool:
-    return source.get("complete") is False
 
 
 def _missing(table: Table, rows: Sequence[Row]) -> list[str]:

@@ -67,7 +67,7 @@ def _told(rows: Sequence[Row], key: str) -> dict[Name, dict[str, Any]]:
     told: dict[Name, dict[str, Any]] = {}
     for row in rows:
         measured = row.measure(key)
-        if measured and row.run.method is not None:
+        if measured and not row.is_dense:
             told.setdefault((Path(row.run.model).name, row.method, row.setting), measured)
     if not told:
         raise ValueError("Masks were recorded of the dense model alone, where nothing is removed; run a pruned cell.")

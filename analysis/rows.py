@@ -37,6 +37,16 @@ class Row:
         return full((self.method, self.setting))
 
     @property
+    def is_dense(self) -> bool:
+        return self.run.method is None
+
+    @property
+    def partial(self) -> list[str]:
+        """The corpora of which only a part was at hand."""
+        data = self.record.data if self.record else {}
+        return [name for name, source in data.items() if source.get("complete") is False]
+
+    @property
     def seed(self) -> int | None:
         """What tells rows with the same words apart."""
         windows = self.run.windows if self.run.calibrates else None

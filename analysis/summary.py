@@ -125,7 +125,7 @@ def is_headline(cell: Cell) -> bool:
 
 
 def _pivot(key: str, metric: str, cells: Sequence[Cell]) -> Pivot:
-    columns = list(dict.fromkeys((cell.model, cell.setting) for cell in cells if not _is_dense(cell)))
+    columns = list(dict.fromkeys((cell.model, cell.setting) for cell in cells if not cell.is_dense))
     columns = columns or list(dict.fromkeys((cell.model, cell.setting) for cell in cells))
     several = len({model for model, _ in columns}) > 1
     heads = [" ".join(part for part in (model if several else "", setting) if part) for model, setting in columns]
@@ -136,13 +136,9 @@ def _pivot(key: str, metric: str, cells: Sequence[Cell]) -> Pivot:
 
 
 def _columns(cell: Cell, columns: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    if _is_dense(cell):
+    if cell.is_dense:
         return [column for column in columns if column[0] == cell.model]
     return [(cell.model, cell.setting)]
-
-
-def _is_dense(cell: Cell) -> bool:
-    return cell.rows[0].run.method is None
 
 
 def _unfinished(rows: Sequence[Row]) -> str:

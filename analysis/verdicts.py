@@ -54,6 +54,15 @@ class Cell:
     fold: str = "mean"
 
     @property
+    def is_dense(self) -> bool:
+        return self.rows[0].is_dense
+
+    @property
+    def partial(self) -> list[str]:
+        """The corpora of which only a part was at hand."""
+        return list(dict.fromkeys(name for row in self.rows for name in row.partial))
+
+    @property
     def values(self) -> list[float]:
         found = ((row.measure(self.key) or {}).get(self.metric) for row in self.rows)
         return [value for value in found if value is not None]
@@ -91,7 +100,8 @@ class Cell:
         if self.ours is None:
             failed = next((row.failure.message for row in self.rows if row.failure and not row.record), None)
             return f"{MISSING}: {failed}" if failed else MISSING
-        reasons = [self.published.caveat, *_partial(self.rows)]
+        partial = (f"{name} was only a part of the data set" for name in self.partial)
+        reasons = [self.published.caveat, *partial]
         if self.difference is None:
             reasons.append("the paper prints no number")
         if any(reasons):
@@ -228,14 +238,3 @@ def _repeats(method: object) -> float:
 
 def _fold(published: Published | None) -> str:
     return next((fold for fold in FOLDS if published and f", {fold} of" in published.metric), "mean")
-
-
-def _partial(rows: Iterable[Row]) -> list[str]:
-    names = {
-        name: None
-        for row in rows
-        if row.record
-        for name, source in row.record.data.items()
-        if source.get("complete") is False
-    }
-    return [f"{name} was only a part of the data set" for name in names]
