@@ -18,7 +18,7 @@ from torch.testing import assert_close
 import pruners
 from pruners.retrain import Diverged, LoRA, LoRAPrune, MaskLoRA, ScaleLoRA, Trainable, finetune, held_out_loss
 from pruners.retrain.batches import Batches
-from pruners.retrain.peers import Peers
+from pruners.retrain.peers import PeerLostError, Peers, _explained
 from pruners.retrain.schedule import Schedule, precision_for
 
 MASKED = {
@@ -278,6 +278,19 @@ def test_the_held_out_loss_weighs_tokens_not_batches(kind, windows):
         assert (loss, counted) == (pytest.approx(summed / tokens, rel=1e-5), tokens)
     assert model.training
     assert held_out_loss(model, records) == held_out_loss(model, records)
+
+
+def test_a_held_out_loss_that_is_not_finite_is_refused_at_once(windows):
+    model, batches = pruned("opt"), []
+    model.lm_head.weight.data.fill_(math.inf)
+    with pytest.raises(ValueError, match="held-out loss is nan after 2 of 6 examples: the model overflows"):
+        held_out_loss(model, windows, batch_size=2, progress=lambda done, total: batches.append(done))
+    assert batches == []
+
+
+def test_a_lost_peer_is_told_with_what_torch_said():
+    with pytest.raises(PeerLostError, match=r"not answer \(Connection reset by peer\); see what"), _explained():
+        raise RuntimeError("Connection reset by peer\nat tcp.cc:12")
 
 
 def test_a_schedule_can_be_left_early_and_gone_on_with(kind, windows, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ def held_out_loss(
 ) -> tuple[float, int]:
     """Mean loss of `examples` (as for `finetune`) in nats a predicted token, and how many are predicted; no dropout.
 
-    Every token counts the same, whatever its example's length; `batch_size` moves rounding alone.
+    Every token counts the same, whatever its example's length; `batch_size` moves rounding alone.  Raises ValueError as
+    soon as the loss is not finite.
     """
     batches = Batches(examples, batch_size, seed=0, config=model.config)
     order = sorted(range(len(batches.examples)), key=lambda index: len(batches.examples[index][0]))  # little padding
@@ -27,8 +29,14 @@ def held_out_loss(
         for start in range(0, len(order), batch_size):
             batch = batches.collated(order[start : start + batch_size], model.device)
             total += float(model(**batch, use_cache=False, num_items_in_batch=tokens).loss)
+            done = min(start + batch_size, len(order))
+            if not math.isfinite(total):
+                raise ValueError(
+                    f"The held-out loss is {total} after {done} of {len(order)} examples: the model overflows; use "
+                    "bfloat16 or float32."
+                )
             if progress:
-                progress(min(start + batch_size, len(order)), len(order))
+                progress(done, len(order))
     finally:
         model.train(training)
     return total, tokens
