@@ -109,7 +109,17 @@ def finetune(
     report = Retrained(repr(trainable), attached.trained, attached.parameters, attached.share, attached.sparsity)
     try:
         loop = _Loop(
-            model, attached, schedule, stop, batches, clip, cast, micro_batch_size or batch_size, path, mark, report
+            model=model,
+            attached=attached,
+            schedule=schedule,
+            stop=stop,
+            batches=batches,
+            clip=clip,
+            precision=cast,
+            micro_batch_size=micro_batch_size or batch_size,
+            path=path,
+            mark=mark,
+            report=report,
         )
         loop.run(save_every, checkpointing, progress, watch)
     except BaseException as error:
@@ -120,7 +130,7 @@ def finetune(
     return report
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Loop:
     model: PreTrainedModel
     attached: Attached

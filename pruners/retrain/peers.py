@@ -1,4 +1,4 @@
-"""The processes that train together: one alone, or those that `torchrun` or `accelerate launch` started.
+"""The processes that train together: one alone, or those that `torchrun` started.
 
 Every process holds the same model and takes its part of each batch; gradients are summed once per step, after
 accumulation.  Since the loss is divided by the whole batch's tokens, the sum is the whole batch's gradient.
@@ -80,7 +80,8 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        said = str(error).partition("\n")[0]
         raise PeerLostError(
-            "A process that was to train along has ended or does not answer; see what it said. The same command goes "
-            "on from the last state that was kept."
+            f"A process that was to train along has ended or does not answer ({said}); see what it said. The same "
+            "command goes on from the last state that was kept."
         ) from error
