@@ -22,8 +22,8 @@ from analysis.verdicts import Cell
 COMPARED = ("perplexity", "score")
 NOTE = (
     "Bold: better than every other method of the same model, setting and measure, by a 95 % interval of the paired "
-    "difference (accuracies: unpaired); where none is bold, none is clearly the best or a method is missing. The dense "
-    "model does not compete."
+    "difference (accuracies of one run: unpaired); where none is bold, none is clearly the best or a method is "
+    "missing. The dense model does not compete."
 )
 Name = tuple[str, str, str, str, str]
 

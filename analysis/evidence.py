@@ -4,7 +4,7 @@ A claim is a list of comparisons "left is better than factor * right" between ce
 number that it speaks of.  Better is lower for perplexities, counts and shares, and higher for accuracies and speed.
 With noise a comparison is decided only where its 95 % interval leaves no doubt:
 
-    several seeds      log ratio of perplexities, or difference of accuracies, a t interval over the common seeds
+    three seeds, more  log ratio of perplexities, or difference of accuracies, a t interval over the common seeds
     one run each       perplexity: t interval over the same windows' log-likelihoods, paired
                        accuracy: normal interval from both standard errors, as if unpaired, which is the cautious side
     counts             exact
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from analysis import papers
-from analysis.rows import COST, Row, rows
+from analysis.rows import COST, declared
 from analysis.verdicts import Cell, cells
 from eval.intervals import half_width, normal_half_width
 from experiments import tables
@@ -67,20 +67,32 @@ class Claim:
 
 @dataclass
 class Answer:
-    """`verdict` is holds, fails, undecided or no numbers; `against` names the comparisons that do not hold."""
+    """`verdict` is holds, holds so far (some comparisons have no numbers yet), fails, undecided or no numbers.
+
+    `of` counts the comparisons with numbers and `without` those that lack them, for the reason that `lack` says;
+    `against` names the comparisons that do not hold.
+    """
 
     verdict: str
     held: int = 0
     of: int = 0
     against: list[str] = field(default_factory=list)
     where: str = ""
+    without: int = 0
+    lack: str = "not measured"
 
     def __str__(self) -> str:
         if not self.of:
             return self.verdict
         named = f": not {'; '.join(self.against[:3])}" if self.against else ""
         more = f" and {len(self.against) - 3} more" if len(self.against) > 3 else ""
-        return f"{self.verdict} ({self.held} of {self.of}{named}{more}){f' on {self.where}' if self.where else ''}"
+        told = f"{self.held} of {self.of}{named}{more}{self.gap}"
+        return f"{self.verdict} ({told}){f' on {self.where}' if self.where else ''}"
+
+    @property
+    def gap(self) -> str:
+        """E.g. `; 1 of 2 not measured`; empty where there are all numbers."""
+        return f"; {self.without} of {self.of + self.without} {self.lack}" if self.without else ""
 
 
 class Ours:
@@ -90,37 +102,44 @@ class Ours:
         self.root = root
         self._known: dict[str, dict[tuple[str, ...], Cell]] = {}
 
+    def declares(self, place: Place, model: str, side: Better) -> bool:
+        """Whether our table has the cells of this comparison, run or not."""
+        asked = [words for words in (side.left, side.right) if not isinstance(words, float)]
+        return all(self._declared(place, model, words) for words in asked)
+
     def cell(self, place: Place, model: str, words: Words) -> Cell | None:
+        found = self._declared(place, model, words)
+        return found if found and found.ours is not None else None
+
+    def _declared(self, place: Place, model: str, words: Words) -> Cell | None:
         if place.table and place.table not in self._known:
             self._known[place.table] = {
                 (cell.model, cell.method, cell.setting, cell.key, cell.metric): cell for cell in self._cells(place)
             }
-        found = self._known.get(place.table, {}).get((model, *words, place.key, place.metric))
-        return found if found and found.ours is not None else None
+        return self._known.get(place.table, {}).get((model, *words, place.key, place.metric))
 
     def _cells(self, place: Place) -> list[Cell]:
-        try:
-            made: Sequence[Row] = rows(tables.find(place.table), self.root)
-        except LookupError:  # nothing of this table was run yet
-            return []
-        found = [cell for cell in cells(tables.find(place.table), made) if cell.fold == "mean"]
+        table = tables.find(place.table)
+        found = [cell for cell in cells(table, declared(table, self.root)) if cell.fold == "mean"]
         paid = (replace(cell, key=COST, metric="retraining_hours", published=None) for cell in found)
         return [*found, *paid]
 
 
 def on_paper(claim: Claim) -> Answer:
-    """By the paper's own numbers."""
-    return _judged([_sign(_printed(place, model, side.left), _number(place, model, side.right), side, place)
-                    for place, model, side in _asked(claim.places, claim.comparisons)], claim)  # fmt: skip
+    """By the paper's own numbers; what it does not print is counted and decides nothing."""
+    asked = list(_asked(claim.places, claim.comparisons))
+    signs = [_sign(_printed(place, model, side.left), _number(place, model, side.right), side, place)
+             for place, model, side in asked]  # fmt: skip
+    return replace(_judged(signs, asked, "holds"), lack="not printed")
 
 
 def on_ours(claim: Claim, ours: Ours, noise: bool = False) -> Answer:
     """By our numbers: on the paper's models where any of its comparisons was run, otherwise on the stand-in."""
     for places, comparisons in scopes(claim):
-        asked = list(_asked(places, comparisons))
+        asked = [one for one in _asked(places, comparisons) if ours.declares(*one)]
         signs = [(_noisy if noise else _plain)(ours, *one) for one in asked]
         if any(sign is not None for sign in signs):
-            answer = _judged(signs, claim, asked)
+            answer = _judged(signs, asked, "holds so far")
             answer.where = ", ".join(dict.fromkeys(model for (_, model, _), sign in zip(asked, signs, strict=True)
                                                    if sign is not None))  # fmt: skip
             return answer
@@ -141,16 +160,16 @@ def _asked(places: Sequence[Place], comparisons: Sequence[Better]) -> Iterator[t
                 yield place, model, side
 
 
-def _judged(signs: Sequence[int | None], claim: Claim, asked: Sequence[tuple[Place, str, Better]] = ()) -> Answer:
-    """+1 holds, -1 fails, 0 cannot be told, None was not measured."""
-    asked = asked or list(_asked(claim.places, claim.comparisons))
+def _judged(signs: Sequence[int | None], asked: Sequence[tuple[Place, str, Better]], partly: str) -> Answer:
+    """Signs: +1 holds, -1 fails, 0 cannot be told, None has no numbers; `partly` is said where all others hold."""
     known = [(sign, one) for sign, one in zip(signs, asked, strict=True) if sign is not None]
     if not known:
         return Answer("no numbers")
     against = [f"{model} {' '.join(side.left)}" for sign, (_, model, side) in known if sign < 0]
     held = sum(sign > 0 for sign, _ in known)
-    verdict = "fails" if against else "holds" if held == len(known) else "undecided"
-    return Answer(verdict, held, len(known), against)
+    whole = "holds" if len(known) == len(asked) else partly
+    verdict = "fails" if against else whole if held == len(known) else "undecided"
+    return Answer(verdict, held, len(known), against, without=len(asked) - len(known))
 
 
 def _printed(place: Place, model: str, words: Words) -> float | None:
@@ -214,11 +233,15 @@ def _log_ratios(left: Cell, right: Cell | float, factor: float) -> Any:
         )
     a, b = _seeds(left), _seeds(right)
     if max(len(a), len(b)) >= FEWEST_SEEDS:
-        return np.subtract(a, b) - math.log(factor) if len(a) == len(b) or 1 in (len(a), len(b)) else None
+        return np.subtract(a, b) - math.log(factor) if _pair(a, b) else None
     first, second = (cell.rows[0].measure(cell.key) or {} for cell in (left, right))
     if first.get("token_sha256") != second.get("token_sha256"):
         return None
     return np.subtract(_windows(left), _windows(right)) - math.log(factor)
+
+
+def _pair(a: Sequence[float], b: Sequence[float]) -> bool:
+    return len(a) == len(b) or 1 in (len(a), len(b))
 
 
 def _seeds(cell: Cell) -> list[float]:
@@ -230,6 +253,9 @@ def _windows(cell: Cell) -> list[float]:
 
 
 def _accuracies(left: Cell, right: Cell | float, factor: float) -> tuple[float, float] | None:
+    a, b = left.values, [right] if isinstance(right, float) else right.values
+    if max(len(a), len(b)) >= FEWEST_SEEDS:
+        return _t_interval(np.subtract(a, factor * np.asarray(b))) if _pair(a, b) else None
     sides = [(left, 1.0)] if isinstance(right, float) else [(left, 1.0), (right, factor)]
     errors = [(cell.rows[0].measure(cell.key) or {}).get("standard_error") for cell, _ in sides]
     if None in errors:

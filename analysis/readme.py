@@ -26,7 +26,7 @@ KEPT = {"embedded.gblm": "GBLM-Pruner", "embedded.flap": "FLAP", "embedded.llm_p
         "embedded.perp": "PERP"}  # fmt: skip
 FOLDER = "embedded"  # under results: the report and the figures
 BEGIN, END = "<!-- results: by `python -m analysis readme`, not by hand -->", "<!-- end of results -->"
-WORDS = {"holds": "hold", "fails": "fail", "undecided": "undecided"}
+WORDS = {"holds": "hold", "holds so far": "hold so far", "fails": "fail", "undecided": "undecided"}
 READING = (
     "Mean perplexity on SmolLM2-135M, a model small enough for two CPU cores; lower is better. ± is half the 95 % "
     "interval of the mean over three draws of the calibration text; without ± it is one run, as the method draws "
@@ -127,7 +127,7 @@ def _sentences(judged: Sequence[Verdict]) -> str:
     counted = SENTENCES.format(
         count=len(judged),
         printed=_counts((one.paper.verdict for one in judged), "without printed numbers"),
-        noisy=_counts((one.noisy.verdict for one in judged), "that need models not run here"),
+        noisy=_counts((one.noisy.verdict for one in judged), "not run yet"),
     )
     lines = [(one.claim.sentence, one.claim.paper, one.paper.verdict, _words(one)) for one in judged if one.noisy.of]
     if not lines:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,10 +57,14 @@ class Row:
         return getattr(self.run.recovery, "seed", None)
 
     def measure(self, key: str) -> dict[str, Any] | None:
-        """What was measured under this very protocol key, if anything; `COST` is what the cell itself took."""
+        """What was measured under this very protocol key, if anything.
+
+        `COST` is what the cell itself took: hours of retraining, of all processes together.
+        """
         if self.record and key == COST:
-            seconds = (self.record.achieved.get("recovery") or {}).get("seconds")
-            return {"retraining_hours": seconds / 3600} if seconds is not None else None
+            recovery = self.record.achieved.get("recovery") or {}
+            seconds, processes = recovery.get("seconds"), recovery.get("processes", 1)
+            return {"retraining_hours": processes * seconds / 3600} if seconds is not None else None
         return self.record.measures.get(key) if self.record else None
 
 
@@ -73,16 +77,27 @@ def rows(
     tasks: Sequence[str] = (),
 ) -> list[Row]:
     """One row per declared cell, in the table's order; raises LookupError if none was ever run."""
+    made = declared(table, root, model, dtype, limit, tasks)
+    if all(row.state == "missing" for row in made):
+        raise LookupError(_nothing(table, root, [row.run for row in made]))
+    return made
+
+
+def declared(
+    table: Table,
+    root: Path,
+    model: str | None = None,
+    dtype: str | None = None,
+    limit: int | None = None,
+    tasks: Sequence[str] = (),
+) -> list[Row]:
+    """One row per declared cell, in the table's order, whether or not any was run."""
     runs = tables.runs(table, model, dtype, limit, tasks)
-    found, failed = records.load(root, table.name), records.load_failures(root, table.name)
-    done, broken = _newest(found.values()), _newest(failed.values())
-    made = [
+    done, broken = _newest(records.load(root, table.name)), _newest(records.load_failures(root, table.name))
+    return [
         Row(method, setting, run, done.get(_key(run.spec())), broken.get(_key(run.spec())))
         for run, (method, setting) in zip(runs, labels(runs, table.label), strict=True)
     ]
-    if all(row.state == "missing" for row in made):
-        raise LookupError(_nothing(table, root, runs, found.values()))
-    return made
 
 
 def keys(made: Iterable[Row]) -> list[str]:
@@ -90,10 +105,10 @@ def keys(made: Iterable[Row]) -> list[str]:
     return list(dict.fromkeys(key for row in made if row.record for key in row.record.measures))
 
 
-def _newest(stored: Iterable[Any]) -> dict[str, Any]:
+def _newest(stored: Mapping[str, Any]) -> dict[str, Any]:
     """By spec without the model's exact identity, which only the machine that has the model knows."""
     newest: dict[str, Any] = {}
-    for item in sorted(stored, key=lambda item: item.at if isinstance(item, Failure) else item.made_by.at):
+    for item in sorted(stored.values(), key=lambda item: item.at if isinstance(item, Failure) else item.made_by.at):
         before = newest.get(_key(item.spec))
         if before is not None and isinstance(item, Record):
             logger.warning(
@@ -109,8 +124,11 @@ def _key(spec: dict[str, Any]) -> str:
     return digest({**spec, "model": Path(spec["model"]["name"]).name})
 
 
-def _nothing(table: Table, root: Path, runs: list[Run], found: Iterable[Record]) -> str:
+def _nothing(table: Table, root: Path, runs: list[Run]) -> str:
+    if table.missing:
+        return f"{table.name} has no records and cannot run yet. It needs {table.missing}."
     asked = ", ".join(sorted({_protocol(run.spec(), [m.key for m in run.measures]) for run in runs}))
+    found = records.load(root, table.name).values()
     other = sorted({_protocol(record.spec, list(record.measures)) for record in found})
     hint = f" Its records there are of {'; '.join(other)}." if other else ""
     return (

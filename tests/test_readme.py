@@ -69,7 +69,10 @@ def test_a_mean_its_interval_and_a_sentence_stand_there(root):
     assert re.search(r"\| Wanda +\| \*\*21\.00 ± 2\.48\*\* \| +— \|", text)
     assert re.search(r"\| Magnitude +\| +30\.00 \| +— \|", text)
     assert "256 tokens as `embedded/wiki@512[:128]`; 10 of 21 cells" in text
-    assert re.search(r"\| Wanda's perplexity is below magnitude.*\| holds +\| holds +\|", text)
+    assert re.search(
+        r"\| Wanda's perplexity is below magnitude.*\| holds +\| holds so far \(1 of 1; 1 of 2 not measured\) +\|", text
+    )
+    assert "no doubt: 1 hold, 1 hold so far, 2 fail, 1 undecided, 38 not run yet." in text
     for link in re.findall(r"\]\((results/[^)]+)\)", text):
         assert (root.parent / link).is_file()
 
@@ -107,3 +110,4 @@ def test_what_does_not_hold_is_named_once_for_the_model():
     one = Answer("fails", held=1, of=2, against=["smollm2-135m FLAP 20 %"], where="smollm2-135m")
     assert summary.against(one) == "1 of 2; not FLAP 20 %"
     assert summary.against(Answer("holds", held=1, of=1)) == ""
+    assert summary.against(Answer("holds so far", held=1, of=1, without=1)) == "1 of 1; 1 of 2 not measured"
