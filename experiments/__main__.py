@@ -107,6 +107,7 @@ def _run(asked: argparse.Namespace) -> int:
             return 0
         chosen, watchers = arguments.chosen(asked), arguments.watchers(asked)
         if group:
+            group.refuse_uneven(chosen)
             arguments.say(_shares(chosen, group.count))
         outcome = run_table(asked.table, chosen, replace(settings, group=group), watchers)
     counts = f"{len(outcome.done)} done now, {len(outcome.found)} before, {len(outcome.failed)} failed"

@@ -23,20 +23,19 @@ Record = dict[str, list[int]]
 def retrained(
     model: Any,
     recovery: Retraining,
-    tokenizer: Tokenizer,
-    data_dir: Path | None,
+    examples: Any,
     folder: Path,
     progress: Progress | None = None,
     watch: Watch | None = None,
 ) -> Retrained:
-    """Retrain `model` in place; what a killed process had reached lies in `folder`.
+    """Retrain `model` in place on its text's `examples`; what a killed process had reached lies in `folder`.
 
     On a GPU blocks recompute their activations, so that memory is left for the weights.
     """
     return retrain.finetune(
         model,
         recovery.trainable,
-        examples(recovery.text, tokenizer, data_dir),
+        examples,
         steps=recovery.steps,
         learning_rate=recovery.learning_rate,
         batch_size=recovery.batch_size,

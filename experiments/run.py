@@ -177,8 +177,10 @@ def _retrain(
         board.note(f"{step}/{recovery.taken}, loss {loss:.3f}, {pace:.0f} tokens/s")
 
     model, tokenizer, group = subject.model, subject.tokenizer, settings.group
-    with stages("retrain"), group.training(id, model, tokenizer.inner, begun) if group else nullcontext():
-        report = retraining.retrained(model, recovery, tokenizer, settings.data_dir, begun, progress, watch)
+    with stages("retrain"):
+        text = retraining.examples(recovery.text, tokenizer, settings.data_dir)
+        with group.training(id, model, tokenizer.inner, begun) if group else nullcontext():
+            report = retraining.retrained(model, recovery, text, begun, progress, watch)
     held_out = {"held_out": {"before": before, "after": _held_out(kept_back, subject, board, stages)}}
     return report.to_dict() | (held_out if kept_back else {})
 
