@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 import pruners
-from pruners.retrain import Diverged, LoRA, LoRAPrune, MaskLoRA, ScaleLoRA, Trainable, finetune, held_out_loss
+from pruners.retrain import Diverged, LoRA, LoRAPrune, MaskLoRA, ScaleLoRA, Trainable, finetune, held_out_loss, state
 from pruners.retrain.batches import Batches
 from pruners.retrain.peers import PeerLostError, Peers, _explained
 from pruners.retrain.schedule import Schedule, precision_for
@@ -307,6 +307,30 @@ def test_a_schedule_can_be_left_early_and_gone_on_with(kind, windows, tmp_path):
     )  # kept: what is after step 12
     assert all(torch.equal(a, b) for a, b in zip(bits(early), bits(again), strict=True))
     assert finetune(pruned(kind), PEFT, windows, folder=tmp_path, **asked).resumed_at == 12
+
+
+def test_of_two_runs_of_one_schedule_the_state_of_the_longer_stays(windows, tmp_path):
+    asked = {"steps": 12, "learning_rate": 1e-3, "folder": tmp_path, "save_every": 3}
+    longer: list[int] = []
+
+    def overtaken(step: int, loss: float, pace: float) -> None:
+        if step == 4:
+            longer.append(len(finetune(pruned("opt"), PEFT, windows, **asked).losses))
+
+    finetune(pruned("opt"), PEFT, windows, stop=8, watch=overtaken, **asked)
+    assert longer == [12]
+    assert finetune(pruned("opt"), PEFT, windows, **asked).resumed_at == 12
+
+
+def test_processes_of_equal_ids_on_two_hosts_do_not_share_a_temporary_file(tmp_path, monkeypatch):
+    names, save_file = set(), state.save_file
+    monkeypatch.setattr(
+        state, "save_file", lambda tensors, path, **how: names.add(path) or save_file(tensors, path, **how)
+    )
+    for _ in range(2):
+        state.save(tmp_path / "retrain.safetensors", {"a": torch.ones(1)}, {"step": 1})
+    assert len(names) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["retrain.safetensors"]
 
 
 @pytest.mark.parametrize("stop", [0, -1, 3])

@@ -220,7 +220,8 @@ class _Loop:
     def _keep(self, step: int) -> None:
         tensors = {name: p.detach().cpu().clone() for name, p in self.attached.tensors.items()}
         self.good = (step, tensors)
-        if self.path and self.peers.rank == 0 and step > self.report.resumed_at:
+        # a run of the same schedule that stops later may have overtaken this one
+        if self.path and self.peers.rank == 0 and step > state.step_in(self.path, self.mark):
             moments = state.of_optimizer(self.optimizer, self.attached.tensors)
             about = {name: getattr(self.report, name) for name in ("losses", "tokens", "seconds")}
             state.save(self.path, {**tensors, **moments}, {"fingerprint": self.mark, "step": step, **about})
@@ -229,8 +230,7 @@ class _Loop:
     def _resume(self) -> None:
         if self.path and self.path.exists():
             saved, about = state.load(self.path, self.mark)
-            if about["step"] > self.stop:
-                self.path = None  # of a run that went further; its state is worth more than any of this one
+            if about["step"] > self.stop:  # of a run that went further; it stays
                 return
             state.restore(self.optimizer, self.attached.tensors, saved, about["step"])
             self.report.losses, self.report.tokens = about["losses"], about["tokens"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def fingerprint(model: nn.Module, *settings: object) -> str:
 def save(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
     """Whole or not at all; `about` is plain JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # process ids repeat over hosts that share it
     try:
         save_file(
             {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
@@ -62,6 +63,16 @@ def load(path: Path, mark: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
             "folder, or delete it to begin again."
         )
     return tensors, about
+
+
+def step_in(path: Path, mark: str) -> int:
+    """The step that the state of this fingerprint has reached at `path`; 0 where there is none."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads(file.metadata()["about"])
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError):  # `save` then replaces what lies there
+        return 0
+    return int(about["step"]) if about.get("fingerprint") == mark else 0
 
 
 def of_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
