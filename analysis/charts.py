@@ -9,7 +9,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.figures import COLOURS, grid, legend, look, use_log
+from analysis.figures import COLOURS, UndrawableError, grid, legend, look, use_log
 from analysis.rows import Row
 from analysis.verdicts import Cell
 from experiments.records import Cost
@@ -88,7 +88,7 @@ def canvas(title: str, size: tuple[float, float] = (6.4, 4.0)) -> tuple[Figure, 
 
 def refuse_few(count: int, what: str, table: Table) -> None:
     if count < 2:
-        raise ValueError(
+        raise UndrawableError(
             f"A figure of {table.name} needs two {what} at least and there {'is' if count == 1 else 'are'} {count}; "
             f"run more of its cells (python -m experiments show {table.name})."
         )

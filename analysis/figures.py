@@ -36,6 +36,10 @@ STYLE: dict[Any, Any] = {
 }
 
 
+class UndrawableError(ValueError):
+    """The records hold too little for this figure, or what it cannot show."""
+
+
 @dataclass(frozen=True)
 class Point:
     """One method at one setting: perplexities by seed, and the length of the bar to each side (0: none)."""
@@ -132,14 +136,12 @@ def save(figure: Figure, path: Path) -> list[Path]:
 def one_key(rows: Sequence[Row], key: str | None, quantity: str) -> str:
     """The protocol key to show; ValueError where none was measured or one must be chosen, LookupError if unknown."""
     known = [k for k in keys(rows) if any(quantity in (row.measure(k) or {}) for row in rows)]
+    if not known:
+        raise UndrawableError(f"No {quantity} in any record, so there is nothing to draw.")
     if key is not None and key not in known:
         raise LookupError(unknown("protocol key", key, known))
-    if key is None and len(known) != 1:
-        raise ValueError(
-            f"A figure shows one protocol; choose with --measure one of: {', '.join(known)}."
-            if known
-            else f"No {quantity} in any record, so there is nothing to draw."
-        )
+    if key is None and len(known) > 1:
+        raise ValueError(f"A figure shows one protocol; choose with --measure one of: {', '.join(known)}.")
     return key or known[0]
 
 
@@ -231,7 +233,7 @@ def _label(axes: Axes, drawn: dict[Point, float], colour: str) -> None:
 
 def _dress(axes: Axes, points: Sequence[Point], methods: list[str]) -> None:
     axes.set_yticks(range(len(methods)), [textwrap.fill(method, 26) for method in methods])
-    axes.set_ylim(len(methods) - 0.5, -0.5)
+    axes.set_ylim(max(1, len(methods)) - 0.5, -0.5)  # the dense model alone has no line
     for line in range(1, len(methods), 2):
         axes.axhspan(line - 0.5, line + 0.5, color="0.965", linewidth=0, zorder=0)
     axes.grid(axis="x", color="0.9")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from analysis.charts import canvas, refuse_few
-from analysis.figures import LINES, grid, legend, look
+from analysis.figures import LINES, UndrawableError, grid, legend, look
 from analysis.rows import Row
 from analysis.verdicts import Cell
 from experiments.spec import Table
@@ -65,13 +66,17 @@ def losses(table: Table, rows: Sequence[Row]) -> Figure:
 
 
 def steps(table: Table, rows: Sequence[Row]) -> Figure:
-    """Perplexity by the step at which retraining was left, a line a protocol key; ValueError for fewer than two steps.
+    """Perplexity by the step at which retraining was left, a line a protocol key.
 
-    Of several models and methods the first; step 0 is the pruned model.
+    Of several retrainings the first, each a model, a pruning and a schedule; step 0 is the pruned model.
+    UndrawableError for fewer than two steps beside it, or where two cells stand at one.
     """
-    pruned = [row for row in rows if row.record and not row.is_dense]
-    done = [row for row in pruned if (row.run.model, row.method) == (pruned[0].run.model, pruned[0].method)]
-    refuse_few(len({_step(row) for row in done}), "steps of retraining", table)
+    retrained = [row for row in rows if row.record and row.run.recovery]
+    done = [row for row in rows if row.record and _is_of(row, retrained[0])] if retrained else []
+    counted = Counter(map(_step, done))
+    refuse_few(sum(step > 0 for step in counted), "steps of retraining", table)
+    if twice := [step for step, count in counted.items() if count > 1]:
+        raise UndrawableError(f"Several cells of {table.name} stand at step {twice[0]}; a line has one value a step.")
     figure, axes = canvas(f"{table.title}: {Path(done[0].run.model).name}")
     keys = [key for key, value in (done[0].record.measures if done[0].record else {}).items() if "perplexity" in value]
     for index, key in enumerate(keys):
@@ -126,6 +131,13 @@ def _curve(row: Row) -> list[float]:
 def _step(row: Row) -> int:
     recovery = (row.record.spec.get("recovery") if row.record else None) or {}
     return int(recovery.get("stop", recovery.get("steps", 0)))
+
+
+def _is_of(row: Row, first: Row) -> bool:
+    """Whether the row is a step of this retraining, or the pruned model from which it went out."""
+    here, there = row.run.spec(), first.run.spec()
+    schedules = [{**(spec.pop("recovery", None) or {}), "stop": None} for spec in (here, there)]
+    return {**here, "measures": None} == {**there, "measures": None} and schedules[0] in ({"stop": None}, schedules[1])
 
 
 def _structure(row: Row) -> bool:

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
-from analysis.figures import STYLE, one_key, wrapped
+from analysis.figures import STYLE, UndrawableError, one_key, wrapped
 from analysis.rows import Row
 from experiments.spec import Table
 
@@ -70,7 +70,9 @@ def _told(rows: Sequence[Row], key: str) -> dict[Name, dict[str, Any]]:
         if measured and not row.is_dense:
             told.setdefault((Path(row.run.model).name, row.method, row.setting), measured)
     if not told:
-        raise ValueError("Masks were recorded of the dense model alone, where nothing is removed; run a pruned cell.")
+        raise UndrawableError(
+            "Masks were recorded of the dense model alone, where nothing is removed; run a pruned cell."
+        )
     return told
 
 

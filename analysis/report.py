@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from analysis import charts, claims, figures, inside, origins, patterns, summary, tables, unmatched, verdicts
 from analysis.notes import notes, title
-from analysis.rows import Row, rows
+from analysis.rows import Row, keys, rows
 from analysis.summary import Pivot, Verdict
 from analysis.verdicts import Cell
 from experiments import tables as declared
@@ -128,9 +128,10 @@ def _left(table: Table) -> dict[str, Any]:
 
 def _figures(table: Table, made: list[Row], found: list[Cell]) -> Iterator[Drawn]:
     """Every figure that there are enough numbers for."""
-    keys = dict.fromkeys(cell.key for cell in found if cell.metric == "perplexity" and cell.ours is not None)
+    texts = dict.fromkeys(cell.key for cell in found if cell.metric == "perplexity" and cell.ours is not None)
+    masks = [key for key in keys(made) if any("maps" in (row.measure(key) or {}) for row in made)]
     drawings: list[tuple[str, Callable[[], Figure]]] = [
-        (f"Perplexity by method, {key}", partial(figures.perplexity, table, made, key)) for key in keys
+        (f"Perplexity by method, {key}", partial(figures.perplexity, table, made, key)) for key in texts
     ]
     drawings += [
         ("Perplexity by sparsity", lambda: charts.by_sparsity(table, found)),
@@ -140,13 +141,13 @@ def _figures(table: Table, made: list[Row], found: list[Cell]) -> Iterator[Drawn
         ("Perplexity by step of retraining", lambda: inside.steps(table, made)),
         ("Mean accuracy by parameters", lambda: inside.by_parameters(table, found)),
         ("Time and memory", lambda: charts.cost(table, made)),
-        ("Masks of one block", lambda: patterns.masks(table, made)),
+        *((f"Masks of one block, {key}", partial(patterns.masks, table, made, key)) for key in masks),
     ]
     for caption, draw in drawings:
         try:
             figure = draw()
             yield Drawn(caption, _data_url(figure), float(figure.get_figwidth()))
-        except ValueError:  # too few numbers yet, which the table shows better
+        except figures.UndrawableError:  # too few numbers yet, which the table shows better
             continue
 
 

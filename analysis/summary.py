@@ -81,9 +81,8 @@ def value(cell: Cell | None) -> str:
         return MISSING
     if cell.ours is None:
         return _unfinished(cell.rows)
-    random = len(cell.values) > 1 or cell.metric in verdicts.PERCENT
-    spread = _number(cell.half_width, cell) if random and cell.half_width is not None else ""
-    return _number(cell.ours, cell) + (f" ± {spread}" if spread else "")
+    spread = cell.half_width_of_mean
+    return _number(cell.ours, cell) + ("" if spread is None else f" ± {_number(spread, cell)}")
 
 
 def _beside(cell: Cell | None, paper: bool) -> str:

@@ -76,17 +76,26 @@ class Cell:
 
     @property
     def half_width(self) -> float | None:
-        """Of the interval around ours; None where there is none."""
+        """Of the interval around ours in which a repeat would land; None where there is none."""
         if self.ours is None or self.fold != "mean":
             return None
         if len(self.values) > 1:
             return half_width(self.values, self._draws)
-        error = (self.rows[0].measure(self.key) or {}).get("standard_error") if self.metric in PERCENT else None
-        if error is not None:
-            return normal_half_width(error)
+        if self.half_width_of_mean is not None:
+            return self.half_width_of_mean
         if not self._varies:
             return 0.0
         return self.ours * _repeats(self.rows[0].run.method) if self.published else None  # what a rerun elsewhere moves
+
+    @property
+    def half_width_of_mean(self) -> float | None:
+        """Of the interval of the mean over seeds, or over documents for an accuracy; None where there is none."""
+        if self.ours is None or self.fold != "mean":
+            return None
+        if len(self.values) > 1:
+            return half_width(self.values)
+        error = (self.rows[0].measure(self.key) or {}).get("standard_error") if self.metric in PERCENT else None
+        return None if error is None else normal_half_width(error)
 
     @property
     def difference(self) -> float | None:

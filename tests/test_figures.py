@@ -59,6 +59,12 @@ def test_seeds_are_one_mark_at_their_mean_with_a_t_interval(tmp_path):
     assert sorted(seeds.get_xdata()) == [10.0, 11.0, 12.0, 14.0, 15.0, 16.0]
 
 
+def test_the_dense_model_alone_is_drawn_without_a_warning(tmp_path, recwarn):
+    made = [row for row in fill(table(), tmp_path) if row.run.method is None]
+    figures.perplexity(table(), made)
+    assert [str(one.message) for one in recwarn] == []
+
+
 def test_the_bars_are_told_apart_in_words(tmp_path):
     (legend,) = figures.perplexity(table(), fill(table(), tmp_path)).legends
     told = legend.get_title().get_text().replace("\n", " ")

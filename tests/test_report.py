@@ -6,14 +6,19 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html import escape, unescape
 
 import pytest
 import small_table as small
 
-from analysis import charts, inside, origins, report, rows, summary, verdicts
+import pruners
+from analysis import charts, figures, inside, origins, report, rows, summary, verdicts
 from analysis.__main__ import main
 from experiments import gblm, records, tables
+from experiments.recovery import Retraining
+from experiments.spec import Run, Table
+from pruners.retrain import Trainable
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = (
@@ -144,13 +149,50 @@ def test_perplexity_by_step_has_a_line_a_corpus(tmp_path):
         record = small.record(run, measures=measured).model_copy(update={"table": table.name})
         records.write(record, tmp_path)
         if step == 0:
-            with pytest.raises(ValueError, match="two steps of retraining at least and there is 1"):
+            with pytest.raises(ValueError, match="two steps of retraining at least and there are 0"):
                 inside.steps(table, rows.rows(table, tmp_path))
     (axes,) = inside.steps(table, rows.rows(table, tmp_path)).axes
     wikitext, ptb = axes.lines
     assert wikitext.get_xdata().tolist() == list(range(0, 1600, 200))
     assert wikitext.get_ydata().tolist() == [20.0 - step for step in range(8)]
     assert ptb.get_label() == "ptb/validation@128"
+
+
+def stopped(tmp_path, sparsities, recoveries):
+    """Rows of magnitude pruning, retrained as said."""
+
+    def run(sparsity, model, recovery):
+        return Run(model, pruners.Magnitude(sparsity=sparsity), None, (small.PPL,), recovery=recovery)
+
+    table = Table("tiny", "Steps", sparsities, tuple(("smollm2-135m", one) for one in recoveries), run)
+    for run in table.runs():
+        records.write(small.record(run), tmp_path)
+    return table, rows.rows(table, tmp_path)
+
+
+SCHEDULE = Retraining(Trainable(norms=True), small.WINDOWS, steps=8, learning_rate=1e-3)
+
+
+def test_a_line_of_steps_is_of_one_sparsity_one_schedule_and_one_seed(tmp_path):
+    others = (replace(SCHEDULE, seed=1), replace(SCHEDULE, learning_rate=1e-2))
+    table, made = stopped(tmp_path, (0.5, 0.6), (None, replace(SCHEDULE, stop=4), SCHEDULE, *others))
+    (line,) = inside.steps(table, made).axes[0].lines
+    assert line.get_xdata().tolist() == [0, 4, 8]
+
+
+def test_two_cells_at_one_step_are_no_line(tmp_path):
+    table, made = stopped(tmp_path, (0.5,), (None, replace(SCHEDULE, stop=4), replace(SCHEDULE, stop=8), SCHEDULE))
+    with pytest.raises(figures.UndrawableError, match="Several cells of tiny stand at step 8"):
+        inside.steps(table, made)
+
+
+def test_only_a_figure_that_lacks_numbers_is_left_out(root, monkeypatch):
+    def broken(*_):
+        raise ValueError("broken")
+
+    monkeypatch.setattr(charts, "cost", broken)
+    with pytest.raises(ValueError, match="broken"):
+        report.html(root)
 
 
 @pytest.fixture(scope="module", params=[1200, 375], ids=["desktop", "phone"])

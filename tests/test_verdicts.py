@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import small_table as small
 
-from analysis import rows, verdicts, written
+from analysis import rows, summary, verdicts, written
 from experiments import gblm, headlines, records, tables
 
 
@@ -88,6 +88,8 @@ def test_the_interval_of_seeds_is_that_of_one_more_draw(tmp_path):
     mean = found["llama-7b", "Wanda", "50 %", "mean"]
     assert mean.ours == pytest.approx(7.26)
     assert mean.half_width == pytest.approx(2.776 * 0.01 * (1 / 5 + 1 / 5) ** 0.5, rel=1e-3)
+    assert mean.half_width_of_mean == pytest.approx(2.776 * 0.01 / 5**0.5, rel=1e-3)
+    assert (verdicts.text([mean])["Ours"][0], summary.value(mean)) == ("7.26 ± 0.02 (5 seeds)", "7.26 ± 0.01")
     assert found["llama-7b", "Wanda", "50 %", "std"].ours == pytest.approx(0.01)
 
 
