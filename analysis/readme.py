@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 from analysis import claims, figures, report, summary
-from analysis.rows import Row, rows
+from analysis.rows import Row, declared
 from analysis.summary import Pivot, Verdict
 from analysis.verdicts import cells
 from analysis.written import marked
@@ -65,6 +65,8 @@ def write(root: Path) -> list[Path]:
 
 def replaced(readme: Path, told: str) -> str:
     """README with this text between the two marks; ValueError unless each stands there once."""
+    if not readme.is_file():
+        raise ValueError(f"There is no {readme} for the results beside it; name the results folder of a checkout.")
     text = readme.read_text(encoding="utf-8")
     if [text.count(mark) for mark in (BEGIN, END)] != [1, 1]:
         raise ValueError(f"{readme} must have each of these lines once, around its results: {BEGIN} and {END}")
@@ -83,10 +85,9 @@ def _kept(root: Path) -> Iterator[Path]:
 
 
 def _rows(name: str, root: Path) -> list[Row]:
-    try:
-        return rows(find(name), root)
-    except LookupError:  # never run
-        return []
+    """Empty where nothing is done yet, failures or not."""
+    made = declared(find(name), root)
+    return made if any(row.record for row in made) else []
 
 
 def _section(found: dict[str, list[Row]], judged: Sequence[Verdict], folder: str) -> str:

@@ -36,6 +36,7 @@ def test_nothing_drifted_from_the_records():
 @pytest.fixture
 def root(tmp_path):
     (tmp_path / "README.md").write_text(f"# Title\n\n{readme.BEGIN}\nstale\n{readme.END}\n\nThe rest.\n")
+    (tmp_path / "results").mkdir()
     return tmp_path / "results"
 
 
@@ -93,6 +94,21 @@ def test_a_readme_without_a_place_is_refused(root, text):
     (root.parent / "README.md").write_text(text)
     with pytest.raises(ValueError, match="must have each of these lines once"):
         readme.written(root)
+
+
+def test_without_a_readme_one_sentence_says_so(root, capsys):
+    (root.parent / "README.md").unlink()
+    assert main(["readme", "--results", str(root)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"There is no {root.parent / 'README.md'}")
+    assert error.count("\n") == 1
+
+
+def test_a_failure_alone_is_no_record_yet(root):
+    failure = small.failure(tables.find("embedded.gblm").runs()[0], "no memory")
+    records.write_failure(failure.model_copy(update={"table": "embedded.gblm"}), root)
+    readme.write(root)
+    assert (root.parent / "README.md").read_text().count("no records yet") == 4
 
 
 def test_a_table_is_told_the_sentences_that_it_answers(root):
