@@ -52,18 +52,18 @@ def parser() -> argparse.ArgumentParser:
     report.set_defaults(command=_report)
     readme = commands.add_parser("readme", help="README's results, their report and figures, from the kept records")
     readme.set_defaults(command=_readme)
-    for command in (claims, report, readme):
-        command.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="default: results")
-        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     for command in (table, figure, compare, generation, speed):
-        command.add_argument("table", metavar="TABLE")
-        command.add_argument("--model", metavar="NAME|FOLDER", help="the same table on another model")
-        command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="number format of the model")
-        command.add_argument("--limit", type=int, metavar="N", help="zero-shot on the first N documents of a task")
-        command.add_argument("--tasks", nargs="+", default=[], metavar="NAME", help="as the cells were run")
-        command.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="default: results")
+        arguments.add_table(command)
+    for command in commands.choices.values():
+        command.add_argument("--results", type=_folder, default=Path("results"), metavar="DIR", help="default: results")
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return top
+
+
+def _folder(text: str) -> Path:
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is no folder; name the one that the cells were run with")
+    return Path(text)
 
 
 def _table(asked: argparse.Namespace) -> None:

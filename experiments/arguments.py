@@ -44,24 +44,30 @@ def say(sentence: str) -> None:
 
 
 def add_selection(command: argparse.ArgumentParser) -> None:
-    command.add_argument("table", metavar="TABLE")
-    command.add_argument("--model", metavar="NAME|FOLDER", help="the same table on another model")
-    command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="number format of the model")
-    command.add_argument(
-        "--limit", type=_positive, metavar="N", help="only the first N documents of each zero-shot task"
-    )
-    command.add_argument(
-        "--tasks", nargs="+", default=[], metavar="NAME", help="measure these, too: a convention or tasks of lm-eval"
-    )
+    """Which cells of which table, and where their records lie."""
+    add_table(command)
     command.add_argument("--method", nargs="+", default=[], metavar="NAME", help="only these methods (or: dense)")
     command.add_argument("--only", nargs="+", default=[], metavar="ID|LABEL", help="only these cells")
     command.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="default: results")
 
 
+def add_table(command: argparse.ArgumentParser) -> None:
+    """A table, and what its cells are beyond what it declares."""
+    command.add_argument("table", metavar="TABLE")
+    command.add_argument("--model", metavar="NAME|FOLDER", help="the same table on another model")
+    command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="number format of the model")
+    command.add_argument(
+        "--limit", type=positive, metavar="N", help="only the first N documents of each zero-shot task"
+    )
+    command.add_argument(
+        "--tasks", nargs="+", default=[], metavar="NAME", help="measure these, too: a convention or tasks of lm-eval"
+    )
+
+
 def add_running(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     command.add_argument(
-        "--batch-size", type=_positive, default=8, help="windows at once; changes no number (default: 8)"
+        "--batch-size", type=positive, default=8, help="windows at once; changes no number (default: 8)"
     )
     command.add_argument(
         "--data-dir", type=Path, help="local data sets (default: $PRUNING_DATA_DIR, otherwise the Hub)"
@@ -109,7 +115,8 @@ def _refuse_unknown(tasks: list[str]) -> None:
         check_names(unfamiliar)
 
 
-def _positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{value} is less than 1")
-    return value
+def positive(text: str) -> int:
+    """A whole number from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+    return int(text)

@@ -126,6 +126,29 @@ def test_analysis_exits_2_without_a_table_or_records(command, name, reason, tmp_
     assert reason in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", [["table", "embedded.demo"], ["claims"], ["report"], ["readme"]])
+def test_analysis_makes_no_results_folder_for_a_misspelt_one(words, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        analysis.main([*words, "--results", str(tmp_path / "typo")])
+    assert stopped.value.code == 2
+    assert f"{tmp_path / 'typo'} is no folder" in capsys.readouterr().err
+    assert not (tmp_path / "typo").exists()
+
+
+@pytest.mark.parametrize("limit", ["0", "-3", "many"])
+@pytest.mark.parametrize(("main", "command"), [(main, "show"), (analysis.main, "table")])
+def test_a_limit_is_a_whole_number_from_1_on(main, command, limit, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "embedded.demo", "--limit", limit])
+    assert stopped.value.code == 2
+    assert f"argument --limit: '{limit}' is no whole number from 1 on" in capsys.readouterr().err
+
+
+def test_analysis_of_a_table_that_cannot_run_advises_no_run(tmp_path, capsys):
+    assert analysis.main(["figure", "llm_pruner.chatglm_6b", "--results", str(tmp_path)]) == 2
+    assert "llm_pruner.chatglm_6b has no records and cannot run yet. It needs " in capsys.readouterr().err
+
+
 def documented() -> list[tuple[str, str]]:
     """(program, arguments) of every command in the README's sh blocks and in the Makefile."""
     readme = ROOT / "README.md"
