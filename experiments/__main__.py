@@ -90,14 +90,14 @@ def _summary(chosen: Sequence[Cell], done: Sequence[Cell], data_dir: Path | None
     from experiments import estimate
 
     left = [cell for cell in chosen if cell not in done]
-    hours = sum(estimate.gpu_hours(cell) for cell in left)
+    hours = estimate.total_gpu_hours(left)
     lacking = dict.fromkeys(text for cell in left for text in estimate.lacking(cell.run, data_dir))
     sentences = [f"{len(done)} of {len(chosen)} cells are done; the others take about {hours:.1f} hours on one A100."]
     return "\n".join([*sentences, *([f"Not on this machine: {'; '.join(lacking)}."] if lacking else [])])
 
 
 def _run(asked: argparse.Namespace) -> int:
-    from experiments import together
+    from experiments import resuming, together
     from experiments.batch import run_table
 
     settings = arguments.settings(asked)
@@ -110,9 +110,15 @@ def _run(asked: argparse.Namespace) -> int:
             group.refuse_uneven(chosen)
             arguments.say(_shares(chosen, group.count))
         outcome = run_table(asked.table, chosen, replace(settings, group=group), watchers)
+        resuming.tidy(asked.results, asked.table, arguments.chosen(_whole(asked)))
     counts = f"{len(outcome.done)} done now, {len(outcome.found)} before, {len(outcome.failed)} failed"
     print(f"{asked.table}: {counts}; python -m analysis table {asked.table}", file=sys.stderr)
     return arguments.EXIT_FAILED if outcome.failed else 0
+
+
+def _whole(asked: argparse.Namespace) -> argparse.Namespace:
+    """The same table without a choice of cells."""
+    return argparse.Namespace(**vars(asked) | {"method": [], "only": []})
 
 
 def _shares(chosen: Sequence[Cell], processes: int) -> str:

@@ -15,7 +15,8 @@ from experiments.cells import Cell, ordered
 from experiments.locks import lock
 from experiments.progress import Board, duration
 from experiments.records import Failure, Record
-from experiments.run import Settings, execute, unfinished
+from experiments.resuming import unfinished
+from experiments.run import Settings, execute
 from experiments.watchers import Watcher, Watchers
 
 

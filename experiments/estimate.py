@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from safetensors import safe_open
 
 from experiments import measures, models, wheels
 from experiments.cells import Cell
-from experiments.recovery import Retraining
+from experiments.recovery import Retraining, schedule, training_tokens
 from experiments.sources import DATA_DIR, SOURCES
 from experiments.spec import Run
 
@@ -46,6 +47,24 @@ def gpu_hours(cell: Cell) -> float:
     parameters = parameters_of(cell.run.model)
     reading = BYTES.get(cell.run.dtype, 2) * parameters / READ_BYTES_PER_SECOND
     return (reading + 2 * parameters * cell.work / SUSTAINED_FLOPS) / 3600
+
+
+def total_gpu_hours(cells: Sequence[Cell]) -> float:
+    """Of these cells one after the other, where those that stop the same schedule go on from each other."""
+    saved = sum(parameters_of(model) * tokens for model, tokens in taken_over(cells).items())
+    return sum(map(gpu_hours, cells)) - 2 * saved / SUSTAINED_FLOPS / 3600
+
+
+def taken_over(cells: Iterable[Cell]) -> Counter[str]:
+    """By model the tokens of training that `Cell.work` counts for every cell and that these cells do once."""
+    counted: dict[Run, list[int]] = {}
+    for cell in cells:
+        if whole := schedule(cell.run):
+            counted.setdefault(whole, []).append(training_tokens(cell.run.recovery))
+    saved: Counter[str] = Counter()
+    for whole, tokens in counted.items():
+        saved[whole.model] += sum(tokens) - max(tokens)
+    return saved
 
 
 @lru_cache

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from experiments.spec import Windows
+from experiments.spec import Run, Windows
 from pruners.retrain import LoRA, Reconstruction, Trainable
 
 
@@ -68,11 +68,23 @@ POST_TRAINING = Retraining(
 )
 
 
+def schedule(run: Run) -> Run | None:
+    """What runs have in common that stop the same schedule, each at its step; None for one that does not stop."""
+    if not isinstance(run.recovery, Retraining) or run.recovery.stop is None:
+        return None
+    return replace(run, measures=(), recovery=replace(run.recovery, stop=None))
+
+
+def training_tokens(recovery: Retraining) -> int:
+    """Rough work of the steps that are taken, in tokens through the model; a backward pass counts as two."""
+    return 3 * recovery.taken * recovery.batch_size * recovery.text.length
+
+
 def work_tokens(recovery: Any, windows: Windows | None) -> float:
     """Rough work in tokens through the model; a backward pass counts as two."""
     if isinstance(recovery, Retraining):
         evaluated = 2 * recovery.text.held_out if isinstance(recovery.text, Instructions) else 0
-        return (3 * recovery.taken * recovery.batch_size + evaluated) * recovery.text.length
+        return training_tokens(recovery) + evaluated * recovery.text.length
     if isinstance(recovery, Reconstruction) and windows:
         return 3 * recovery.steps * recovery.batch_size * windows.length + 2 * windows.count * windows.length
     return 0

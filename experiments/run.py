@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from experiments import (
     models,
     pruned,
     records,
+    resuming,
     retraining,
     together,
     tokens,
@@ -65,13 +66,13 @@ def execute(run: Run, table: str, settings: Settings, board: Board | None = None
         model, inner = models.load(run.model, run.dtype, settings.device)
     tokenizer = Tokenizer(digest(identity), inner)
     id = run.id(identity)
-    place = accuracy.Place(records.folder(settings.root, table) / id, unfinished(settings.root, table, id))
+    place = accuracy.Place(records.folder(settings.root, table) / id, resuming.unfinished(settings.root, table, id))
     subject = measures.Subject(model, tokenizer, settings.batch_size, settings.data_dir, place)
     passed = _dense_gate(run, subject, settings, board, stages)
-    begun = place.unfinished / _origin(run, settings)
+    begun = resuming.begun(run, id, table, settings)
     achieved = _prune(run, subject, settings, board, stages, begun / "pruned")
     if isinstance(run.recovery, Retraining):
-        kept = _shared_steps(run, identity, table, settings) if run.recovery.stop else begun / "retrained"
+        kept = resuming.steps(run, id, table, settings)
         achieved["recovery"] = _retrain(run.recovery, id, subject, settings, board, stages, kept)
     return Record(
         id=id,
@@ -80,23 +81,11 @@ def execute(run: Run, table: str, settings: Settings, board: Board | None = None
         achieved=achieved,
         measures=_measure(run, subject, settings, board, stages),
         dense_gate=passed,
-        data={name: corpora.provenance(name, settings.data_dir) for name in _corpora(run)},
+        data={name: corpora.provenance(name, settings.data_dir) for name in resuming.read_by(run)},
         cost=records.Cost(seconds=stages.finished(), peak_bytes=cost.peak_bytes(model.device)),
         made_by=_made_by(run, model.device, settings),
         resumed=resumed,
     )
-
-
-def unfinished(root: Path, table: str, id: str) -> Path:
-    """The folder of what a killed cell resumes from; of no use once its record is written."""
-    return root / ".cache" / "unfinished" / table / id
-
-
-def _shared_steps(run: Run, identity: dict[str, Any], table: str, settings: Settings) -> Path:
-    """Where all cells that stop the same schedule, each at its step, keep its state: they go on from each other's."""
-    assert isinstance(run.recovery, Retraining)
-    whole = replace(run, measures=(), recovery=replace(run.recovery, stop=None))
-    return unfinished(settings.root, table, f"steps of {whole.id(identity)}") / _origin(whole, settings)
 
 
 def _device(asked: str | None) -> str:
@@ -113,12 +102,6 @@ def _device(asked: str | None) -> str:
             f"{together.count()} processes cannot train together on {name}; leave --device out, or say cpu."
         )
     return name
-
-
-def _origin(run: Run, settings: Settings) -> str:
-    """What could make the finished part of a broken-off cell differ from the rest: the code and the corpora's files."""
-    data = {name: corpora.provenance(name, settings.data_dir) for name in _corpora(run)}
-    return digest({"data": data, "code": cost.commit()})
 
 
 def _prune(
@@ -181,6 +164,8 @@ def _retrain(
         text = retraining.examples(recovery.text, tokenizer, settings.data_dir)
         with group.training(id, model, tokenizer.inner, begun) if group else nullcontext():
             report = retraining.retrained(model, recovery, text, begun, progress, watch)
+    stages.seconds["retrain"] += report.resumed_seconds  # steps that another process took are this cell's cost, too
+    stages.started -= report.resumed_seconds
     held_out = {"held_out": {"before": before, "after": _held_out(kept_back, subject, board, stages)}}
     return report.to_dict() | (held_out if kept_back else {})
 
@@ -263,15 +248,6 @@ def _measure(
             progress = board.stage(f"measuring {what.key}", measures.work_tokens(what))
             values |= measures.measure(what, subject, progress)
     return values
-
-
-def _corpora(run: Run) -> list[str]:
-    read = [name for what in run.measures for name in measures.corpora_of(what)]
-    if run.windows and run.calibrates:
-        read.append(run.windows.corpus)
-    if isinstance(run.recovery, Retraining):
-        read.append(run.recovery.text.corpus)
-    return list(dict.fromkeys(read))
 
 
 def _made_by(run: Run, device: torch.device, settings: Settings) -> records.MadeBy:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from experiments.cells import Cell
-from experiments.estimate import BYTES, gpu_gb, parameters_of
+from experiments.estimate import BYTES, gpu_gb, parameters_of, taken_over
 from experiments.spec import Run
 from slurm.profile import Profile
 
@@ -57,10 +57,10 @@ def request(cells: Sequence[Cell], profile: Profile, memory_gb: float | None = N
 
 
 def seconds(cells: Sequence[Cell], profile: Profile) -> float:
-    """Of these cells on one machine, their shared statistics computed once."""
+    """Of these cells on one machine, their shared statistics and shared steps of retraining computed once."""
     run = cells[0].run
     reading = len(cells) * _weights_gb(run) / READING_GB_PER_SECOND
-    tokens = sum(cell.work for cell in cells) - _saved_tokens(cells)
+    tokens = sum(cell.work for cell in cells) - _saved_tokens(cells) - taken_over(cells).total()
     return reading + 2 * parameters_of(run.model) * tokens / (profile.teraflops * 1e12)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import small_table
@@ -11,7 +12,8 @@ from conftest import SHARED, needs_shared
 from transformers import AutoTokenizer
 
 import pruners
-from experiments import cells, corpora, records
+from experiments import cells, corpora, cost, estimate, records, resuming, tables
+from experiments.__main__ import main
 from experiments.batch import run_table
 from experiments.recovery import POST_TRAINING, Documents, Instructions, Retraining, label, work_tokens
 from experiments.retraining import examples, held_out
@@ -60,6 +62,43 @@ def test_cells_that_stop_at_other_steps_go_on_from_each_other(tmp_path):
     losses = [record.achieved["recovery"]["losses"] for record in told]
     assert losses == [losses[-1][:2], losses[-1][:5], losses[-1], losses[-1]]
     assert told[2].measures == told[3].measures
+    for before, record in pairwise(told[:3]):  # a later cell costs the steps it took over, too
+        assert record.achieved["recovery"]["resumed_seconds"] == before.achieved["recovery"]["seconds"]
+        assert record.cost.seconds["retrain"] > record.achieved["recovery"]["seconds"]
+        assert record.cost.seconds["total"] > record.cost.seconds["retrain"]
+
+
+@needs_shared
+def test_the_state_that_cells_share_goes_when_all_of_the_table_are_done(tmp_path, monkeypatch):
+    recoveries = tuple(replace(NORMS, stop=stop) for stop in (1, 2))
+    plain = small_table.table(recoveries)
+    stopped = replace(plain, run=lambda recovery, model: replace(RUN, model=model, recovery=recovery))
+    monkeypatch.setitem(tables.TABLES, "tiny", stopped)
+    words = ["run", "tiny", "--results", str(tmp_path), "--data-dir", str(small_table.data(tmp_path / "data"))]
+    first, _ = (cell.id for cell in cells.cells(stopped.runs()))
+    assert main([*words, "--only", first]) == 0
+    assert len(list(tmp_path.rglob("steps of */*/retrain.safetensors"))) == 1
+    assert main(words) == 0
+    assert not list(tmp_path.rglob("steps of *"))
+
+
+@needs_shared
+def test_a_state_is_gone_on_with_only_where_it_was_made(tmp_path, monkeypatch):
+    run = replace(RUN, model=str(small_table.MODEL), recovery=replace(NORMS, stop=2))
+    settings = Settings(tmp_path, device="cpu", data_dir=small_table.data(tmp_path / "data"))
+    here = resuming.steps(run, "id", "tiny", settings)
+    assert resuming.steps(replace(run, recovery=replace(NORMS, stop=1)), "other", "tiny", settings) == here
+    monkeypatch.setattr(cost, "device_name", lambda device: "cuda (another)")
+    assert resuming.steps(run, "id", "tiny", settings) != here
+
+
+def test_steps_that_cells_share_are_estimated_once():
+    long = replace(NORMS, steps=1000)
+    found = cells.cells([replace(RUN, model="llama-7b", recovery=replace(long, stop=stop)) for stop in (200, 500, 900)])
+    apart, tokens = sum(map(estimate.gpu_hours, found)), 3 * NORMS.batch_size * TEXT.length * (200 + 500)
+    hours = 2 * 6_738_415_616 * tokens / estimate.SUSTAINED_FLOPS / 3600
+    assert estimate.total_gpu_hours(found) == pytest.approx(apart - hours)
+    assert estimate.total_gpu_hours(found[:1]) == estimate.gpu_hours(found[0])
 
 
 def test_calibration_windows_belong_to_a_run_that_reconstructs_after_magnitude():

@@ -78,6 +78,14 @@ def test_shared_statistics_are_counted_once():
     assert estimate.seconds(both, GPU) == pytest.approx(apart - saved)
 
 
+def test_shared_steps_of_retraining_are_counted_once():
+    runs = [cell.run for cell in cells.cells(tables.find("llm_pruner.tuning_steps").runs()) if cell.run.recovery]
+    stopped = cells.cells(runs)
+    statistics, trained = 6 * 3 * 10 * 64, 3 * 64 * 256 * sum(range(200, 1400, 200))
+    apart = sum(estimate.seconds([cell], GPU) for cell in stopped)
+    assert estimate.seconds(stopped, GPU) == pytest.approx(apart - 2 * 6_738_415_616 * (statistics + trained) / 60e12)
+
+
 def test_a_job_that_takes_longer_than_allowed_asks_for_what_is_allowed():
     request = estimate.request(found("llama-65b"), with_changes(hours=1, gpu_memory_gb=1000))
     assert (request.hours, request.minutes) == (1, 60)

@@ -40,6 +40,7 @@ class Retrained:
 
     `merging` is the loss on the last batch, without dropout, before and after adapters were merged;
     `lost_by_merging` is LoRA-Prune's |s BA . (1 - M)| / |s BA|, 0 for exact merges.  `processes` shared each batch.
+    Of `seconds`, the first `resumed_seconds` went into the steps up to `resumed_at`, in another process.
     """
 
     trainable: str
@@ -52,6 +53,7 @@ class Retrained:
     tokens: int = 0
     seconds: float = 0.0
     resumed_at: int = 0
+    resumed_seconds: float = 0.0
     merging: tuple[float, float] | None = None
     lost_by_merging: float = 0.0
     untied: bool = False
@@ -234,7 +236,8 @@ class _Loop:
                 return
             state.restore(self.optimizer, self.attached.tensors, saved, about["step"])
             self.report.losses, self.report.tokens = about["losses"], about["tokens"]
-            self.report.seconds, self.report.resumed_at = about["seconds"], about["step"]
+            self.report.resumed_seconds, self.report.resumed_at = about["seconds"], about["step"]
+            self.report.seconds = about["seconds"]
 
     @torch.no_grad()
     def merge(self) -> None:
