@@ -141,7 +141,7 @@ def _figures(table: Table, made: list[Row], found: list[Cell]) -> Iterator[Drawn
         ("Perplexity by step of retraining", lambda: inside.steps(table, made)),
         ("Mean accuracy by parameters", lambda: inside.by_parameters(table, found)),
         ("Time and memory", lambda: charts.cost(table, made)),
-        *((f"Masks of one block, {key}", partial(patterns.masks, table, made, key)) for key in masks),
+        *((key.capitalize(), partial(patterns.masks, table, made, key)) for key in masks),
     ]
     for caption, draw in drawings:
         try:
