@@ -82,8 +82,8 @@ flap = Table(
 
 def _by(importance: str, seed: int) -> LLMPruner:
     """Random groups are drawn anew for every seed; other importances draw nothing but their windows."""
-    draw = {"seed": seed} if importance == "random" else {}
-    return LLMPruner(0.25, importance=importance, attention_blocks=BLOCKS, mlp_blocks=BLOCKS, **draw)
+    draw = seed if importance == "random" else LLMPruner.seed
+    return LLMPruner(0.25, importance=importance, attention_blocks=BLOCKS, mlp_blocks=BLOCKS, seed=draw)
 
 
 llm_pruner = Table(
