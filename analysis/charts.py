@@ -24,7 +24,7 @@ def by_sparsity(table: Table, found: Sequence[Cell]) -> Figure:
     done = [cell for cell in found if cell.metric == "perplexity" and cell.fold == "mean" and cell.ours is not None]
     key = done[0].key if done else ""
     swept = [cell for cell in done if cell.key == key and _is_swept(cell)]
-    refuse_few(len({_reached(cell) for cell in swept}), "sparsities", table)
+    refuse_few(len({cell.rows[0].run.method.asked for cell in swept}), "sparsities", table)
     methods = list(dict.fromkeys(cell.method for cell in swept))
     models = list(dict.fromkeys(cell.model for cell in swept))
     figure, panels = grid(table.title, len(models), (4.4, 3.2), sharey=False)

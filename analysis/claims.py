@@ -99,11 +99,11 @@ CLAIMS = (
     Claim("gblm-alpha", "GBLM-Pruner", "A weight of 100 is better than both ends of the sweep.",
           tuple(Better(("GBLM-Pruner alpha=100", "50 %"), (f"GBLM-Pruner alpha={end}", "50 %"))
                 for end in ("0.001", "100000")), (Place("gblm.alpha", LLAMA_2[:1], AT_2048),)),
-    Claim("gblm-patterns", "GBLM-Pruner", "Its masks spare and give up whole columns more than chance does (1).",
+    Claim("gblm-patterns", "GBLM-Pruner", "GBLM-Pruner's masks spare and give up whole columns, more than chance (1).",
           (Better((GBLM, "50 %"), 1.0),),
           (Place("gblm.patterns", LLAMA_2[:1], PATTERNS, "column_dispersion"),),
           (Place("embedded.gblm", EMBEDDED, PATTERNS, "column_dispersion"),)),
-    Claim("gblm-patterns-wanda", "GBLM-Pruner", "Its masks show more of that structure than Wanda's.",
+    Claim("gblm-patterns-wanda", "GBLM-Pruner", "GBLM-Pruner's masks have more such structure than Wanda's.",
           over(GBLM, "Wanda", "50 %"), (Place("gblm.patterns", LLAMA_2[:1], PATTERNS, "column_dispersion"),),
           (Place("embedded.gblm", EMBEDDED, PATTERNS, "column_dispersion"),)),
     Claim("wanda-magnitude", "Wanda", "Wanda's perplexity is below magnitude pruning's at 50 %, 4:8 and 2:4.",

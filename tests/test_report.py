@@ -110,6 +110,16 @@ def test_a_figure_of_one_point_is_refused(draw, tmp_path):
         draw(gblm.perplexity, found)
 
 
+def test_one_sparsity_that_methods_reach_more_or_less_is_no_sweep(tmp_path):
+    for index, run in enumerate(gblm.zero_shot.runs()[1:]):
+        record = small.record(replace(run, measures=gblm.PPL)).model_copy(update={"table": "gblm.zero_shot"})
+        record.achieved["sparsity"] = 0.5 + 0.001 * index
+        records.write(record, tmp_path)
+    table = replace(gblm.zero_shot, run=lambda *column: replace(gblm.zero_shot.run(*column), measures=gblm.PPL))
+    with pytest.raises(ValueError, match="needs two sparsities at least and there is 1"):
+        charts.by_sparsity(table, verdicts.cells(table, rows.rows(table, tmp_path)))
+
+
 def test_the_sweep_has_a_line_a_method(tmp_path):
     table = tables.find("gblm.sparsity")
     for run in table.runs():
