@@ -108,8 +108,8 @@ def test_calibration_windows_belong_to_a_run_that_reconstructs_after_magnitude()
 
 
 def test_a_cell_says_how_it_was_recovered():
-    labels = [cell.label for cell in cells.cells([replace(RUN, model=str(small_table.MODEL), recovery=recovery)
-                                                  for recovery in (None, MASKED, BLOCKS)])]  # fmt: skip
+    runs = [replace(RUN, model="smollm2-135m", recovery=recovery) for recovery in (None, MASKED, BLOCKS)]
+    labels = [cell.label for cell in cells.cells(runs)]
     assert labels == ["Wanda 50 %", "Wanda + MaskLoRA, norms 50 %", "Wanda + reconstruction (norms) 50 %"]
 
 
