@@ -120,7 +120,7 @@ class Ours:
 
     def _cells(self, place: Place) -> list[Cell]:
         table = tables.find(place.table)
-        found = [cell for cell in cells(table, declared(table, self.root)) if cell.fold == "mean"]
+        found = [cell for cell in cells(table, declared(table, self.root, table.runs())) if cell.fold == "mean"]
         paid = (replace(cell, key=COST, metric="retraining_hours", published=None) for cell in found)
         return [*found, *paid]
 

@@ -93,7 +93,7 @@ def _draw(axes: Axes, shares: np.ndarray | None, limits: tuple[float, float]) ->
     axes.set_box_aspect(1)
     return axes.imshow(
         empty if shares is None else shares, cmap="gray", vmin=limits[0], vmax=limits[1], aspect="auto",
-        interpolation="nearest",
+        interpolation="none",
     )  # fmt: skip
 
 

@@ -86,7 +86,8 @@ def _kept(root: Path) -> Iterator[Path]:
 
 def _rows(name: str, root: Path) -> list[Row]:
     """Empty where nothing is done yet, failures or not."""
-    made = declared(find(name), root)
+    table = find(name)
+    made = declared(table, root, table.runs())
     return made if any(row.record for row in made) else []
 
 

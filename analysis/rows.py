@@ -77,22 +77,14 @@ def rows(
     tasks: Sequence[str] = (),
 ) -> list[Row]:
     """One row per declared cell, in the table's order; raises LookupError if none was ever run."""
-    made = declared(table, root, model, dtype, limit, tasks)
+    made = declared(table, root, tables.runs(table, model, dtype, limit, tasks))
     if all(row.state == "missing" for row in made):
         raise LookupError(_nothing(table, root, [row.run for row in made]))
     return made
 
 
-def declared(
-    table: Table,
-    root: Path,
-    model: str | None = None,
-    dtype: str | None = None,
-    limit: int | None = None,
-    tasks: Sequence[str] = (),
-) -> list[Row]:
-    """One row per declared cell, in the table's order, whether or not any was run."""
-    runs = tables.runs(table, model, dtype, limit, tasks)
+def declared(table: Table, root: Path, runs: Sequence[Run]) -> list[Row]:
+    """One row for each of the table's `runs`, in their order, whether or not any has a record."""
     done, broken = _newest(records.load(root, table.name)), _newest(records.load_failures(root, table.name))
     return [
         Row(method, setting, run, done.get(_key(run.spec())), broken.get(_key(run.spec())))
