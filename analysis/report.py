@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import sys
 from collections.abc import Callable, Iterator
@@ -10,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import matplotlib
 import pandas as pd
@@ -160,4 +160,5 @@ def svg(figure: Figure) -> str:
 
 
 def _data_url(figure: Figure) -> str:
-    return f"data:image/svg+xml;base64,{base64.b64encode(svg(figure).encode()).decode()}"
+    """Percent-encoded: a third shorter than base64, above all where the SVG holds pictures in base64 itself."""
+    return "data:image/svg+xml," + quote(svg(figure).replace("\n", " "), safe=" !()*,-./:;=?@[]_{|}~+")

@@ -21,7 +21,7 @@ DRIFTED = (
 
 
 def without_figures(page):
-    return re.sub(r"data:image/svg\+xml;base64,[\w+/=]+", "", page)
+    return re.sub(r'data:image/svg\+xml,[^"]*', "", page)
 
 
 def test_nothing_drifted_from_the_records():
