@@ -12,7 +12,7 @@ demo: .venv/ready
 	$(RUN) -m analysis figure embedded.demo
 
 test: .venv/ready check
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
 
 check: .venv/ready
 	.venv/bin/ruff check .
