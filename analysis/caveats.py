@@ -41,6 +41,7 @@ def note(paper: str, table: str, row: Row) -> str:
         "the harness of 2023 tokenised prompt and answer apart": paper in ("llm_pruner", "flap") and row["unit"] == "%",
         "FLAP prints 37.18 and LLM-Pruner 37.12 for one cell": "37.18" in row["value"],
         "acc_norm is inferred from the dense mean": paper == "gblm" and row["unit"] == "%",
+        "neither its prompt nor how it weights the subjects is known here": paper == "wanda" and "MMLU" in dataset,
         "calibrated on C4, FLAP on WikiText-2": paper == "flap" and row["method"] == "Wanda-sp",
     }
     return "; ".join(fact for fact, holds in facts.items() if holds)

@@ -167,6 +167,8 @@ def _accuracy_key(row: dict[str, Any], paper: str, model: str) -> str:
     limit = LARGE_LIMITS.get(paper) if model.endswith(LARGE) else None
     head = f"[:{limit}]" if limit else ""
     metric = "acc_norm" if row["metric"] == "acc_norm" else "acc"
+    if few_shot := re.fullmatch(r"MMLU (\d+)-shot", row["dataset"]):
+        return f"mmlu.{metric}@{few_shot[1]}shot{head}"
     if row["dataset"] in TASKS:
         return f"{TASKS[row['dataset']]}.{metric}@0shot{head}"
     whole = (

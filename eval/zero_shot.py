@@ -1,40 +1,37 @@
-"""Zero-shot tasks through lm-eval, on a model in memory.
+"""Zero-shot and few-shot tasks through lm-eval, on a model in memory.
 
-The tasks, their prompts and their metrics are lm-eval's own.  What is added: where their documents come from is the
-caller's choice, a task whose documents are missing does not stop the others, every document's answer is kept, so that
-two models can be compared document by document, and a killed evaluation goes on where it was.
+The tasks, their prompts, the examples in them and their metrics are lm-eval's own.  What is added: where their
+documents come from is the caller's choice, a task whose documents are missing does not stop the others, every
+document's answer is kept, so that two models can be compared document by document, and a killed evaluation goes on
+where it was.  A group whose accuracy lm-eval weights by documents, such as MMLU, counts as one task.
 """
 
 from __future__ import annotations
 
-import difflib
 import functools
 import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import datasets
 import lm_eval
 import lm_eval.api.task
-from huggingface_hub.errors import HfHubHTTPError
+from lm_eval.api.metrics import pooled_sample_stderr
 from lm_eval.api.task import Task
 from lm_eval.evaluator import evaluate
-from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.answers import AnswerStore
 from eval.intervals import standard_error
 from eval.scorer import Progress, Scorer, fingerprint
-
-# the Hub's package changes its HTTP client between versions; the client's own errors are a base of its error
-UNAVAILABLE = (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError, *HfHubHTTPError.__bases__)
-ACCURACIES = [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")]
+from eval.tasks import check_names, load, task_manager
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,7 @@ class TaskScore:
 
     `documents_sha256` names the prompts and answers scored; two models may only be compared where it is equal.
     `truncated` counts documents whose beginning did not fit the model's positions.  `revision` is the Hub's commit of
-    the documents, None for other sources.
+    the documents, None for other sources.  A group's scores are those of all its documents, one task after the other.
     """
 
     version: Any
@@ -74,66 +71,33 @@ def zero_shot(
     batch_size: int | None = None,
     resume: Path | None = None,
     progress: Progress | None = None,
+    examples: int = 0,
 ) -> ZeroShotResult:
-    """Evaluate `model` on lm-eval tasks with no example in the prompt.
+    """Evaluate `model` on lm-eval tasks with so many `examples` in the prompt, chosen as lm-eval chooses them.
 
     `tasks` maps lm-eval's task names to changes of their configuration: {} for the task as lm-eval has it, or where
-    its documents come from.  `limit` keeps the first so many documents of each task.  `batch_size` None packs batches
-    by tokens.  `resume` names a file that keeps finished batches until the caller removes it.  Raises LookupError
-    for unknown tasks, ValueError for a limit below 1 and a tokenizer that does not fit the model.
+    its documents come from; a group maps to such changes by task of the group, and is missing where one of its tasks
+    is.  `limit` keeps the first so many documents of each task.  `batch_size` None packs batches by tokens.  `resume`
+    names a file that keeps finished batches until the caller removes it.  Raises LookupError for unknown tasks,
+    ValueError for a limit below 1, `examples` below 0 and a tokenizer that does not fit the model.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit is the number of documents of each task, at least 1; got {limit}.")
+    if examples < 0:
+        raise ValueError(f"examples is the number of examples in the prompt, at least 0; got {examples}.")
     check_names(tasks)
     with _quiet():
-        loaded, missing = load(tasks)
+        loaded, missing = load(tasks, examples)
+        each = {part: task for group in loaded.values() for part, task in group.items()}
         store = AnswerStore(resume, fingerprint(model)) if resume else None
         scorer = Scorer(model, tokenizer, batch_size, store, progress)
-        outcome = evaluate(scorer, {"tasks": loaded}, limit=limit, bootstrap_iters=0) if loaded else {}
-    scores = {name: _score(task, outcome, scorer.truncated[name]) for name, task in loaded.items()}
-    samples = [_row(name, sample) for name in loaded for sample in outcome["samples"][name]]
+        outcome = evaluate(scorer, {"tasks": each}, limit=limit, bootstrap_iters=0) if each else {}
+    scored = {part: _score(task, outcome, scorer.truncated[part]) for part, task in each.items()}
+    scores = {name: scored[name] if name in group else _pooled(name, group, scored, outcome["samples"])
+              for name, group in loaded.items()}  # fmt: skip
+    samples = [_row(name, part, row) for name, group in loaded.items() for part in group
+               for row in outcome["samples"][part]]  # fmt: skip
     return ZeroShotResult(scores, missing, samples)
-
-
-@functools.cache
-def task_manager() -> TaskManager:
-    """lm-eval's index of its tasks; reading it takes several seconds."""
-    return TaskManager()
-
-
-def check_names(tasks: Sequence[str] | Mapping[str, Any]) -> None:
-    """LookupError with the nearest names for a task that lm-eval does not have."""
-    known = task_manager().all_tasks
-    for name in tasks:
-        if name not in task_manager().task_index:
-            near = ", ".join(difflib.get_close_matches(name, known, n=3)) or "none"
-            raise LookupError(f"lm-eval {lm_eval.__version__} has no task {name!r}; nearest: {near}.")
-
-
-def load(tasks: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Task], dict[str, str]]:
-    """lm-eval's task objects with their documents, asked without examples; and why others have no documents."""
-    loaded: dict[str, Task] = {}
-    missing: dict[str, str] = {}
-    for name, changes in tasks.items():
-        try:
-            loaded.update(_load(name, changes))
-        except UNAVAILABLE as error:
-            missing[name] = f"its documents cannot be read: {' '.join(str(error).split())[:300]}"
-    for task in loaded.values():
-        task.set_config(key="num_fewshot", value=0)
-    return loaded, missing
-
-
-def _load(name: str, changes: Mapping[str, Any]) -> dict[str, Task]:
-    """The task, or the tasks of a group; a group around a task is lm-eval's way to change its configuration."""
-    config = task_manager().task_index[name].cfg or {}
-    if config.get("output_type") != "multiple_choice":
-        return task_manager().load([_changed(name, changes)] if changes else [name])["tasks"]
-    return task_manager().load([_changed(name, {**changes, "metric_list": ACCURACIES})])["tasks"]
-
-
-def _changed(name: str, changes: Mapping[str, Any]) -> dict[str, Any]:
-    return {"group": f"{name}, changed", "task": [{"task": name, **changes}]}
 
 
 def _score(task: Task, outcome: Mapping[str, Any], truncated: int) -> TaskScore:
@@ -154,6 +118,32 @@ def _score(task: Task, outcome: Mapping[str, Any], truncated: int) -> TaskScore:
     )
 
 
+def _pooled(
+    name: str, group: Iterable[str], scored: Mapping[str, TaskScore], samples: Mapping[str, Sequence[Any]]
+) -> TaskScore:
+    """The group's score over all its documents; its standard error as lm-eval pools those of the tasks."""
+    found = [scored[part] for part in group]
+    per_document = {m: [v for score in found for v in score.per_document[m]] for m in found[0].per_document}
+    return TaskScore(
+        version=(task_manager().task_index[name].cfg or {}).get("metadata", {}).get("version"),
+        revision=", ".join(sorted({score.revision for score in found if score.revision})) or None,
+        documents=sum(score.documents for score in found),
+        documents_sha256=_digest([sample for part in group for sample in samples[part]]),
+        truncated=sum(score.truncated for score in found),
+        metrics={metric: fmean(values) for metric, values in per_document.items()},
+        standard_errors={metric: _pooled_error(metric, found) for metric in per_document},
+        per_document=per_document,
+    )
+
+
+def _pooled_error(metric: str, found: Sequence[TaskScore]) -> float | None:
+    errors = [score.standard_errors[metric] for score in found]
+    known = [error for error in errors if error is not None]
+    if len(known) < len(errors):  # a task of one document has no spread
+        return None
+    return float(pooled_sample_stderr(known, [score.documents for score in found]))
+
+
 def _revision(task: Any) -> str | None:
     """The commit in the addresses that the documents were downloaded from."""
     info = getattr(task.eval_docs, "info", None)
@@ -171,11 +161,12 @@ def _digest(samples: Sequence[Mapping[str, Any]]) -> str:
     return hashlib.sha256(json.dumps(asked, default=str).encode()).hexdigest()
 
 
-def _row(name: str, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """What is kept of a document: its number, its hash, the answers' log-likelihoods and its scores."""
+def _row(name: str, part: str, sample: Mapping[str, Any]) -> dict[str, Any]:
+    """What is kept of a document: its number in its task, its hash, the answers' log-likelihoods and its scores."""
     answers = [answer[0] if isinstance(answer, tuple | list) else answer for answer in sample["filtered_resps"]]
     scores = {metric: sample[metric] for metric in sample["metrics"]}
-    return {"task": name, "document": sample["doc_id"], "sha256": sample["doc_hash"], "answers": answers, **scores}
+    whose = {"task": name} if part == name else {"task": name, "part": part}
+    return {**whose, "document": sample["doc_id"], "sha256": sample["doc_hash"], "answers": answers, **scores}
 
 
 @contextmanager

@@ -36,14 +36,16 @@ def measure(
     what: ZeroShot, model: Any, tokenizer: Any, data_dir: Path | None, place: Place, progress: Progress | None = None
 ) -> Values:
     """Scores by protocol key; under `what.key` the mean over all its tasks, and which tasks are missing and why."""
-    found, missing = documents([task for task, _ in what.metrics], data_dir)
-    values: Values = {what.key: {"missing": missing}}
+    found, missing = documents([task for task, _ in what.metrics], data_dir, what.examples)
+    values: Values = {what.key: {"missing": missing, **({"examples": what.examples} if what.examples else {})}}
     if not found:
         return values
     from eval import zero_shot  # lm-eval takes seconds to import, and its index of tasks more
 
     store = place.unfinished / f"{_name(what)}.answers"
-    result = zero_shot.zero_shot(model, tokenizer, found, what.limit, resume=store, progress=progress)
+    result = zero_shot.zero_shot(
+        model, tokenizer, found, what.limit, resume=store, progress=progress, examples=what.examples
+    )
     missing |= {task: {"reason": reason, "tried": _source(data_dir)} for task, reason in result.missing.items()}
     for task, score in result.tasks.items():
         values |= _task(what, task, score)
@@ -51,20 +53,23 @@ def measure(
         **_mean(what, {task: score.per_document for task, score in result.tasks.items()}),
         "lm_eval": result.lm_eval,
         "samples": _keep(result.samples, what, place),
-        "data": {task: task_data.provenance(task, folder(data_dir)) for task in found if task not in missing},
+        "data": {task: _provenance(task, folder(data_dir)) for task in found if task not in missing},
     }
     return values
 
 
-def documents(tasks: Iterable[str], data_dir: Path | None) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """Where each task's documents come from, as changes of its configuration; and why the others have none."""
+def documents(
+    tasks: Iterable[str], data_dir: Path | None, examples: int = 0
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Where each task's documents come from, as changes of its configuration (of a group by its tasks); and why the
+    others have none."""
     place = folder(data_dir)
     if place is None and not task_data.hub_reachable():
         return {}, {task: {"reason": UNREACHABLE, "tried": None} for task in tasks}
     found, missing = {}, {}
     for task in tasks:
         try:
-            found[task] = task_data.changes(task, place)
+            found[task] = _changes(task, place, examples)
         except (FileNotFoundError, ValueError) as error:
             missing[task] = {"reason": str(error), "tried": None}
     return found, missing
@@ -73,8 +78,24 @@ def documents(tasks: Iterable[str], data_dir: Path | None) -> tuple[dict[str, di
 def obtainable(measured: Mapping[str, Any], data_dir: Path | None) -> bool:
     """Whether a task that a record lacks has documents now, from where they were not tried before."""
     missing = measured.get("missing", {})
-    found = documents(missing, data_dir)[0] if missing else {}
+    found = documents(missing, data_dir, measured.get("examples", 0))[0] if missing else {}
     return any(missing[task]["tried"] != _source(data_dir) for task in found)
+
+
+def _changes(task: str, place: Path | None, examples: int) -> dict[str, Any]:
+    if place is None or not task_data.is_group(task):
+        return task_data.changes(task, place, examples=examples)
+    return {part: task_data.changes(task, place, part, examples) for part in _parts(task)}
+
+
+def _provenance(task: str, place: Path | None) -> dict[str, Any]:
+    return task_data.provenance(task, place, _parts(task) if place and task_data.is_group(task) else ("",))
+
+
+def _parts(task: str) -> tuple[str, ...]:
+    from eval import tasks  # lm-eval takes seconds to import
+
+    return tasks.parts(task)
 
 
 def folder(data_dir: Path | None) -> Path | None:

@@ -110,7 +110,7 @@ def _refuse_unknown(tasks: list[str]) -> None:
     from experiments import protocols, task_data
 
     if unfamiliar := [name for name in tasks if name not in protocols.CONVENTIONS and name not in task_data.SOURCES]:
-        from eval.zero_shot import check_names
+        from eval.tasks import check_names
 
         check_names(unfamiliar)
 

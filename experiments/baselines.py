@@ -128,12 +128,14 @@ calibration_seeds = Table(
 
 mmlu = Table(
     name="baselines.mmlu",
-    title="Accuracy on MMLU with five examples in the prompt (Wanda, table 21)",
-    rows=(),
-    columns=(),
-    run=pruned,
+    title="Accuracy on MMLU over all documents, five examples in the prompt (Wanda, table 21)",
+    rows=METHODS,
+    columns=tuple(product(LLAMA[:2] + LLAMA_2[:2], PATTERNS[:1])),
+    run=lambda method, model, how: Run(
+        model, method and method(**how), windows(model), (protocols.tasks("mmlu", examples=5),), "float16"
+    ),
     published="wanda: table 21",
-    missing="a zero-shot measure with examples in the prompt; ZeroShot has none",
+    label=label,
 )
 
 sparsegpt = Table(

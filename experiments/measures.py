@@ -24,6 +24,7 @@ from experiments.tokens import Tokenizer
 Progress = Callable[[int, int], None]
 WHOLE_TEST_SET_TOKENS = 300_000
 TASK_DOCUMENTS, DOCUMENT_TOKENS = 3_000, 200  # of a usual task, all choices together
+GROUPS = {"mmlu": (57, 14_042)}  # tasks and documents
 STEP_TOKENS = 20  # decoding one token takes about as long as a prefill of so many
 
 
@@ -131,7 +132,14 @@ def _perplexity_work(what: Perplexity) -> int:
 
 
 def _zero_shot_work(what: ZeroShot) -> int:
-    return len(what.metrics) * (what.limit or TASK_DOCUMENTS) * DOCUMENT_TOKENS
+    """Takes an example in the prompt to be as long as a document with all its choices, which is rather long."""
+    documents = sum(_documents(task, what.limit) for task, _ in what.metrics)
+    return documents * DOCUMENT_TOKENS * (1 + what.examples)
+
+
+def _documents(task: str, limit: int | None) -> int:
+    tasks, documents = GROUPS.get(task, (1, TASK_DOCUMENTS))
+    return min(tasks * limit, documents) if limit else documents
 
 
 def _efficiency_work(what: Efficiency) -> int:

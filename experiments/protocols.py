@@ -71,9 +71,9 @@ def zero_shot(name: str, limit: int | None = None, parameters: int = 0) -> ZeroS
     return ZeroShot(name, CONVENTIONS[name], limit)
 
 
-def tasks(*names: str, limit: int | None = None) -> ZeroShot:
-    """Any of lm-eval's tasks by name, accuracy shown, without a mean."""
-    return ZeroShot(None, tuple((name, "acc") for name in names), limit)
+def tasks(*names: str, limit: int | None = None, examples: int = 0) -> ZeroShot:
+    """Any of lm-eval's tasks by name, accuracy shown, without a mean; `examples` stand in the prompt."""
+    return ZeroShot(None, tuple((name, "acc") for name in names), limit, examples=examples)
 
 
 def named(names: Sequence[str]) -> ZeroShot:

@@ -52,7 +52,7 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class ZeroShot:
-    """Accuracy on lm-eval's tasks with no example in the prompt; `limit` keeps each task's first so many documents.
+    """Accuracy on lm-eval's tasks with `examples` in the prompt; `limit` keeps each task's first so many documents.
 
     `metrics` pairs each task with the metric that a table shows (acc and acc_norm are always stored).  A `convention`
     names the paper whose unweighted mean it is; without one there is no mean.  `protocols.zero_shot` makes them.
@@ -63,16 +63,17 @@ class ZeroShot:
     metrics: tuple[tuple[str, str], ...]
     limit: int | None = None
     detail: bool = field(default=True, metadata={"result": False})
+    examples: int = field(default=0, metadata={"since": "later"})
 
     @property
     def key(self) -> str:
         """Of the mean, e.g. `mean.wanda@0shot[:100]`, or of what all tasks share, `tasks@0shot`."""
         what = f"mean.{self.convention}" if self.convention else "tasks"
-        return f"{what}@0shot{_head(self.limit)}"
+        return f"{what}@{self.examples}shot{_head(self.limit)}"
 
     def task_key(self, task: str, metric: str) -> str:
         """E.g. `boolq.acc@0shot`."""
-        return f"{task}.{metric}@0shot{_head(self.limit)}"
+        return f"{task}.{metric}@{self.examples}shot{_head(self.limit)}"
 
     @property
     def keys(self) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import functools
 import gzip
 import hashlib
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,16 @@ SUFFIXES = (".jsonl", ".jsonl.gz")
 
 @dataclass(frozen=True)
 class Source:
-    """Files by split, each the first that exists of the names given, and the columns that the task reads."""
+    """Files by split, each the first that exists of the names given, and the columns that the task reads.
+
+    `examples` names the split that examples in the prompt come from; empty where it is not among the files.  A `group`
+    has such files for each of its tasks, whose name stands for `{part}`.
+    """
 
     splits: dict[str, tuple[str, ...]]
     columns: tuple[str, ...]
+    examples: str = ""
+    group: bool = False
 
 
 def _tested(task: str, *columns: str) -> Source:
@@ -46,6 +53,10 @@ SOURCES = {
         "hellaswag", "activity_label", "ctx_a", "ctx_b", "endings", "label",
         also=("tasks/hellaswag_validation_full_reconstructed", "tasks/hellaswag_validation_1000"),
     ),
+    "mmlu": Source(
+        {split: (f"tasks/{{part}}_{split}",) for split in ("dev", "test")}, ("question", "choices", "answer"),
+        examples="dev", group=True,
+    ),
     "openbookqa": _tested("openbookqa", "question_stem", "choices", "answerKey"),
     "piqa": _validated("piqa", "goal", "sol1", "sol2", "label"),
     "rte": _validated("rte", "sentence1", "sentence2", "label"),
@@ -54,14 +65,25 @@ SOURCES = {
 }  # fmt: skip
 
 
-def changes(task: str, data_dir: Path | None) -> dict[str, Any]:
-    """The task's configuration as far as its documents are concerned: {} reads the Hub.
+def is_group(task: str) -> bool:
+    """Whether a data folder has the files of each of its tasks."""
+    return task in SOURCES and SOURCES[task].group
 
-    Raises FileNotFoundError naming the file that is missing and ValueError for one without the task's columns.
+
+def changes(task: str, data_dir: Path | None, part: str = "", examples: int = 0) -> dict[str, Any]:
+    """The task's configuration as far as its documents are concerned: {} reads the Hub.  `part` is a task of a group.
+
+    Raises FileNotFoundError naming the file that is missing, also where there is none for `examples` in the prompt, and
+    ValueError for one without the task's columns.
     """
     if data_dir is None:
         return {}
-    files = {split: str(path) for split, path in _files(task, data_dir).items()}
+    files = {split: str(path) for split, path in _files(task, data_dir, part).items()}
+    if examples and not SOURCES[task].examples:
+        raise FileNotFoundError(
+            "no file of a data folder is known for the examples in its prompts; leave out --data-dir to read them from "
+            "the Hub"
+        )
     # lm-eval loads the training split for few-shot prompts even where there are none
     return {
         "dataset_path": "json",
@@ -71,11 +93,12 @@ def changes(task: str, data_dir: Path | None) -> dict[str, Any]:
     }
 
 
-def provenance(task: str, data_dir: Path | None) -> dict[str, Any]:
+def provenance(task: str, data_dir: Path | None, parts: Iterable[str] = ("",)) -> dict[str, Any]:
     """Where the documents came from, for the record: files with their SHA-256, or the Hub."""
     if data_dir is None:
         return {"source": "hub"}
-    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in _files(task, data_dir).values()}
+    paths = [path for part in parts for path in _files(task, data_dir, part).values()]
+    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
     return {"source": "files", "sha256": digests}
 
 
@@ -93,19 +116,20 @@ def hub_reachable() -> bool:
         return False
 
 
-def _files(task: str, data_dir: Path) -> dict[str, Path]:
+def _files(task: str, data_dir: Path, part: str) -> dict[str, Path]:
     if task not in SOURCES:
         raise FileNotFoundError(
             f"no layout is known for it in a data folder (only for {', '.join(SOURCES)}); leave out --data-dir to read "
             "it from the Hub"
         )
-    files = {split: _first(names, Path(data_dir)) for split, names in SOURCES[task].splits.items()}
+    splits = SOURCES[task].splits.items()
+    files = {split: _first([name.format(part=part) for name in names], Path(data_dir)) for split, names in splits}
     for path in files.values():
         _check_columns(path, SOURCES[task].columns)
     return files
 
 
-def _first(names: tuple[str, ...], data_dir: Path) -> Path:
+def _first(names: Sequence[str], data_dir: Path) -> Path:
     for name in names:
         for suffix in SUFFIXES:
             if (path := data_dir / f"{name}{suffix}").exists():

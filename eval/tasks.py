@@ -1,0 +1,113 @@
+"""lm-eval's tasks by name, loaded with their documents and with the examples that stand in their prompts.
+
+A group whose accuracy lm-eval takes over the documents of all its tasks, such as MMLU, counts as one task.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import datasets
+import lm_eval
+from huggingface_hub.errors import HfHubHTTPError
+from lm_eval.api.task import Task
+from lm_eval.tasks import TaskManager
+
+# the Hub's package changes its HTTP client between versions; the client's own errors are a base of its error
+UNAVAILABLE = (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError, *HfHubHTTPError.__bases__)
+ACCURACIES = [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")]
+EXAMPLES_SEED = 1234  # lm-eval's own, for tasks that draw their examples at random
+Loaded = dict[str, dict[str, Task]]  # by name what was asked for, of that every task by name: one, or those of a group
+
+
+@functools.cache
+def task_manager() -> TaskManager:
+    """lm-eval's index of its tasks; reading it takes several seconds."""
+    return TaskManager()
+
+
+def check_names(tasks: Sequence[str] | Mapping[str, Any]) -> None:
+    """LookupError with the nearest names for a task that lm-eval does not have, or for a group without one accuracy."""
+    known = task_manager().all_tasks
+    for name in tasks:
+        if name not in task_manager().task_index:
+            near = ", ".join(difflib.get_close_matches(name, known, n=3)) or "none"
+            raise LookupError(f"lm-eval {lm_eval.__version__} has no task {name!r}; nearest: {near}.")
+        if name in (*task_manager().all_groups, *task_manager().all_tags) and not _is_one_task(name):
+            raise LookupError(
+                f"{name!r} is a group for which lm-eval {lm_eval.__version__} gives no accuracy over all documents; "
+                "ask for its tasks by their names."
+            )
+
+
+def parts(name: str) -> tuple[str, ...]:
+    """The tasks of a group in lm-eval's order, or the one task of that name."""
+    entry = task_manager().task_index[name]
+    if name in task_manager().all_tags:
+        return tuple(sorted(entry.tags))
+    if name not in task_manager().all_groups:
+        return (name,)
+    return tuple(part for child in (entry.cfg or {})["task"] for part in parts(child))
+
+
+def load(tasks: Mapping[str, Mapping[str, Any]], examples: int = 0) -> tuple[Loaded, dict[str, str]]:
+    """lm-eval's task objects, asked with so many `examples`; and why others cannot be asked.
+
+    What is asked for maps to changes of its configuration; a group to such changes by task of the group.
+    """
+    loaded: Loaded = {}
+    missing: dict[str, str] = {}
+    for name, changes in tasks.items():
+        try:
+            loaded[name] = dict(_load(name, changes, examples))
+        except _MissingError as error:
+            missing[name] = str(error)
+    return loaded, missing
+
+
+class _MissingError(Exception):
+    """A task cannot be asked here."""
+
+
+def _load(name: str, changes: Mapping[str, Any], examples: int) -> Iterator[tuple[str, Task]]:
+    for part in parts(name):
+        try:
+            task = _task(part, changes if part == name else changes.get(part, {}))
+        except UNAVAILABLE as error:
+            what = f"its documents cannot be read: {' '.join(str(error).split())[:300]}"
+            raise _MissingError(_told(name, part, what)) from error
+        task.set_config(key="num_fewshot", value=examples)
+        task.set_fewshot_seed(EXAMPLES_SEED)
+        if examples and (held := len(task.sampler.df) if hasattr(task, "sampler") else 0) < examples:
+            what = f"it has {held} documents to take the {examples} examples of its prompts from"
+            raise _MissingError(_told(name, part, what))
+        yield part, task
+
+
+def _told(name: str, part: str, what: str) -> str:
+    if part == name:
+        return what
+    return f"it has no accuracy without all of its {len(parts(name))} tasks, and {part} is missing: {what}"
+
+
+def _task(name: str, changes: Mapping[str, Any]) -> Any:
+    """A group around a task is lm-eval's way to change its configuration."""
+    config = task_manager().task_index[name].cfg or {}
+    if config.get("output_type") == "multiple_choice":
+        changes = {**changes, "metric_list": ACCURACIES}
+    asked = {"group": f"{name}, changed", "task": [{"task": name, **changes}]} if changes else name
+    (task,) = task_manager().load([asked])["tasks"].values()
+    return task
+
+
+def _is_one_task(group: str) -> bool:
+    """Whether lm-eval weights the accuracies of the group's tasks, which it names, by their documents."""
+    config = task_manager().task_index[group].cfg or {}
+    weighted = (
+        metric["metric"] == "acc" and metric.get("weight_by_size", True)
+        for metric in config.get("aggregate_metric_list") or ()
+    )
+    return any(weighted) and all(isinstance(child, str) for child in config["task"])
