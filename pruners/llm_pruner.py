@@ -18,13 +18,14 @@ the scores of query heads that belong to other KV heads (h, h + 8, h + 16, ... f
     block     heads of `attention_blocks` and channels of `mlp_blocks`, half-open ranges; `ratio` of each block's
               (scope "local") or of all of them ranked together, each counting one (scope "global").  The paper's
               "20 %" of LLaMA-7B is ratio 0.25 in blocks 4..29, its "50 %" 0.6 in blocks 3..30
-    channel   `ratio` of the residual stream's channels, in the whole model, embeddings included
+    channel   `ratio` of the residual stream's channels, in the whole model, embeddings included; a matrix that is
+              embedding and head at once counts as both, and an embedding has sum_k | w_k g_k | for vector, too
     layer     the last blocks; 1 - ratio of them stay
 
 With `steps` above 1 the ratio is reached in equal steps, scored anew on the model pruned so far with the same windows
-(the released code draws new ones).  The released l1 and l2 always average the matrices' scores; give reduction="mean"
-for that, which only matters with scope "global".  Gradients are reduced to scores as backward hands them over: memory
-is the weights and one gradient, for element_mix also the squares h.
+and fresh gradients (the released code draws new windows and clears no gradient).  The released l1 and l2 always average
+the matrices' scores; give reduction="mean" for that, which only matters with scope "global".  Gradients are reduced to
+scores as backward hands them over: memory is the weights and one gradient, for element_mix also the squares h.
 """
 
 from __future__ import annotations
@@ -82,32 +83,46 @@ def index_scores(
     dims: Mapping[str, int],
     progress: Progress | None = None,
 ) -> dict[str, Float[Tensor, " index"]]:
-    """Scores by parameter name along its dimension in `dims`, on the CPU."""
-    weights = {name: model.get_parameter(name) for name in dims}
-    if importance not in TAYLOR:
-        return {name: score(importance, weight.data, dims[name]).cpu() for name, weight in weights.items()}
-    assert windows is not None  # pruners.prune has checked them
-    found: dict[str, Tensor] = {}
+    """Scores by parameter name along its dimension in `dims`, on the CPU; a tied matrix has one under every name."""
+    names: dict[Tensor, list[str]] = {}
+    for name in dims:
+        names.setdefault(model.get_parameter(name), []).append(name)
+    weights = {same[0]: weight for weight, same in names.items()}
     squares: dict[str, Tensor] = {}
+    found: dict[str, Tensor] = {}
+
+    def add(name: str, **terms: Any) -> None:
+        for alias in names[weights[name]]:
+            part = score(_rule(model, alias, importance), weights[name].data, dims[alias], **terms).cpu()
+            found[alias] = found[alias] + part if alias in found else part
 
     def second_order(name: str, gradient: Tensor) -> None:
-        square = gradient.float().square() / len(windows)
+        square = gradient.float().square() / len(windows)  # type: ignore[arg-type]
         if importance == "element_mix":
             squares[name] = squares[name] + square if name in squares else square
         else:
-            part = score(importance, weights[name].data, dims[name], squares=square).cpu()
-            found[name] = found[name] + part if name in found else part
+            add(name, squares=square)
 
     def first_order(name: str, gradient: Tensor) -> None:
-        square = squares.pop(name, None)
-        found[name] = score(importance, weights[name].data, dims[name], gradient, square).cpu()
+        add(name, gradient=gradient, squares=squares.pop(name, None))
 
+    if importance not in TAYLOR:
+        for name in weights:
+            add(name)
+        return found
+    assert windows is not None  # pruners.prune has checked them
     if importance in ("element2", "element_mix"):
         gradients.backward(model, windows, weights, second_order, progress=progress)
     if importance != "element2":
         at_once = max(1, TOKENS_AT_ONCE // windows.shape[1])
         gradients.of_mean_loss(model, windows, weights, first_order, at_once=at_once, progress=progress)
     return found
+
+
+def _rule(model: nn.Module, name: str, importance: str) -> str:
+    """Released code sums |w g| over an embedding's tokens for vector, too."""
+    is_embedding = isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Embedding)
+    return "element1" if importance == "vector" and is_embedding else importance
 
 
 @dataclass(frozen=True)
@@ -272,8 +287,7 @@ class LLMPruner(Structured):
     def _dims(self, model: nn.Module) -> dict[str, int]:
         """The dimension along which each matrix holds parts of the groups."""
         if self.granularity == "channel":
-            named = dict(model.named_parameters())  # tied ones once
-            return {name: dim for name, dim in apply.residual(model).items() if name in named and "bias" not in name}
+            return {name: dim for name, dim in apply.residual(model).items() if "bias" not in name}
         return {
             f"{block.name}.{part.projection}.weight": 0 if part.rows else 1
             for block in anatomy.blocks(model)

@@ -37,7 +37,7 @@ def gradients(kind, windows):
         model.zero_grad()
         loss = torch.nn.functional.cross_entropy(model(window[None]).logits[0, :-1], window[1:])
         loss.backward()
-        found.append({name: p.grad.clone() for name, p in model.named_parameters()})
+        found.append({name: p.grad.clone() for name, p in model.named_parameters(remove_duplicate=False)})
     return model, {name: torch.stack([one[name] for one in found]) for name in found[0]}
 
 
@@ -202,15 +202,25 @@ def test_masked_channels_of_the_residual_stream_equal_cut_ones(kind, windows):
     assert_close(masked(windows).logits, cut(windows).logits, rtol=1e-4, atol=1e-5)
 
 
-def test_channel_scores_equal_full_gradient_arithmetic(kind, windows):
-    method = pruners.LLMPruner(granularity="channel")
+@pytest.mark.parametrize("importance", ["vector", "element1", "l2"])
+def test_channel_scores_equal_full_gradient_arithmetic(kind, windows, importance):
+    method = pruners.LLMPruner(granularity="channel", importance=importance)
     reference, grads = gradients(kind, windows)
     expected = torch.zeros(48).double()
-    for name, dim in method._dims(tiny(kind)).items():
-        element = oracle("element1", reference.get_parameter(name).detach(), grads[name])
-        expected += element.movedim(dim, 0).reshape(48, -1).sum(1)
+    for name, dim in apply.residual(reference).items():
+        if name.endswith("bias"):
+            continue
+        element = oracle(importance, reference.get_parameter(name).detach(), grads[name]).movedim(dim, 0)
+        whole = importance == "vector" and "embed" not in name
+        expected += element.reshape(48, -1).sum(1).abs() if whole else element.abs().reshape(48, -1).sum(1)
     gathered = pruners.gather(tiny(kind), method, windows)
     assert_close(method._channel_scores(tiny(kind), gathered), expected, rtol=1e-3, atol=1e-6)
+
+
+def test_a_tied_matrix_counts_as_embedding_and_as_head():
+    model = tiny("opt")
+    scores = llm_pruner.index_scores(model, None, "l2", pruners.LLMPruner(granularity="channel")._dims(model))
+    assert torch.equal(scores["model.decoder.embed_tokens.weight"], scores["lm_head.weight"])
 
 
 @pytest.mark.parametrize("cut", [True, False])
