@@ -23,6 +23,10 @@ def caveat(paper: str, table: str, row: Row) -> str:
         "4.10 elsewhere: a slip": "4.77" in source and row["value"] == "4.77",
         "magnitude on OPT differs between the papers": "magnitude cells disagree" in source and method == "Magnitude",
         "time and memory belong to the paper's machine": metric in _HARDWARE,
+        "the paper gives its parameters alone, neither importance nor blocks": paper == "llm_pruner"
+        and table == "table 9"
+        and "LLM-Pruner" in method
+        and metric != "#params",
         "another group's rerun, not of the paper": paper == "reruns" or "user reproduction" in source,
         "the window is not known": "perplexity" in metric and row["seq_len"] in ("", "unknown"),
         "a setting is presumed": "presumed" in row["setting"] and paper != "gblm",

@@ -40,6 +40,7 @@ WORDS = {  # of LLM-Pruner, which names one method in many ways
     "Dense (own evaluation)": "Dense", "Block (Element^1)": "Element^1 (Block)", "Block": "Element^1 (Block)",
     "Channel (Element^1)": "Channel", "Taylor param_first": "Element^1 (Block)", "w/ dependency": "Element^1 (Block)",
     "ALL": "Element^1 (Block)", "LLM-Pruner": "Element^1 (Block)", "LLaMA-5.4B, Alpaca 50k": "Element^1 (Block)",
+    "LLaMA-3B by LLM-Pruner, Alpaca-tuned": "Element^1 (Block), 3.6B parameters",
 }  # fmt: skip
 MEANS = ("Average-7", "BoolQ,RTE,HellaSwag,WinoGrande,ARC-e,OBQA", "BoolQ,RTE,HellaSwag,WinoGrande,ARC-e,ARC-c,OBQA")
 UNITS = {"ppl": Decimal(1), "%": Decimal("0.01"), "B": Decimal(10**9), "G": Decimal(10**9), "MiB": Decimal(2**20)}
@@ -108,6 +109,7 @@ def _table(text: str) -> str:
 
 def _model(text: str) -> str:
     name = re.sub(r" \((?:presumed|lmsys/vicuna-7b-delta-v0)\)$", "", text).lower().replace("llama-1-", "llama-")
+    name = re.sub(r"^llama-3b by llm-pruner.*", "llama-7b", name)  # what it was pruned from
     return name.replace("tinyllama_v1.1", "tinyllama-1.1b").replace("llama-7b / vicuna-7b", "llama-7b")
 
 
@@ -130,6 +132,7 @@ def _setting(text: str) -> str:
         r" of parameters(?=,)|, no tuning|, bias compensation|(?<=%) pruned|, w/o tune| \(presumed\)", "", text
     )
     text = re.sub(r", (?:w/ (?:LoRA )?tune|LoRA-tuned)$", ", tuned", text)
+    text = re.sub(r"^Alpaca LoRA tune$", "tuned", text)
     text = re.sub(r"^pruned to 8[0-9.]+% of parameters$|^25% groups$", "25% of the groups", text)
     text = re.sub(r"^pruning ratio and importance not stated in the table$", "not stated; 20% here", text)
     return re.sub(r"(\d)%", r"\1 %", text).replace("comparison group", "group")

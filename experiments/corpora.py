@@ -36,7 +36,9 @@ def rows(name: str, data_dir: Folder = None) -> Sequence[str]:
     Its place is its package, the folder `data_dir` (or the environment variable PRUNING_DATA_DIR) or else the Hub.
     Raises ValueError for an unknown corpus; `sources.read` says what else can fail.
     """
-    records, source = _records(name, data_dir).rows, _source(name)
+    source = _source(name)
+    holds_texts = source.column or source.package
+    records: Any = _records(name, data_dir).rows if holds_texts else instructions(name, data_dir)
     if not records:
         raise ValueError(f"{name} is empty; fetch it again.")
     if source.package:
@@ -48,9 +50,22 @@ def rows(name: str, data_dir: Folder = None) -> Sequence[str]:
 
 def instructions(name: str, data_dir: Folder = None) -> Sequence[Mapping[str, str]]:
     """The records of an instruction corpus: `instruction`, `input` and `output`.  ValueError for any other corpus."""
-    if _source(name).column or _source(name).package:
+    source = _source(name)
+    if source.column or source.package:
         raise ValueError(f"{name} holds texts, not instructions; alpaca/train does.")
-    return _records(name, data_dir).rows
+    records = _records(name, data_dir).rows
+    return records if source.answer == "output" else _without_input(name, records, source.answer)
+
+
+def _without_input(name: str, records: Sequence[Any] | Dataset, answer: str) -> Sequence[Mapping[str, str]]:
+    """Records of an `instruction` and an answer as if their input were empty; a data set's stay where they are."""
+    if isinstance(records, Dataset):
+        kept = records.select_columns(["instruction", answer]).rename_column(answer, "output")
+        return kept.add_column("input", [""] * len(kept))
+    try:
+        return [{"instruction": record["instruction"], "input": "", "output": record[answer]} for record in records]
+    except KeyError as error:
+        raise ValueError(f"{name} has a record without {error}; fetch it again.") from error
 
 
 def provenance(name: str, data_dir: Folder = None) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from itertools import product
 from typing import Any
 
 from experiments import protocols
-from experiments.recovery import POST_TRAINING, Retraining
+from experiments.recovery import MORE_DATA, POST_TRAINING, Retraining
 from experiments.spec import Efficiency, Perplexity, Run, Table, Windows
 from pruners import LLMPruner
 from pruners.retrain import LoRA, Trainable
@@ -126,6 +126,33 @@ layer_skipping = Table(
     label=label,
 )
 
+TUNINGS = {POST_TRAINING: "Element^1 (Block)", MORE_DATA: "LLaMA-5.4B, LaMini 2.59M"}
+
+more_data = Table(
+    name="llm_pruner.more_data",
+    title="Recovery on 50k samples of Alpaca and on 2.59M of LaMini-instruction (table 10)",
+    rows=(None, *TUNINGS),
+    columns=(("llama-7b", 0.2),),
+    run=lambda recovery, model, share: replace(
+        pruned("Element^1 (Block)" if recovery else "Dense", model, share), recovery=recovery
+    ),
+    published="llm_pruner: table 10",
+    label=lambda run: (TUNINGS[run.recovery], label(run)[1]) if run.recovery else label(run),
+)
+
+# The paper says of its pruned model that 3.6B parameters are left.  The blocks are those of "50 %", which leaves 3.35B.
+TO_3_6B = LLMPruner(target_parameters=0.466, target_of="model", attention_blocks=(3, 31), mlp_blocks=(3, 31))
+
+stablelm = Table(
+    name="llm_pruner.stablelm",
+    title="LLaMA-7B pruned to 3.6B parameters, tuned (table 9, without its StableLM-3B)",
+    rows=(TO_3_6B,),
+    columns=(("llama-7b",),),
+    run=lambda method, model: Run(model, method, WINDOWS, (MEASURES[-1], Efficiency((), ())), "float16", POST_TRAINING),
+    published="llm_pruner: table 9",
+    label=lambda run: ("Element^1 (Block), 3.6B parameters", "tuned"),
+)
+
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 TARGETS = {
     None: "Element^1 (Block)",
@@ -231,16 +258,6 @@ def _lacking(name: str, title: str, published: str, missing: str) -> Table:
 
 chatglm_6b = _lacking(
     "chatglm_6b", "ChatGLM-6B at 10 % (table 5)", "table 5", "a decoder family: ChatGLM has no place in pruners.anatomy"
-)
-stablelm = _lacking(
-    "stablelm", "Pruned LLaMA against StableLM-3B (table 9)", "table 9",
-    "StableLM's family (GPT-NeoX) in pruners.anatomy, and the ratio of the pruned model, which the paper does not give",
-)  # fmt: skip
-more_data = _lacking(
-    "more_data",
-    "Recovery on 2.59M samples (table 10)",
-    "table 10",
-    "the corpus LaMini-instruction in experiments.sources",
 )
 quantised = _lacking(
     "quantised", "Pruning and LLM.int8 (table 13)", "table 13", "a quantisation stage (bitsandbytes' LLM.int8) of a Run"

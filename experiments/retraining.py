@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +53,8 @@ def retrained(
 
 
 def examples(text: Windows | Documents | Instructions, tokenizer: Tokenizer, data_dir: Path | None) -> Any:
-    """Packed windows [count, length], or records of `input_ids` and `labels`."""
+    """Packed windows [count, length], or records of `input_ids` and `labels`; those of instructions are made as they
+    are read, for there are millions of them."""
     if isinstance(text, Windows):
         return tokens.calibration(text, tokenizer, data_dir)
     if isinstance(text, Documents):
@@ -61,7 +64,7 @@ def examples(text: Windows | Documents | Instructions, tokenizer: Tokenizer, dat
 
 def held_out(text: Windows | Documents | Instructions, tokenizer: Tokenizer, data_dir: Path | None) -> list[Record]:
     """The records that are kept back from training; none of windows and documents."""
-    return _instructions(text, tokenizer.inner, data_dir, "test") if isinstance(text, Instructions) else []
+    return list(_instructions(text, tokenizer.inner, data_dir, "test")) if isinstance(text, Instructions) else []
 
 
 def _documents(text: Documents, tokenizer: Any, data_dir: Path | None) -> list[Record]:
@@ -73,7 +76,21 @@ def _documents(text: Documents, tokenizer: Any, data_dir: Path | None) -> list[R
     return kept
 
 
-def _instructions(text: Instructions, tokenizer: Any, data_dir: Path | None, part: str) -> list[Record]:
+@dataclass(frozen=True)
+class _Answered:
+    """The records of these `rows` as prompt and answer, made anew every time they are read."""
+
+    records: Sequence[Any]
+    rows: Sequence[int]
+    tokenizer: Any
+    length: int
+
+    def __iter__(self) -> Iterator[Record]:
+        made = (_answered(self.tokenizer, self.records[row], self.length) for row in self.rows)
+        return (record for record in made if record["labels"][-1] != IGNORED)  # a prompt that fills it has no answer
+
+
+def _instructions(text: Instructions, tokenizer: Any, data_dir: Path | None, part: str) -> _Answered:
     """`part` is `train` or `test`, which is held out."""
     records = corpora.instructions(text.corpus, data_dir)
     if len(records) <= text.held_out:
@@ -81,9 +98,9 @@ def _instructions(text: Instructions, tokenizer: Any, data_dir: Path | None, par
             f"{text.corpus} has {len(records):,} records here, of which {text.held_out:,} are held out: nothing is "
             "left to train on. Hold out fewer, or fetch the whole corpus."
         )
-    split = Dataset.from_list(list(records)).train_test_split(test_size=text.held_out, shuffle=True, seed=text.seed)
-    made = [_answered(tokenizer, record, text.length) for record in split[part]]
-    return [record for record in made if record["labels"][-1] != IGNORED]  # a prompt that fills it leaves no answer
+    numbers = Dataset.from_dict({"row": range(len(records))})
+    split = numbers.train_test_split(test_size=text.held_out, shuffle=True, seed=text.seed)
+    return _Answered(records, split[part]["row"][:], tokenizer, text.length)
 
 
 def _answered(tokenizer: Any, record: Any, length: int) -> Record:

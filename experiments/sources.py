@@ -2,7 +2,7 @@
 
 Every Hub source is a plain data file of a pinned commit or branch, so no loading script is needed (`datasets` refuses
 them since version 4): WikiText-2 and C4 at a commit; PTB and BookCorpus, whose repositories hold scripts, on the
-branch `refs/convert/parquet` where the Hub keeps its own conversion; Alpaca-cleaned at `main`.
+branch `refs/convert/parquet` where the Hub keeps its own conversion; Alpaca-cleaned and LaMini at `main`.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ DATA_DIR = "PRUNING_DATA_DIR"
 class Source:
     """One corpus: `rows` texts in full; `join` stands between them, and `head` limits them, in an evaluation stream.
 
-    `column` holds the text of a record (None: the record is an Alpaca instruction).  `local` names the files looked
-    for in a data folder, each plain or gzipped, the first found wins; `hub` is (data set, revision, files).  A text
-    `file` in a `package` is cut into documents after every `end`, which stays with its document.
+    `column` holds the text of a record (None: the record is an instruction, whose answer is in the column `answer`).
+    `local` names the files looked for in a data folder, each plain or gzipped, the first found wins; `hub` is (data
+    set, revision, files).  A text `file` in a `package` is cut into documents after every `end`, which stays with its
+    document.
     """
 
     rows: int
@@ -44,6 +45,7 @@ class Source:
     package: str | None = None
     file: str = ""
     end: str = ""
+    answer: str = "output"
 
 
 def _wikitext2(split: str, rows: int, *local: str) -> Source:
@@ -89,6 +91,21 @@ SOURCES: dict[str, Source] = {
         ("alpaca/alpaca_data_cleaned.jsonl", "alpaca/alpaca_2000.jsonl"),
         ("yahma/alpaca-cleaned", "main", ("alpaca_data_cleaned.json",)),
         column=None,
+    ),
+    "lamini/train": Source(
+        2_585_615,
+        "\n\n",
+        ("lamini/lamini_instruction.jsonl",),
+        (
+            "MBZUAI/LaMini-instruction",
+            "main",
+            tuple(
+                f"data/train-0000{part}-of-00003-{digest}.parquet"
+                for part, digest in enumerate(("929c6c373c0473cd", "1f823c156c353d51", "752db5e1576f5089"))
+            ),
+        ),
+        column=None,
+        answer="response",
     ),
     "embedded/c4": Source(584, "", package="exllamav3", file="standard_cal_data/c4.utf8", end="\n"),
     "embedded/wiki": Source(2_349, "", package="exllamav3", file="standard_cal_data/wiki.utf8", end="</doc>\n"),

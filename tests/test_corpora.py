@@ -231,6 +231,35 @@ def test_the_hub_is_read_without_scripts_and_its_commit_is_kept(tmp_path, monkey
     corpora._read.cache_clear()
 
 
+def test_instructions_of_another_layout_have_an_empty_input(tmp_path, monkeypatch):
+    rows = [{"instruction": f"Say {n}.", "response": f"{n}", "instruction_source": "alpaca"} for n in range(6)]
+
+    def download(repository, file, *, repo_type, revision):
+        assert (repository, revision) == ("MBZUAI/LaMini-instruction", "main")
+        path = tmp_path / "snapshots/0c0ffee" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = int(file[len("data/train-") :][:5])
+        pd.DataFrame(rows[2 * part : 2 * part + 2]).to_parquet(path)
+        return str(path)
+
+    monkeypatch.delenv("PRUNING_DATA_DIR", raising=False)
+    monkeypatch.setattr(sources, "hf_hub_download", download)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    corpora._read.cache_clear()
+    write(tmp_path / "lamini/lamini_instruction.jsonl", rows)
+    hub, local = (list(corpora.instructions("lamini/train", folder)) for folder in (None, tmp_path))
+    assert hub == local == [{"instruction": f"Say {n}.", "input": "", "output": f"{n}"} for n in range(6)]
+    assert corpora.rows("lamini/train", tmp_path)[3] == corpora.alpaca_prompt(local[3]) + "3"
+    assert corpora.provenance("lamini/train")["rows"] == 6
+    corpora._read.cache_clear()
+
+
+def test_an_instruction_without_its_answer_is_named(tmp_path):
+    write(tmp_path / "lamini/lamini_instruction.jsonl", [{"instruction": "Say 1.", "output": "1"}])
+    with pytest.raises(ValueError, match="lamini/train has a record without 'response'"):
+        corpora.instructions("lamini/train", tmp_path)
+
+
 def test_a_hub_that_cannot_be_reached_is_told_with_the_way_out(monkeypatch):
     def fail(*_, **__):
         raise ConnectionError("Name or service not known")

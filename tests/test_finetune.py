@@ -79,6 +79,16 @@ def test_every_example_comes_once_before_any_comes_again(windows):
     assert batches.indices(1) == seen[4:8]
 
 
+def test_examples_are_read_once_and_kept_as_they_were():
+    given = [{"input_ids": [1, 2, 3]}, {"input_ids": [4, 5], "labels": [-100, 5]}]
+    batches = Batches(iter(given), 2, seed=0, config=tiny("opt").config)
+    kept = [(tokens.tolist(), labels.tolist()) for tokens, labels in batches.examples]
+    assert kept == [([1, 2, 3], [1, 2, 3]), ([4, 5], [-100, 5])]
+    assert {tensor.dtype for pair in batches.examples for tensor in pair} == {torch.int64}
+    # of these two since the first state that was kept by it
+    assert batches.digest() == "0f104da2e0d1b3874a0b3a0e1567fab953b6be5552c0d7774034863f517b26e3"
+
+
 @pytest.mark.parametrize(
     "trainable",
     [PEFT, Trainable.full(), Trainable(adapters=LoRA(rank=2, merge=True))],

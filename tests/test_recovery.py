@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import replace
 from itertools import pairwise
@@ -9,15 +10,17 @@ from itertools import pairwise
 import pytest
 import small_table
 from conftest import SHARED, needs_shared
+from datasets import Dataset
 from transformers import AutoTokenizer
 
 import pruners
 from experiments import cells, corpora, cost, estimate, records, resuming, tables
 from experiments.__main__ import main
 from experiments.batch import run_table
-from experiments.recovery import POST_TRAINING, Documents, Instructions, Retraining, label, work_tokens
+from experiments.recovery import MORE_DATA, POST_TRAINING, Documents, Instructions, Retraining, label, work_tokens
 from experiments.retraining import examples, held_out
 from experiments.run import Settings
+from experiments.sources import SOURCES
 from experiments.spec import Run, Windows
 from experiments.tokens import Tokenizer
 from pruners.retrain import MaskLoRA, Reconstruction, Trainable
@@ -134,7 +137,7 @@ def test_recovery_stages_share_one_pruning_and_leave_their_reports(tmp_path, mon
 @needs_shared
 def test_loss_is_on_the_answers_alone(tokenizer):
     text = Instructions("alpaca/train", length=256, held_out=1990)
-    made = examples(text, tokenizer, SHARED / "data")
+    made = list(examples(text, tokenizer, SHARED / "data"))
     prompts = {tokenizer.inner(corpora.alpaca_prompt(record), truncation=True, max_length=256).input_ids.__repr__()
                for record in corpora.instructions("alpaca/train", SHARED / "data")}  # fmt: skip
     assert 0 < len(made) <= 10
@@ -148,10 +151,27 @@ def test_loss_is_on_the_answers_alone(tokenizer):
 @needs_shared
 def test_what_is_held_out_is_not_trained_on(tokenizer):
     text = Instructions("alpaca/train", length=1024, held_out=1600)
-    train, kept = (make(text, tokenizer, SHARED / "data") for make in (examples, held_out))
+    train, kept = (list(make(text, tokenizer, SHARED / "data")) for make in (examples, held_out))
     assert (len(train), len(kept)) == (400, 1600)
     assert not {repr(record) for record in train} & {repr(record) for record in kept}
     assert held_out(TEXT, tokenizer, SHARED / "data") == []
+
+
+@needs_shared
+def test_instructions_are_read_as_often_as_asked_and_split_by_their_numbers(tokenizer):
+    text = Instructions("alpaca/train", length=1024, held_out=1990)
+    made = examples(text, tokenizer, SHARED / "data")
+    assert list(made) == list(made)
+    asked = corpora.instructions("alpaca/train", SHARED / "data")
+    whole = Dataset.from_list(list(asked)).train_test_split(test_size=1990, shuffle=True, seed=42)["train"]
+    answers = [tokenizer.inner(corpora.alpaca_prompt(row) + row["output"]).input_ids for row in whole]
+    assert [record["input_ids"][: len(ids)] for record, ids in zip(made, answers, strict=True)] == answers
+
+
+def test_more_data_takes_three_epochs_of_what_is_not_held_out():
+    rows = SOURCES["lamini/train"].rows - MORE_DATA.text.held_out
+    assert MORE_DATA.steps == 3 * math.ceil(rows / MORE_DATA.batch_size)
+    assert POST_TRAINING.steps == 2 * math.ceil((SOURCES["alpaca/train"].rows - 2000) / POST_TRAINING.batch_size)
 
 
 @needs_shared

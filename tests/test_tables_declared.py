@@ -87,6 +87,28 @@ def test_the_blocks_that_llm_pruner_prunes_leave_the_published_parameters(model,
     assert empty.num_parameters() == parameters
 
 
+def test_the_pruned_model_beside_stablelm_keeps_the_published_parameters():
+    config = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+                         vocab_size=32000)  # fmt: skip
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config)
+    pruners.prune(empty, replace(llm_pruner.TO_3_6B, importance="random"), None)
+    (printed,) = (cell for cell in papers.read("llm_pruner") if cell.table == "table 9" and cell.metric == "parameters"
+                  and cell.model == "llama-7b")  # fmt: skip
+    assert empty.num_parameters() == pytest.approx(printed.value, abs=printed.rounding)
+
+
+@pytest.mark.parametrize(
+    ("name", "cells"), [("baselines.mmlu", 16), ("llm_pruner.more_data", 24), ("llm_pruner.stablelm", 9)]
+)
+def test_these_tables_claim_every_number_that_has_a_protocol(name, cells):
+    claimed = unmatched.claimed([tables.find(name)])
+    printed = papers.of(tables.find(name).published)
+    left = [cell for cell in printed if not claimed[cell] and cell.protocol]
+    assert sum(map(bool, claimed.values())) == cells
+    assert all("StableLM" in cell.method for cell in left)
+
+
 def test_ids_are_those_of_the_snapshot():
     assert snapshot() == json.loads(SNAPSHOT.read_text())
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,20 +14,47 @@ from torch.nn.utils.rnn import pad_sequence
 IGNORED = -100  # a label that carries no loss
 
 
+class Packed:
+    """Examples end to end in two arrays, 8 bytes a token for its id and its label: millions of them fit in memory."""
+
+    def __init__(self) -> None:
+        self._tokens, self._labels, self._ends = array("i"), array("i"), array("q", [0])
+
+    def append(self, tokens: Tensor, labels: Tensor) -> None:
+        self._tokens.frombytes(tokens.int().numpy().tobytes())
+        self._labels.frombytes(labels.int().numpy().tobytes())
+        self._ends.append(len(self._tokens))
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """Tokens and labels [length] in int64."""
+        start, end = self._ends[index], self._ends[index + 1]
+        kept = (self._tokens, self._labels)
+        tokens, labels = (torch.frombuffer(a, dtype=torch.int32, count=end - start, offset=4 * start) for a in kept)
+        return tokens.long(), labels.long()
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return (self[index] for index in range(len(self)))
+
+
 class Batches:
     """Examples of tokens and labels, shuffled anew by `seed` every time they have all been seen.
 
     `examples` are windows [count, length], or records with `input_ids` and, where not every token is to be predicted,
-    `labels` (-100: no loss).  Raises ValueError for examples that are absent, too short or not the model's.
+    `labels` (-100: no loss); they are read once, one by one.  Raises ValueError for examples that are absent, too short
+    or not the model's.
     """
 
-    def __init__(self, examples: Any, batch_size: int, seed: int, config: Any) -> None:
-        self.examples = [_tokens_and_labels(example) for example in examples]
-        self.batch_size, self.seed = batch_size, seed
-        if not self.examples:
-            raise ValueError("Retraining needs text; got no example.")
-        for index, (tokens, labels) in enumerate(self.examples):
+    def __init__(self, examples: Iterable[Any], batch_size: int, seed: int, config: Any) -> None:
+        self.examples, self.batch_size, self.seed = Packed(), batch_size, seed
+        for index, example in enumerate(examples):
+            tokens, labels = _tokens_and_labels(example)
             _check(index, tokens, labels, config)
+            self.examples.append(tokens, labels)
+        if not len(self.examples):
+            raise ValueError("Retraining needs text; got no example.")
         self._epoch, self._order = -1, torch.empty(0)
 
     def indices(self, step: int) -> list[int]:
