@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -152,11 +153,11 @@ def _figures(table: Table, made: list[Row], found: list[Cell]) -> Iterator[Drawn
 
 
 def svg(figure: Figure) -> str:
-    """The same text for the same numbers; letters as letters, not as outlines: a quarter of the size."""
+    """The same text for the same numbers; letters as letters, not as outlines, and hundredths of a point: small."""
     drawn = io.StringIO()
     with matplotlib.rc_context({**figures.STYLE, "svg.fonttype": "none"}):
         figure.savefig(drawn, format="svg", metadata={"Date": None})
-    return drawn.getvalue()
+    return re.sub(r"(\.\d\d)\d+", r"\1", drawn.getvalue())
 
 
 def _data_url(figure: Figure) -> str:
