@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from experiments import records, tables
+from experiments.catalogue import CATALOGUE
+from experiments.fingerprints import fingerprint
 from experiments.labels import full, labels
 from experiments.records import Failure, Record
 from experiments.spec import Run, Table, digest
@@ -49,9 +52,8 @@ class Row:
     @property
     def seed(self) -> int | None:
         """What tells rows with the same words apart."""
-        windows = self.run.windows if self.run.calibrates else None
-        if windows and windows.sampling != "first":
-            return windows.seed
+        if self.run.windows and self.run.windows.sampling != "first":
+            return self.run.windows.seed
         if getattr(self.run.method, "importance", None) == "random":
             return self.run.method.seed
         return getattr(self.run.recovery, "seed", None)
@@ -84,10 +86,13 @@ def rows(
 
 
 def declared(table: Table, root: Path, runs: Sequence[Run]) -> list[Row]:
-    """One row for each of the table's `runs`, in their order, whether or not any has a record."""
-    done, broken = _newest(records.load(root, table.name)), _newest(records.load_failures(root, table.name))
+    """One row for each of the table's `runs`, in their order, whether or not any has a record.
+
+    ValueError where records are of several models whose folders have the same name and which is meant cannot be told.
+    """
+    done, broken = _by_key(records.load(root, table.name)), _by_key(records.load_failures(root, table.name))
     return [
-        Row(method, setting, run, done.get(_key(run.spec())), broken.get(_key(run.spec())))
+        Row(method, setting, run, _newest(done[_key(run.spec())], run), _newest(broken[_key(run.spec())], run))
         for run, (method, setting) in zip(runs, labels(runs, table.label), strict=True)
     ]
 
@@ -97,18 +102,29 @@ def keys(made: Iterable[Row]) -> list[str]:
     return list(dict.fromkeys(key for row in made if row.record for key in row.record.measures))
 
 
-def _newest(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """By spec without the model's exact identity, which only the machine that has the model knows."""
-    newest: dict[str, Any] = {}
+def _by_key(stored: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Oldest first, by spec without the model's exact identity, which only the machine that has the model knows."""
+    found = defaultdict(list)
     for item in sorted(stored.values(), key=lambda item: item.at if isinstance(item, Failure) else item.made_by.at):
-        before = newest.get(_key(item.spec))
-        if before is not None and isinstance(item, Record):
-            logger.warning(
-                "%s and %s differ only in the version of the model; the newer, %s, is shown.",
-                before.id, item.id, item.id,
-            )  # fmt: skip
-        newest[_key(item.spec)] = item
-    return newest
+        found[_key(item.spec)].append(item)
+    return found
+
+
+def _newest(stored: list[Any], run: Run) -> Any:
+    """The newest that is of the run's own model; None where there is none."""
+    prints = {item.spec["model"].get("fingerprint") for item in stored}
+    if run.model not in CATALOGUE and Path(run.model).is_dir():
+        here = fingerprint(Path(run.model))
+        stored = [item for item in stored if item.spec["model"].get("fingerprint") == here]
+    elif len(prints) > 1:
+        raise ValueError(
+            f"{', '.join(item.id for item in stored)} are of {len(prints)} models that are called "
+            f"{Path(run.model).name}; say which by its folder (--model FOLDER)."
+        )
+    if len(stored) > 1 and isinstance(stored[-1], Record):
+        ids = ", ".join(item.id for item in stored)
+        logger.warning("%s differ only in the version of the model; the newest, %s, is shown.", ids, stored[-1].id)
+    return stored[-1] if stored else None
 
 
 def _key(spec: dict[str, Any]) -> str:

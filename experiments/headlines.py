@@ -20,7 +20,7 @@ from experiments import gblm as gblm_tables
 from experiments.embedded import MODEL
 from experiments.labels import setting
 from experiments.recovery import Retraining
-from experiments.spec import MaskPatterns, Perplexity, Run, Table, Windows, needs_windows
+from experiments.spec import MaskPatterns, Perplexity, Run, Table, Windows
 from pruners import GBLM, Flap, LLMPruner, Magnitude, MagnitudeSP, SparseGPT, Wanda, WandaSP
 from pruners.retrain import MaskLoRA, Reconstruction, ScaleLoRA, Trainable
 
@@ -35,8 +35,7 @@ IMPORTANCES = {"L2": "l2", "Random": "random", "Vector (Block)": "vector", "Elem
 
 
 def drawn(method: Any, model: str, seed: int, windows: Windows, measures: tuple[Any, ...] = (PPL,)) -> Run:
-    """Methods that see no data have one run."""
-    return Run(model, method, replace(windows, seed=seed) if needs_windows(method) else None, measures, DTYPE)
+    return Run(model, method, replace(windows, seed=seed), measures, DTYPE)
 
 
 gblm = Table(
@@ -127,8 +126,6 @@ def recovered(row: tuple[Any, Any], model: str, sparsity: float, seed: int) -> R
     if isinstance(recovery, Trainable):
         text = Windows("embedded/c4", 2 * STEPS, 128, seed)
         recovery = Retraining(recovery, text, STEPS, RATES[recovery], seed=seed)
-    if isinstance(recovery, Reconstruction):
-        run = replace(run, windows=Windows("embedded/c4", 16, 256, seed))
     return replace(run, recovery=recovery)
 
 

@@ -5,9 +5,7 @@ Weights come as safetensors only and no code of a model repository ever runs.
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from textwrap import shorten
@@ -21,11 +19,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from experiments import wheels
 from experiments.catalogue import CATALOGUE, Model
 from experiments.conversion import converted, quiet
+from experiments.fingerprints import fingerprint, weight_files
 from pruners.suggest import unknown
 
 __all__ = ["CATALOGUE", "Model", "commit", "find", "identity", "load"]
-
-SAMPLE_BYTES = 2**20
 
 
 def find(name: str | Path) -> Model:
@@ -42,20 +39,15 @@ def find(name: str | Path) -> Model:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} is no model folder: its config.json cannot be read ({error}).") from error
-    _weight_files(folder)
+    weight_files(folder)
     return Model(str(name), folder=folder, positions=config.get("max_position_embeddings"), dtype="auto")
 
 
 def identity(name: str | Path) -> dict[str, str]:
-    """What tells this model's weights from any other's, as plain JSON, without reading them all.
-
-    A folder's fingerprint is the SHA-256 of its configuration and tokenizer files and, per weight file, of its
-    name, size and first and last MiB: enough to tell checkpoints apart and cheap for 130 GB, but no proof against
-    tampering.
-    """
+    """What tells this model's weights from any other's, as plain JSON, without reading them all."""
     model = find(name)
     if model.folder:
-        return {"fingerprint": _fingerprint(model.folder)}
+        return {"fingerprint": fingerprint(model.folder)}
     if model.package:
         return {"package": model.package, "version": wheels.version(model.package)}
     return {"hub": str(model.hub), "revision": model.revision or "main"}
@@ -131,32 +123,3 @@ def _refused(model: Model, error: OSError) -> str:
         f"the model's page if it asks ({model.licence}) and run `hf auth login`, or name a local folder with "
         "safetensors weights instead."
     )
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    weights = sorted(folder.glob("*.safetensors"))
-    if weights:
-        return weights
-    pickled = sorted(path.name for ending in ("bin", "pt", "pth", "ckpt") for path in folder.glob(f"*.{ending}"))
-    found = f"only pickled weights ({pickled[0]}), which can run code" if pickled else "none"
-    raise ValueError(f"{folder} needs weights as *.safetensors and has {found}; save the model as safetensors there.")
-
-
-def _fingerprint(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for path in _small_files(folder):
-        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode() + path.read_bytes())
-    for path in _weight_files(folder):
-        size = path.stat().st_size
-        digest.update(f"{path.name}\0{size}\0".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(SAMPLE_BYTES))
-            file.seek(max(size - SAMPLE_BYTES, 0))
-            digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()
-
-
-def _small_files(folder: Path) -> Iterator[Path]:
-    """The configuration and what makes tokens, both of which move a number as surely as weights do."""
-    patterns = ("config.json", "tokenizer*", "*.model", "vocab*", "merges.txt", "special_tokens_map.json")
-    yield from sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})

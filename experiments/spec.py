@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -194,9 +194,13 @@ class Table:
     missing: str = ""
 
     def runs(self, model: str | None = None) -> list[Run]:
-        """The table's runs in reading order, each once; `model` asks for the same experiment on another model."""
+        """The table's runs in reading order, each once; `model` asks for the same experiment on another model.
+
+        Windows that nobody reads are left out, so that a method without data is one run whatever the seeds.
+        """
         cells = [self.run(row, model or name, *rest) for row in self.rows for name, *rest in self.columns]
-        return list(dict.fromkeys(run for run in cells if run is not None))
+        runs = [run if run.calibrates else replace(run, windows=None) for run in cells if run is not None]
+        return list(dict.fromkeys(runs))
 
 
 def needs_windows(method: Any) -> bool:

@@ -72,7 +72,7 @@ def record(run: Run, **changes) -> records.Record:
             batch_size=8, at=records.now(),
         ),
     }  # fmt: skip
-    return records.Record(id=digest(spec), table="tiny", spec=spec, **{**fields, **changes})
+    return records.Record(**{"id": digest(spec), "table": "tiny", "spec": spec, **fields, **changes})
 
 
 def failure(run: Run, message: str) -> records.Failure:

@@ -14,7 +14,8 @@ from PIL import Image
 import pruners
 from analysis import figures, rows, tables, written
 from experiments import records
-from experiments.spec import Perplexity, Run, Table
+from experiments.fingerprints import fingerprint
+from experiments.spec import Perplexity, Run, Table, Windows
 
 METHODS = (
     None,
@@ -120,6 +121,31 @@ def test_a_record_stands_whatever_folder_the_model_lies_in(tmp_path):
     here, there = (table(models=(f"/{place}/model",)) for place in ("here", "there"))
     store(tmp_path, here.runs()[0])
     assert rows.rows(there, tmp_path)[0].state == "done"
+
+
+def test_folders_of_one_name_are_told_apart_by_what_is_in_them(tmp_path):
+    made = []
+    for place in ("here", "there"):
+        folder = tmp_path / place / "model"
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_text(place)
+        run = table(models=(str(folder),)).runs()[0]
+        made.append(run)
+        identity = {"fingerprint": fingerprint(folder)}
+        records.write(small.record(run, id=run.id(identity), spec=run.spec(identity)), tmp_path)
+    for run in made:
+        (row, *_) = rows.rows(table(models=(run.model,)), tmp_path)
+        assert row.record.spec["model"]["fingerprint"] == fingerprint(Path(run.model))
+    with pytest.raises(ValueError, match="are of 2 models that are called model; say which by its folder"):
+        rows.rows(table(models=("/elsewhere/model",)), tmp_path)
+
+
+def test_seeds_that_nothing_draws_by_make_one_cell():
+    columns = tuple((model, seed) for model in ("smollm2-135m",) for seed in (0, 1))
+    run = lambda method, model, seed: Run(model, method, Windows("c4/train", 4, 32, seed), (small.PPL,))  # noqa: E731
+    made = rows.declared(Table("tiny", "A tiny table", METHODS[:3], columns, run), Path("none"),
+                         Table("tiny", "", METHODS[:3], columns, run).runs())  # fmt: skip
+    assert [row.method for row in made] == ["Dense", "Magnitude", "Wanda", "Wanda"]
 
 
 def test_partial_data_is_noted(tmp_path):
