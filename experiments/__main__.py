@@ -77,9 +77,9 @@ def _show(asked: argparse.Namespace) -> int:
     chosen, rows = arguments.chosen(asked), []
     for cell in chosen:
         state = "done" if cell.id in done else "failed" if cell.id in failed else "missing"
-        keys = ", ".join(measure.key for measure in cell.run.measures)
-        cost = (f"{estimate.gpu_gb(cell):.1f}", f"{estimate.gpu_hours(cell):.2f}")
-        rows.append((cell.label, cell.id, state, Path(cell.run.model).name, *cost, _calibration(cell.run), keys))
+        cost = (f"{estimate.gpu_gb(cell):.1f}", _hours(estimate.gpu_hours(cell)))
+        about = (_calibration(cell.run), ", ".join(_keys(cell.run)))
+        rows.append((cell.label, cell.id, state, Path(cell.run.model).name, *cost, *about))
     heads = ("cell", "id", "state", "model", "GPU GB", "A100 h", "calibration", "measures")
     print(tabulate(rows, heads, disable_numparse=True))
     print(_summary(chosen, [cell for cell in chosen if cell.id in done], asked.data_dir))
@@ -90,10 +90,31 @@ def _summary(chosen: Sequence[Cell], done: Sequence[Cell], data_dir: Path | None
     from experiments import estimate
 
     left = [cell for cell in chosen if cell not in done]
-    hours = estimate.total_gpu_hours(left)
+    large = [cell for cell in left if estimate.gpu_gb(cell) > estimate.CARD_GB]
+    fitting = [cell for cell in left if cell not in large]
+    others = f"{len(fitting)} of the others" if large else "the others"
+    hours = f"about {_hours(estimate.total_gpu_hours(fitting))} hours on one A100".replace("about <", "<")
+    cost = f"; {others} take {hours}" if fitting else ""
     lacking = dict.fromkeys(text for cell in left for text in estimate.lacking(cell.run, data_dir))
-    sentences = [f"{len(done)} of {len(chosen)} cells are done; the others take about {hours:.1f} hours on one A100."]
-    return "\n".join([*sentences, *([f"Not on this machine: {'; '.join(lacking)}."] if lacking else [])])
+    missing = [f"Not on this machine: {'; '.join(lacking)}."] if lacking else []
+    return "\n".join([f"{len(done)} of {len(chosen)} cells are done{cost}.", *_too_large(large), *missing])
+
+
+def _too_large(cells: Sequence[Cell]) -> list[str]:
+    from experiments import estimate
+
+    most: dict[str, float] = {}
+    for cell in cells:
+        name = Path(cell.run.model).name
+        most[name] = max(most.get(name, 0), estimate.gpu_gb(cell))
+    models = ", ".join(f"{name} (up to {gigabytes:.0f} GB)" for name, gigabytes in most.items())
+    need = f"{len(cells)} cells need" if len(cells) > 1 else "1 cell needs"
+    card = f"{need} more than one {estimate.CARD_GB} GB card, which no command here splits a model over"
+    return [f"{card}: {models}."] if cells else []
+
+
+def _hours(hours: float) -> str:
+    return "< 0.01" if hours < 0.01 else f"{hours:.2f}" if hours < 1 else f"{hours:.1f}"
 
 
 def _run(asked: argparse.Namespace) -> int:
@@ -112,7 +133,7 @@ def _run(asked: argparse.Namespace) -> int:
         outcome = run_table(asked.table, chosen, replace(settings, group=group), watchers)
         resuming.tidy(asked.results, asked.table, arguments.chosen(_whole(asked)))
     counts = f"{len(outcome.done)} done now, {len(outcome.found)} before, {len(outcome.failed)} failed"
-    print(f"{asked.table}: {counts}; python -m analysis table {asked.table}", file=sys.stderr)
+    print(f"{asked.table}: {counts}; python -m analysis table {arguments.same_cells(asked)}", file=sys.stderr)
     return arguments.EXIT_FAILED if outcome.failed else 0
 
 
@@ -128,6 +149,12 @@ def _shares(chosen: Sequence[Cell], processes: int) -> str:
     shares = f"{processes} processes share the retraining of {retrained} of {len(chosen)} cells"
     hint = "" if retrained else "; several plain commands would share the cells themselves"
     return f"{shares}. Process 0 does all else alone{hint}."
+
+
+def _keys(run: Run) -> list[str]:
+    """The protocol keys; of tasks that have no mean, each task's own."""
+    kept = (what.keys if getattr(what, "convention", "") is None else (what.key,) for what in run.measures)
+    return [key for keys in kept for key in keys]
 
 
 def _calibration(run: Run) -> str:

@@ -101,7 +101,7 @@ def _parts(task: str) -> tuple[str, ...]:
 def folder(data_dir: Path | None) -> Path | None:
     """The folder of local documents: the one that was asked for, or the environment's; None is the Hub."""
     asked = data_dir or os.environ.get(DATA_DIR)
-    return Path(asked) if asked else None
+    return Path(asked).expanduser() if asked else None
 
 
 def _source(data_dir: Path | None) -> str:

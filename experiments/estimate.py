@@ -11,7 +11,6 @@ Rough and rather high: methods run near half of the peak at best, evaluation bel
 from __future__ import annotations
 
 import math
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
@@ -20,14 +19,15 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 from safetensors import safe_open
 
-from experiments import measures, models, wheels
+from experiments import accuracy, measures, models, wheels
 from experiments.cells import Cell
 from experiments.recovery import Retraining, schedule, training_tokens
-from experiments.sources import DATA_DIR, SOURCES
-from experiments.spec import Run
+from experiments.sources import SOURCES
+from experiments.spec import Run, ZeroShot
 
 SUSTAINED_FLOPS = 156e12
 READ_BYTES_PER_SECOND = 1e9
+CARD_GB = 80  # an A100 or H100
 BYTES = {"float32": 4, "float64": 8}
 CHANNELS_A_BLOCK = 128  # hidden channels for each block of the usual decoders
 
@@ -81,14 +81,19 @@ def parameters_of(model: str) -> int:
 
 
 def lacking(run: Run, data_dir: Path | None = None) -> list[str]:
-    """The model and the corpora that are not on this machine, each with where it would come from."""
+    """The model, the corpora and the tasks' documents that are not on this machine, each with where it would come from.
+
+    Documents that the Hub would give are not told: a task fetches them once it is asked.
+    """
     corpora = [name for what in run.measures for name in measures.corpora_of(what)]
     if run.windows and run.calibrates:
         corpora.append(run.windows.corpus)
     if isinstance(run.recovery, Retraining):
         corpora.append(run.recovery.text.corpus)
-    folder = data_dir or (Path(os.environ[DATA_DIR]) if DATA_DIR in os.environ else None)
-    return [*_model(run.model), *(text for name in dict.fromkeys(corpora) for text in _corpus(name, folder))]
+    folder = accuracy.folder(data_dir)
+    texts = (text for name in dict.fromkeys(corpora) for text in _corpus(name, folder))
+    tasks = (text for what in run.measures if isinstance(what, ZeroShot) for text in _documents(what, folder))
+    return [*_model(run.model), *texts, *tasks]
 
 
 def _model(name: str) -> Iterator[str]:
@@ -115,6 +120,12 @@ def _corpus(name: str, folder: Path | None) -> Iterator[str]:
         cached = (try_to_load_from_cache(data, file, revision=revision, repo_type="dataset") for file in files)
         if not all(isinstance(path, str) for path in cached):
             yield f"{name} ({data})"
+
+
+def _documents(what: ZeroShot, folder: Path | None) -> Iterator[str]:
+    _, missing = accuracy.documents([task for task, _ in what.metrics], folder, what.examples)
+    if missing:
+        yield f"documents of {', '.join(missing)} ({f'not in {folder}' if folder else 'the Hub cannot be reached'})"
 
 
 def _installed(package: str) -> bool:

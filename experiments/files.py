@@ -53,7 +53,7 @@ def write(path: Path, text: str) -> None:
 
 def check_writable(folder: Path) -> None:
     """Raises StorageError now rather than after the work is done."""
-    with explained(folder / "a record"):
+    with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass

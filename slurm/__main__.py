@@ -98,7 +98,7 @@ def _launch(asked: argparse.Namespace, cells: Sequence[Cell]) -> int:
             print(f"{job.id}: {', '.join(job.cells.values())}", flush=True)
     print(
         f"{asked.table}: cells sent: {sent}, done or queued already: {len(cells) - sent}; "
-        f"python -m slurm status {asked.table}",
+        f"python -m slurm status {arguments.same_table(asked)}",
         file=sys.stderr,
     )
     return 0
@@ -109,7 +109,7 @@ def _plan(asked: argparse.Namespace) -> Work:
 
     ours = {"command", "debug", "profile", "executor", "memory_gb", "dry_run", "failed"}
     told = {name: value for name, value in vars(asked).items() if name not in ours}
-    data_dir = str(asked.data_dir.resolve()) if asked.data_dir else None
+    data_dir = str(asked.data_dir.expanduser().resolve()) if asked.data_dir else None
     return Work({**told, "results": str(asked.results), "data_dir": data_dir})
 
 

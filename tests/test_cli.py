@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,7 @@ import small_table as small
 
 import analysis.__main__ as analysis
 import pruners
-from experiments import records, tables
+from experiments import records, tables, task_data
 from experiments.__main__ import main, parser
 from experiments.spec import Run
 
@@ -75,9 +77,61 @@ def test_show_tells_done_failed_and_missing_apart(tiny, tmp_path, capsys, monkey
 def test_show_tells_what_a_paper_table_costs_and_lacks(capsys, tmp_path):
     assert main(["show", "gblm.alpha", "--results", str(tmp_path), "--data-dir", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
-    assert "0 of 9 cells are done; the others take about 0.4 hours on one A100." in shown
+    assert "0 of 9 cells are done; the others take about 0.38 hours on one A100." in shown
     assert "llama-2-7b (meta-llama/Llama-2-7b-hf, 13 GB)" in shown
     assert f"c4/train (not in {tmp_path})" in shown
+
+
+def test_show_counts_no_hours_on_one_card_for_cells_that_do_not_fit_on_it(capsys, tmp_path):
+    assert main(["show", "flap.perplexity", "--results", str(tmp_path), "--data-dir", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "0 of 60 cells are done; 47 of the others take about 12.9 hours on one A100." in shown
+    assert "13 cells need more than one 80 GB card" in shown
+    assert "llama-65b (up to 152 GB)." in shown
+
+
+def test_show_tells_which_tasks_it_has_no_documents_of(capsys, tmp_path, monkeypatch):
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "rte_validation.jsonl").write_text('{"sentence1": "", "sentence2": "", "label": 0}\n')
+    words = ["show", "embedded.demo", "--results", str(tmp_path), "--tasks", "rte", "boolq"]
+    assert main([*words, "--data-dir", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert f"documents of boolq (not in {tmp_path})" in shown
+    assert "rte.acc@0shot, boolq.acc@0shot" in shown
+    monkeypatch.delenv("PRUNING_DATA_DIR", raising=False)
+    monkeypatch.setattr(task_data, "hub_reachable", lambda: False)
+    main(words)
+    assert "documents of rte, boolq (the Hub cannot be reached)" in capsys.readouterr().out
+
+
+def test_an_hour_estimate_is_never_nought(tiny, tmp_path, capsys):
+    if not small.MODEL.is_dir():
+        pytest.skip(f"{small.MODEL} is absent")
+    main(["show", "tiny", "--results", str(tmp_path)])
+    assert "0 of 2 cells are done; the others take < 0.01 hours on one A100." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["show", "run"])
+def test_a_data_folder_that_is_not_there_is_refused_once(command, tmp_path, capsys, monkeypatch):
+    words, absent = [command, "embedded.demo", "--results", str(tmp_path)], str(tmp_path / "absent")
+    assert main([*words, "--data-dir", absent]) == 2
+    assert capsys.readouterr().err.startswith(f"--data-dir {absent} is no folder;")
+    monkeypatch.setenv("PRUNING_DATA_DIR", absent)
+    assert main(words) == 2
+    assert capsys.readouterr().err.startswith(f"PRUNING_DATA_DIR {absent} is no folder;")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_hint_after_a_run_finds_its_cells(tiny, tmp_path, capsys):
+    if not small.MODEL.is_dir():
+        pytest.skip(f"{small.MODEL} is absent")
+    data, results = small.data(tmp_path / "data"), tmp_path / "my results"
+    words = ["tiny", "--model", str(small.MODEL), "--dtype", "bfloat16", "--limit", "4", "--results", str(results)]
+    assert main(["run", *words, "--only", "dense", "--data-dir", str(data)]) == 0
+    hint = capsys.readouterr().err.strip().rsplit("python -m analysis ", 1)[1]
+    assert shlex.split(hint) == ["table", *words]
+    analysis.main(shlex.split(hint))
+    assert "Dense" in capsys.readouterr().out
 
 
 def test_a_table_that_cannot_run_says_what_it_needs(capsys):
@@ -100,7 +154,7 @@ def test_a_results_folder_that_cannot_be_written_exits_1_before_any_work(tmp_pat
     (tmp_path / "file").write_text("")
     assert main(["run", "embedded.demo", "--results", str(tmp_path / "file")]) == 1
     error = capsys.readouterr().err
-    assert error.startswith("Cannot write")
+    assert error.startswith(f"Cannot write {tmp_path / 'file' / 'runs' / 'embedded.demo'}:")
     assert error.count("\n") == 1
 
 
@@ -117,6 +171,15 @@ def test_ctrl_c_says_that_the_same_command_continues(tiny, tmp_path, capsys, mon
     monkeypatch.setattr("experiments.batch.run_table", interrupt)
     assert main(["run", "embedded.demo", "--results", str(tmp_path)]) == 130
     assert "the same command continues" in capsys.readouterr().err
+
+
+def test_sigterm_says_so_too_and_is_left_alone_afterwards(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr("experiments.batch.run_table", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["run", "embedded.demo", "--results", str(tmp_path)]) == 143
+    assert "the same command continues" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.parametrize("command", ["table", "figure"])
