@@ -73,8 +73,11 @@ Pair = tuple[Row, Row]  # a cell and its baseline
 def differences(table: Table, pairs: Sequence[Pair], root: Path) -> pd.DataFrame:
     """Cell minus baseline with its interval, one column a perplexity or mean; a dash where one was not measured."""
     lines = []
+    several = len({row.seed for row, _ in pairs} - {None}) > 1
     for row, base in pairs:
         values = {"Method": row.method, "Setting": row.setting, "Model": Path(row.run.model).name}
+        if several:
+            values["Seed"] = "—" if row.seed is None else str(row.seed)
         for what in row.run.measures:
             if (interval := _difference(table, what, row, base, root)) is not None:
                 values[_head(what)] = _text(interval, 100 if isinstance(what, ZeroShot) else 1)

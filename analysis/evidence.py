@@ -70,13 +70,14 @@ class Answer:
     """`verdict` is holds, holds so far (some comparisons have no numbers yet), fails, undecided or no numbers.
 
     `of` counts the comparisons with numbers and `without` those that lack them, for the reason that `lack` says;
-    `against` names the comparisons that do not hold.
+    `against` names the comparisons that fail and `open` those that noise leaves undecided.
     """
 
     verdict: str
     held: int = 0
     of: int = 0
     against: list[str] = field(default_factory=list)
+    open: list[str] = field(default_factory=list)
     where: str = ""
     without: int = 0
     lack: str = "not measured"
@@ -84,10 +85,13 @@ class Answer:
     def __str__(self) -> str:
         if not self.of:
             return self.verdict
-        named = f": not {'; '.join(self.against[:3])}" if self.against else ""
-        more = f" and {len(self.against) - 3} more" if len(self.against) > 3 else ""
-        told = f"{self.held} of {self.of}{named}{more}{self.gap}"
-        return f"{self.verdict} ({told}){f' on {self.where}' if self.where else ''}"
+        return f"{self.verdict} ({self.told()}){f' on {self.where}' if self.where else ''}"
+
+    def told(self, known: str = "") -> str:
+        """How many comparisons hold, which fail or are undecided (without the words `known`), and what is not known."""
+        parts = {"against it: ": self.against, "undecided: ": self.open}
+        said = [head + _listed([name.removeprefix(known) for name in names]) for head, names in parts.items() if names]
+        return "; ".join([f"{self.held} of {self.of}", *said]) + self.gap
 
     @property
     def gap(self) -> str:
@@ -165,11 +169,16 @@ def _judged(signs: Sequence[int | None], asked: Sequence[tuple[Place, str, Bette
     known = [(sign, one) for sign, one in zip(signs, asked, strict=True) if sign is not None]
     if not known:
         return Answer("no numbers")
-    against = [f"{model} {' '.join(side.left)}" for sign, (_, model, side) in known if sign < 0]
+    against, undecided = ([f"{model} {' '.join(side.left)}" for sign, (_, model, side) in known if sign == which]
+                          for which in (-1, 0))  # fmt: skip
     held = sum(sign > 0 for sign, _ in known)
     whole = "holds" if len(known) == len(asked) else partly
     verdict = "fails" if against else whole if held == len(known) else "undecided"
-    return Answer(verdict, held, len(known), against, without=len(asked) - len(known))
+    return Answer(verdict, held, len(known), against, undecided, without=len(asked) - len(known))
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _printed(place: Place, model: str, words: Words) -> float | None:

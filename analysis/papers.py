@@ -66,7 +66,7 @@ def read(paper: str, folder: Path = FOLDER) -> tuple[Published, ...]:
     frame = pd.read_csv(path, keep_default_na=False, na_values={"value": [""], "rounding": [""]})
     if odd := [name for name in [*frame.columns, *COLUMNS] if (name in COLUMNS) != (name in frame.columns)]:
         raise ValueError(f"{path} has other columns than published values have ({', '.join(odd)}); make it again.")
-    cells = [Published(**_with_gaps(row)) for row in frame[list(COLUMNS)].to_dict("records")]
+    cells = [_cell(row, path, line) for line, row in enumerate(frame[list(COLUMNS)].to_dict("records"), start=2)]
     refuse_duplicates(cells, path)
     return tuple(cells)
 
@@ -94,5 +94,12 @@ def refuse_duplicates(cells: Iterable[Published], path: Path) -> None:
         seen[key] = cell
 
 
-def _with_gaps(row: dict) -> dict:
-    return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in row.items()}
+def _cell(row: dict, path: Path, line: int) -> Published:
+    for name in ("value", "rounding"):
+        try:
+            row[name] = None if math.isnan(float(row[name])) else float(row[name])
+        except ValueError:
+            raise ValueError(f"{path}, line {line}: {name} must be a number or empty; got {row[name]!r}.") from None
+    if row["paper"] != path.stem or not row["table"] or not row["metric"]:
+        raise ValueError(f"{path}, line {line} is no cell of {path.stem} with its table and metric; make it again.")
+    return Published(**row)

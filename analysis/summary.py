@@ -105,12 +105,8 @@ def about(table: str, found: Sequence[Verdict]) -> list[Verdict]:
 
 
 def against(answer: Answer) -> str:
-    """How many of several comparisons hold, which do not (without the model that `where` names), what is not known."""
-    if answer.of + answer.without < 2:
-        return ""
-    named = "; ".join(words.removeprefix(f"{answer.where} ") for words in answer.against[:3])
-    more = f" and {len(answer.against) - 3} more" if len(answer.against) > 3 else ""
-    return f"{answer.held} of {answer.of}" + (f"; not {named}{more}" if named else "") + answer.gap
+    """Which of several comparisons hold, without the model that `where` names; empty for a single one."""
+    return answer.told(f"{answer.where} ") if answer.of + answer.without > 1 else ""
 
 
 def _answering(verdict: Verdict) -> Iterator:

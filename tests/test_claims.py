@@ -39,7 +39,7 @@ def answers(root, ours, wanda, **how):
 def test_the_papers_numbers_answer():
     assert str(on_paper(CLAIM)) == "holds (1 of 1)"
     reverse = Claim("r", "", "", (Better(WANDA.right, WANDA.left),), (AT,))
-    assert str(on_paper(reverse)) == "fails (0 of 1: not llama-7b Wanda 50 %)"
+    assert str(on_paper(reverse)) == "fails (0 of 1; against it: llama-7b Wanda 50 %)"
 
 
 def test_without_records_there_are_no_numbers(tmp_path):

@@ -106,14 +106,27 @@ def test_nothing_reaches_the_edge_of_a_figure(tmp_path, models):
 
 def test_every_model_and_every_method_has_its_bar(tmp_path):
     declared = table(("opt-125m", "opt-1.3b"))
-    left, right = charts.cost(declared, fill(declared, tmp_path)).axes
+    (left,) = charts.cost(declared, fill(declared, tmp_path)).axes
     names = [label.get_text() for label in left.get_yticklabels()]
     assert names == [
         f"{method}, {model}" for method in ("Magnitude", "Wanda", "SparseGPT") for model in ("opt-125m", "opt-1.3b")
     ]
     assert [bar.get_width() for bar in left.patches] == [10.0, 10.0, 11.0, 11.0, 11.0, 11.0]
     assert left.get_xlabel().endswith(", s")
-    assert len(right.patches) == 6
+
+
+def test_statistics_from_the_cache_cost_what_they_took_and_memory_is_the_accelerators(tmp_path):
+    runs = [Run("opt-125m", pruners.GBLM(sparsity=share), small.WINDOWS, (small.PPL,)) for share in SPARSITIES]
+    for run, statistics in zip(runs, (100.0, 0.1), strict=True):
+        record = small.record(run)
+        record.cost.seconds.update(prune=10.0, statistics=statistics)
+        made_by = record.made_by.model_copy(update={"device": "cuda (A card)"})
+        records.write(record.model_copy(update={"made_by": made_by}), tmp_path)
+    declared = Table("tiny", "", tuple(runs), (("opt-125m",),), lambda run, model: run)
+    left, right = charts.cost(declared, rows.rows(declared, tmp_path)).axes
+    assert [bar.get_width() for bar in left.patches] == [110.0]
+    assert [point for line in left.lines for point in line.get_xdata()] == [110.0, 110.0]
+    assert right.get_xlabel() == "peak memory of the cell, GiB"
 
 
 def test_retraining_curves_have_a_panel_a_setting(tmp_path):

@@ -86,6 +86,18 @@ def test_a_tidy_table_that_was_edited_is_refused(tmp_path):
         papers.read("odd", tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("column", "value", "said"), [("value", "abc", "value must be a number or empty; got 'abc'"),
+                                  ("paper", "garbage", "is no cell of odd"), ("metric", "", "is no cell of odd")],
+)  # fmt: skip
+def test_a_broken_line_is_named(tmp_path, column, value, said):
+    frame = tidy(tmp_path, {}, {"dataset": "another"}).astype(object).assign(paper="odd")
+    frame.loc[1, column] = value
+    frame.to_csv(tmp_path / "odd.csv", index=False)
+    with pytest.raises(ValueError, match=rf"odd\.csv, line 3:? {said}"):
+        papers.read("odd", tmp_path)
+
+
 def test_unknown_papers_and_tables_get_the_nearest_names():
     with pytest.raises(LookupError, match="wanda"):
         papers.read("wander")

@@ -69,7 +69,9 @@ def test_a_mean_its_interval_and_a_sentence_stand_there(root):
     text = (root.parent / "README.md").read_text()
     assert re.search(r"\| Wanda +\| \*\*21\.00 ± 2\.48\*\* \| +— \|", text)
     assert re.search(r"\| Magnitude +\| +30\.00 \| +— \|", text)
-    assert "256 tokens as `embedded/wiki@512[:128]`; 10 of 21 cells" in text
+    assert (
+        "256 tokens as `embedded/wiki@512[:128]`; calibrated on 32 x 512 tokens of embedded/c4; 10 of 21 cells" in text
+    )
     assert re.search(
         r"\| Wanda's perplexity is below magnitude.*\| holds +\| holds so far \(1 of 1; 1 of 2 not measured\) +\|", text
     )
@@ -124,6 +126,6 @@ def test_a_table_is_told_the_sentences_that_it_answers(root):
 
 def test_what_does_not_hold_is_named_once_for_the_model():
     one = Answer("fails", held=1, of=2, against=["smollm2-135m FLAP 20 %"], where="smollm2-135m")
-    assert summary.against(one) == "1 of 2; not FLAP 20 %"
+    assert summary.against(one) == "1 of 2; against it: FLAP 20 %"
     assert summary.against(Answer("holds", held=1, of=1)) == ""
     assert summary.against(Answer("holds so far", held=1, of=1, without=1)) == "1 of 1; 1 of 2 not measured"
