@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -82,11 +82,13 @@ def _retry(asked: argparse.Namespace) -> int:
 
 
 def _launch(asked: argparse.Namespace, cells: Sequence[Cell]) -> int:
-    from slurm import jobs, launch, profile
+    from slurm import estimate, jobs, launch, profile
 
     plan, wanted = _plan(asked), profile.load(asked.profile)
+    todo = launch.missing(cells, plan.root, asked.table)
+    if slow := estimate.slow(todo, wanted):
+        print(_slowness(slow, len(todo), asked.profile), file=sys.stderr)
     if asked.dry_run:
-        todo = launch.missing(cells, plan.root, asked.table)
         for array in jobs.arrays(todo, wanted, asked.memory_gb):
             _show(array)
             print(f"\n{launch.script(array, wanted, asked.table, plan.root / '.cache/slurm/...')}")
@@ -102,6 +104,20 @@ def _launch(asked: argparse.Namespace, cells: Sequence[Cell]) -> int:
         file=sys.stderr,
     )
     return 0
+
+
+def _slowness(slow: Mapping[Cell, float], count: int, name: str) -> str:
+    from experiments.estimate import gpu_gb
+    from slurm import estimate, profile
+
+    said = (
+        f"{len(slow)} of {count} cells would take more than {estimate.PATIENCE_DAYS} days each with the profile {name},"
+        f" up to {max(slow.values()):,.0f}"
+    )
+    others = {other: profile.load(other).gpu_memory_gb for other in profile.names() if other != name}
+    cards = ", ".join(f"{other} ({held:g} GB)" for other, held in others.items() if held)
+    needed = f"profiles with accelerators: {cards}; these cells need up to {max(map(gpu_gb, slow)):.0f} GB on one"
+    return f"{said}; {needed}." if cards else f"{said}."
 
 
 def _plan(asked: argparse.Namespace) -> Work:
@@ -131,11 +147,13 @@ def _status(asked: argparse.Namespace) -> int:
     from slurm import state
 
     table = tables.find(asked.table)
-    labels = state.labels(asked.results, asked.table)
-    labels = labels or {cell.id: cell.label for cell in cells.cells(table.runs())}
+    labels, models = state.labels(asked.results, asked.table), state.models(asked.results, asked.table)
+    if not labels:
+        declared = cells.cells(table.runs(), table.label)
+        labels = {cell.id: cell.label for cell in declared}
+        models = {cell.id: Path(cell.run.model).name for cell in declared}
     found = state.cells(asked.results, asked.table, labels)
-    rows = [(cell.label, cell.id, cell.state, cell.job, cell.note) for cell in found]
-    print(tabulate(rows, ("cell", "id", "state", "job", "note"), disable_numparse=True))
+    _print_cells(found, models)
     _print_failures(found)
     alive = [(job.sent.id, job.queued) for job in state.jobs(asked.results, asked.table) if job.alive and job.queued]
     if alive:
@@ -144,6 +162,17 @@ def _status(asked: argparse.Namespace) -> int:
     counts = Counter(cell.state for cell in found)
     print(f"\n{asked.table}: {', '.join(f'{count} {name}' for name, count in counts.items())}")
     return arguments.EXIT_FAILED if counts["failed"] else 0
+
+
+def _print_cells(found: Sequence[CellState], models: Mapping[str, str]) -> None:
+    """With their models where there are several."""
+    several = len(set(models.values())) > 1
+    rows = [
+        (cell.label, cell.id, *([models[cell.id]] if several else []), cell.state, cell.job, cell.note)
+        for cell in found
+    ]
+    heads = ("cell", "id", *(["model"] if several else []), "state", "job", "note")
+    print(tabulate(rows, heads, disable_numparse=True))
 
 
 def _print_failures(found: Sequence[CellState]) -> None:

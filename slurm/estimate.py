@@ -22,6 +22,7 @@ LIBRARIES_GB = 4.0
 READING_GB_PER_SECOND = 0.5
 SAFETY = 3
 SHORTEST_HOURS = 0.25
+PATIENCE_DAYS = 30
 
 
 class TooLargeError(ValueError):
@@ -51,9 +52,20 @@ def request(cells: Sequence[Cell], profile: Profile, memory_gb: float | None = N
     device = max(map(gpu_gb, cells))
     host = LIBRARIES_GB + max(map(_host_gb, cells)) + (0 if profile.gres else device)
     asked = math.ceil(host if memory_gb is None else memory_gb)
-    needed = max(SHORTEST_HOURS, SAFETY * seconds(cells, profile) / 3600)
+    needed = max(SHORTEST_HOURS, needed_hours(cells, profile))
     _check(cells[0].run.model, device, asked, profile)
     return Request(1 if profile.gres else 0, round(device, 1), asked, needed, min(needed, profile.hours))
+
+
+def needed_hours(cells: Sequence[Cell], profile: Profile) -> float:
+    """On the safe side, of a job that may run that long."""
+    return SAFETY * seconds(cells, profile) / 3600
+
+
+def slow(cells: Sequence[Cell], profile: Profile) -> dict[Cell, float]:
+    """Those that would take more than PATIENCE_DAYS each, with their days."""
+    days = {cell: needed_hours([cell], profile) / 24 for cell in cells}
+    return {cell: needed for cell, needed in days.items() if needed > PATIENCE_DAYS}
 
 
 def seconds(cells: Sequence[Cell], profile: Profile) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 
 from experiments.cells import Cell, ordered, sharing
 from slurm import estimate
@@ -31,6 +32,10 @@ class Array:
 
     jobs: tuple[Job, ...]
     request: Request
+
+    @property
+    def model(self) -> str:
+        return Path(self.jobs[0].cells[0].run.model).name
 
 
 def arrays(cells: Sequence[Cell], profile: Profile, memory_gb: float | None = None) -> list[Array]:

@@ -35,7 +35,10 @@ class Sent:
 
 @dataclass(frozen=True)
 class Entry:
-    """One submission of the jobs of one array; `name` is the jobs' name in the queue, `complete` as said above."""
+    """One submission of the jobs of one array; `name` is the jobs' name in the queue, `complete` as said above.
+
+    `model` is what a reader calls the model of its cells; submissions of an earlier day do not know it.
+    """
 
     name: str
     table: str
@@ -45,6 +48,7 @@ class Entry:
     memory_gb: float
     at: str
     complete: bool = False
+    model: str = ""
 
     @property
     def folder(self) -> Path:
@@ -72,7 +76,7 @@ def new(root: Path, table: str, executor: str, array: Array) -> Entry:
     jobs = tuple(Sent("", {cell.id: cell.label for cell in job.cells}) for job in array.jobs)
     unique = digest({"jobs": [list(job.cells) for job in jobs], "now": time.time_ns(), "process": os.getpid()})
     name = f"{table}-{unique[:8]}"
-    return Entry(name, table, executor, str(root), jobs, array.request.memory_gb, records.now())
+    return Entry(name, table, executor, str(root), jobs, array.request.memory_gb, records.now(), model=array.model)
 
 
 def write(entry: Entry) -> None:

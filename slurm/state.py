@@ -135,6 +135,11 @@ def labels(root: Path, table: str) -> dict[str, str]:
     return {id: label for entry in ledger.load(root, table) for id, label in entry.cells.items()}
 
 
+def models(root: Path, table: str) -> dict[str, str]:
+    """What a reader calls the model of every cell that was ever submitted, by id."""
+    return {id: entry.model for entry in ledger.load(root, table) for id in entry.cells}
+
+
 def find(root: Path, cell: str) -> list[Job]:
     """The jobs that had this cell, by its id or label, oldest first; LookupError where there is none."""
     found = [

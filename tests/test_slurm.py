@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -157,6 +158,32 @@ def test_a_failed_cell_shows_its_last_lines_and_is_retried_alone(tiny, tmp_path,
     assert "multiple of 7" in told
     assert main(["retry", *tiny, "--failed", "--executor", "debug"]) == 0
     assert capsys.readouterr().out == "debug: Wanda 3:7\n"
+
+
+def test_status_calls_cells_and_models_as_other_commands_do(tmp_path, capsys):
+    assert main(["status", "flap.perplexity", "--results", str(tmp_path)]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["FLAP", "(formula)", "20", "%", "6241048aab", "llama-30b", "missing"] in lines
+
+
+def test_what_was_sent_on_other_models_is_told_apart(tiny, tmp_path, monkeypatch, capsys):
+    name = shutil.copytree(small.MODEL, tmp_path / "another").name
+    for model in (str(small.MODEL), str(tmp_path / name)):
+        main(["submit", *tiny, "--executor", "debug", "--method", "dense", "--model", model])
+    capsys.readouterr()
+    assert status(tiny) == 0
+    told = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert sorted(line[2] for line in told if line[:1] == ["Dense"]) == [name, small.MODEL.name]
+
+
+def test_a_plan_of_months_is_warned_of_with_the_profiles_that_have_accelerators(tmp_path, capsys):
+    words = ["submit", "flap.perplexity", "--dry-run", "--results", str(tmp_path)]
+    assert main(words) == 0
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert "10 of 60 cells would take more than 30 days each with the profile processors, up to 703;" in warning
+    assert "gpu_partition (80 GB); these cells need up to 152 GB on one." in warning
+    assert main([*words, "--method", "dense", "--model", "llama-7b"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_logs_finds_a_cell_by_id_or_label(tiny, tmp_path, capsys):
