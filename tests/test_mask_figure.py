@@ -81,10 +81,10 @@ def test_masks_of_several_blocks_ask_which(tmp_path):
 
 def test_without_masks_there_is_nothing_to_draw(tmp_path):
     plain = small.table((None, pruners.Magnitude(sparsity=0.5)))
-    for run in plain.runs():
+    for run in plain.runs("opt-125m"):
         records.write(small.record(run), tmp_path)
     with pytest.raises(ValueError, match="No maps in any record"):
-        patterns.masks(plain, rows.rows(plain, tmp_path))
+        patterns.masks(plain, rows.rows(plain, tmp_path, "opt-125m"))
 
 
 @pytest.mark.parametrize("lines", [["0099", "00"], ["00xx", "0000"], ["009"], []])
