@@ -22,7 +22,8 @@ from lm_eval.models.huggingface import HFLM
 from tabulate import tabulate
 
 from eval.perplexity import perplexity
-from eval.zero_shot import load, zero_shot
+from eval.tasks import load
+from eval.zero_shot import zero_shot
 from experiments import accuracy, corpora, models, protocols
 
 MODEL, CORPUS, WINDOW, WINDOWS = "smollm2-135m", "embedded/wiki", 512, 8
@@ -40,7 +41,8 @@ def plain_perplexity(model: Any, tokens: torch.Tensor) -> float:
 
 def plain_zero_shot(model: Any, tokenizer: Any, sources: dict[str, Any]) -> dict[str, float]:
     scorer = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
-    found = evaluate(scorer, {"tasks": load(sources)[0]}, limit=DOCUMENTS, bootstrap_iters=0)
+    tasks = {name: task for group in load(sources)[0].values() for name, task in group.items()}
+    found = evaluate(scorer, {"tasks": tasks}, limit=DOCUMENTS, bootstrap_iters=0)
     return {task: found["results"][task]["acc,none"] for task in sources}
 
 
