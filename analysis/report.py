@@ -141,7 +141,7 @@ def _figures(table: Table, made: list[Row], found: list[Cell]) -> Iterator[Drawn
         ("Loss while retraining", lambda: inside.losses(table, made)),
         ("Perplexity by step of retraining", lambda: inside.steps(table, made)),
         ("Mean accuracy by parameters", lambda: inside.by_parameters(table, found)),
-        ("Time and memory", lambda: charts.cost(table, made)),
+        ("Time, and on accelerators memory", lambda: charts.cost(table, made)),
         *((key.capitalize(), partial(patterns.masks, table, made, key)) for key in masks),
     ]
     for caption, draw in drawings:
