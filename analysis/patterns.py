@@ -22,7 +22,7 @@ from experiments.spec import Table
 
 EDGES = (1, 99)  # percentiles of all cells of all maps, where the scale of grey ends
 SIDE = 1.15  # inches of a map
-GREYS = matplotlib.colormaps["gray"].resampled(16)  # more look the same and make the pictures twice as large
+GREYS = matplotlib.colormaps["gray"].resampled(8)  # more look the same and make the pictures twice as large
 Name = tuple[str, str, str]  # model, method, setting
 
 

@@ -84,7 +84,8 @@ def html(root: Path) -> str:
 def _environment() -> Environment:
     made = Environment(loader=PackageLoader("analysis", "."), autoescape=True, undefined=StrictUndefined,
                        trim_blocks=True, lstrip_blocks=True)  # fmt: skip
-    made.policies["json.dumps_kwargs"] = {"sort_keys": False}  # origins are told in a reader's order
+    # origins are told in a reader's order
+    made.policies["json.dumps_kwargs"] = {"sort_keys": False, "separators": (",", ":")}
     made.globals.update(value=summary.value, against=summary.against, ids=origins.ids, printed=verdicts.printed)
     return made
 

@@ -78,7 +78,7 @@ def test_ours_the_papers_the_verdict_and_the_origin_are_there(page):
         r"7\.30 ± 0\.07</td>\s*<td[^>]*>7\.26</td>\s*<td[^>]*>\+0\.04</td>\s*<td class=\"good\">matches", page
     )
     assert page.count("data:image/svg+xml") == 3
-    assert f'"commit": "{"a" * 40}"' in page
+    assert f'"commit":"{"a" * 40}"' in page
     assert re.search(r'"good">holds</span>\s*<small>6 of 6</small>', page)
     assert "llm_pruner.quantised" in page
 
