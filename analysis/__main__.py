@@ -8,6 +8,7 @@ python -m analysis claims
 python -m analysis report
 python -m analysis readme
 python -m analysis speed embedded.speed
+python -m analysis frame --out records.parquet
 """
 
 from __future__ import annotations
@@ -54,8 +55,12 @@ def parser() -> argparse.ArgumentParser:
     readme.set_defaults(command=_readme)
     for command in (table, figure, compare, generation, speed):
         arguments.add_table(command)
+    frame = commands.add_parser("frame", help="every record of several results folders as one tidy table")
+    frame.set_defaults(command=_frame)
+    frame.add_argument("--out", type=Path, metavar="FILE", help="a .csv or .parquet file (default: CSV to the screen)")
     for command in commands.choices.values():
-        command.add_argument("--results", type=_folder, default=Path("results"), metavar="DIR", help="default: results")
+        several = {"nargs": "+", "default": [Path("results")]} if command is frame else {"default": Path("results")}
+        command.add_argument("--results", type=_folder, metavar="DIR", help="default: results", **several)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return top
 
@@ -141,6 +146,16 @@ def _readme(asked: argparse.Namespace) -> None:
     from analysis import readme
 
     print(f"Written: {', '.join(map(str, readme.write(asked.results)))}", file=sys.stderr)
+
+
+def _frame(asked: argparse.Namespace) -> None:
+    from analysis import tidy
+
+    made = tidy.frame(*asked.results)
+    if asked.out is None:
+        print(made.to_csv(index=False), end="")
+    else:
+        print(f"Written: {tidy.write(made, asked.out)} ({len(made)} values)", file=sys.stderr)
 
 
 def _write(text: str, asked: argparse.Namespace, ending: str) -> None:

@@ -92,7 +92,13 @@ def declared(table: Table, root: Path, runs: Sequence[Run]) -> list[Row]:
     """
     done, broken = _by_key(records.load(root, table.name)), _by_key(records.load_failures(root, table.name))
     return [
-        Row(method, setting, run, _newest(done[_key(run.spec())], run), _newest(broken[_key(run.spec())], run))
+        Row(
+            method,
+            setting,
+            run,
+            _newest(done[stable_key(run.spec())], run),
+            _newest(broken[stable_key(run.spec())], run),
+        )
         for run, (method, setting) in zip(runs, labels(runs, table.label), strict=True)
     ]
 
@@ -106,7 +112,7 @@ def _by_key(stored: Mapping[str, Any]) -> dict[str, list[Any]]:
     """Oldest first, by spec without the model's exact identity, which only the machine that has the model knows."""
     found = defaultdict(list)
     for item in sorted(stored.values(), key=lambda item: item.at if isinstance(item, Failure) else item.made_by.at):
-        found[_key(item.spec)].append(item)
+        found[stable_key(item.spec)].append(item)
     return found
 
 
@@ -127,7 +133,8 @@ def _newest(stored: list[Any], run: Run) -> Any:
     return stored[-1] if stored else None
 
 
-def _key(spec: dict[str, Any]) -> str:
+def stable_key(spec: dict[str, Any]) -> str:
+    """What a spec asks for, the model by its name alone: its exact identity only its own machine knows."""
     # A folder's place is no part of what it is.
     return digest({**spec, "model": Path(spec["model"]["name"]).name})
 

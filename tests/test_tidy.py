@@ -1,0 +1,65 @@
+"""The tidy table of all records: a row for each measured value, equal to the records."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+import analysis
+from analysis import tidy
+from analysis.__main__ import main
+from experiments import records
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+
+
+@pytest.fixture(scope="module")
+def made() -> pd.DataFrame:
+    return analysis.frame(RESULTS)
+
+
+def test_every_perplexity_of_every_record_is_a_row(made):
+    tables = [folder.name for folder in (RESULTS / "runs").iterdir()]
+    expected = {
+        (record.table, record.id, key): (value["perplexity"], value["standard_error"])
+        for table in tables
+        for record in records.load(RESULTS, table).values()
+        for key, value in record.measures.items()
+        if "perplexity" in value
+    }
+    rows = made[made.metric == "perplexity"]
+    assert {(r.table, r.id, r.measure): (r.value, r.standard_error) for r in rows.itertuples()} == expected
+    assert len(rows) == len(expected) > 100
+
+
+def test_rows_carry_the_papers_words_hyperparameters_seed_and_cost(made):
+    row = made[(made.table == "embedded.gblm") & (made.label == "Wanda") & (made.setting == "2:4") & (made.seed == 1)]
+    row = row[row.metric == "perplexity"].squeeze()
+    assert (row.model, row.method, row["method.pattern"], row["windows.count"]) == ("smollm2-135m", "wanda", "2:4", 32)
+    assert 0.49 < row.sparsity < 0.51
+    assert row.seconds > 0
+    assert row.commit
+
+
+def test_every_declared_cell_has_its_words(made):
+    assert (made.label != "").all()
+
+
+def test_two_folders_stand_side_by_side(made):
+    both = analysis.frame(RESULTS, RESULTS)
+    assert len(both) == 2 * len(made)
+
+
+@pytest.mark.parametrize(("name", "read"), [("all.csv", pd.read_csv), ("all.parquet", pd.read_parquet)])
+def test_it_is_written_and_reads_back(made, tmp_path, name, read):
+    assert main(["frame", "--results", str(RESULTS), "--out", str(tmp_path / name)]) == 0
+    assert read(tmp_path / name)["value"].tolist() == made["value"].tolist()
+
+
+def test_another_ending_and_an_empty_folder_are_refused(made, tmp_path, capsys):
+    with pytest.raises(ValueError, match=r"\.csv or \.parquet"):
+        tidy.write(made, tmp_path / "all.xlsx")
+    assert main(["frame", "--results", str(tmp_path)]) != 0
+    assert "has no records" in capsys.readouterr().err
