@@ -29,11 +29,12 @@ class NoAttention(nn.Module):
         for name, child in attention.named_children():
             self.add_module(name, child)
 
-    def forward(self, hidden_states, past_key_values=None, **kwargs):
-        if past_key_values is not None:
+    def forward(self, hidden_states, cache=None, past_key_values=None, **kwargs):
+        cache = past_key_values if cache is None else cache  # its name before transformers 5.24
+        if cache is not None:
             batch, length, _ = hidden_states.shape
             placeholder = hidden_states.new_zeros(batch, 1, length, 1)
-            past_key_values.update(placeholder, placeholder, self.layer_idx)
+            cache.update(placeholder, placeholder, self.layer_idx)
         return self.get_submodule(self.output)(hidden_states[..., :0]), None
 
 
