@@ -1,4 +1,4 @@
-"""What tells the model in a folder from any other, without reading all of it."""
+"""What tells the model in a folder from any other: every byte of its weights, and of the small files beside them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,23 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
-SAMPLE_BYTES = 2**20
+from experiments import digests
+from pruners.modeling_pruned import check_shards
+
+SMALL = (
+    "config.json", "generation_config.json", "adapter_config.json", "*.safetensors.index.json", "tokenizer*", "*.model",
+    "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+)  # fmt: skip
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """ValueError where there is nothing in safetensors format."""
-    weights = sorted(folder.glob("*.safetensors"))
+    """The weight files of a model folder, sorted.
+
+    Raises ValueError where there is nothing in safetensors format or where two sets of weights lie side by side, and
+    FileNotFoundError for a shard that its index names and that is not there.
+    """
+    check_shards(folder)
+    weights = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
     if weights:
         return weights
     pickled = sorted(path.name for ending in ("bin", "pt", "pth", "ckpt") for path in folder.glob(f"*.{ending}"))
@@ -20,24 +31,15 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def fingerprint(folder: Path) -> str:
-    """SHA-256 of the configuration and tokenizer files and, of each weight file, of its name, size, first and last MiB.
+    """SHA-256 of names and contents of the weight files and of what else moves a number: configuration and tokenizer.
 
-    Enough to tell checkpoints apart and cheap for 130 GB, but no proof against tampering.  ValueError without weights.
+    Two folders that differ in one byte of these have two fingerprints.  Raises what `weight_files` raises.
     """
-    digest = hashlib.sha256()
-    for path in _small_files(folder):
-        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode() + path.read_bytes())
-    for path in weight_files(folder):
-        size = path.stat().st_size
-        digest.update(f"{path.name}\0{size}\0".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(SAMPLE_BYTES))
-            file.seek(max(size - SAMPLE_BYTES, 0))
-            digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()
+    paths = sorted({*_small_files(folder), *weight_files(folder)})
+    lines = [f"{path.name}\0{digest}\n" for path, digest in zip(paths, digests.all_of(paths), strict=True)]
+    return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
 def _small_files(folder: Path) -> Iterator[Path]:
     """The configuration and what makes tokens, both of which move a number as surely as weights do."""
-    patterns = ("config.json", "tokenizer*", "*.model", "vocab*", "merges.txt", "special_tokens_map.json")
-    yield from sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
+    yield from (path for pattern in SMALL for path in folder.glob(pattern) if path.is_file())

@@ -44,7 +44,7 @@ def find(name: str | Path) -> Model:
 
 
 def identity(name: str | Path) -> dict[str, str]:
-    """What tells this model's weights from any other's, as plain JSON, without reading them all."""
+    """What tells this model's weights from any other's, as plain JSON."""
     model = find(name)
     if model.folder:
         return {"fingerprint": fingerprint(model.folder)}

@@ -21,7 +21,7 @@ def loads(text: str) -> dict[str, Any]:
     """The content of sealed JSON, its seal included; raises ValueError saying what is wrong with it."""
     try:
         content = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:  # the latter of text that is nested without end
         raise ValueError("it is not whole JSON, so it was truncated or damaged") from error
     if not isinstance(content, dict):
         raise ValueError("it is not a JSON object")

@@ -196,16 +196,47 @@ def check_complete(folder, info):
 
 
 def check_shards(folder):
-    """FileNotFoundError, by name, for weight files that a local folder's index names and that are not there."""
-    index = Path(folder) / "model.safetensors.index.json"
-    if not index.is_file():
+    """Whether a local folder holds one set of weights, and all of it.
+
+    FileNotFoundError, by name, for weight files that its index names and that are not there.  ValueError where weights
+    of another save lie beside them: transformers writes over neither, and reads model.safetensors although the shards
+    may be newer.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
         return
-    named = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    missing = [name for name in named if not (index.parent / name).is_file()]
-    if missing:
+    named, single = _indexed(folder), (folder / "model.safetensors").is_file()
+    present = [name for name in named if (folder / name).is_file()]
+    shards = {path.name for path in folder.glob("model-*-of-*.safetensors")}
+    if single and "model.safetensors" not in named and (present or shards):
+        _refuse_two(folder, "model.safetensors", sorted({*present, *shards}))
+    if present and (others := sorted(shards - set(named))):
+        _refuse_two(folder, f"{present[0]} and the other files that its index names", others)
+    if missing := [name for name in named if name not in present]:
+        if single:  # the index of an earlier save whose shards are gone
+            return
         raise FileNotFoundError(
             f"{folder} lacks {len(missing)} of its {len(named)} weight files, e.g. {missing[0]}; copy it there."
         )
+
+
+def _indexed(folder):
+    """The files that the index names, sorted; none without an index."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return []
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{index} does not say which file holds which weight; copy it there again.") from error
+
+
+def _refuse_two(folder, one, others):
+    more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+    raise ValueError(
+        f"{folder} holds two sets of weights, {one} beside {others[0]}{more}, and which is meant cannot be told; move "
+        "the older set away (model.safetensors.index.json belongs to the shards)."
+    )
 
 
 @contextmanager
