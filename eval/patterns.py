@@ -26,7 +26,8 @@ def mask_patterns(model: nn.Module, block: int, side: int = 64) -> dict[str, Any
     """Overdispersion of rows and columns by matrix, over all blocks, and maps of one block's masks.
 
     `row_dispersion` and `column_dispersion` are medians over all matrices.  Each matrix has `kept`, `rows` and
-    `columns` as lists over the blocks; a dense or empty matrix has None for the last two.  `maps` shows `block`: at
+    `columns` as lists over the blocks; a dense or all-zero matrix has None for the last two, an
+    empty one for all.  `maps` shows `block`: at
     most `side` lines of `side` cells, each the percentage of weights kept (99 at most) as two digits.  Raises
     ValueError for a block that the model has not.
     """
@@ -35,10 +36,10 @@ def mask_patterns(model: nn.Module, block: int, side: int = 64) -> dict[str, Any
     for index, name, weight in _matrices(model):
         there = weight != 0
         told = matrices.setdefault(name, {"kept": [], "rows": [], "columns": []})
-        told["kept"].append(_rounded(float(there.double().mean())))
+        told["kept"].append(_rounded(float(there.double().mean())) if there.numel() else None)
         told["rows"].append(overdispersion(there, dim=1))
         told["columns"].append(overdispersion(there, dim=0))
-        if index == block:
+        if index == block and there.numel():
             maps[name] = _map(there, side)
     if not maps:
         blocks = max((len(told["kept"]) for told in matrices.values()), default=0)
@@ -48,7 +49,9 @@ def mask_patterns(model: nn.Module, block: int, side: int = 64) -> dict[str, Any
 
 
 def overdispersion(there: Tensor, dim: int) -> float | None:
-    """Of the kept shares along `dim` of a mask [rows, columns]; None where nothing or everything is kept."""
+    """Of the kept shares along `dim` of a mask [rows, columns]; None where all or none is kept, or it is empty."""
+    if not there.numel():
+        return None
     shares = there.double().mean(dim)
     kept = float(shares.mean())
     if kept in (0.0, 1.0) or len(shares) < 2:

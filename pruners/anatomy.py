@@ -80,6 +80,11 @@ class Block:
                 f"{self.name}.{projection} is a {type(linear).__name__}; pruning needs a plain torch.nn.Linear. "
                 "Merge adapters and load the model unquantised first."
             )
+        if "weight" not in linear._parameters:
+            raise TypeError(
+                f"{self.name}.{projection}.weight is recomputed in every forward pass (torch.nn.utils.prune?), which "
+                "would undo pruning; make it permanent first, e.g. torch.nn.utils.prune.remove(module, 'weight')."
+            )
         return linear
 
     def linears(self) -> dict[str, nn.Linear]:

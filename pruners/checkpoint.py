@@ -11,7 +11,10 @@ is saved as plain LLaMA, Mistral or OPT where their configurations can say so, a
 from __future__ import annotations
 
 import copy
+import errno
+import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,11 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from pruners.apply import CLASSES
 from pruners.modeling_pruned import PrunedModel, check_complete, check_shards
+
+logger = logging.getLogger(__name__)
 
 for _class in CLASSES.values():
     AutoConfig.register(_class.config_class.model_type, _class.config_class, exist_ok=True)
@@ -36,17 +42,49 @@ for _class in CLASSES.values():
 def save(model: PreTrainedModel, tokenizer: Any, folder: Path | str, *, max_shard_size: str = "5GB") -> Path:
     """Write the model, and the tokenizer unless it is None, to a new or empty folder; all of it or nothing.
 
-    Raises FileExistsError for a folder that holds something.
+    Flags of the generation configuration that it does not use itself, such as a temperature without `do_sample`, are
+    dropped with a warning.  Raises FileExistsError for a folder that holds something, ValueError for a model whose
+    class would not find its tensors again (adapters beside their matrices), OSError where the disk refuses.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser().resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} is there already and not empty; choose another folder or empty this one.")
+    check(model)
     plain = _as_stock(model) if isinstance(model, PrunedModel) else None
-    with _beside(folder) as partial:
-        (plain or model).save_pretrained(partial, max_shard_size=max_shard_size)
+    with _beside(folder) as partial, _valid_generation(plain or model):
+        try:
+            (plain or model).save_pretrained(partial, max_shard_size=max_shard_size)
+        except SafetensorError as error:  # how it reports a full disk
+            raise OSError(errno.ENOSPC, f"Cannot write the weights ({error}); free some space", str(folder)) from error
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
     return folder
+
+
+def check(model: PreTrainedModel) -> None:
+    """ValueError for a model that cannot be saved so that it opens again; costs no memory and reads no weight.
+
+    Its tensors must be the very ones that its class makes from its configuration.
+    """
+    with torch.device("meta"):
+        expected = {name: t.shape for name, t in type(model)(copy.deepcopy(model.config)).state_dict().items()}
+    found = {name: t.shape for name, t in model.state_dict().items()}
+    strange = sorted(found.keys() - expected.keys())
+    absent = sorted(expected.keys() - found.keys())
+    reshaped = sorted(name for name in found.keys() & expected.keys() if found[name] != expected[name])
+    if strange or absent:
+        told = f"{len(strange)} tensors that {type(model).__name__} does not know, e.g. {strange[0]}" if strange else ""
+        told = told or f"no tensor {absent[0]}, which {type(model).__name__} asks for"
+        raise ValueError(
+            f"This model has {told}, so the saved folder would not open again. Merge adapters first (merge=True, or "
+            "peft's merge_and_unload), make torch.nn.utils.prune's masks permanent, or save the adapters with peft."
+        )
+    if reshaped:
+        name = reshaped[0]
+        raise ValueError(
+            f"{name} is {list(found[name])} and the model's configuration says {list(expected[name])}, so the saved "
+            "folder would not open again; call pruners.apply.describe(model) after cutting by hand."
+        )
 
 
 def load(folder: Path | str, *, dtype: torch.dtype | str = "auto", **options: Any) -> tuple[Any, Any]:
@@ -86,11 +124,12 @@ def _tokenizer(folder: Path) -> Any:
 def _as_stock(model: Any) -> Any | None:
     """The same weights as a model that transformers has itself; None where its configuration cannot say the widths."""
     stock_class: Any = type(model).__bases__[-1]
-    config = _stock_config(model.config, stock_class.config_class)
-    if config is None:
+    try:
+        config = _stock_config(model.config, stock_class.config_class)
+        with torch.device("meta"):
+            stock = stock_class(config)
+    except (StrictDataclassError, ValueError):  # such as a number of heads that does not divide the width
         return None
-    with torch.device("meta"):
-        stock = stock_class(config)
     weights, expected = model.state_dict(), stock.state_dict()
     for name in expected.keys() - weights.keys():  # stock models have all biases of a sub-block or none
         if name.endswith(".bias"):
@@ -103,7 +142,7 @@ def _as_stock(model: Any) -> Any | None:
     return stock
 
 
-def _stock_config(pruned: Any, config_class: type[Any]) -> Any | None:
+def _stock_config(pruned: Any, config_class: type[Any]) -> Any:
     config = copy.deepcopy(pruned)
     config.__class__ = config_class
     biased = {name for block in pruned.blocks for name in block["biases"]}
@@ -113,11 +152,35 @@ def _stock_config(pruned: Any, config_class: type[Any]) -> Any | None:
     added = {field.name for field in fields(pruned)} - {field.name for field in fields(config_class)}
     for name in added | {"auto_map"}:
         vars(config).pop(name, None)
-    try:
-        config.validate()
-    except ValueError:  # such as a number of heads that does not divide the width
-        return None
+    config.validate()
     return config
+
+
+@contextmanager
+def _valid_generation(model: Any) -> Iterator[None]:
+    """For a while without the generation flags that transformers refuses to save, as they are never used."""
+    own = model.generation_config
+    try:
+        if own is not None:
+            model.generation_config = _without_idle_flags(own)
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _without_idle_flags(config: GenerationConfig) -> GenerationConfig:
+    try:
+        config.validate(strict=True)
+        return config
+    except ValueError as error:
+        idle = [name for name in re.findall(r"- `(\w+)`:", str(error)) if getattr(config, name, None) is not None]
+        if not idle:
+            raise
+        config = copy.deepcopy(config)
+        for name in idle:
+            setattr(config, name, None)
+        logger.warning("Saved without the generation flags that this model does not use: %s.", ", ".join(idle))
+        return _without_idle_flags(config)
 
 
 @contextmanager

@@ -133,13 +133,22 @@ class PrunedModel(nn.Module):
         heads, kv_heads, channels = (widths[name] for name in ("heads", "kv_heads", "channels"))
         sizes = {"heads": heads * config.head_dim, "kv_heads": kv_heads * config.head_dim, "channels": channels}
         for name in (*self.rows, *self.columns):
-            dense = block.get_submodule(name).weight
+            dense, had_bias = block.get_submodule(name).weight, block.get_submodule(name).bias is not None
             linear = nn.Linear(1, 1, bias=name in widths["biases"], device=dense.device, dtype=dense.dtype)
             out_features = sizes[self.rows[name]] if name in self.rows else config.hidden_size
             in_features = sizes[self.columns[name]] if name in self.columns else config.hidden_size
             resize(linear, out_features, in_features)
             block.set_submodule(name, linear)
+            if not linear.weight.is_meta:  # made anew after the dense class drew its weights
+                self._init_weights(linear)
+                if linear.bias is not None and not had_bias:  # the dense class has no rule for a bias it has not
+                    nn.init.normal_(linear.bias, std=config.initializer_range)
         settle(block, self.output.removeprefix("self_attn."), heads, kv_heads, config.head_dim, channels)
+
+    @classmethod
+    def _can_set_attn_implementation(cls):
+        """As the dense class, whose attention this is; transformers looks for it in the class's own file."""
+        return cls.__bases__[-1]._can_set_attn_implementation()
 
     @classmethod
     def from_pretrained(cls, folder, *args, output_loading_info=False, **kwargs):
@@ -151,11 +160,11 @@ class PrunedModel(nn.Module):
 
 
 def resize(linear, out_features, in_features):
-    """Give a linear layer other widths and new, zero weights."""
+    """Give a linear layer other widths and new weights, which are not initialised."""
     linear.out_features, linear.in_features = out_features, in_features
-    linear.weight = nn.Parameter(linear.weight.new_zeros(out_features, in_features))
+    linear.weight = nn.Parameter(linear.weight.new_empty(out_features, in_features))
     if linear.bias is not None:
-        linear.bias = nn.Parameter(linear.bias.new_zeros(out_features))
+        linear.bias = nn.Parameter(linear.bias.new_empty(out_features))
 
 
 class PrunedLlamaForCausalLM(PrunedModel, LlamaForCausalLM):  # type: ignore[misc]

@@ -12,7 +12,10 @@ from pruners import anatomy
 
 @dataclass(frozen=True)
 class Projection:
-    """One pruned matrix: `weights` entries, of which `zeros` are zero now; `asked` is the sparsity aimed at."""
+    """One pruned matrix: `weights` entries, of which `zeros` are zero now; `asked` is the sparsity aimed at.
+
+    A matrix that structured pruning left nothing of has no weights and an `achieved` of 0.
+    """
 
     name: str
     weights: int
@@ -21,7 +24,7 @@ class Projection:
 
     @property
     def achieved(self) -> float:
-        return self.zeros / self.weights
+        return self.zeros / self.weights if self.weights else 0.0
 
     @classmethod
     def of(cls, name: str, linear: nn.Linear, asked: float) -> Projection:

@@ -15,15 +15,19 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    OPTConfig,
     OPTForCausalLM,
 )
 
 import pruners
 from pruners import anatomy, apply, checkpoint
 from pruners.apply import CLASSES, Kept
+from pruners.retrain import LoRA, Trainable, finetune
 from tests.conftest import CONFIGS, SHARED, tiny
 
 FLAP = pruners.Flap(ratio=0.5)
@@ -300,3 +304,88 @@ def test_the_saved_module_names_what_anatomy_names():
         assert kind.rows == {projection: role for role, names in roles.items() for projection in names}
         assert kind.columns == {family.output: "heads", family.outward: "channels"}
         assert (kind.blocks_at, kind.output) == (family.blocks, family.output)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        pruners.WandaSP(ratio=0.2),  # 26 heads of 32
+        pruners.Flap(ratio=0.2),
+        pruners.Flap(ratio=0.5),
+        pruners.MagnitudeSP(ratio=0.3),
+        pruners.LLMPruner(ratio=0.3, attention_blocks=(0, 2), mlp_blocks=(0, 2)),
+        pruners.LLMPruner(ratio=0.1, granularity="channel", importance="l2"),
+    ],
+    ids=lambda method: type(method).__name__,
+)
+@pytest.mark.parametrize("kind", ["llama", "mistral", "opt"])
+def test_any_number_of_heads_and_any_width_is_saved_and_opens(kind, method, windows, tmp_path):
+    wide = {"vocab_size": 96, "hidden_size": 128, "num_hidden_layers": 2, "max_position_embeddings": 64}
+    heads = {"num_attention_heads": 32, "intermediate_size": 64}
+    torch.manual_seed(0)
+    model = {
+        "llama": lambda: LlamaForCausalLM(LlamaConfig(**wide, **heads)),
+        "mistral": lambda: MistralForCausalLM(MistralConfig(**wide, **heads, num_key_value_heads=32, head_dim=4)),
+        "opt": lambda: OPTForCausalLM(OPTConfig(**wide, num_attention_heads=32, ffn_dim=64, word_embed_proj_dim=128)),
+    }[kind]().eval()
+    pruners.prune(model, method, windows)
+    checkpoint.save(model, None, tmp_path / "out")
+    opened, _ = checkpoint.load(tmp_path / "out")
+    assert_close(opened(windows).logits, model(windows).logits, rtol=0, atol=1e-6)
+
+
+def test_adapters_beside_their_matrices_are_refused_before_anything_is_written(windows, tmp_path):
+    model = pruned("llama grouped-query", windows, pruners.Wanda(sparsity=0.5))
+    finetune(model, Trainable(adapters=LoRA(rank=4)), windows, steps=1, learning_rate=1e-2)
+    with pytest.raises(ValueError, match=r"42 tensors that LlamaForCausalLM does not know.*Merge adapters first"):
+        checkpoint.save(model, None, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_cut_without_a_description_is_refused(tmp_path):
+    model = tiny("llama multi-head")
+    block = anatomy.blocks(model)[0]
+    kept = Kept.all(block)
+    kept["mlp"][:5] = False
+    apply.cut(block, kept)
+    with pytest.raises(ValueError, match=r"apply\.describe"):
+        checkpoint.save(model, None, tmp_path / "out")
+
+
+def test_generation_flags_that_are_never_used_are_dropped_with_a_warning(windows, tmp_path, caplog):
+    model = tiny("llama multi-head")
+    model.generation_config = own = GenerationConfig(temperature=0.9, top_p=0.6, eos_token_id=2, length_penalty=2.0)
+    pruners.prune(model, FLAP, windows)
+    checkpoint.save(model, None, tmp_path / "out")
+    opened, _ = checkpoint.load(tmp_path / "out")
+    assert (opened.generation_config.temperature, opened.generation_config.eos_token_id) == (None, 2)
+    assert model.generation_config is own
+    assert "temperature, top_p" in caplog.text
+
+
+def test_generation_flags_of_a_sampling_model_stay(tmp_path):
+    model = tiny("opt")
+    model.generation_config = GenerationConfig(do_sample=True, temperature=0.9, eos_token_id=2)
+    checkpoint.save(model, None, tmp_path / "out")
+    assert checkpoint.load(tmp_path / "out")[0].generation_config.temperature == 0.9
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_model_from_a_pruned_configuration_starts_as_the_dense_class_does_and_trains(kind):
+    opened = AutoModelForCausalLM.from_config(ragged(kind).config)
+    dense = AutoModelForCausalLM.from_config(CONFIGS[kind])
+    stock = {name for name, p in dense.named_parameters() if not p.any()}
+    assert {name for name, p in opened.named_parameters() if p.numel() and not p.any()} <= stock
+    deviations = [p.std() for name, p in opened.named_parameters() if "proj.weight" in name and p.numel() > 100]
+    assert all(0.01 < deviation < 0.03 for deviation in deviations)
+
+
+def test_paths_are_what_a_shell_makes_of_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    checkpoint.save(tiny("opt"), None, "~/kept")
+    assert (tmp_path / "home/kept/config.json").is_file()
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    checkpoint.save(tiny("opt"), None, ".")
+    assert (tmp_path / "empty/config.json").is_file()

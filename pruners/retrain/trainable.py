@@ -89,7 +89,8 @@ class Trainable:
             if target not in known:
                 raise ValueError(unknown("projection", target, known))
         for name, linear in linears.items():
-            if wanted is None or any(f".{name}".endswith(f".{target}") for target in wanted):
+            asked = wanted is None or any(f".{name}".endswith(f".{target}") for target in wanted)
+            if asked and linear.weight.numel():  # structured pruning may have left nothing of a projection
                 yield name, linear
 
 
