@@ -1,10 +1,13 @@
 # Each word here is one chore; `make demo` and `make test` are all a newcomer needs.
 PYTHON ?= python3
-PIP_CONSTRAINT ?= $(CURDIR)/.ci/constraints.txt
-export PIP_CONSTRAINT
 RUN := .venv/bin/python
+PYTEST := -m pytest -n 2 --dist loadfile
+# Every package, transitive ones too, at the version that the tests passed with; a clone made in a year gets the same.
+LOCK := $(CURDIR)/requirements.lock
+# Of the two other environments; a CPU build of another torch: make test-newest TORCH=torch==X
+TORCH ?= torch==2.13.0
 
-.PHONY: demo test check bench env clean
+.PHONY: demo test check bench env lock test-newest test-lowest clean
 
 demo: .venv/ready
 	$(RUN) -m experiments run embedded.demo
@@ -12,7 +15,7 @@ demo: .venv/ready
 	$(RUN) -m analysis figure embedded.demo
 
 test: .venv/ready check
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(RUN) $(PYTEST)
 
 check: .venv/ready
 	.venv/bin/ruff check .
@@ -26,15 +29,48 @@ bench: .venv/ready
 
 env: .venv/ready
 
-.venv/ready: requirements.txt requirements-dev.txt requirements-embedded.txt pyproject.toml
+# A constraint rather than a list to install: a CPU build of torch asks for none of the CUDA packages that it pins.
+.venv/ready: requirements.txt requirements-dev.txt requirements-embedded.txt requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed; found $$($(PYTHON) --version). Set PYTHON=..."; exit 1; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "This Python cannot make environments: apt install python3-venv"; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(RUN) -m pip install --quiet --upgrade pip
-	$(RUN) -m pip install --quiet -r requirements.txt -r requirements-dev.txt
-	$(RUN) -m pip install --quiet --no-deps -r requirements-embedded.txt
+	PIP_CONSTRAINT=$(LOCK) $(RUN) -m pip install --quiet -r requirements.txt -r requirements-dev.txt
+	PIP_CONSTRAINT=$(LOCK) $(RUN) -m pip install --quiet --no-deps -r requirements-embedded.txt
 	@$(RUN) -c 'import pathlib, sysconfig; pathlib.Path(sysconfig.get_path("purelib"), "checkout.pth").write_text("$(CURDIR)\n")'
 	touch $@
 
+# What the embedded packages depend on is never installed, so it is not locked.
+lock: .venv-tools/bin/uv
+	$< pip compile --quiet --universal --upgrade --python-version 3.10 --no-annotate --custom-compile-command "make lock" \
+	  --constraint .ci/torch.txt requirements.txt requirements-dev.txt --output-file $(LOCK)
+	$< pip compile --quiet --universal --no-deps --python-version 3.10.11 --no-annotate --no-header \
+	  requirements-embedded.txt >> $(LOCK)
+
+test-newest: .venv-newest/ready
+	OMP_NUM_THREADS=1 $(<D)/bin/python $(PYTEST) $(ONLY)
+
+test-lowest: .venv-lowest/ready
+	OMP_NUM_THREADS=1 $(<D)/bin/python $(PYTEST) $(ONLY)
+
+.venv-newest/ready: requirements.txt requirements-dev.txt requirements-embedded.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet $(TORCH)
+	$(@D)/bin/python -m pip install --quiet -r requirements.txt -r requirements-dev.txt
+	$(@D)/bin/python -m pip install --quiet --no-deps -r requirements-embedded.txt
+	touch $@
+
+.venv-lowest/ready: requirements.txt requirements-dev.txt requirements-embedded.txt .venv-tools/bin/uv
+	$(PYTHON) -m venv $(@D)
+	.venv-tools/bin/uv pip compile --quiet --resolution lowest-direct --no-annotate --no-header \
+	  --python $(@D)/bin/python requirements.txt --output-file $(@D)/lowest.txt
+	$(@D)/bin/python -m pip install --quiet $(TORCH)
+	PIP_CONSTRAINT=$(@D)/lowest.txt $(@D)/bin/python -m pip install --quiet -r requirements.txt -r requirements-dev.txt
+	$(@D)/bin/python -m pip install --quiet --no-deps -r requirements-embedded.txt
+	touch $@
+
+.venv-tools/bin/uv:
+	$(PYTHON) -m venv .venv-tools
+	.venv-tools/bin/python -m pip install --quiet uv
+
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-newest .venv-lowest .venv-tools
