@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -30,13 +30,17 @@ STEP_TOKENS = 20  # decoding one token takes about as long as a prefill of so ma
 
 @dataclass(frozen=True)
 class Subject:
-    """The model under measurement, how to run it and where to keep its answers; nothing here moves a number."""
+    """The model under measurement, how to run it and where to keep its answers; nothing here moves a number.
+
+    `identity` tells the model from any other, as `models.identity` does.
+    """
 
     model: Any
     tokenizer: Tokenizer
     batch_size: int
     data_dir: Path | None
     place: accuracy.Place
+    identity: Mapping[str, str] = field(default_factory=dict)
 
 
 def measure(what: Any, subject: Subject, progress: Progress | None = None) -> Values:
@@ -47,6 +51,11 @@ def measure(what: Any, subject: Subject, progress: Progress | None = None) -> Va
 def work_tokens(what: Any) -> int:
     """Roughly how many tokens go through the model, for estimates of the time left."""
     return _kind(what).work(what)
+
+
+def code_of(what: Any) -> tuple[str, ...]:
+    """The modules that compute a measure."""
+    return _kind(what).code
 
 
 def corpora_of(what: Any) -> list[str]:
@@ -155,18 +164,19 @@ def _generation_work(what: Generation) -> int:
 
 @dataclass(frozen=True)
 class Kind:
-    """How a class of measures is taken, and its rough work in tokens."""
+    """How a class of measures is taken, its rough work in tokens, and the modules that compute it."""
 
     measure: Callable[[Any, Subject, Progress | None], Values]
     work: Callable[[Any], int]
+    code: tuple[str, ...]
 
 
 KINDS = {
-    Perplexity: Kind(_perplexity, _perplexity_work),
-    ZeroShot: Kind(_zero_shot, _zero_shot_work),
-    Efficiency: Kind(_efficiency, _efficiency_work),
-    Generation: Kind(_generation, _generation_work),
-    MaskPatterns: Kind(_mask_patterns, lambda what: 0),
+    Perplexity: Kind(_perplexity, _perplexity_work, ("eval.perplexity", "eval.intervals")),
+    ZeroShot: Kind(_zero_shot, _zero_shot_work, ("eval.zero_shot",)),
+    Efficiency: Kind(_efficiency, _efficiency_work, ("eval.efficiency", "eval.semi_structured")),
+    Generation: Kind(_generation, _generation_work, ("eval.generation",)),
+    MaskPatterns: Kind(_mask_patterns, lambda what: 0, ("eval.patterns",)),
 }
 
 

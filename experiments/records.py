@@ -69,7 +69,8 @@ class Record(_Stored):
     """One finished cell.
 
     `measures` is keyed by protocol key, `data` by corpus, `dense_gate` by the protocol keys that the dense model was
-    held against; `resumed` counts broken-off starts.
+    held against; `resumed` counts broken-off starts; `code` holds the digests of `code.of`, empty in records of an
+    earlier day.
     """
 
     suffix: ClassVar[str] = ".json"
@@ -80,6 +81,7 @@ class Record(_Stored):
     cost: Cost
     made_by: MadeBy
     resumed: int = 0
+    code: dict[str, Any] = Field(default_factory=dict)
 
 
 class Failure(_Stored):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from experiments import corpora, cost, measures, models, records
+from experiments import code, corpora, cost, measures, models, records
 from experiments.recovery import Retraining, schedule
 from experiments.spec import Run, digest
 
@@ -24,8 +24,15 @@ def unfinished(root: Path, table: str, id: str) -> Path:
 
 
 def begun(run: Run, id: str, table: str, settings: Settings) -> Path:
-    """The part of `unfinished` that was made as it would be made now."""
-    return unfinished(settings.root, table, id) / _origin(run, settings)
+    """The part of the pruning and retraining in `unfinished` that was made as it would be made now."""
+    made_by = {"method": code.method(run.method), "recovery": code.recovery(run.recovery)}
+    return unfinished(settings.root, table, id) / _origin(made_by, _trained_on(run), settings)
+
+
+def answers(run: Run, id: str, table: str, settings: Settings) -> Path:
+    """The part of the evaluation in `unfinished` that was made as it would be made now; a file names its model."""
+    made_by = [code.measure(what) for what in run.measures]
+    return unfinished(settings.root, table, id) / _origin({"measures": made_by}, [], settings)
 
 
 def steps(run: Run, id: str, table: str, settings: Settings) -> Path:
@@ -47,19 +54,20 @@ def tidy(root: Path, table: str, cells: Sequence[Cell]) -> None:
 def read_by(run: Run) -> list[str]:
     """The corpora that a cell reads, by name."""
     read = [name for what in run.measures for name in measures.corpora_of(what)]
-    if run.windows and run.calibrates:
-        read.append(run.windows.corpus)
-    if isinstance(run.recovery, Retraining):
-        read.append(run.recovery.text.corpus)
-    return list(dict.fromkeys(read))
+    return list(dict.fromkeys([*read, *_trained_on(run)]))
+
+
+def _trained_on(run: Run) -> list[str]:
+    calibration = [run.windows.corpus] if run.windows and run.calibrates else []
+    return [*calibration, *([run.recovery.text.corpus] if isinstance(run.recovery, Retraining) else [])]
 
 
 def _shared(whole: Run, identity: dict[str, Any]) -> str:
     return f"steps of {whole.id(identity)}"
 
 
-def _origin(run: Run, settings: Settings) -> str:
+def _origin(made_by: dict[str, Any], corpora_read: Sequence[str], settings: Settings) -> str:
     """What could make the finished part of a broken-off cell differ from the rest, beside the cell itself."""
-    data = {name: corpora.provenance(name, settings.data_dir) for name in read_by(run)}
-    where = {"device": cost.device_name(torch.device(settings.device or "cpu")), "torch": torch.__version__}
-    return digest({"data": data, "code": cost.commit(), **where})
+    data = {name: corpora.provenance(name, settings.data_dir) for name in corpora_read}
+    device = cost.device_name(torch.device(settings.device or "cpu"))
+    return digest({"data": data, "code": made_by, "device": device, "packages": code.packages()})

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 
 import pruners
+from eval.perplexity import token_sha256
 from experiments import (
     accuracy,
     cache,
+    code,
     corpora,
     cost,
     gate,
@@ -66,8 +68,8 @@ def execute(run: Run, table: str, settings: Settings, board: Board | None = None
         model, inner = models.load(run.model, run.dtype, settings.device)
     tokenizer = Tokenizer(digest(identity), inner)
     id = run.id(identity)
-    place = accuracy.Place(records.folder(settings.root, table) / id, resuming.unfinished(settings.root, table, id))
-    subject = measures.Subject(model, tokenizer, settings.batch_size, settings.data_dir, place)
+    place = accuracy.Place(records.folder(settings.root, table) / id, resuming.answers(run, id, table, settings))
+    subject = measures.Subject(model, tokenizer, settings.batch_size, settings.data_dir, place, identity)
     passed = _dense_gate(run, subject, settings, board, stages)
     begun = resuming.begun(run, id, table, settings)
     achieved = _prune(run, subject, settings, board, stages, begun / "pruned")
@@ -85,6 +87,7 @@ def execute(run: Run, table: str, settings: Settings, board: Board | None = None
         cost=records.Cost(seconds=stages.finished(), peak_bytes=cost.peak_bytes(model.device)),
         made_by=_made_by(run, model.device, settings),
         resumed=resumed,
+        code=code.of(run),
     )
 
 
@@ -116,7 +119,8 @@ def _prune(
         with stages("calibrate"):
             windows = tokens.calibration(run.windows, subject.tokenizer, settings.data_dir)
         size = windows.numel()
-    statistics = _statistics(run, model, windows, settings, board, stages)
+    key = _calibration_key(run, subject, windows)
+    statistics = _statistics(run, model, windows, key, settings, board, stages)
     prune = partial(
         pruners.prune,
         model,
@@ -131,7 +135,7 @@ def _prune(
     )
     with stages("prune"):
         if _retrains(run) and run.calibrates and isinstance(run.method, Unstructured):
-            report = pruned.shared(settings.root, _pruned_key(run, settings), model, run.method, prune)
+            report = pruned.shared(settings.root, {**key, "pruned": describe(run.method)}, model, run.method, prune)
         else:
             report = prune()
     told = report.to_dict()
@@ -180,31 +184,31 @@ def _held_out(kept_back: list[Any], subject: measures.Subject, board: Board, sta
     return {"loss": loss, "tokens": tokens, "records": len(kept_back)}
 
 
-def _calibration_key(run: Run, settings: Settings) -> dict[str, Any]:
-    assert run.windows is not None  # asked of runs that calibrate
+def _calibration_key(run: Run, subject: measures.Subject, windows: Any) -> dict[str, Any]:
+    """Everything that can move what a method makes of its calibration text: the text by its tokens, the code by its
+    source."""
     return {
-        "model": models.identity(run.model),
+        "model": subject.identity,
         "dtype": run.dtype,
-        "windows": asdict(run.windows),
-        "data": corpora.provenance(run.windows.corpus, settings.data_dir),
+        "windows": asdict(run.windows) if run.windows else None,
+        "tokens": None if windows is None else token_sha256(windows),
+        "code": code.method(run.method),
+        "packages": code.packages(),
     }
 
 
-def _pruned_key(run: Run, settings: Settings) -> dict[str, Any]:
-    return {**_calibration_key(run, settings), "pruned": describe(run.method), "code": cost.commit()}
-
-
 def _statistics(
-    run: Run, model: Any, windows: Any, settings: Settings, board: Board, stages: cost.Stages
+    run: Run, model: Any, windows: Any, key: dict[str, Any], settings: Settings, board: Board, stages: cost.Stages
 ) -> dict[str, torch.Tensor] | None:
     """The dense statistics that other cells share, from the cache or computed for it; None where there are none."""
     if run.method.statistics_key is None or run.windows is None:
         return None
-    key = {**_calibration_key(run, settings), "statistics": run.method.statistics_key}
     progress = board.stage("statistics", 3 * windows.numel())
     with stages("statistics"):
         return cache.statistics(
-            settings.root, key, lambda: pruners.gather(model, run.method, windows, progress=progress)
+            settings.root,
+            {**key, "statistics": run.method.statistics_key},
+            lambda: pruners.gather(model, run.method, windows, progress=progress),
         )
 
 
@@ -225,12 +229,13 @@ def _dense(
 ) -> dict[str, dict[str, Any]]:
     """The dense model's values, from the cache or measured on the model, which is not pruned yet."""
     key = {
-        "model": models.identity(run.model),
+        "model": subject.identity,
         "dtype": run.dtype,
         "device": cost.device_name(subject.model.device),
         "measure": describe(what),
-        "data": corpora.provenance(what.corpus, settings.data_dir),
-        "code": cost.commit(),
+        "tokens": token_sha256(tokens.stream(what.corpus, subject.tokenizer, settings.data_dir)),
+        "code": code.measure(what),
+        "packages": code.packages(),
     }
     progress = board.stage(f"dense {what.key}", measures.work_tokens(what))
     return gate.dense(settings.root, key, lambda: measures.measure(what, subject, progress))

@@ -1,0 +1,216 @@
+"""Digests of code: they change with what makes a number, in uncommitted and new files too, and with nothing else."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+from pathlib import Path
+
+import pytest
+import small_table as small
+
+import pruners
+from eval import perplexity as module_of_perplexity
+from experiments import cells, code, measures, records, recovery
+from experiments.batch import run_table
+from experiments.run import Settings
+from experiments.spec import Efficiency, Generation, MaskPatterns, Perplexity, Run, Table, ZeroShot
+from pruners.calibrate import Moments
+from pruners.retrain import Reconstruction, Trainable
+from pruners.unstructured import Unstructured
+
+ROOT = Path(__file__).resolve().parents[1]
+METHODS = {
+    **{name: kind() for name, kind in pruners.METHODS.items() if issubclass(kind, Unstructured)},
+    **{name: kind(ratio=0.2) for name, kind in pruners.METHODS.items() if not issubclass(kind, Unstructured)},
+}
+MEASURES = (
+    Perplexity("ptb/test", 64, 4), ZeroShot(None, (("piqa", "acc"),)), Efficiency(), Generation(), MaskPatterns(),
+)  # fmt: skip
+RECOVERIES = {"retraining": recovery.POST_TRAINING, "reconstruction": Reconstruction(Trainable(norms=True))}
+needs_model = pytest.mark.skipif(not small.MODEL.is_dir(), reason=f"{small.MODEL} is absent")
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch) -> Path:
+    """A copy of the code that a test may edit; digests are taken of it."""
+    for package in code.PACKAGES:
+        shutil.copytree(ROOT / package, tmp_path / "tree" / package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(code, "folder", lambda package: tmp_path / "tree" / package)
+    forget()
+    yield tmp_path / "tree"
+    forget()
+
+
+def forget() -> None:
+    """As another process, which has read nothing yet."""
+    for remembered in (code._imports, code._path, code._text, code._source):
+        remembered.cache_clear()
+
+
+def digests() -> dict[str, str | None]:
+    forget()
+    return {
+        **{name: code.method(method) for name, method in METHODS.items()},
+        **{name: code.recovery(thing) for name, thing in RECOVERIES.items()},
+        **{type(what).__name__: code.measure(what) for what in MEASURES},
+    }
+
+
+def edit(path: Path, old: str, new: str) -> set[str]:
+    """What an edit moves, by name."""
+    before = digests()
+    small.edit(path, old, new)
+    after = digests()
+    return {name for name in before if before[name] != after[name]}
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "moved"),
+    [
+        ("pruners/flap.py", "return ", "return -1 * ", {"flap"}),
+        ("pruners/wanda.py", "* x.norm", "/ x.norm", {"wanda"}),
+        ("pruners/gblm.py", "gradient.abs_()", "gradient", {"gblm", "gradient"}),
+        ("pruners/magnitude.py", ".abs()", "", {"magnitude", "wanda"}),
+        ("pruners/whole_model.py", "return ", "return 1 + ", {"llm_pruner"}),
+        ("pruners/retrain/fused.py", "import torch\n", "import torch as t\n", {"retraining", "reconstruction"}),
+        ("pruners/retrain/held_out.py", "return ", "return 1 + ", {"retraining"}),
+        ("pruners/retrain/cycles.py", "return ", "return 1 + ", set()),
+        ("eval/perplexity.py", ".mean(1)", ".sum(1)", {"Perplexity"}),
+        ("eval/latency.py", "return ", "return 1 + ", {"Efficiency", "Generation"}),
+        ("eval/answers.py", "return ", "return 1 + ", {"ZeroShot"}),
+        ("pruners/calibrate.py", "return ", "return 1 + ", {*METHODS, *RECOVERIES}),
+        ("pruners/__init__.py", "with torch.no_grad():", "if True:", set(METHODS)),
+        ("pruners/__init__.py", "METHODS: dict", "MORE = 1\nMETHODS: dict", set()),
+    ],
+)
+def test_an_edit_moves_what_is_made_of_it_and_nothing_else(tree, file, old, new, moved):
+    assert edit(tree / file, old, new) == moved
+
+
+def test_a_package_that_forgets_a_module_would_be_noticed(tree):
+    reached = {name for what in MEASURES for name in code._reached(measures.code_of(what))}
+    assert reached == {f"eval.{path.stem}" for path in (tree / "eval").glob("*.py") if path.stem != "__init__"}
+    of_methods = {name for method in METHODS.values() for name in code._classes(type(method))}
+    expected = {f"pruners.{path.stem}" for path in (tree / "pruners").glob("*.py")}
+    assert expected - of_methods == {"pruners.__init__", "pruners.checkpoint"}
+
+
+def test_comments_docstrings_and_blank_lines_do_not_count(tree):
+    assert edit(tree / "pruners/wanda.py", "return weight", "# why\n\n    return weight") == set()
+    assert edit(tree / "pruners/wanda.py", '"""Wanda: ', '"""Wanda was ') == set()
+    assert edit(tree / "pruners/wanda.py", "x.norm", '(x.norm + len("#"))') == {"wanda"}
+    assert edit(tree / "pruners/wanda.py", '"#"', '"##"') == {"wanda"}
+
+
+def test_a_new_file_counts_from_its_first_line(tree):
+    (tree / "pruners/helper.py").write_text("FACTOR = 2\n")
+    small.edit(tree / "pruners/wanda.py", "from jaxtyping", "from pruners import helper\nfrom jaxtyping")
+    assert edit(tree / "pruners/helper.py", "2", "3") == {"wanda"}
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["import pruners.wanda", "import pruners\nX = pruners.Wanda", "from pruners import Wanda as W",
+     "from pruners import *", "import pruners as p\nX = p.wanda.score"],
+)  # fmt: skip
+def test_a_method_elsewhere_is_followed_into_our_code(tree, tmp_path, line, monkeypatch):
+    path = tmp_path / f"{tmp_path.name}.py"  # a name that no other test has imported
+    path.write_text(f"{line}\nfrom dataclasses import dataclass\n@dataclass\nclass Mine: ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    mine = importlib.import_module(path.stem).Mine()
+    before = code.method(mine)
+    assert code.method(mine) == before
+    small.edit(tree / "pruners/wanda.py", "* x.norm", "/ x.norm")
+    forget()
+    moved = code.method(mine)
+    small.edit(path, "...", "pass")
+    assert len({before, moved, code.method(mine)}) == 3
+
+
+def test_a_class_without_source_shares_nothing():
+    made = type("Made", (), {"__module__": "nowhere"})
+    assert code.method(made()) != code.method(made())
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return small.data(tmp_path_factory.mktemp("data"))
+
+
+def value(root: Path, data: Path, table: Table) -> float:
+    """The perplexity of its only cell, made now."""
+    shutil.rmtree(root / "runs", ignore_errors=True)
+    outcome = run_table(table.name, cells.cells(table.runs()), Settings(root, data_dir=data))
+    assert len(outcome.done) == 1
+    (record,) = records.load(root, table.name).values()
+    return record.measures[small.PPL.key]["perplexity"]
+
+
+@needs_model
+def test_statistics_do_not_outlive_the_formula_that_made_them(tree, tmp_path, data, monkeypatch):
+    table = small.table((pruners.Flap(ratio=0.3),))
+    before = value(tmp_path / "r", data, table)
+    variance = Moments.variance.fget
+    monkeypatch.setattr(Moments, "variance", property(lambda self: -variance(self)))
+    assert value(tmp_path / "r", data, table) == before  # the file says nothing of it: the cache is believed
+    small.edit(tree / "pruners/calibrate.py", "return ", "return - ")
+    forget()
+    after = value(tmp_path / "r", data, table)
+    assert after != before
+    assert after == value(tmp_path / "fresh", data, table)
+
+
+@needs_model
+def test_pruned_weights_do_not_outlive_the_formula_that_made_them(tree, tmp_path, data, monkeypatch):
+    before = value(tmp_path / "r", data, small.retrained())
+    monkeypatch.setattr(pruners.Wanda, "score", lambda self, name, weight, x, dense: -weight.abs() * x.norm)
+    assert value(tmp_path / "r", data, small.retrained()) == before
+    small.edit(tree / "pruners/wanda.py", "* x.norm", "* -x.norm")
+    forget()
+    after = value(tmp_path / "r", data, small.retrained())
+    assert after != before
+    assert after == value(tmp_path / "fresh", data, small.retrained())
+
+
+@needs_model
+def test_dense_values_do_not_outlive_the_measure_that_made_them(tree, tmp_path, data, monkeypatch):
+    before = value(tmp_path, data, small.table((None,)))
+    nll = module_of_perplexity._nll
+    monkeypatch.setattr(module_of_perplexity, "_nll", lambda *arguments: 2 * nll(*arguments))
+    assert value(tmp_path, data, small.table((None,))) == before
+    small.edit(tree / "eval/perplexity.py", ".mean(1)", ".mean(1) * 2")
+    forget()
+    assert value(tmp_path, data, small.table((None,))) == pytest.approx(before**2)
+
+
+@needs_model
+def test_a_record_says_of_which_code_it_is(tmp_path, data):
+    table = small.table((pruners.Wanda(sparsity=0.5),))
+    value(tmp_path, data, table)
+    (record,) = records.load(tmp_path, table.name).values()
+    (run,) = table.runs()
+    assert record.code == {"method": code.method(run.method), "recovery": None, "measures": {
+        small.PPL.key: code.measure(small.PPL)}}  # fmt: skip
+    assert code.made_by(record.code, run) == "same"
+    assert code.made_by({**record.code, "method": "0" * 16}, run) == "other"
+    assert code.made_by({}, run) == "unknown"
+
+
+def test_unfinished_work_of_other_code_is_left_alone(tree, tmp_path):
+    from experiments import resuming
+
+    run, settings = Run(str(small.MODEL), pruners.Magnitude(sparsity=0.5), None, (small.PPL,)), Settings(tmp_path)
+    places = []
+    for file, old, new in (
+        ("pruners/flap.py", "return ", "return -1 * "),
+        ("pruners/magnitude.py", ".abs()", ""),
+        ("eval/perplexity.py", ".mean(1)", ".sum(1)"),
+    ):
+        places.append((resuming.begun(run, "id", "tiny", settings), resuming.answers(run, "id", "tiny", settings)))
+        small.edit(tree / file, old, new)
+        forget()
+    places.append((resuming.begun(run, "id", "tiny", settings), resuming.answers(run, "id", "tiny", settings)))
+    pruned, answers = zip(*places, strict=True)
+    assert [pruned[0] == place for place in pruned] == [True, True, False, False]
+    assert [answers[0] == place for place in answers] == [True, True, True, False]
