@@ -140,7 +140,7 @@ class PrunedModel(nn.Module):
             resize(linear, out_features, in_features)
             block.set_submodule(name, linear)
             if not linear.weight.is_meta:  # made anew after the dense class drew its weights
-                self._init_weights(linear)
+                self._init_weights(linear)  # type: ignore[operator]
                 if linear.bias is not None and not had_bias:  # the dense class has no rule for a bias it has not
                     nn.init.normal_(linear.bias, std=config.initializer_range)
         settle(block, self.output.removeprefix("self_attn."), heads, kv_heads, config.head_dim, channels)
@@ -148,7 +148,7 @@ class PrunedModel(nn.Module):
     @classmethod
     def _can_set_attn_implementation(cls):
         """As the dense class, whose attention this is; transformers looks for it in the class's own file."""
-        return cls.__bases__[-1]._can_set_attn_implementation()
+        return cls.__bases__[-1]._can_set_attn_implementation()  # type: ignore[attr-defined]
 
     @classmethod
     def from_pretrained(cls, folder, *args, output_loading_info=False, **kwargs):
