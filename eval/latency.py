@@ -98,12 +98,13 @@ def _prefill(model: PreTrainedModel, prompt: torch.Tensor) -> tuple[float, Any]:
 def _decode(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int) -> float:
     """Seconds of one step, averaged over `new_tokens` greedy ones."""
     state = _prefill(model, prompt)[1]
+    cache = "cache" if "cache" in state else "past_key_values"  # its name before transformers 5.24
 
     def steps() -> None:
         output = state
         for _ in range(new_tokens):
             token = output.logits[:, -1:].argmax(-1)
-            output = model(token, past_key_values=output.past_key_values, use_cache=True)
+            output = model(token, use_cache=True, **{cache: output[cache]})
 
     return timed(steps, model.device)[0] / new_tokens
 
