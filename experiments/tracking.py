@@ -5,7 +5,11 @@ Without an account, WANDB_MODE=offline keeps everything under results/wandb; `wa
 
 from __future__ import annotations
 
+import os
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +27,10 @@ PATIENCE_SECONDS = 60  # for the service to start or to take what is left; the c
 
 
 class Wandb(Watcher):
-    """Needs what `wandb login` or the environment says; see `Watchers` for what happens where that is missing."""
+    """Needs what `wandb login` or the environment says, and never asks for it; a `ValueError` says what is missing.
+
+    See `Watchers` for how the cells then go on.
+    """
 
     def __init__(self, project: str, table: str, root: Path) -> None:
         self.project, self.table, self.folder = project, table, root
@@ -33,17 +40,24 @@ class Wandb(Watcher):
     def started(self, cell: Cell, resumed: int) -> None:
         self._close(exit_code=1)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.run = wandb.init(
-            project=self.project,
-            group=self.table,
-            name=cell.label,
-            job_type="cell",
-            dir=self.folder,
-            config={"cell": cell.id, "table": self.table, "resumed": resumed, **cell.run.spec()},
-            settings=wandb.Settings(
-                silent=True, console="off", init_timeout=PATIENCE_SECONDS, finish_timeout=PATIENCE_SECONDS
-            ),
-        )
+        try:
+            with _nobody_to_ask():
+                self.run = wandb.init(
+                    project=self.project,
+                    group=self.table,
+                    name=cell.label,
+                    job_type="cell",
+                    dir=self.folder,
+                    config={"cell": cell.id, "table": self.table, "resumed": resumed, **cell.run.spec()},
+                    settings=wandb.Settings(
+                        silent=True, console="off", init_timeout=PATIENCE_SECONDS, finish_timeout=PATIENCE_SECONDS
+                    ),
+                )
+        except wandb.errors.UsageError as error:
+            raise ValueError(
+                f"Weights & Biases did not start ({str(error).rstrip('.')}); run `wandb login`, set WANDB_API_KEY, or "
+                "keep its runs on this disk with WANDB_MODE=offline."
+            ) from error
 
     def stage(self, name: str) -> None:
         self.name, self.sent = name, 0.0
@@ -71,6 +85,17 @@ class Wandb(Watcher):
         if self.run:
             self.run.finish(exit_code=exit_code)
         self.run = None
+
+
+@contextmanager
+def _nobody_to_ask() -> Iterator[None]:
+    """Without a terminal at standard input wandb refuses where it would wait for an answer, which may never come."""
+    asked = sys.stdin
+    with open(os.devnull, encoding="utf-8") as sys.stdin:
+        try:
+            yield
+        finally:
+            sys.stdin = asked
 
 
 def _numbers(record: Record) -> dict[str, float]:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import pty
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -53,8 +58,36 @@ def test_a_tracker_that_cannot_start_fails_no_cell(tmp_path, data, monkeypatch, 
     monkeypatch.setattr(wandb, "init", lambda **_: (_ for _ in ()).throw(wandb.errors.UsageError("no API key")))
     assert len(run(tmp_path, data, Wandb("demo", "tiny", tmp_path), methods=METHODS[:2]).done) == 2
     assert [record.message for record in caplog.records] == [
-        "Wandb is out of service, cells go on: UsageError: no API key"
+        "Wandb is out of service, cells go on: Weights & Biases did not start (no API key); run `wandb login`, set "
+        "WANDB_API_KEY, or keep its runs on this disk with WANDB_MODE=offline."
     ]
+
+
+@contextmanager
+def terminal(monkeypatch) -> Iterator[None]:
+    """Standard streams on a terminal where 3, "Don't visualize my results", is typed ahead: a question goes by unseen."""
+    keys, screen = pty.openpty()
+    os.write(keys, b"3\n" * 9)
+    with os.fdopen(screen, "r") as reading, os.fdopen(os.dup(screen), "w") as writing, monkeypatch.context() as streams:
+        for name, stream in {"stdin": reading, "stdout": writing, "stderr": writing}.items():
+            streams.setattr(sys, name, stream)
+        yield
+    os.close(keys)
+
+
+def test_on_a_terminal_without_a_login_nothing_is_asked(tmp_path, monkeypatch):
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("NETRC", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    monkeypatch.setenv("TERM", "xterm")
+    wandb.teardown()
+    (cell,) = cells.cells(small.table(METHODS[:1]).runs())
+    with terminal(monkeypatch):
+        keyboard = sys.stdin
+        with pytest.raises(ValueError, match="did not start .* run `wandb login`, set WANDB_API_KEY"):
+            Wandb("demo", "tiny", tmp_path).started(cell, 0)
+        assert sys.stdin is keyboard
 
 
 def test_a_watcher_that_breaks_is_told_nothing_more_and_the_others_are(caplog):
