@@ -65,7 +65,7 @@ def test_a_tracker_that_cannot_start_fails_no_cell(tmp_path, data, monkeypatch, 
 
 @contextmanager
 def terminal(monkeypatch) -> Iterator[None]:
-    """Standard streams on a terminal where 3, "Don't visualize my results", is typed ahead: a question goes by unseen."""
+    """Standard streams on a terminal where 3, "Don't visualize my results", is typed ahead, so a question goes by."""
     keys, screen = pty.openpty()
     os.write(keys, b"3\n" * 9)
     with os.fdopen(screen, "r") as reading, os.fdopen(os.dup(screen), "w") as writing, monkeypatch.context() as streams:
@@ -85,7 +85,7 @@ def test_on_a_terminal_without_a_login_nothing_is_asked(tmp_path, monkeypatch):
     (cell,) = cells.cells(small.table(METHODS[:1]).runs())
     with terminal(monkeypatch):
         keyboard = sys.stdin
-        with pytest.raises(ValueError, match="did not start .* run `wandb login`, set WANDB_API_KEY"):
+        with pytest.raises(ValueError, match=r"did not start .* run `wandb login`, set WANDB_API_KEY"):
             Wandb("demo", "tiny", tmp_path).started(cell, 0)
         assert sys.stdin is keyboard
 
