@@ -24,6 +24,8 @@ from experiments import arguments
 if TYPE_CHECKING:
     from analysis.rows import Row
 
+MEASURED = ("perplexity", "masks")  # kinds of figure that show one protocol
+
 
 def main(words: Sequence[str] | None = None) -> int:
     """The exit status."""
@@ -31,18 +33,22 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="python -m analysis", description=(__doc__ or "").splitlines()[0])
+    top = arguments.Parser(prog="python -m analysis", description=(__doc__ or "").splitlines()[0])
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     table = commands.add_parser("table", help="print Markdown; write .md, .csv and .tex under the results folder")
     table.set_defaults(command=_table)
     figure = commands.add_parser("figure", help="perplexity by method, as .svg and .png under the results folder")
     figure.set_defaults(command=_figure)
-    figure.add_argument("--measure", metavar="KEY", help="the protocol key to show, where several were measured")
+    figure.add_argument(
+        "--measure", type=arguments.word, metavar="KEY", help="the protocol key to show, where several were measured"
+    )
     kinds = ("perplexity", "sparsity", "paper", "cost", "kept", "losses", "parameters", "steps", "masks")
     figure.add_argument("--kind", choices=kinds, default=kinds[0], help="default: perplexity by method")
     compare = commands.add_parser("compare", help="every cell against one of them, paired, with intervals and tests")
     compare.set_defaults(command=_compare)
-    compare.add_argument("--baseline", metavar="LABEL", help="the cell to compare with (default: the dense model)")
+    compare.add_argument(
+        "--baseline", type=arguments.word, metavar="LABEL", help="the cell to compare with (default: the dense model)"
+    )
     generation = commands.add_parser("generation", help="what the models write, side by side")
     generation.set_defaults(command=_generation)
     speed = commands.add_parser("speed", help="prefill and decode at every batch size and length")
@@ -57,7 +63,9 @@ def parser() -> argparse.ArgumentParser:
         arguments.add_table(command)
     frame = commands.add_parser("frame", help="every record of several results folders as one tidy table")
     frame.set_defaults(command=_frame)
-    frame.add_argument("--out", type=Path, metavar="FILE", help="a .csv or .parquet file (default: CSV to the screen)")
+    frame.add_argument(
+        "--out", type=arguments.path, metavar="FILE", help="a .csv or .parquet file (default: CSV to the screen)"
+    )
     for command in commands.choices.values():
         several = {"nargs": "+", "default": [Path("results")]} if command is frame else {"default": Path("results")}
         command.add_argument("--results", type=_folder, metavar="DIR", help="default: results", **several)
@@ -66,9 +74,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _folder(text: str) -> Path:
-    if not Path(text).is_dir():
+    folder = arguments.path(text)
+    if not folder.is_dir():
         raise argparse.ArgumentTypeError(f"{text} is no folder; name the one that the cells were run with")
-    return Path(text)
+    return folder
 
 
 def _table(asked: argparse.Namespace) -> None:
@@ -76,15 +85,19 @@ def _table(asked: argparse.Namespace) -> None:
     from experiments.tables import find
 
     table, made = find(asked.table), _rows(asked)
-    paths = written.write(table, made, asked.results / _stem(asked))
-    print(written.markdown(table, made))
+    again = arguments.same_cells(asked)
+    paths = written.write(table, made, asked.results / _stem(asked), again)
+    print(written.markdown(table, made, again))
     print(f"Written: {', '.join(map(str, paths))}", file=sys.stderr)
 
 
 def _figure(asked: argparse.Namespace) -> None:
     from analysis import charts, figures, inside, patterns, verdicts
     from experiments.tables import find
+    from pruners.suggest import UsageError
 
+    if asked.measure and asked.kind not in MEASURED:
+        raise UsageError(f"--measure chooses among {' and '.join(MEASURED)}; --kind {asked.kind} draws what it finds.")
     table, made, path = find(asked.table), _rows(asked), asked.results / _stem(asked)
     draw = {
         "perplexity": lambda: figures.perplexity(table, made, asked.measure),
@@ -151,6 +164,8 @@ def _readme(asked: argparse.Namespace) -> None:
 def _frame(asked: argparse.Namespace) -> None:
     from analysis import tidy
 
+    if asked.out is not None:
+        tidy.refuse_ending(asked.out)
     made = tidy.frame(*asked.results)
     if asked.out is None:
         print(made.to_csv(index=False), end="")
@@ -171,6 +186,7 @@ def _rows(asked: argparse.Namespace) -> list[Row]:
     from analysis.rows import rows
     from experiments.tables import find
 
+    arguments.refuse_unknown(asked.tasks)
     return rows(find(asked.table), asked.results, asked.model, asked.dtype, asked.limit, asked.tasks)
 
 

@@ -20,7 +20,7 @@ from eval.answers import read_samples
 from eval.intervals import Interval, holm, mcnemar, mean_difference, perplexity_difference
 from experiments import records
 from experiments.spec import Perplexity, Table, ZeroShot
-from pruners.suggest import unknown
+from pruners.suggest import UsageError, unknown
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,13 @@ class TaskTest:
 
 
 def baselines(rows: Sequence[Row], label: str | None = None) -> dict[str, Row]:
-    """By model the row of that label, by default the dense one; LookupError where none has a record."""
+    """By model the row of that label, by default the dense one; UsageError where none has a record."""
     named = [row for row in rows if (row.is_dense if label is None else row.label.lower() == label.lower())]
     if not named:
-        raise LookupError(unknown("baseline", label or "Dense", [row.label for row in rows]))
+        raise UsageError(unknown("baseline", label or "Dense", [row.label for row in rows]))
     found = {row.run.model: row for row in named if row.record}
     if not found:
-        raise LookupError(
+        raise UsageError(
             f"{named[0].label} has no record yet, so nothing can be compared with it; run that cell first."
         )
     return found
@@ -51,7 +51,7 @@ def baselines(rows: Sequence[Row], label: str | None = None) -> dict[str, Row]:
 def page(table: Table, rows: Sequence[Row], against: Mapping[str, Row], root: Path) -> str:
     """Markdown of the differences and the tests.
 
-    Raises LookupError where no other row was measured, ValueError where two rows were measured on other texts or a
+    Raises UsageError where no other row was measured, ValueError where two rows were measured on other texts or a
     file of answers is not the one of its record.
     """
     columns(rows)  # refuses other texts under one key
@@ -101,7 +101,7 @@ def _pairs(rows: Sequence[Row], against: Mapping[str, Row]) -> list[Pair]:
     found = [(row, against[row.run.model]) for row in rows if row.record and row.run.model in against]
     found = [(row, base) for row, base in found if row is not base]
     if not found:
-        raise LookupError("No other cell of the table has a record, so there is nothing to compare.")
+        raise UsageError("No other cell of the table has a record, so there is nothing to compare.")
     return found
 
 

@@ -19,7 +19,7 @@ from analysis.rows import Row, keys
 from eval.intervals import half_width
 from experiments import files
 from experiments.spec import Table
-from pruners.suggest import unknown
+from pruners.suggest import UsageError, unknown
 
 # Okabe and Ito's colours, told apart by colour-blind readers; markers and lines tell them apart in grey print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -59,7 +59,7 @@ def perplexity(table: Table, rows: Sequence[Row], key: str | None = None) -> Fig
     """Methods downwards, perplexity to the right; a panel per model, its dense perplexity as a line.
 
     Settings have their own colour and marker; several seeds are one mark at their mean.  Raises ValueError if several
-    protocol keys were measured and none is asked for, LookupError for a key that nobody measured.
+    protocol keys were measured and none is asked for, UsageError for a key that nobody measured.
     """
     key = one_key(rows, key, "perplexity")
     found = _points([row for row in rows if row.measure(key)], key)
@@ -134,12 +134,12 @@ def save(figure: Figure, path: Path) -> list[Path]:
 
 
 def one_key(rows: Sequence[Row], key: str | None, quantity: str) -> str:
-    """The protocol key to show; ValueError where none was measured or one must be chosen, LookupError if unknown."""
+    """The protocol key to show; ValueError where none was measured or one must be chosen, UsageError if unknown."""
     known = [k for k in keys(rows) if any(quantity in (row.measure(k) or {}) for row in rows)]
     if not known:
         raise UndrawableError(f"No {quantity} in any record, so there is nothing to draw.")
     if key is not None and key not in known:
-        raise LookupError(unknown("protocol key", key, known))
+        raise UsageError(unknown("protocol key", key, known))
     if key is None and len(known) > 1:
         raise ValueError(f"A figure shows one protocol; choose with --measure one of: {', '.join(known)}.")
     return key or known[0]

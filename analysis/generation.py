@@ -10,12 +10,13 @@ import pandas as pd
 
 from analysis.rows import Row
 from experiments.spec import Generation
+from pruners.suggest import UsageError
 
 NUMBERS = ("distinct_1", "distinct_2", "repeated_4")
 
 
 def continuations(rows: Sequence[Row]) -> dict[str, list[dict[str, Any]]]:
-    """Each measured cell's continuations by its label; LookupError where the table measured none."""
+    """Each measured cell's continuations by its label; UsageError where the table measured none."""
     found = {
         row.label: measured["continuations"]
         for row in rows
@@ -23,7 +24,7 @@ def continuations(rows: Sequence[Row]) -> dict[str, list[dict[str, Any]]]:
         if isinstance(what, Generation) and (measured := row.measure(what.key))
     }
     if not found:
-        raise LookupError("No cell of this table was asked to write; `Generation()` among a run's measures does so.")
+        raise UsageError("No cell of this table was asked to write; `Generation()` among a run's measures does so.")
     return found
 
 

@@ -16,8 +16,8 @@ def title(table: Table, rows: Sequence[Row]) -> str:
     return f"{table.title}: {', '.join(dict.fromkeys(Path(row.run.model).name for row in rows))}"
 
 
-def notes(table: Table, rows: Sequence[Row]) -> list[str]:
-    """One sentence a note, plain text."""
+def notes(table: Table, rows: Sequence[Row], again: str = "") -> list[str]:
+    """One sentence a note, plain text; `again` are the arguments of `python -m experiments run` for the same cells."""
     done = [row.record for row in rows if row.record]
     return [
         *(_protocol(key, rows) for key in keys(rows) if any("perplexity" in (row.measure(key) or {}) for row in rows)),
@@ -26,7 +26,7 @@ def notes(table: Table, rows: Sequence[Row]) -> list[str]:
         *_distinct(_origin(record) for record in done),
         *_distinct(f"{name} was only a part of the data set." for row in rows for name in row.partial),
         *(f"{row.label} failed: {row.failure.message}" for row in rows if row.failure and not row.record),
-        *_missing(table, rows),
+        *_missing(rows, again or table.name),
     ]
 
 
@@ -58,9 +58,9 @@ def _origin(record: Record) -> str:
     return f"{model} in {made.dtype} on {made.device}, {commit}, torch {made.packages['torch']}."
 
 
-def _missing(table: Table, rows: Sequence[Row]) -> list[str]:
+def _missing(rows: Sequence[Row], again: str) -> list[str]:
     missing = sum(row.state == "missing" for row in rows)
-    return [f"{missing} of {len(rows)} cells are missing: python -m experiments run {table.name}"] if missing else []
+    return [f"{missing} of {len(rows)} cells are missing: python -m experiments run {again}"] if missing else []
 
 
 def _distinct(sentences: Iterable[str | None]) -> list[str]:

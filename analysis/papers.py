@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from pruners.suggest import unknown
+from pruners.suggest import UsageError, unknown
 
 FOLDER = Path(__file__).parent / "published"
 Key = tuple[str, str, str, str, str]
@@ -59,10 +59,10 @@ def papers() -> list[str]:
 
 @lru_cache
 def read(paper: str, folder: Path = FOLDER) -> tuple[Published, ...]:
-    """Every published cell of a paper; LookupError for an unknown paper, ValueError for a table that is not tidy."""
+    """Every published cell of a paper; UsageError for an unknown paper, ValueError for a table that is not tidy."""
     path = folder / f"{paper}.csv"
     if not path.exists():
-        raise LookupError(unknown("paper", paper, sorted(found.stem for found in folder.glob("*.csv"))))
+        raise UsageError(unknown("paper", paper, sorted(found.stem for found in folder.glob("*.csv"))))
     frame = pd.read_csv(path, keep_default_na=False, na_values={"value": [""], "rounding": [""]})
     if odd := [name for name in [*frame.columns, *COLUMNS] if (name in COLUMNS) != (name in frame.columns)]:
         raise ValueError(f"{path} has other columns than published values have ({', '.join(odd)}); make it again.")
@@ -72,7 +72,7 @@ def read(paper: str, folder: Path = FOLDER) -> tuple[Published, ...]:
 
 
 def of(places: str | None) -> list[Published]:
-    """The cells of a table's `published`, e.g. `wanda: table 23, table 24`; LookupError for a table nobody printed."""
+    """The cells of a table's `published`, e.g. `wanda: table 23, table 24`; UsageError for a table nobody printed."""
     if not places:
         return []
     paper, _, named = places.partition(": ")
@@ -80,7 +80,7 @@ def of(places: str | None) -> list[Published]:
     asked = named.split(", ")
     for table in asked:
         if table not in known:
-            raise LookupError(unknown(f"table of {paper}", table, known))
+            raise UsageError(unknown(f"table of {paper}", table, known))
     return [cell for cell in read(paper) if cell.table in asked]
 
 

@@ -30,7 +30,7 @@ def masks(table: Table, rows: Sequence[Row], key: str | None = None) -> Figure:
     """A line a method and setting, a column a matrix, one scale of grey; of several seeds the first.
 
     Maps are squares whatever the shape of their matrix.  Raises ValueError where no mask was recorded or several blocks
-    were and none is asked for, LookupError for a key that nobody measured.
+    were and none is asked for, UsageError for a key that nobody measured.
     """
     key = one_key(rows, key, "maps")
     told = _told(rows, key)

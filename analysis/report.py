@@ -19,9 +19,10 @@ from matplotlib.figure import Figure
 
 from analysis import charts, claims, figures, inside, origins, patterns, summary, tables, unmatched, verdicts
 from analysis.notes import notes, title
-from analysis.rows import Row, keys, rows
+from analysis.rows import NoRecordsError, Row, keys, rows
 from analysis.summary import Pivot, Verdict
 from analysis.verdicts import Cell
+from experiments import arguments
 from experiments import tables as declared
 from experiments.spec import Table
 
@@ -65,10 +66,10 @@ class Grid:
 
 
 def html(root: Path) -> str:
-    """The page; LookupError where there is no record at all."""
+    """The page; NoRecordsError where there is no record at all."""
     sections = [section for table in declared.TABLES.values() if (section := _section(table, root))]
     if not sections:
-        raise LookupError(f"No record of any table under {root}. Run `python -m experiments run TABLE` first.")
+        raise NoRecordsError(f"No record of any table under {root}. Run `python -m experiments run TABLE` first.")
     judged = sorted(summary.judged(claims.CLAIMS, root), key=lambda one: not one.ours.of)  # stable: answered ones first
     shown = {section.name for section in sections}
     return _environment().get_template(TEMPLATE).render(
@@ -93,7 +94,7 @@ def _environment() -> Environment:
 def _section(table: Table, root: Path) -> Section | None:
     try:
         made = rows(table, root)
-    except LookupError:  # never run
+    except NoRecordsError:
         return None
     found = verdicts.cells(table, made)
     return Section(
@@ -106,7 +107,7 @@ def _section(table: Table, root: Path) -> Section | None:
         claims=[],
         beside=_grid(verdicts.text(found), [origins.ids(cell.rows) for cell in found]) if table.published else None,
         own=_grid(tables.text(made), [origins.ids([row]) for row in made]),
-        notes=notes(table, made),
+        notes=notes(table, made, arguments.selection(table.name, root)),
         figures=list(_figures(table, made, found)),
         made=made,
     )

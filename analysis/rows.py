@@ -9,16 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments import records, tables
+from experiments import arguments, records, tables
 from experiments.catalogue import CATALOGUE
 from experiments.fingerprints import fingerprint
 from experiments.labels import full, labels
 from experiments.records import Failure, Record
 from experiments.spec import Run, Table, digest
+from pruners.suggest import UsageError
 
 logger = logging.getLogger(__name__)
 
 COST = "cost"
+
+
+class NoRecordsError(UsageError):
+    """No cell of a table was ever run as asked."""
 
 
 @dataclass(frozen=True)
@@ -78,10 +83,11 @@ def rows(
     limit: int | None = None,
     tasks: Sequence[str] = (),
 ) -> list[Row]:
-    """One row per declared cell, in the table's order; raises LookupError if none was ever run."""
+    """One row per declared cell, in the table's order; raises NoRecordsError if none was ever run."""
     made = declared(table, root, tables.runs(table, model, dtype, limit, tasks))
     if all(row.state == "missing" for row in made):
-        raise LookupError(_nothing(table, root, [row.run for row in made]))
+        again = arguments.selection(table.name, root, model, dtype, limit, tasks)
+        raise NoRecordsError(_nothing(table, root, [row.run for row in made], again))
     return made
 
 
@@ -139,7 +145,7 @@ def stable_key(spec: dict[str, Any]) -> str:
     return digest({**spec, "model": Path(spec["model"]["name"]).name})
 
 
-def _nothing(table: Table, root: Path, runs: list[Run]) -> str:
+def _nothing(table: Table, root: Path, runs: list[Run], again: str) -> str:
     if table.missing:
         return f"{table.name} has no records and cannot run yet. It needs {table.missing}."
     asked = ", ".join(sorted({_protocol(run.spec(), [m.key for m in run.measures]) for run in runs}))
@@ -148,7 +154,7 @@ def _nothing(table: Table, root: Path, runs: list[Run]) -> str:
     hint = f" Its records there are of {'; '.join(other)}." if other else ""
     return (
         f"No record of {table.name} for {asked} under {records.folder(root, table.name)}.{hint} "
-        f"Run `python -m experiments run {table.name}`, or name another --results, --model or --dtype."
+        f"Run `python -m experiments run {again}`, or name another --results, --model or --dtype."
     )
 
 

@@ -11,13 +11,14 @@ from analysis.measured_notes import notes
 from analysis.notes import title
 from analysis.rows import Row
 from experiments.spec import Efficiency, Table
+from pruners.suggest import UsageError
 
 
 def page(table: Table, rows: Sequence[Row]) -> str:
-    """Markdown, one line a cell and shape; LookupError where the table timed nothing."""
+    """Markdown, one line a cell and shape; UsageError where the table timed nothing."""
     lines = [line for row in rows for line in _lines(row)]
     if not lines:
-        raise LookupError(f"No cell of {table.name} was timed; `Efficiency()` among a run's measures does so.")
+        raise UsageError(f"No cell of {table.name} was timed; `Efficiency()` among a run's measures does so.")
     frame = pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True)
     return "\n\n".join([f"**{title(table, rows)}** (`{table.name}`)", frame, _listed(table, rows)]) + "\n"
 

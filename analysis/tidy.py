@@ -19,6 +19,7 @@ from analysis.tables import QUANTITIES
 from experiments import records, tables
 from experiments.labels import labels
 from experiments.records import Record
+from pruners.suggest import UsageError
 
 Labels = Mapping[str, tuple[str, str]]
 WRITERS = {".csv": "to_csv", ".parquet": "to_parquet"}
@@ -40,13 +41,16 @@ def frame(*results: Path | str) -> pd.DataFrame:
 
 
 def write(made: pd.DataFrame, path: Path) -> Path:
-    """As CSV or Parquet, by the name's ending; ValueError for another one."""
-    writer = WRITERS.get(path.suffix)
-    if writer is None:
-        raise ValueError(f"--out {path} ends in {path.suffix or 'nothing'}; use {' or '.join(WRITERS)}.")
+    """As CSV or Parquet, by the name's ending; UsageError for another one."""
+    refuse_ending(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    getattr(made, writer)(path, index=False)
+    getattr(made, WRITERS[path.suffix])(path, index=False)
     return path
+
+
+def refuse_ending(path: Path) -> None:
+    if path.suffix not in WRITERS:
+        raise UsageError(f"{path} ends in {path.suffix or 'nothing'}; a table is written as {' or '.join(WRITERS)}.")
 
 
 def _folder(root: Path) -> Iterator[dict[str, Any]]:

@@ -22,12 +22,15 @@ GRID = (
 WORDS = ("Method", "Model", "Setting", "Measured", "Verdict")
 
 
-def write(table: Table, rows: Sequence[Row], path: Path) -> list[Path]:
-    """Write `path` with the endings .md, .csv and .tex, and .verdicts.csv for a paper or several seeds to compare."""
+def write(table: Table, rows: Sequence[Row], path: Path, again: str = "") -> list[Path]:
+    """Write `path` with the endings .md, .csv and .tex, and .verdicts.csv for a paper or several seeds to compare.
+
+    `again` are the arguments of `python -m experiments run` for the same cells, for a note on those that are missing.
+    """
     texts = {
-        ".md": markdown(table, rows),
+        ".md": markdown(table, rows, again),
         ".csv": tables.numbers(rows).to_csv(index=False),
-        ".tex": tex(table, rows),
+        ".tex": tex(table, rows, again),
     }
     found = verdicts.cells(table, rows)
     if verdicts.tells_more(found):
@@ -38,7 +41,7 @@ def write(table: Table, rows: Sequence[Row], path: Path) -> list[Path]:
     return paths
 
 
-def markdown(table: Table, rows: Sequence[Row]) -> str:
+def markdown(table: Table, rows: Sequence[Row], again: str = "") -> str:
     """The paper's shape first, where there is a paper or several seeds; then every cell."""
     found = verdicts.cells(table, rows)
     shown = [f"{grid.title}:\n\n{marked(grid.text(), grid.bold())}" for grid in _grids(found)]
@@ -47,11 +50,11 @@ def markdown(table: Table, rows: Sequence[Row]) -> str:
     if shown:
         shown.append("**Every cell**")
     shown.append(marked(tables.text(rows), best.in_rows(rows, best.best(found))))
-    listed = "\n".join(f"- {note}" for note in _notes(table, rows, found))
+    listed = "\n".join(f"- {note}" for note in _notes(table, rows, found, again))
     return "\n\n".join([f"**{title(table, rows)}** (`{table.name}`)", *shown, listed]) + "\n"
 
 
-def tex(table: Table, rows: Sequence[Row]) -> str:
+def tex(table: Table, rows: Sequence[Row], again: str = "") -> str:
     """`table` environments; the packages that they need stand in the first line."""
     found, label, name = verdicts.cells(table, rows), f"tab:{table.name}", title(table, rows)
     parts = [
@@ -64,7 +67,7 @@ def tex(table: Table, rows: Sequence[Row]) -> str:
         parts.append(latex.tables(*_list(found, beside), WORDS, _heading(table, beside), f"{label}.verdicts"))
     caption, own = (f"{name}: every cell", f"{label}.cells") if parts else (name, label)
     every = latex.tables(tables.text(rows), best.in_rows(rows, best.best(found)), WORDS, caption, own)
-    return "\n".join([latex.NEEDS, *parts, every, latex.notes(_notes(table, rows, found), label)])
+    return "\n".join([latex.NEEDS, *parts, every, latex.notes(_notes(table, rows, found, again), label)])
 
 
 def _grids(found: Sequence[Cell]) -> list[Pivot]:
@@ -83,9 +86,9 @@ def _list(found: Sequence[Cell], listed: Sequence[Cell]) -> tuple[pd.DataFrame, 
     return verdicts.text(listed), best.in_cells(listed, best.best(found))
 
 
-def _notes(table: Table, rows: Sequence[Row], found: Sequence[verdicts.Cell]) -> list[str]:
+def _notes(table: Table, rows: Sequence[Row], found: Sequence[verdicts.Cell], again: str) -> list[str]:
     grid = [GRID] if verdicts.tells_more(found) else []
-    return [*grid, *notes(table, rows), *([best.NOTE] if best.competes(found) else [])]
+    return [*grid, *notes(table, rows, again), *([best.NOTE] if best.competes(found) else [])]
 
 
 def _heading(table: Table, found: Sequence[verdicts.Cell]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import functools
 from collections.abc import Iterator, Mapping, Sequence
+from textwrap import shorten
 from typing import Any
 
 import datasets
@@ -15,6 +16,8 @@ import lm_eval
 from huggingface_hub.errors import HfHubHTTPError
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
+
+from pruners.suggest import UsageError
 
 # the Hub's package changes its HTTP client between versions; the client's own errors are a base of its error
 UNAVAILABLE = (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError, *HfHubHTTPError.__bases__)
@@ -30,14 +33,14 @@ def task_manager() -> TaskManager:
 
 
 def check_names(tasks: Sequence[str] | Mapping[str, Any]) -> None:
-    """LookupError with the nearest names for a task that lm-eval does not have, or for a group without one accuracy."""
+    """UsageError with the nearest names for a task that lm-eval does not have, or for a group without one accuracy."""
     known = task_manager().all_tasks
     for name in tasks:
         if name not in task_manager().task_index:
             near = ", ".join(difflib.get_close_matches(name, known, n=3)) or "none"
-            raise LookupError(f"lm-eval {lm_eval.__version__} has no task {name!r}; nearest: {near}.")
+            raise UsageError(f"lm-eval {lm_eval.__version__} has no task {name!r}; nearest: {near}.")
         if name in (*task_manager().all_groups, *task_manager().all_tags) and not _is_one_task(name):
-            raise LookupError(
+            raise UsageError(
                 f"{name!r} is a group for which lm-eval {lm_eval.__version__} gives no accuracy over all documents; "
                 "ask for its tasks by their names."
             )
@@ -77,7 +80,7 @@ def _load(name: str, changes: Mapping[str, Any], examples: int) -> Iterator[tupl
         try:
             task = _task(part, changes if part == name else changes.get(part, {}))
         except UNAVAILABLE as error:
-            what = f"its documents cannot be read: {' '.join(str(error).split())[:300]}"
+            what = f"its documents cannot be read: {shorten(str(error), 300)}"
             raise _MissingError(_told(name, part, what)) from error
         task.set_config(key="num_fewshot", value=examples)
         task.set_fewshot_seed(EXAMPLES_SEED)

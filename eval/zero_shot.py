@@ -78,7 +78,7 @@ def zero_shot(
     `tasks` maps lm-eval's task names to changes of their configuration: {} for the task as lm-eval has it, or where
     its documents come from; a group maps to such changes by task of the group, and is missing where one of its tasks
     is.  `limit` keeps the first so many documents of each task.  `batch_size` None packs batches by tokens.  `resume`
-    names a file that keeps finished batches until the caller removes it.  Raises LookupError for unknown tasks,
+    names a file that keeps finished batches until the caller removes it.  Raises UsageError for unknown tasks,
     ValueError for a limit below 1, `examples` below 0 and a tokenizer that does not fit the model.
     """
     if limit is not None and limit < 1:

@@ -32,7 +32,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="python -m experiments", description=(__doc__ or "").splitlines()[0])
+    top = arguments.Parser(prog="python -m experiments", description=(__doc__ or "").splitlines()[0])
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     listing = commands.add_parser("list", help="tables, models, methods and corpora")
     listing.set_defaults(command=_list)
@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     for command in (show, run):
         arguments.add_selection(command)
     arguments.add_running(run)
-    show.add_argument("--data-dir", type=Path, help="local data sets (default: $PRUNING_DATA_DIR, otherwise the Hub)")
+    arguments.add_data(show)
     for command in (listing, show, run):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return top

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import io
+import math
 import os
+import re
 import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from experiments.cells import Cell
@@ -19,33 +22,70 @@ if TYPE_CHECKING:
     from experiments.watchers import Watcher
 
 
-EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_PIPE, EXIT_TERMINATED = 1, 2, 130, 141, 143
 RESULTS = Path("results")
+LARGEST_GB = 100_000
+LARGEST = 10**9  # documents or windows: more than any data set has
 
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM, which ends a command as Ctrl-C does."""
 
 
+class Parser(argparse.ArgumentParser):
+    """Complains in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USAGE, f"{self.prog}: {' '.join(message.split())}; --help lists what there is.\n")
+
+
 def carry_out(asked: argparse.Namespace, stopped: str) -> int:
-    """Run the asked command and return its exit status; an error becomes one sentence.
+    """Run the asked command and return its exit status; an error becomes one sentence without secrets.
 
     0 all well, 1 something failed, 2 asked for something unknown; 130 interrupted and 143 terminated, for which
-    `stopped` is said.
+    `stopped` is said; 141 where nobody reads on, such as `head`.
     """
+    from experiments import redaction
+
+    _printable()
     try:  # commands import what they need: torch takes seconds, and --help should not
-        with _terminable():
-            return int(asked.command(asked) or 0)
+        with _terminable(), redaction.quiet_logs():
+            status = int(asked.command(asked) or 0)
+            sys.stdout.flush()
+            return status
     except KeyboardInterrupt as error:
         say(stopped)
         return EXIT_TERMINATED if isinstance(error, Terminated) else EXIT_INTERRUPTED
     except Exception as error:  # noqa: BLE001  (the one place where an error becomes a sentence and an exit status)
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return EXIT_PIPE
         from experiments.failures import sentence
+        from pruners.suggest import UsageError
 
         if asked.debug:
-            traceback.print_exc()
+            say(redaction.redacted(traceback.format_exc()))
         say(sentence(error))
-        return EXIT_USAGE if isinstance(error, LookupError) else EXIT_FAILED
+        return EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED
+
+
+def _printable() -> None:
+    """Signs that the screen's encoding lacks (an ASCII locale) become ?; files and pipes then are UTF-8."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and "utf" not in stream.encoding.lower():
+            if stream.isatty():
+                stream.reconfigure(errors="replace")
+            else:
+                stream.reconfigure(encoding="utf-8")
+
+
+def _nobody_reads() -> bool:
+    """Whether the reader of this command's output is gone; what is left of it is then thrown away."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its end
+        return True
+    return False
 
 
 @contextmanager
@@ -74,35 +114,64 @@ def say(sentence: str) -> None:
 def add_selection(command: argparse.ArgumentParser) -> None:
     """Which cells of which table, and where their records lie."""
     add_table(command)
-    command.add_argument("--method", nargs="+", default=[], metavar="NAME", help="only these methods (or: dense)")
-    command.add_argument("--only", nargs="+", default=[], metavar="ID|LABEL", help="only these cells")
-    command.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="default: results")
+    command.add_argument(
+        "--method", nargs="+", type=word, default=[], metavar="NAME", help="only these methods (or: dense)"
+    )
+    command.add_argument("--only", nargs="+", type=word, default=[], metavar="ID|LABEL", help="only these cells")
+    add_results(command)
+
+
+def add_results(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--results", type=path, default=RESULTS, metavar="DIR", help="default: results")
+
+
+def add_data(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--data-dir", type=path, metavar="DIR", help="local data sets (default: $PRUNING_DATA_DIR, otherwise the Hub)"
+    )
 
 
 def add_table(command: argparse.ArgumentParser) -> None:
     """A table, and what its cells are beyond what it declares."""
-    command.add_argument("table", metavar="TABLE")
-    command.add_argument("--model", metavar="NAME|FOLDER", help="the same table on another model")
+    command.add_argument("table", type=word, metavar="TABLE")
+    command.add_argument("--model", type=word, metavar="NAME|FOLDER", help="the same table on another model")
     command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="number format of the model")
     command.add_argument(
         "--limit", type=positive, metavar="N", help="only the first N documents of each zero-shot task"
     )
     command.add_argument(
-        "--tasks", nargs="+", default=[], metavar="NAME", help="measure these, too: a convention or tasks of lm-eval"
+        "--tasks",
+        nargs="+",
+        type=word,
+        default=[],
+        metavar="NAME",
+        help="measure these, too: a convention or tasks of lm-eval",
     )
 
 
-def same_cells(asked: argparse.Namespace) -> str:
-    """The arguments by which `python -m analysis` finds the cells of this command again, its table first."""
-    told = {"--model": asked.model, "--dtype": asked.dtype, "--limit": asked.limit}
+def selection(
+    table: str,
+    results: Path,
+    model: str | None = None,
+    dtype: str | None = None,
+    limit: int | None = None,
+    tasks: Sequence[str] = (),
+) -> str:
+    """The arguments, quoted for a shell, by which any command finds the same cells again, the table first."""
+    told = {"--model": model, "--dtype": dtype, "--limit": limit}
     options = [word for name, value in told.items() if value for word in (name, str(value))]
-    tasks = ["--tasks", *asked.tasks] if asked.tasks else []
-    return shlex.join([asked.table, *options, *tasks, *_results(asked.results)])
+    asked = ["--tasks", *tasks] if tasks else []
+    return shlex.join([table, *options, *asked, *_results(results)])
+
+
+def same_cells(asked: argparse.Namespace) -> str:
+    """As `selection`, of the cells of this command."""
+    return selection(asked.table, asked.results, asked.model, asked.dtype, asked.limit, asked.tasks)
 
 
 def same_table(asked: argparse.Namespace) -> str:
     """The arguments by which another command finds the table's records."""
-    return shlex.join([asked.table, *_results(asked.results)])
+    return selection(asked.table, asked.results)
 
 
 def _results(folder: Path) -> list[str]:
@@ -110,18 +179,21 @@ def _results(folder: Path) -> list[str]:
 
 
 def add_running(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    command.add_argument("--device", type=device, help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     command.add_argument(
         "--batch-size", type=positive, default=8, help="windows at once; changes no number (default: 8)"
     )
-    command.add_argument(
-        "--data-dir", type=Path, help="local data sets (default: $PRUNING_DATA_DIR, otherwise the Hub)"
-    )
+    add_data(command)
     command.add_argument(
         "--no-dense-gate", action="store_true", help="prune even a model that misses its published dense perplexity"
     )
     command.add_argument(
-        "--wandb", nargs="?", const="llm-pruning", metavar="PROJECT", help="log cells to Weights & Biases as well"
+        "--wandb",
+        nargs="?",
+        type=word,
+        const="llm-pruning",
+        metavar="PROJECT",
+        help="log cells to Weights & Biases as well",
     )
 
 
@@ -132,7 +204,7 @@ def chosen(asked: argparse.Namespace) -> list[Cell]:
     if table.missing:
         raise ValueError(f"{table.name} cannot run yet. It needs {table.missing}.")
     _refuse_absent(asked.data_dir)
-    _refuse_unknown(asked.tasks)
+    refuse_unknown(asked.tasks)
     runs = tables.runs(table, asked.model, asked.dtype, asked.limit, asked.tasks)
     return cells.choose(cells.cells(runs, table.label), asked.method, asked.only)
 
@@ -152,27 +224,67 @@ def watchers(asked: argparse.Namespace) -> list[Watcher]:
 
 
 def _refuse_absent(data_dir: Path | None) -> None:
-    """LookupError for a data folder that is not there, before every cell would meet that."""
+    """UsageError for a data folder that is not there, before every cell would meet that."""
     from experiments import accuracy, sources
+    from pruners.suggest import UsageError
 
     folder = accuracy.folder(data_dir)
     if folder and not folder.is_dir():
         name = "--data-dir" if data_dir else sources.DATA_DIR
-        raise LookupError(f"{name} {folder} is no folder; name one that is, or leave it out to read from the Hub.")
+        raise UsageError(f"{name} {folder} is no folder; name one that is, or leave it out to read from the Hub.")
 
 
-def _refuse_unknown(tasks: list[str]) -> None:
-    """LookupError with the nearest names, before any work; lm-eval's index is read only for names that it may know."""
+def refuse_unknown(tasks: Sequence[str]) -> None:
+    """UsageError with the nearest names, before any work; lm-eval's index is read only for names that it may know."""
     from experiments import protocols, task_data
 
+    if not tasks:
+        return
+    protocols.named(tasks)
     if unfamiliar := [name for name in tasks if name not in protocols.CONVENTIONS and name not in task_data.SOURCES]:
         from eval.tasks import check_names
 
         check_names(unfamiliar)
 
 
+def word(text: str) -> str:
+    """A name that asks for something; an unset variable of a shell leaves it empty."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty (an unset variable?); give a name, or leave the option out")
+    if not text.isprintable():
+        raise argparse.ArgumentTypeError(f"{text!r} holds a control character, which no name has")
+    return text
+
+
+def path(text: str) -> Path:
+    """A file or folder."""
+    return Path(word(text))
+
+
+def device(text: str) -> str:
+    """By its form alone: a job's machine may have what this one has not."""
+    if not re.fullmatch(r"cpu|cuda(:\d{1,4})?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no device; cpu, cuda and cuda:1 are some")
+    return text
+
+
 def positive(text: str) -> int:
     """A whole number from 1 on."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+    if not text.isdecimal() or len(text) > len(str(LARGEST)) or not 1 <= int(text) <= LARGEST:
+        raise argparse.ArgumentTypeError(f"{shorten(text)} is no whole number from 1 on (to {LARGEST:,})")
     return int(text)
+
+
+def shorten(text: str) -> str:
+    return repr(text if len(text) <= 40 else f"{text[:40]}...")
+
+
+def gigabytes(text: str) -> float:
+    """More than nothing and finite: to Slurm no memory is all that a node has."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not 0 < found <= LARGEST_GB:
+        raise argparse.ArgumentTypeError(f"{shorten(text)} is no number of gigabytes above 0 (to {LARGEST_GB:,})")
+    return found

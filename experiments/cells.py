@@ -9,7 +9,7 @@ from typing import Any
 from experiments import measures, models, recovery
 from experiments.labels import full, labels
 from experiments.spec import Run, digest, needs_windows
-from pruners.suggest import unknown
+from pruners.suggest import UsageError, unknown
 
 OVERHEAD_TOKENS = 500  # loading and writing, as tokens that could have gone through the model meanwhile
 
@@ -36,19 +36,24 @@ class Cell:
 
 
 def cells(runs: Sequence[Run], label: Callable[[Run], tuple[str, str]] | None = None) -> list[Cell]:
-    """One cell per run, called as `label` says; raises LookupError for a model nobody knows."""
+    """One cell per run, called as `label` says; raises UsageError for a model nobody knows."""
     identities = {name: _identity(name) for name in dict.fromkeys(run.model for run in runs)}
     named = zip(runs, labels(runs, label), strict=True)
     return [Cell(run, run.id(identities[run.model]), full(label)) for run, label in named]
 
 
 def choose(found: Sequence[Cell], methods: Iterable[str] = (), only: Iterable[str] = ()) -> list[Cell]:
-    """Cells of these methods (names, or `dense`) and with these ids or labels; LookupError names what is nearest."""
+    """Cells of these methods (names, or `dense`) and with these ids or labels; UsageError names what is nearest."""
     methods, only = [name.lower() for name in methods], [name.lower() for name in only]
     _refuse_unknown("method", methods, {method_name(cell.run) for cell in found})
     _refuse_unknown("cell", only, {cell.label.lower() for cell in found} | {cell.id for cell in found})
     chosen = [cell for cell in found if not methods or method_name(cell.run) in methods]
-    return [cell for cell in chosen if not only or cell.id in only or cell.label.lower() in only]
+    named = [cell for cell in chosen if not only or cell.id in only or cell.label.lower() in only]
+    if found and not named:
+        raise UsageError(
+            f"No cell of {', '.join(methods)} is called {', '.join(only)}; ask by method or by cell alone."
+        )
+    return named
 
 
 def method_name(run: Run) -> str:
@@ -74,11 +79,11 @@ def _identity(model: str) -> dict[str, str]:
     try:
         models.find(model)
     except ValueError as error:
-        raise LookupError(str(error)) from error
+        raise UsageError(str(error)) from error
     return models.identity(model)
 
 
 def _refuse_unknown(kind: str, asked: Iterable[str], known: set[str]) -> None:
     for name in asked:
         if name not in known:
-            raise LookupError(unknown(f"{kind} of this table", name, known))
+            raise UsageError(unknown(f"{kind} of this table", name, known))

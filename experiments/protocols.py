@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from experiments.spec import Perplexity, ZeroShot
-from pruners.suggest import unknown
+from pruners.suggest import UsageError, unknown
 
 Metrics = tuple[tuple[str, str], ...]
 LONGEST_WINDOW = 4096
@@ -77,7 +77,17 @@ def tasks(*names: str, limit: int | None = None, examples: int = 0) -> ZeroShot:
 
 
 def named(names: Sequence[str]) -> ZeroShot:
-    """What a command line means by them: one convention, or tasks of lm-eval."""
+    """What a command line means by them: one convention, or tasks of lm-eval.
+
+    UsageError for a convention beside anything else, which would leave open whose mean is meant, and for a task twice.
+    """
+    if (sets := [name for name in names if name in CONVENTIONS]) and len(names) > 1:
+        raise UsageError(
+            f"{sets[0]} of {', '.join(names)} is a task set with a mean of its own; name it alone, or tasks by their "
+            f"names ({' '.join(task for task, _ in CONVENTIONS[sets[0]])})."
+        )
+    if twice := [name for name in dict.fromkeys(names) if list(names).count(name) > 1]:
+        raise UsageError(f"{', '.join(twice)} is named more than once; name each task once.")
     return zero_shot(names[0]) if len(names) == 1 and names[0] in CONVENTIONS else tasks(*names)
 
 

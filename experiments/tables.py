@@ -8,18 +8,17 @@ from typing import Any
 
 from experiments import baselines, embedded, flap, gblm, headlines, llm_pruner, perp, protocols
 from experiments.spec import Run, Table, ZeroShot
-from pruners.suggest import unknown
+from pruners.suggest import UsageError, unknown
 
 MODULES = (embedded, headlines, flap, gblm, perp, llm_pruner, baselines)
 TABLES = {thing.name: thing for module in MODULES for thing in vars(module).values() if isinstance(thing, Table)}
 
 
 def find(name: str) -> Table:
-    """Raises LookupError with the nearest names."""
-    try:
-        return TABLES[name]
-    except KeyError:
-        raise LookupError(unknown("table", name, TABLES)) from None
+    """Raises UsageError with the nearest names."""
+    if name not in TABLES:
+        raise UsageError(unknown("table", name, TABLES))
+    return TABLES[name]
 
 
 def runs(
@@ -32,9 +31,11 @@ def runs(
     """The table's runs in reading order, on another model or in another number format where asked.
 
     `limit` cuts zero-shot tasks to their first so many documents, which gives them protocol keys of their own; `tasks`,
-    a convention or tasks of lm-eval, are measured besides.
+    a convention or tasks of lm-eval, are measured besides.  UsageError for a `limit` where there is no such task.
     """
     asked = table.runs(model)
+    if limit and not tasks and not any(isinstance(what, ZeroShot) for run in asked for what in run.measures):
+        raise UsageError(f"{table.name} has no zero-shot task whose documents --limit could cut; leave it out.")
     if dtype:
         asked = [replace(run, dtype=dtype) for run in asked]
     if tasks:

@@ -8,6 +8,13 @@ from difflib import get_close_matches
 FEW = 25  # names that a sentence can list
 
 
+class UsageError(LookupError, ValueError):
+    """What was asked for is unknown, or means nothing here; the message says what would do.
+
+    A class of its own, so that no KeyError of a faulty program passes for one.
+    """
+
+
 def unknown(kind: str, asked: str, known: Iterable[str]) -> str:
     """E.g. `Unknown method 'wnda'. Did you mean wanda? Known: gblm, magnitude, wanda.`
 

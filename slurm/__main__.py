@@ -37,7 +37,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="python -m slurm", description=(__doc__ or "").splitlines()[0])
+    top = arguments.Parser(prog="python -m slurm", description=(__doc__ or "").splitlines()[0])
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     submit = commands.add_parser("submit", help="send the cells that have no record and are not queued")
     retry = commands.add_parser("retry", help="send the cells that failed once more")
@@ -49,11 +49,11 @@ def parser() -> argparse.ArgumentParser:
     status = commands.add_parser("status", help="how the cells and jobs of a table stand")
     cancel = commands.add_parser("cancel", help="stop every job of a table")
     for command in (status, cancel):
-        command.add_argument("table", metavar="TABLE")
+        command.add_argument("table", type=arguments.word, metavar="TABLE")
     logs = commands.add_parser("logs", help="what the last job with a cell said")
-    logs.add_argument("cell", metavar="CELL", help="its id or label")
+    logs.add_argument("cell", type=arguments.word, metavar="CELL", help="its id or label")
     for command in (status, cancel, logs):
-        command.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="default: results")
+        arguments.add_results(command)
     actions = {submit: _submit, retry: _retry, status: _status, cancel: _cancel, logs: _logs}
     for command, action in actions.items():
         command.set_defaults(command=action)
@@ -62,9 +62,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_sending(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--profile", default="processors", metavar="NAME|FILE", help="default: processors")
+    command.add_argument(
+        "--profile", type=arguments.word, default="processors", metavar="NAME|FILE", help="default: processors"
+    )
     command.add_argument("--executor", choices=("slurm", "local", "debug"), default="slurm", help="default: slurm")
-    command.add_argument("--memory-gb", type=float, metavar="GB", help="ask for this much instead of the estimate")
+    command.add_argument(
+        "--memory-gb", type=arguments.gigabytes, metavar="GB", help="ask for this much instead of the estimate"
+    )
     command.add_argument("--dry-run", action="store_true", help="show the jobs and their script, send nothing")
 
 

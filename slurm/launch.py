@@ -166,8 +166,12 @@ def _parameters(array: Array, profile: Profile, name: str) -> dict[str, Any]:
         "signal_delay_s": profile.warning_seconds,
         "array_parallelism": profile.parallel,
         "setup": [*profile.setup, *exports] or None,
+        "wckey": None,  # submitit's own would be refused where such keys are checked
         "srun_args": [f"--cpus-per-task={profile.cpus}"],  # srun no longer takes that over from the job by itself
-        "additional_parameters": {"requeue": True, **profile.options},
+        "additional_parameters": {
+            "requeue": True,
+            **{name: value for name, value in profile.options.items() if value is not False},
+        },
     }
     named = ("partition", "account", "qos", "constraint", "gres")
     return asked | {key: value for key in named if (value := getattr(profile, key)) is not None}

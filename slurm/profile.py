@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import re
 import sys
+import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from pruners.suggest import unknown
+from pruners.suggest import UsageError, unknown
+from slurm import secrets
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -16,7 +20,10 @@ else:
     import tomli as tomllib
 
 FOLDER = Path(__file__).parent / "profiles"
-SECRET = re.compile(r"\w*(token|secret\w*|passw\w*|_key|apikey|credentials?)\s*=", re.IGNORECASE)
+VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+OPTION = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Count = Annotated[int, Field(strict=True)]
 OURS = {
     "array",
     "job-name",
@@ -54,15 +61,15 @@ class Profile(BaseModel):
     qos: str | None = None
     constraint: str | None = None
     gres: str | None = None
-    gpu_memory_gb: float | None = Field(None, gt=0)
-    teraflops: float = Field(gt=0)
-    cpus: int = Field(8, ge=1)
-    memory_gb: float | None = Field(None, gt=0)
-    hours: float = Field(24.0, gt=0)
-    packed_hours: float = Field(2.0, ge=0)
-    parallel: int = Field(8, ge=1)
-    warning_seconds: int = Field(120, ge=1)
-    requeues: int = Field(5, ge=0)
+    gpu_memory_gb: Number | None = Field(None, gt=0)
+    teraflops: Number = Field(gt=0)
+    cpus: Count = Field(8, ge=1)
+    memory_gb: Number | None = Field(None, gt=0)
+    hours: Number = Field(24.0, gt=0)
+    packed_hours: Number = Field(2.0, ge=0)
+    parallel: Count = Field(8, ge=1)
+    warning_seconds: Count = Field(120, ge=1)
+    requeues: Count = Field(5, ge=0)
     setup: tuple[str, ...] = ()
     environment: dict[str, str] = Field(default_factory=dict)
     python: str | None = None
@@ -82,15 +89,42 @@ class Profile(BaseModel):
         return options
 
     @model_validator(mode="after")
+    def _one_line_each(self) -> Profile:
+        """What stands in a line of the script must not end it; an empty word would ask for nothing."""
+        for name in self.environment:
+            if not VARIABLE.fullmatch(name):
+                raise ValueError(f"environment: {name!r} is no name of a variable (letters, digits and _).")
+        for name in self.options:
+            if not OPTION.fullmatch(name):
+                raise ValueError(f"options: {name!r} is no option of sbatch (letters, digits and -, without the --).")
+        for name, text in self._words():
+            if any(unicodedata.category(letter) == "Cc" for letter in text):
+                raise ValueError(f"{name} holds a line break or another control character; give it in one line.")
+            if not text.strip() and not name.startswith(("options.", "environment.")):
+                raise ValueError(f"{name} is empty; leave the key out instead.")
+        if any("\0" in line for line in self.setup):
+            raise ValueError("setup holds a NUL character, which no shell reads.")
+        return self
+
+    @model_validator(mode="after")
     def _no_secrets(self) -> Profile:
-        lines = [*self.setup, *(f"{name}={value}" for name, value in self.environment.items()), self.python or ""]
+        lines = [line for text in self.setup for line in text.splitlines()]
+        lines += [f"{name.rpartition('.')[2]}={text}" for name, text in self._words()]
         for line in lines:
-            if found := SECRET.search(line):
+            if found := secrets.found(line):
                 raise ValueError(
-                    f"{found[0].rstrip(' =')} looks like a secret, and profiles and batch scripts are files that "
-                    "others may read; export it in the shell you submit from, which jobs inherit."
+                    f"{found} looks like a secret, and profiles and batch scripts are files that others may read; "
+                    "export it in the shell you submit from, which jobs inherit."
                 )
         return self
+
+    def _words(self) -> Iterator[tuple[str, str]]:
+        """Every text but the lines of `setup`, with the name of its key."""
+        for name in ("partition", "account", "qos", "constraint", "gres", "python"):
+            if (text := getattr(self, name)) is not None:
+                yield name, text
+        yield from ((f"environment.{name}", text) for name, text in self.environment.items())
+        yield from ((f"options.{name}", str(value)) for name, value in self.options.items())
 
 
 def names() -> list[str]:
@@ -100,15 +134,21 @@ def names() -> list[str]:
 def load(name: str) -> Profile:
     """The profile of that name, or of the TOML file at that path.
 
-    Raises LookupError for an unknown name and ProfileError, naming file and key, for one that cannot be used.
+    Raises UsageError for an unknown name and ProfileError, naming file and key, for one that cannot be used.
     """
     path = FOLDER / f"{name}.toml"
     if not path.is_file():
         path = Path(name)
     if not path.is_file():
-        raise LookupError(f"{unknown('profile', name, names())} The path of a TOML file would do, too.")
+        raise UsageError(f"{unknown('profile', name, names())} The path of a TOML file would do, too.")
     try:
-        return Profile.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        return Profile.model_validate(tomllib.loads(path.read_bytes().decode("utf-8-sig")))
+    except OSError as error:
+        raise ProfileError(f"{path} cannot be read ({error.strerror}).") from error
+    except UnicodeDecodeError as error:
+        raise ProfileError(f"{path} is no UTF-8 text (byte {error.start + 1}); save it as UTF-8.") from error
+    except RecursionError:
+        raise ProfileError(f"{path} is nested too deeply to be a profile.") from None
     except tomllib.TOMLDecodeError as error:
         raise ProfileError(f"{path} is not TOML: {error}.") from error
     except ValidationError as error:

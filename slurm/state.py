@@ -14,6 +14,7 @@ from submitit.core.utils import JobPaths
 
 from experiments import records, watchers
 from experiments.records import Failure, Record
+from pruners.suggest import UsageError
 from slurm import ledger, queue
 from slurm.ledger import Entry, Sent
 from slurm.queue import Queued
@@ -141,7 +142,7 @@ def models(root: Path, table: str) -> dict[str, str]:
 
 
 def find(root: Path, cell: str) -> list[Job]:
-    """The jobs that had this cell, by its id or label, oldest first; LookupError where there is none."""
+    """The jobs that had this cell, by its id or label, oldest first; UsageError where there is none."""
     found = [
         Job(entry, index, None)
         for table in ledger.tables(root)
@@ -150,7 +151,7 @@ def find(root: Path, cell: str) -> list[Job]:
         if cell in sent.cells or cell.lower() in map(str.lower, sent.cells.values())
     ]
     if not found:
-        raise LookupError(f"No job was ever sent with a cell {cell!r}; `status TABLE` lists ids and labels.")
+        raise UsageError(f"No job was ever sent with a cell {cell!r}; `status TABLE` lists ids and labels.")
     return found
 
 

@@ -18,7 +18,6 @@
 #SBATCH --requeue
 #SBATCH --signal=USR2@90
 #SBATCH --time=31
-#SBATCH --wckey=submitit
 
 # setup
 module load cuda

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
+from pruners.suggest import UsageError
 from slurm import profile
 from slurm.profile import ProfileError
 
@@ -28,12 +31,28 @@ def test_the_two_examples_and_the_default_are_there():
     [
         ('partion = "gpu"', "Unknown key 'partion'. Did you mean partition or"),
         ('hours = "long"', "hours: Input should be a valid number"),
+        ('hours = "24"', "hours: Input should be a valid number"),
+        ("hours = inf", "hours: Input should be a finite number"),
+        ("hours = nan", "hours: Input should be"),
+        ("cpus = true", "cpus: Input should be a valid integer"),
         ("parallel = 0", "parallel: Input should be greater than or equal to 1"),
         ('gres = "gpu:1"', "gres and gpu_memory_gb belong together"),
         ("setup = [", "is not TOML"),
+        ("setup = " + 20_000 * "[", "is nested too deeply"),
         ('options = {time = "1:00"}', "time is set from the job itself"),
+        ('options = {comment = "a\\n#SBATCH --time=1"}', "options.comment holds a line break"),
+        ('options = {"comment=x\\nrm" = "a"}', "is no option of sbatch"),
+        ('options = {"--comment" = "a"}', "is no option of sbatch"),
+        ('environment = {"A=1;rm -r x;B" = "a"}', "is no name of a variable"),
+        ('environment = {"A B" = "a"}', "is no name of a variable"),
+        ('partition = "gpu\\n#SBATCH -t 1"', "partition holds a line break"),
+        ('python = "python\\nrm"', "python holds a line break"),
+        ('account = ""', "account is empty"),
         ('environment = {HF_TOKEN = "hf_x"}', "HF_TOKEN looks like a secret"),
         ('setup = ["export WANDB_API_KEY=1"]', "WANDB_API_KEY looks like a secret"),
+        ('python = "env HF_TOKEN=x python"', "HF_TOKEN looks like a secret"),
+        ('options = {export = "ALL,HF_TOKEN=x"}', "HF_TOKEN looks like a secret"),
+        ('setup = ["module load a\\nexport HF_TOKEN=x"]', "HF_TOKEN looks like a secret"),
     ],
 )
 def test_what_is_wrong_with_a_profile_is_one_sentence(tmp_path, line, said):
@@ -44,11 +63,116 @@ def test_what_is_wrong_with_a_profile_is_one_sentence(tmp_path, line, said):
     assert "\n" not in str(error.value)
 
 
+SECRETS = """hf auth login --token SECRET
+hf auth login --token=SECRET
+hf auth login SECRET
+huggingface-cli login --token SECRET
+wandb login SECRET
+wandb login --relogin SECRET
+wandb login --host https://wandb.example.org SECRET
+set -x HF_TOKEN SECRET
+set -gx HF_TOKEN SECRET
+setenv WANDB_API_KEY SECRET
+curl -H 'Authorization: Bearer SECRET' https://example.org
+curl -H "Authorization: token SECRET" https://example.org
+curl -H "PRIVATE-TOKEN: SECRET" https://example.org
+curl -H "X-Api-Key: SECRET" https://example.org
+curl -u me:SECRET https://example.org
+curl https://example.org/file?access_token=SECRET
+https_proxy=http://u:SECRET@proxy
+HF_ENDPOINT=https://u:SECRET@mirror
+DATABASE_URL=postgres://u:SECRET@host/base
+git clone https://x:SECRET@host/repository
+git clone https://SECRET@host/repository
+pip install --index-url https://u:SECRET@host/simple package
+git config --global http.extraheader "AUTHORIZATION: basic SECRET"
+PGPASS=SECRET
+export PGPASSWORD=SECRET
+export AWS_SECRET_ACCESS_KEY=SECRET
+export my_password="SECRET"
+export HF_TOKEN=${HF_TOKEN:-SECRET}
+export HF_TOKEN=$(echo SECRET)
+aws configure set aws_secret_access_key SECRET
+docker login --username me --password SECRET
+python train.py --hf-token SECRET
+python train.py --api_key SECRET
+apptainer exec --env HF_TOKEN=SECRET image.sif python
+echo SECRET | hf auth login --token-stdin
+echo "machine api.wandb.ai login user password SECRET" >> ~/.netrc
+sshpass -p SECRET ssh host
+printf '{"token": "SECRET"}' > config.json
+python -c 'import wandb; wandb.login(key="SECRET")'
+echo hf_abcdefghijklmnopqrstuvwxyz > ~/.cache/huggingface/token""".splitlines()
+HARMLESS = """module load cuda/12.4
+source .venv/bin/activate
+set -x
+set -euxo pipefail
+wandb login
+wandb login --relogin
+wandb login $WANDB_API_KEY
+hf auth login --token "$HF_TOKEN"
+export HF_TOKEN=$HF_TOKEN
+export HF_TOKEN="$(cat ~/.hf_token)"
+export HF_TOKEN=
+unset HF_TOKEN
+export HF_TOKEN_PATH=/home/me/.token
+export PGPASSFILE=/home/me/.pgpass
+HF_HUB_DISABLE_IMPLICIT_TOKEN=1
+HF_HUB_ENABLE_HF_TRANSFER=1
+TOKENIZERS_PARALLELISM=false
+pip install hf_transfer
+curl -H "Authorization: Bearer $HF_TOKEN" https://example.org
+https_proxy=http://proxy.example.org:3128
+https_proxy=http://$USER:$PASSWORD@proxy:3128
+HF_ENDPOINT=https://mirror.example.org
+git clone git@example.org:a/b.git
+git clone ssh://git@example.org/a/b.git
+pip install package@https://example.org/a.whl
+ssh login01 true
+rsync -a me@host:/data /scratch
+echo the password is not here
+export PWD=/scratch
+export BYPASS=1
+export PYTHONPATH=$PWD:$PYTHONPATH
+export XDG_CACHE_HOME=$SCRATCH/cache
+apptainer exec --nv --bind $PWD pruning.sif python
+eval "$(conda shell.bash hook)" """.splitlines()
+
+
+def quoted(line: str) -> str:
+    return "setup = [" + json.dumps(line) + "]"
+
+
+@pytest.mark.parametrize("line", SECRETS)
+def test_a_secret_in_any_form_is_refused_and_not_repeated(tmp_path, line):
+    with pytest.raises(ProfileError, match="looks like a secret") as error:
+        profile.load(write(tmp_path, quoted(line)))
+    assert "SECRET " not in f"{error.value} ".replace("SECRET_ACCESS", "")
+
+
+@pytest.mark.parametrize("line", HARMLESS)
+def test_a_line_without_a_secret_is_let_through(tmp_path, line):
+    assert profile.load(write(tmp_path, quoted(line))).setup == (line,)
+
+
 def test_a_variable_that_only_sounds_like_a_secret_is_let_through(tmp_path):
     path = write(tmp_path, 'environment = {TOKENIZERS_PARALLELISM = "false"}')
     assert profile.load(path).environment == {"TOKENIZERS_PARALLELISM": "false"}
 
 
 def test_an_unknown_profile_names_the_nearest():
-    with pytest.raises(LookupError, match="Did you mean gpu_partition"):
+    with pytest.raises(UsageError, match="Did you mean gpu_partition"):
         profile.load("gpu_partion")
+
+
+def test_a_profile_in_another_encoding_is_named(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_bytes("# größer\nteraflops = 1\n".encode("latin-1"))
+    with pytest.raises(ProfileError, match=r"mine\.toml is no UTF-8 text \(byte 5\)"):
+        profile.load(str(path))
+
+
+def test_a_byte_order_mark_is_no_fault(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_bytes(b"\xef\xbb\xbfteraflops = 1\n")
+    assert profile.load(str(path)).teraflops == 1

@@ -1,0 +1,108 @@
+"""Keeps passwords and tokens out of whatever is written down: records, failures, tables, logs, scripts, the screen.
+
+Two kinds are known: what looks like a secret wherever it stands, and the secrets of this process's own environment.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import quote, quote_plus, unquote
+
+HIDDEN = "***"
+SHORTEST = 4  # a shorter secret would blot out ordinary words
+NAME = re.compile(
+    r"(?:\w*?(?:token|secret\w*|passw\w*|passphrase|(?<!by)(?<!com)(?<!tres)pass|apikey|_key|credentials?|_auth|_pat|_pwd)"
+    r"|(?-i:KEY|AUTH|PAT))",
+    re.IGNORECASE,
+)
+HARMLESS = re.compile(
+    r"_(?:FILE|PATH|DIR|SOCK|NAME)$|DISABLE|ENABLE|IMPLICIT|^(?:MAX|NUM|N|PAD|EOS|BOS|UNK)_|PUBLIC_KEY$|_PER_",
+    re.IGNORECASE,
+)
+TOKENS = re.compile(
+    r"\b(?:hf_[A-Za-z0-9]{20,}|api_org_\w{20,}|gh[pousr]_\w{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}|sk-[\w-]{20,}"
+    r"|xox[abprs]-[\w-]{10,}|npm_\w{20,}|pypi-[\w-]{20,}|AKIA[0-9A-Z]{16}|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]*)"
+)
+USERINFO = re.compile(r"(?P<scheme>\b[a-z][a-z0-9+.-]*://)(?P<who>[^\s/?#'\"<>]+)@", re.IGNORECASE)
+HEADER = re.compile(
+    r"(?P<name>\b(?:proxy-)?authorization['\"]?\s*[:=]\s*['\"]?(?:(?:bearer|basic|token|digest)\s+)?"
+    r"|\bbearer\s+|\b(?:x-api-key|x-auth-token|private-token|api-key)['\"]?\s*:\s*['\"]?)(?P<value>[^\s'\",;]+)",
+    re.IGNORECASE,
+)
+GIVEN = re.compile(  # in any text: NAME=value of an environment, a parameter of an address, a plain word for a password
+    r"(?P<start>\b[A-Z][A-Z0-9_]*\s*=\s*|[?&][\w-]+=|\b(?:password|passwd|secret|api_?key|access_token)['\"]?\s*[:=]\s*)"
+    r"(?P<value>['\"]?[^\s'\",;&]+)"
+)
+
+
+def redacted(text: str) -> str:
+    """`text` with every password, token and other secret as ***; applied twice it changes nothing more."""
+    for secret in _own():
+        text = text.replace(secret, HIDDEN)
+    text = USERINFO.sub(rf"\g<scheme>{HIDDEN}@", text)
+    text = HEADER.sub(rf"\g<name>{HIDDEN}", text)
+    text = GIVEN.sub(lambda found: f"{found['start']}{HIDDEN}" if _is_secret(found["start"]) else found[0], text)
+    return TOKENS.sub(HIDDEN, text)
+
+
+def cleaned(value: Any) -> Any:
+    """Plain JSON with every text in it redacted."""
+    if isinstance(value, str):
+        return redacted(value)
+    if isinstance(value, dict):
+        return {key: cleaned(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [cleaned(item) for item in value]
+    return value
+
+
+@contextmanager
+def quiet_logs() -> Iterator[None]:
+    """Meanwhile what any logger of the process says is redacted before a handler sees it."""
+    before = logging.getLogRecordFactory()
+
+    def made(*arguments: Any, **options: Any) -> logging.LogRecord:
+        record = before(*arguments, **options)
+        try:
+            record.msg, record.args = redacted(record.getMessage()), ()
+        except (TypeError, ValueError):  # a message that does not fit its arguments: logging reports it by itself
+            return record
+        if record.exc_info:
+            record.exc_text = redacted(logging.Formatter().formatException(record.exc_info))
+        return record
+
+    logging.setLogRecordFactory(made)
+    try:
+        yield
+    finally:
+        logging.setLogRecordFactory(before)
+
+
+def secret_name(name: str) -> bool:
+    """Whether a variable or option of that name holds a secret, by the looks of it."""
+    return NAME.fullmatch(name) is not None and not HARMLESS.search(name)
+
+
+def _own() -> list[str]:
+    """Secrets of the environment in every form in which they may be met, longest first."""
+    found = set()
+    for name, value in os.environ.items():
+        if secret_name(name) and len(value) >= 2 * SHORTEST and not value.startswith("/"):
+            found.add(value)
+        if address := re.search(r"://\S*@", value):
+            password = address[0].removeprefix("://")[:-1].partition(":")[2]
+            forms = {password, unquote(password)}
+            forms |= {escape(form, safe="") for form in list(forms) for escape in (quote, quote_plus)}
+            found |= {form for form in forms if len(form) >= SHORTEST}
+    return sorted(found, key=len, reverse=True)
+
+
+def _is_secret(start: str) -> bool:
+    """Of what stands before a value: `NAME = `, `&name=` or `"name": `."""
+    name = start.strip("?&'\"=: ")
+    return secret_name(name) or name.lower() in ("key", "auth", "sig", "signature", "x-amz-signature")

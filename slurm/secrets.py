@@ -1,0 +1,55 @@
+"""What in a line of a batch script is a secret: a file that others may read must not hold any."""
+
+from __future__ import annotations
+
+import re
+
+from experiments.redaction import HARMLESS, NAME, TOKENS
+
+REFERENCE = re.compile(
+    r"['\"]?(?:\$\w+|\$\{\w+\}|\$\((?:cat\s|<)[^()]*\)|`cat\s[^`]*`|\*+)?['\"]?"
+)  # no secret is written
+VALUE = r"(?P<value>['\"]?(?:\$\([^()]*\)|\$\{[^}]*\}|`[^`]*`|[^\s'\";|&,})])*)"
+NAMED = rf"(?P<name>(?<![\w-])(?i:{NAME.pattern}))"
+CLIENTS = "wandb|hf|huggingface-cli|hf-cli|comet|neptune|clearml|modelscope|kaggle|dvc|aim|mlflow|gh|glab|cog|runpodctl"
+PASSING = re.compile(r"--(?:host|username|registry|cloud|base-url)[=\s]+\S+")
+KINDS: tuple[tuple[str, str], ...] = (
+    ("{name}", rf"{NAMED}['\"]?\s*[=:]\s*{VALUE}"),
+    ("{name}", rf"\b(?:set|setenv|set-env|config|put)\b[^|;&]*?\s{NAMED}\s+(?!=){VALUE}"),
+    ("{name}", rf"(?P<name>--(?:[\w-]+[-_])?(?:token|password|passwd|pass|secret|api[-_]?key|key|auth"
+               rf"|credentials?))[=\s]\s*{VALUE}"),
+    ("{name}", rf"(?P<name>(?i:authorization|x-api-key|x-auth-token|private-token|api-key|cookie))['\"]?\s*[:=]\s*"
+               rf"['\"]?(?:(?i:bearer|basic|token|digest)\s+)?{VALUE}"),
+    ("{name}", rf"(?P<name>(?i:bearer))\s+{VALUE}"),
+    ("an address with a password", rf"://[^\s/:@'\"]*:(?!\s|\d+/){VALUE}@"),
+    ("an address with a token", r"\bhttps?://(?P<value>[^\s/:@'\"]+)@"),
+    ("{name}", rf"(?P<name>\b(?:{CLIENTS})\s(?:[^|;&]*\s)?login)(?:\s+-[\w-]+)*\s+(?!-){VALUE}"),
+    ("{name}", r"(?P<name>\blogin)\s+(?P<value>[A-Za-z0-9_-]{20,})"),
+    ("{name}", r"(?P<name>\blogin)\(\s*(?:\w+\s*=\s*)?['\"](?P<value>[^'\"]+)"),
+    ("what is piped into login", r"\becho\s+(?P<value>\S+)\s*\|[^;&]*\blogin\b"),
+    ("{name} of .netrc", rf"\blogin\s+\S+\s+(?P<name>password)\s+{VALUE}"),
+    ("{name}", rf"(?P<name>\bcurl\b[^|;]*\s(?:-u|--user))\s*['\"]?[^\s:'\"]+:{VALUE}"),
+    ("{name}", rf"(?P<name>\bsshpass\s+-p)\s*{VALUE}"),
+    ("a private key", r"(?P<value>-----BEGIN [A-Z ]*PRIVATE KEY)"),
+    ("a token", rf"(?P<value>{TOKENS.pattern})"),
+)  # fmt: skip
+PATTERNS = tuple((kind, re.compile(pattern)) for kind, pattern in KINDS)
+
+
+def found(line: str) -> str | None:
+    """What in this line of shell looks like a secret, without the secret; None where nothing does.
+
+    A value that the shell fills in, as in `--token $HF_TOKEN`, is none.
+    """
+    line = PASSING.sub("", line)
+    for kind, pattern in PATTERNS:
+        for match in pattern.finditer(line):
+            told = match.groupdict()
+            name = (told.get("name") or "").strip()
+            if not REFERENCE.fullmatch(told["value"].strip()) and not _harmless(name):
+                return kind.format(name=" ".join(name.split()))
+    return None
+
+
+def _harmless(name: str) -> bool:
+    return HARMLESS.search(name) is not None
