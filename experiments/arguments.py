@@ -7,6 +7,7 @@ import io
 import math
 import os
 import re
+import select
 import shlex
 import signal
 import sys
@@ -80,12 +81,13 @@ def _printable() -> None:
 
 def _nobody_reads() -> bool:
     """Whether the reader of this command's output is gone; what is left of it is then thrown away."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its end
-        return True
-    return False
+    output = sys.stdout.fileno()
+    asked = select.poll()
+    asked.register(output, 0)  # an error is told without being asked for
+    if not any(told & select.POLLERR for _, told in asked.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)  # or Python complains at its end
+    return True
 
 
 @contextmanager

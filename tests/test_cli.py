@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -126,12 +127,64 @@ def test_the_hint_after_a_run_finds_its_cells(tiny, tmp_path, capsys):
     if not small.MODEL.is_dir():
         pytest.skip(f"{small.MODEL} is absent")
     data, results = small.data(tmp_path / "data"), tmp_path / "my results"
-    words = ["tiny", "--model", str(small.MODEL), "--dtype", "bfloat16", "--limit", "4", "--results", str(results)]
+    words = ["tiny", "--model", str(small.MODEL), "--dtype", "bfloat16", "--results", str(results)]
     assert main(["run", *words, "--only", "dense", "--data-dir", str(data)]) == 0
     hint = capsys.readouterr().err.strip().rsplit("python -m analysis ", 1)[1]
     assert shlex.split(hint) == ["table", *words]
     analysis.main(shlex.split(hint))
     assert "Dense" in capsys.readouterr().out
+
+
+def test_the_hint_below_a_table_repeats_the_selection(tiny, tmp_path, capsys):
+    if not small.MODEL.is_dir():
+        pytest.skip(f"{small.MODEL} is absent")
+    data, results = small.data(tmp_path / "data"), tmp_path / "my results"
+    words = ["tiny", "--model", str(small.MODEL), "--dtype", "float32", "--results", str(results)]
+    main(["run", *words, "--only", "dense", "--data-dir", str(data)])
+    analysis.main(["table", *words])
+    hint = re.search(r"1 of 2 cells are missing: python -m experiments run (.*)", capsys.readouterr().out)
+    assert shlex.split(hint[1]) == words
+    assert analysis.main(["table", *words[:3], "--dtype", "float16", *words[5:]]) == 2
+    hint = re.search(r"Run `python -m experiments run (.*)`, or", capsys.readouterr().err)
+    assert shlex.split(hint[1]) == [*words[:3], "--dtype", "float16", *words[5:]]
+
+
+def test_a_fault_of_a_table_is_no_complaint_about_what_was_asked(tiny, tmp_path, capsys, monkeypatch):
+    def faulty(run):
+        return {"wanda": ("Wanda", "")}[run.model]
+
+    monkeypatch.setitem(tables.TABLES, "tiny", replace(tiny, label=faulty))
+    assert main(["show", "tiny", "--results", str(tmp_path)]) == 1
+    assert re.search(r"^KeyError: .*\(this is a bug in tests/test_cli\.py, line \d+\)\n$", capsys.readouterr().err)
+
+
+def test_the_report_does_not_leave_a_faulty_table_out(tiny, tmp_path, capsys, monkeypatch):
+    if not small.MODEL.is_dir():
+        pytest.skip(f"{small.MODEL} is absent")
+    main(["run", "tiny", "--results", str(tmp_path), "--only", "dense", "--data-dir", str(small.data(tmp_path / "d"))])
+    monkeypatch.setattr("analysis.verdicts.cells", lambda *_: {}["a method that its words do not know"])
+    assert analysis.main(["report", "--results", str(tmp_path)]) == 1
+    assert "KeyError: a method that its words do not know (this is a bug in " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("environment", "command"),
+    [({"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}, "from experiments import arguments as a")],
+)
+def test_an_ascii_locale_can_be_printed_to(environment, command):
+    told = subprocess.run(
+        [sys.executable, "-c", f"{command}; import argparse; "
+         "a.carry_out(argparse.Namespace(command=lambda _: print('25.0 \\xb1 1.5'), debug=False), '')"],
+        cwd=ROOT, capture_output=True, env={**os.environ, **environment, "PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert (told.returncode, told.stderr, told.stdout.decode()) == (0, b"", "25.0 \xb1 1.5\n")
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    shell = f"{sys.executable} -m experiments list | head -n 1; echo ${{PIPESTATUS[0]}}"
+    told = subprocess.run(["bash", "-c", shell], cwd=ROOT, capture_output=True, text=True)
+    assert told.stderr == ""
+    assert told.stdout.splitlines()[-1] in ("0", "141")
 
 
 def test_a_table_that_cannot_run_says_what_it_needs(capsys):
