@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments import arguments
+from experiments import arguments, catalogue
 
 if TYPE_CHECKING:
     from analysis.rows import Row
@@ -193,7 +193,7 @@ def _rows(asked: argparse.Namespace) -> list[Row]:
 def _stem(asked: argparse.Namespace) -> str:
     limit = f"first-{asked.limit}" if asked.limit else None
     tasks = "+".join(asked.tasks)
-    parts = (asked.table, Path(asked.model).name if asked.model else None, asked.dtype, limit, tasks)
+    parts = (asked.table, catalogue.called(asked.model) if asked.model else None, asked.dtype, limit, tasks)
     return ".".join(part for part in parts if part)
 
 

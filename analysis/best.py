@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 import pandas as pd
 
@@ -44,7 +43,7 @@ def name(cell: Cell) -> Name:
 
 def in_rows(rows: Sequence[Row], marked: set[Name]) -> pd.DataFrame:
     """True where `tables.text(rows)` shows a marked value; seeds have none, as their mean was compared."""
-    names = [(Path(row.run.model).name, row.method, row.setting) for row in rows]
+    names = [(row.run.model_name, row.method, row.setting) for row in rows]
     count = Counter(names)
     return pd.DataFrame(
         {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -68,7 +67,7 @@ def cost(table: Table, rows: Sequence[Row]) -> Figure:
     seconds: dict[str, list[float]] = {}
     memory: dict[str, list[float]] = {}
     for row, record in ((row, row.record) for row in done if row.record):
-        name = f"{row.method}, {Path(row.run.model).name}" if several else row.method
+        name = f"{row.method}, {row.run.model_name}" if several else row.method
         own = sum(record.cost.seconds.get(stage, 0.0) for stage in ("prune", "retrain"))
         seconds.setdefault(name, []).append(own + made.get(_shared(row), 0.0))
         if record.made_by.device.startswith("cuda"):

@@ -75,7 +75,7 @@ def differences(table: Table, pairs: Sequence[Pair], root: Path) -> pd.DataFrame
     lines = []
     several = len({row.seed for row, _ in pairs} - {None}) > 1
     for row, base in pairs:
-        values = {"Method": row.method, "Setting": row.setting, "Model": Path(row.run.model).name}
+        values = {"Method": row.method, "Setting": row.setting, "Model": row.run.model_name}
         if several:
             values["Seed"] = "—" if row.seed is None else str(row.seed)
         for what in row.run.measures:

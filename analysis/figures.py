@@ -162,7 +162,7 @@ def _points(rows: Sequence[Row], key: str) -> list[Point]:
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
         method = "" if row.is_dense else row.method
-        groups.setdefault((Path(row.run.model).name, method, row.setting), []).append(row)
+        groups.setdefault((row.run.model_name, method, row.setting), []).append(row)
     return [_point(name, [row.measure(key) or {} for row in group]) for name, group in groups.items()]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -77,7 +76,7 @@ def steps(table: Table, rows: Sequence[Row]) -> Figure:
     refuse_few(sum(step > 0 for step in counted), "steps of retraining", table)
     if twice := [step for step, count in counted.items() if count > 1]:
         raise UndrawableError(f"Several cells of {table.name} stand at step {twice[0]}; a line has one value a step.")
-    figure, axes = canvas(f"{table.title}: {Path(done[0].run.model).name}")
+    figure, axes = canvas(f"{table.title}: {done[0].run.model_name}")
     keys = [key for key, value in (done[0].record.measures if done[0].record else {}).items() if "perplexity" in value]
     for index, key in enumerate(keys):
         points = sorted((_step(row), (row.measure(key) or {})["perplexity"]) for row in done if row.measure(key))
@@ -112,7 +111,7 @@ def _first(rows: Sequence[Row]) -> list[Row]:
 
 
 def _title(table: Table, done: Sequence[Row]) -> str:
-    return f"{table.title}: {Path(done[0].run.model).name}"
+    return f"{table.title}: {done[0].run.model_name}"
 
 
 def _told(row: Row) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from experiments.spec import Table
 
 def title(table: Table, rows: Sequence[Row]) -> str:
     """The table's title with its models, e.g. `Unstructured pruning without retraining: smollm2-135m`."""
-    return f"{table.title}: {', '.join(dict.fromkeys(Path(row.run.model).name for row in rows))}"
+    return f"{table.title}: {', '.join(dict.fromkeys(row.run.model_name for row in rows))}"
 
 
 def notes(table: Table, rows: Sequence[Row], again: str = "") -> list[str]:

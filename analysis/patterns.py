@@ -7,7 +7,6 @@ arXiv:2311.04902).  Under each map stands the overdispersion of rows and columns
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -69,7 +68,7 @@ def _told(rows: Sequence[Row], key: str) -> dict[Name, dict[str, Any]]:
     for row in rows:
         measured = row.measure(key)
         if measured and not row.is_dense:
-            told.setdefault((Path(row.run.model).name, row.method, row.setting), measured)
+            told.setdefault((row.run.model_name, row.method, row.setting), measured)
     if not told:
         raise UndrawableError(
             "Masks were recorded of the dense model alone, where nothing is removed; run a pruned cell."

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import arguments, records, tables
-from experiments.catalogue import CATALOGUE
+from experiments.catalogue import CATALOGUE, split
 from experiments.fingerprints import fingerprint
 from experiments.labels import full, labels
 from experiments.records import Failure, Record
@@ -102,8 +102,8 @@ def declared(table: Table, root: Path, runs: Sequence[Run]) -> list[Row]:
             method,
             setting,
             run,
-            _newest(done[stable_key(run.spec())], run),
-            _newest(broken[stable_key(run.spec())], run),
+            _newest(done[run_key(run)], run),
+            _newest(broken[run_key(run)], run),
         )
         for run, (method, setting) in zip(runs, labels(runs, table.label), strict=True)
     ]
@@ -124,14 +124,17 @@ def _by_key(stored: Mapping[str, Any]) -> dict[str, list[Any]]:
 
 def _newest(stored: list[Any], run: Run) -> Any:
     """The newest that is of the run's own model; None where there is none."""
-    prints = {item.spec["model"].get("fingerprint") for item in stored}
-    if run.model not in CATALOGUE and Path(run.model).is_dir():
-        here = fingerprint(Path(run.model))
-        stored = [item for item in stored if item.spec["model"].get("fingerprint") == here]
-    elif len(prints) > 1:
+    known, folder = split(run.model)
+    if folder and Path(folder).expanduser().is_dir():
+        here = fingerprint(Path(folder).expanduser())
+        stored = [item for item in stored if _print(item) == here]
+    elif known and not folder:  # the catalogue's own go before folders that are said to be that model
+        stored = [item for item in stored if _print(item) is None] or stored
+    prints = {_print(item) for item in stored}
+    if len(prints) > 1:
         raise ValueError(
             f"{', '.join(item.id for item in stored)} are of {len(prints)} models that are called "
-            f"{Path(run.model).name}; say which by its folder (--model FOLDER)."
+            f"{run.model_name}; say which by its folder (--model {f'{known}=' if known else ''}FOLDER)."
         )
     if len(stored) > 1 and isinstance(stored[-1], Record):
         ids = ", ".join(item.id for item in stored)
@@ -139,10 +142,24 @@ def _newest(stored: list[Any], run: Run) -> Any:
     return stored[-1] if stored else None
 
 
+def _print(stored: Any) -> str | None:
+    found: str | None = stored.spec["model"].get("fingerprint")
+    return found
+
+
 def stable_key(spec: dict[str, Any]) -> str:
-    """What a spec asks for, the model by its name alone: its exact identity only its own machine knows."""
-    # A folder's place is no part of what it is.
-    return digest({**spec, "model": Path(spec["model"]["name"]).name})
+    """What a spec asks for, the model by its name alone: its exact identity only its own machine knows.
+
+    A folder that is called like a model of the catalogue, and was not said to be it, is another model.
+    """
+    model, name = spec["model"], Path(spec["model"]["name"]).name
+    namesake = name in CATALOGUE and "fingerprint" in model and "catalogue" not in model
+    return digest({**spec, "model": f"folder {name}" if namesake else name})
+
+
+def run_key(run: Run) -> str:
+    """The `stable_key` of what a run will be recorded as."""
+    return stable_key(run.spec({} if run.is_of_catalogue else {"fingerprint": ""}))
 
 
 def _nothing(table: Table, root: Path, runs: list[Run], again: str) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -126,7 +125,7 @@ def text(rows: Sequence[Row]) -> pd.DataFrame:
         [
             {
                 "Method": row.method,
-                **({"Model": Path(row.run.model).name} if several else {}),
+                **({"Model": row.run.model_name} if several else {}),
                 "Setting": row.setting,
                 **({"Seed": MISSING if row.seed is None else str(row.seed)} if drawn else {}),
                 "Sparsity": _share(row),
@@ -148,7 +147,7 @@ def _numbers(row: Row, found: Sequence[Column]) -> dict[str, Any]:
         "method": row.method,
         "setting": row.setting,
         "seed": row.seed,
-        "model": row.run.model,
+        "model": row.run.model_name,
         "dtype": row.run.dtype,
         "id": row.record.id if row.record else None,
         "state": row.state,

@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.rows import stable_key
+from analysis.rows import run_key, stable_key
 from analysis.tables import QUANTITIES
 from experiments import records, tables
 from experiments.labels import labels
@@ -69,7 +69,7 @@ def _labels(table: str) -> Labels:
     if declared is None:
         return {}
     runs = declared.runs()
-    return {stable_key(run.spec()): label for run, label in zip(runs, labels(runs, declared.label), strict=True)}
+    return {run_key(run): label for run, label in zip(runs, labels(runs, declared.label), strict=True)}
 
 
 def _cell(record: Record, known: Labels) -> dict[str, Any]:

@@ -15,7 +15,6 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import pandas as pd
 
@@ -139,8 +138,8 @@ def cells(table: Table, rows: Sequence[Row]) -> list[Cell]:
     found = []
     for group in _seeds(rows):
         for key, metric in quantities(group[0].run):
-            name = (Path(group[0].run.model).name, group[0].method, group[0].setting)
-            for published in printed.get((*name, key, metric), [None]):
+            name = (group[0].run.model_name, group[0].method, group[0].setting)
+            for published in printed.get((*name, key, metric), [None]) if group[0].run.is_of_catalogue else [None]:
                 found.append(Cell(*name, key, metric, group, published, _fold(published)))
     return found
 
@@ -235,7 +234,7 @@ def _seeds(rows: Sequence[Row]) -> list[tuple[Row, ...]]:
     """Rows that a reader cannot tell apart: they differ in their seed."""
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
-        groups.setdefault((Path(row.run.model).name, row.method, row.setting), []).append(row)
+        groups.setdefault((row.run.model_name, row.method, row.setting), []).append(row)
     return [tuple(group) for group in groups.values()]
 
 

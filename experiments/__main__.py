@@ -79,7 +79,7 @@ def _show(asked: argparse.Namespace) -> int:
         state = "done" if cell.id in done else "failed" if cell.id in failed else "missing"
         cost = (f"{estimate.gpu_gb(cell):.1f}", _hours(estimate.gpu_hours(cell)))
         about = (_calibration(cell.run), ", ".join(_keys(cell.run)))
-        rows.append((cell.label, cell.id, state, Path(cell.run.model).name, *cost, *about))
+        rows.append((cell.label, cell.id, state, cell.run.model_name, *cost, *about))
     heads = ("cell", "id", "state", "model", "GPU GB", "A100 h", "calibration", "measures")
     print(tabulate(rows, heads, disable_numparse=True))
     print(_summary(chosen, [cell for cell in chosen if cell.id in done], asked.data_dir))
@@ -105,7 +105,7 @@ def _too_large(cells: Sequence[Cell]) -> list[str]:
 
     most: dict[str, float] = {}
     for cell in cells:
-        name = Path(cell.run.model).name
+        name = cell.run.model_name
         most[name] = max(most.get(name, 0), estimate.gpu_gb(cell))
     models = ", ".join(f"{name} (up to {gigabytes:.0f} GB)" for name, gigabytes in most.items())
     need = f"{len(cells)} cells need" if len(cells) > 1 else "1 cell needs"

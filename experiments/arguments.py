@@ -136,7 +136,12 @@ def add_data(command: argparse.ArgumentParser) -> None:
 def add_table(command: argparse.ArgumentParser) -> None:
     """A table, and what its cells are beyond what it declares."""
     command.add_argument("table", type=word, metavar="TABLE")
-    command.add_argument("--model", type=word, metavar="NAME|FOLDER", help="the same table on another model")
+    command.add_argument(
+        "--model",
+        type=word,
+        metavar="NAME|FOLDER|NAME=FOLDER",
+        help="the same table on another model; NAME=FOLDER: a folder that is that model of the catalogue",
+    )
     command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="number format of the model")
     command.add_argument(
         "--limit", type=positive, metavar="N", help="only the first N documents of each zero-shot task"

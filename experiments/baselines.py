@@ -12,7 +12,7 @@ from itertools import product
 from typing import Any
 
 import pruners
-from experiments import models, protocols
+from experiments import protocols
 from experiments.labels import setting
 from experiments.spec import Run, Table, Windows
 
@@ -25,11 +25,11 @@ GROUPS = {"matrix": "layer", "row": "(output,1)"}
 
 
 def windows(model: str, count: int = 128, seed: int = 0) -> Windows:
-    return Windows("c4/train", count, min(models.find(model).positions or 0, protocols.LONGEST_WINDOW), seed)
+    return Windows("c4/train", count, protocols.length(model), seed)
 
 
 def read(model: str) -> tuple[Any, ...]:
-    return protocols.perplexity("wanda", models.find(model).positions)
+    return protocols.perplexity("wanda", protocols.length(model))
 
 
 def label(run: Run) -> tuple[str, str]:
@@ -59,7 +59,7 @@ zero_shot = Table(
         model,
         method and method(**how),
         windows(model),
-        (protocols.zero_shot("wanda", parameters=models.find(model).parameters or 0),),
+        (protocols.zero_shot("wanda", parameters=protocols.parameters(model)),),
         "float16",
     ),
     published="wanda: table 2, table 23, table 24, table 25, table 26, table 27, table 28",

@@ -76,10 +76,7 @@ def sharing(cell: Cell) -> str:
 
 
 def _identity(model: str) -> dict[str, str]:
-    try:
-        models.find(model)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    models.check(model)
     return models.identity(model)
 
 

@@ -5,10 +5,11 @@ python -m experiments run embedded.demo       about 7 min on two idle cores
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pruners
-from experiments import labels, recovery
+from experiments import labels, llm_pruner, recovery
 from experiments.recovery import Retraining
 from experiments.spec import Efficiency, Generation, Perplexity, Run, Table, Windows, ZeroShot
 from pruners.retrain import MaskLoRA, Trainable
@@ -30,15 +31,13 @@ TEXT = Windows("embedded/c4", count=24, length=128, sampling="first")
 RETRAINING = Retraining(Trainable(norms=True, adapters=MaskLoRA(rank=16)), TEXT, steps=12, learning_rate=3e-3)
 
 
-MIDDLE: dict[str, Any] = {
-    "attention_blocks": (4, 26),
-    "mlp_blocks": (4, 26),
-}  # of 30 blocks; LLM-Pruner spares both ends
+MIDDLE = partial(llm_pruner.sparing, 4, 4, target_parameters=0.2, importance="element1")
 
 
 def sampled(row: Any, model: str) -> Run:
-    """`row` is a method, or a method and its recovery stage."""
+    """`row` is a method, how it is made for a model, or a method and its recovery stage."""
     method, recovery = row if isinstance(row, tuple) else (row, None)
+    method = method(model) if callable(method) else method
     windows = SENTENCES if isinstance(method, pruners.LLMPruner) else WINDOWS
     return Run(model, method, windows, (QUICK, COST, TASKS), recovery=recovery)
 
@@ -70,7 +69,7 @@ demo = Table(
         pruners.GBLM(pattern="2:4", norm="l1"),
         pruners.Flap(target_parameters=0.2),
         pruners.WandaSP(target_parameters=0.2),
-        pruners.LLMPruner(target_parameters=0.2, importance="element1", **MIDDLE),
+        MIDDLE,
     ),
     columns=((MODEL,),),
     run=sampled,

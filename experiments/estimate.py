@@ -10,16 +10,13 @@ Rough and rather high: methods run near half of the peak at best, evaluation bel
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
-from safetensors import safe_open
 
-from experiments import accuracy, measures, models, wheels
+from experiments import accuracy, gate, measures, models, wheels
 from experiments.cells import Cell
 from experiments.recovery import Retraining, schedule, training_tokens
 from experiments.sources import SOURCES
@@ -67,17 +64,9 @@ def taken_over(cells: Iterable[Cell]) -> Counter[str]:
     return saved
 
 
-@lru_cache
 def parameters_of(model: str) -> int:
-    """Of the catalogue, or counted in the headers of a folder's weight files."""
-    found = models.find(model)
-    if found.parameters or not found.folder:
-        return found.parameters or 0
-    total = 0
-    for path in sorted(found.folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-    return total
+    """Of the catalogue, or of the folder's own configuration; 0 where nobody knows."""
+    return models.find(model).parameters or 0
 
 
 def lacking(run: Run, data_dir: Path | None = None) -> list[str]:
@@ -85,7 +74,8 @@ def lacking(run: Run, data_dir: Path | None = None) -> list[str]:
 
     Documents that the Hub would give are not told: a task fetches them once it is asked.
     """
-    corpora = [name for what in run.measures for name in measures.corpora_of(what)]
+    gated = gate.asked(run.measures, models.find(run.model))
+    corpora = [name for what in (*run.measures, *gated) for name in measures.corpora_of(what)]
     if run.windows and run.calibrates:
         corpora.append(run.windows.corpus)
     if isinstance(run.recovery, Retraining):

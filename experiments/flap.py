@@ -16,10 +16,11 @@ from functools import partial
 from itertools import product
 from typing import Any
 
-from experiments import llm_pruner, protocols
+from experiments import llm_pruner, models, protocols
 from experiments.labels import setting
 from experiments.spec import Efficiency, Run, Table, Windows
 from pruners import Flap, LLMPruner, MagnitudeSP, WandaSP
+from pruners.suggest import UsageError
 
 MODELS = ("llama-7b", "llama-13b", "llama-30b", "llama-65b")
 RATIOS = (0.2, 0.3, 0.5)
@@ -27,7 +28,9 @@ WIKITEXT = Windows("wikitext2/train", count=1024, length=128, sampling="stream")
 C4 = Windows("c4/train", count=128, length=128)
 PPL = protocols.perplexity("flap")
 METRICS = ("WIFV", "IFV", "WIFN")
-STRUCTURES = {"UL-UM": None, "UL-MM": 384, "AL-MM": 380, "AL-AM": None}  # heads of LLaMA-7B that the script removes
+STRUCTURES = {"UL-UM": None, "UL-MM": 384, "AL-MM": 380, "AL-AM": None}  # heads that the script removes of LLaMA-7B's
+HEADS = 1024
+LARGEST = 14e9  # parameters of the models that LLM-Pruner's own tables have, 7B and 13B
 
 flap = partial(Flap, reference=True)
 QUOTED = ("Element^1 (Block)", "Element^1 (Block)" + llm_pruner.TUNED)  # rows of LLM-Pruner's tables
@@ -42,12 +45,24 @@ def label(run: Run) -> tuple[str, str]:
 
 
 def pruned(method: Any, model: str, ratio: float, measures: tuple[Any, ...] = PPL) -> Run | None:
-    """LLM-Pruner as its own tables have it, which know two models and two shares of FLAP's."""
+    """LLM-Pruner as its own tables have it, which know two sizes of models and two shares of FLAP's."""
     if isinstance(method, str):
-        known = ratio in llm_pruner.RATIOS and model not in MODELS[2:]
+        known = ratio in llm_pruner.RATIOS and protocols.parameters(model) < LARGEST
         return llm_pruner.pruned(method, model, ratio, measures) if known else None
     made = method and method(ratio)
     return Run(model, made, C4 if isinstance(made, WandaSP) else WIKITEXT, measures, "float16")
+
+
+def heads_removed(structure: str, model: str) -> int | None:
+    """The share of the model's own heads that the script removes of LLaMA-7B's, as many in every block for UL."""
+    removed = STRUCTURES[structure]
+    if removed is None:
+        return None
+    found = models.find(model)
+    if found.blocks is None or found.heads is None:
+        raise UsageError(f"How many heads {model} has is not known, and with it how many {structure} removes.")
+    parts = found.blocks if structure.startswith("UL") else 1
+    return parts * round(removed / HEADS * found.blocks * found.heads / parts)
 
 
 perplexity = Table(
@@ -76,7 +91,7 @@ structures = Table(
     rows=METRICS,
     columns=tuple(product(MODELS[:1], STRUCTURES)),
     run=lambda metric, model, structure: pruned(
-        partial(flap, metric=metric, structure=structure, heads_removed=STRUCTURES[structure]), model, 0.5
+        partial(flap, metric=metric, structure=structure, heads_removed=heads_removed(structure, model)), model, 0.5
     ),
     label=lambda run: (f"{run.method.metric} {run.method.structure}", setting(run.method)),
 )

@@ -1,17 +1,18 @@
 """The dense gate: before a pruned number is believed, the dense model must meet its published perplexity.
 
 Most results that could not be reproduced differ in split, tokenizer, window or checkpoint, and the dense model shows
-it.  Its perplexity is evaluated once per model, protocol and device and kept under results/.cache/dense.
+it.  Its perplexity is evaluated once per model, protocol and device and kept under results/.cache/dense.  A cell that
+measures no perplexity with a known dense value (accuracies, speed) is checked by the first one that the catalogue has.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import files, sealed
+from experiments import failures, files, sealed
 from experiments.accuracy import Values
 from experiments.catalogue import Model
 from experiments.locks import lock
@@ -27,6 +28,23 @@ class DenseGateError(ValueError):
 def published(what: Any, model: Model) -> bool:
     """Whether a dense perplexity is known for this very protocol key."""
     return isinstance(what, Perplexity) and what.key in model.dense
+
+
+def asked(measured: Sequence[Any], model: Model) -> list[Perplexity]:
+    """What the dense model must meet before these measures of the pruned one are believed; empty: nothing is known."""
+    own = [what for what in measured if published(what, model)]
+    return own or [Perplexity.of(key) for key in list(model.dense)[:1]]
+
+
+def check_readable(what: Perplexity, model: Model, provenance: Callable[[], Any]) -> None:
+    """DenseGateError where the text of a perplexity that the cell itself does not measure cannot be read."""
+    try:
+        provenance()
+    except (OSError, ValueError, LookupError) as error:
+        raise DenseGateError(
+            f"The dense gate of {model.name} measures {what.key}, and {what.corpus} cannot be read: "
+            f"{failures.sentence(error).rstrip('.')}. Provide it, or run with --no-dense-gate, which the record keeps."
+        ) from error
 
 
 def check(what: Perplexity, model: Model, values: Values) -> dict[str, float]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from experiments import flap as flap_tables
 from experiments import gblm as gblm_tables
+from experiments import llm_pruner as llm_pruner_tables
 from experiments.embedded import MODEL
 from experiments.labels import setting
 from experiments.recovery import Retraining
@@ -29,7 +30,7 @@ DTYPE = "bfloat16"
 PPL = Perplexity("embedded/wiki", window=512, limit=128)
 COUNT = 32
 ALPHA = 100 * 128 / COUNT  # the gradient term grows with the number of windows, and 100 belongs to 128
-BLOCKS = (4, 28)  # of 30
+SPARED = llm_pruner_tables.SPARED[0.2]
 IMPORTANCES = {"L2": "l2", "Random": "random", "Vector (Block)": "vector", "Element^2 (Block)": "element2",
                "Element^1 (Block)": "element1"}  # fmt: skip
 
@@ -61,6 +62,13 @@ def _flap_label(run: Run) -> tuple[str, str]:
     return flap_tables.WORDS[type(run.method)] + bias, setting(run.method)
 
 
+def _sharing(method: Any, model: str, share: float) -> Any:
+    """LLM-Pruner in every block, as the others."""
+    if method is LLMPruner:
+        return llm_pruner_tables.sparing(0, 0, model, target_parameters=share)
+    return method and method(target_parameters=share)
+
+
 # By `ratio` 0.2 FLAP removes 20 % of the parameters and the others 15 %: no fifth of three KV groups can go.
 flap = Table(
     name="embedded.flap",
@@ -69,22 +77,22 @@ flap = Table(
         None,
         MagnitudeSP,
         WandaSP,
-        partial(LLMPruner, attention_blocks=(0, 30), mlp_blocks=(0, 30)),
+        LLMPruner,
         Flap,
         partial(Flap, bias=False),
     ),
     columns=tuple(product((MODEL,), (0.2, 0.5), SEEDS)),
     run=lambda method, model, share, seed: drawn(
-        method and method(target_parameters=share), model, seed, Windows("embedded/c4", 128, 128, sampling="stream")
+        _sharing(method, model, share), model, seed, Windows("embedded/c4", 128, 128, sampling="stream")
     ),
     label=_flap_label,
 )
 
 
-def _by(importance: str, seed: int) -> LLMPruner:
+def _by(importance: str, model: str, seed: int) -> LLMPruner:
     """Random groups are drawn anew for every seed; other importances draw nothing but their windows."""
     draw = seed if importance == "random" else LLMPruner.seed
-    return LLMPruner(0.25, importance=importance, attention_blocks=BLOCKS, mlp_blocks=BLOCKS, seed=draw)
+    return llm_pruner_tables.sparing(*SPARED, model, ratio=0.25, importance=importance, seed=draw)
 
 
 llm_pruner = Table(
@@ -93,7 +101,7 @@ llm_pruner = Table(
     rows=(None, *IMPORTANCES.values()),
     columns=tuple(product((MODEL,), SEEDS)),
     run=lambda importance, model, seed: drawn(
-        importance and _by(importance, seed),
+        importance and _by(importance, model, seed),
         model,
         seed,
         Windows("embedded/c4", 10, 64, sampling="sentences"),

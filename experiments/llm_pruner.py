@@ -5,7 +5,7 @@
 10 sentences of 64 BookCorpus tokens (the paper says 128, its code takes 64), drawn with seed 42; perplexity at 128
 tokens on WikiText-2 and on PTB's validation split; seven tasks.  "20 %" is ratio 0.25 in blocks 4..29, "50 %" 0.6 in
 blocks 3..30, which gives the paper's parameter counts; for channels the ratio is the share itself.  The paper does not
-say which of LLaMA-13B's 40 blocks are pruned: the same number is spared at both ends here.
+say which of LLaMA-13B's 40 blocks are pruned.  Here any model's first and last blocks are spared as LLaMA-7B's are.
 """
 
 from __future__ import annotations
@@ -15,18 +15,19 @@ from functools import partial
 from itertools import product
 from typing import Any
 
-from experiments import protocols
+from experiments import models, protocols
 from experiments.recovery import MORE_DATA, POST_TRAINING, Retraining
 from experiments.spec import Efficiency, Perplexity, Run, Table, Windows
 from pruners import LLMPruner
 from pruners.retrain import LoRA, Trainable
+from pruners.suggest import UsageError
 
 WINDOWS = Windows("bookcorpus/train", count=10, length=64, seed=42, sampling="sentences")
 PPL = protocols.perplexity("llm_pruner")
 MEASURES = (*PPL, protocols.zero_shot("llm_pruner"))
-BLOCKS = {"llama-13b": 40, "vicuna-13b": 40}
-TINYLLAMA = {("tinyllama-1.1b", 0.2): (4, 18)}  # what the repository prunes of its 22 blocks
 SPARED = {0.2: (4, 2), 0.5: (3, 1)}  # blocks at both ends
+OF_22_BLOCKS = {0.2: (4, 4)}  # what the repository spares of TinyLlama
+DEEPEST = 128  # blocks; no public model of these families has more
 RATIOS = {0.2: 0.25, 0.5: 0.6}
 METHODS: dict[str, dict[str, Any]] = {
     "L2": {"importance": "l2", "reduction": "mean"},
@@ -45,9 +46,21 @@ def method(name: str, model: str, share: float, **changes: Any) -> LLMPruner | N
         return None
     if METHODS[name].get("granularity") == "channel":
         return LLMPruner(share, **METHODS[name])
-    first, last = SPARED[share]
-    blocks = TINYLLAMA.get((model, share), (first, BLOCKS.get(model, 32) - last))
-    return LLMPruner(RATIOS[share], attention_blocks=blocks, mlp_blocks=blocks, **{**METHODS[name], **changes})
+    first, last = (OF_22_BLOCKS if depth(model) == 22 else {}).get(share, SPARED[share])
+    return sparing(first, last, model, ratio=RATIOS[share], **{**METHODS[name], **changes})
+
+
+def depth(model: str) -> int:
+    """Its decoder blocks; UsageError for a model of which nobody knows them."""
+    if (blocks := models.find(model).blocks) is None:
+        raise UsageError(f"How many blocks {model} has is not known, and with it which of them LLM-Pruner spares.")
+    return blocks
+
+
+def sparing(first: int, last: int, model: str, **how: Any) -> LLMPruner:
+    """LLM-Pruner on all of the model's blocks but the first and the last so many."""
+    blocks = (first, depth(model) - last)
+    return LLMPruner(attention_blocks=blocks, mlp_blocks=blocks, **how)
 
 
 def pruned(name: str, model: str, share: float, measures: tuple[Any, ...] = MEASURES, **changes: Any) -> Run:
@@ -141,14 +154,16 @@ more_data = Table(
 )
 
 # The paper says of its pruned model that 3.6B parameters are left.  The blocks are those of "50 %", which leaves 3.35B.
-TO_3_6B = LLMPruner(target_parameters=0.466, target_of="model", attention_blocks=(3, 31), mlp_blocks=(3, 31))
+to_3_6b = partial(sparing, *SPARED[0.5], target_parameters=0.466, target_of="model")
 
 stablelm = Table(
     name="llm_pruner.stablelm",
     title="LLaMA-7B pruned to 3.6B parameters, tuned (table 9, without its StableLM-3B)",
-    rows=(TO_3_6B,),
+    rows=(to_3_6b,),
     columns=(("llama-7b",),),
-    run=lambda method, model: Run(model, method, WINDOWS, (MEASURES[-1], Efficiency((), ())), "float16", POST_TRAINING),
+    run=lambda method, model: Run(
+        model, method(model), WINDOWS, (MEASURES[-1], Efficiency((), ())), "float16", POST_TRAINING
+    ),
     published="llm_pruner: table 9",
     label=lambda run: ("Element^1 (Block), 3.6B parameters", "tuned"),
 )
@@ -227,18 +242,22 @@ more_models = Table(
     label=lambda run: (label(run)[0], "25 % of the groups" if run.method else ""),
 )
 
+
+def alone(block: int, model: str) -> Run | None:
+    if depth(model) > DEEPEST:
+        raise UsageError(f"{model} has {depth(model)} blocks and this table rows for {DEEPEST}.")
+    if block >= depth(model):
+        return None
+    made = LLMPruner(0.25, attention_blocks=(block, block + 1), mlp_blocks=(block, block + 1))
+    return Run(model, made, WINDOWS, PPL, "float16")
+
+
 layer_sensitivity = Table(
     name="llm_pruner.layer_sensitivity",
     title="One block pruned at a time, by its index (figure 3)",
-    rows=tuple(range(32)),
+    rows=tuple(range(DEEPEST)),
     columns=(("llama-7b",),),
-    run=lambda block, model: Run(
-        model,
-        LLMPruner(0.25, attention_blocks=(block, block + 1), mlp_blocks=(block, block + 1)),
-        WINDOWS,
-        PPL,
-        "float16",
-    ),
+    run=alone,
     label=lambda run: (f"Block {run.method.mlp_blocks[0]}", f"{100 * run.method.ratio:g} %"),
 )
 

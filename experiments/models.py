@@ -5,8 +5,8 @@ Weights come as safetensors only and no code of a model repository ever runs.
 
 from __future__ import annotations
 
-import json
 from contextlib import nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -16,38 +16,84 @@ from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from experiments import wheels
+from experiments import catalogue, folders, wheels
 from experiments.catalogue import CATALOGUE, Model
 from experiments.conversion import converted, quiet
 from experiments.fingerprints import fingerprint, weight_files
-from pruners.suggest import unknown
+from pruners.suggest import UsageError, unknown
 
-__all__ = ["CATALOGUE", "Model", "commit", "find", "identity", "load"]
+__all__ = ["CATALOGUE", "Model", "check", "commit", "find", "identity", "load", "positions"]
+
+TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*")
 
 
 def find(name: str | Path) -> Model:
-    """The catalogue's model of that name, or a local folder with `config.json` and safetensors weights.
+    """The catalogue's model of that name, a local folder, or, as `NAME=FOLDER`, a folder that is that very model.
 
-    Raises ValueError for an unknown name (with the nearest ones) and for a folder that cannot be loaded.
+    What is known of a folder comes from the folder itself, whatever it is called.  `NAME=FOLDER` has all that the
+    catalogue knows (gate, context length, number format) but its weights, which are the folder's.
+    Raises ValueError for an unknown name (with the nearest ones), for a folder that cannot be loaded, and for one whose
+    blocks or parameters are not those of the model that it is said to be.
     """
-    if str(name) in CATALOGUE:
-        return CATALOGUE[str(name)]
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        raise ValueError(f"{unknown('model', str(name), CATALOGUE)} A local folder would do, too; there is none there.")
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} is no model folder: its config.json cannot be read ({error}).") from error
+    known, place = catalogue.split(name)
+    if place is None:
+        return CATALOGUE[str(known)]
+    folder = Path(place).expanduser()
+    if not place or not folder.is_dir():
+        raise ValueError(_nowhere(str(name), known, place))
+    found = folders.shape(folder)
     weight_files(folder)
-    return Model(str(name), folder=folder, positions=config.get("max_position_embeddings"), dtype="auto")
+    if known is not None:
+        _check_shape(CATALOGUE[known], found, folder)
+        return replace(CATALOGUE[known], hub=None, revision=None, package=None, folder=folder)
+    return Model(str(name), folder=folder, dtype="auto", **asdict(found))
+
+
+def check(name: str | Path) -> None:
+    """UsageError where `find` refuses."""
+    try:
+        find(name)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _nowhere(name: str, known: str | None, place: str) -> str:
+    if known:
+        lacking = f"the folder {place}, which is not there" if place else "no folder"
+        return f"{name!r} names {lacking}; give {known}=FOLDER."
+    left, equals, right = name.partition("=")
+    if equals and Path(right).expanduser().is_dir():
+        return f"{unknown('catalogue model', left, CATALOGUE)} NAME=FOLDER says which of them a folder is."
+    return f"{unknown('model', name, CATALOGUE)} A local folder would do, too; there is none there."
+
+
+def _check_shape(model: Model, found: folders.Shape, folder: Path) -> None:
+    for what in ("blocks", "parameters"):
+        wanted, there = getattr(model, what), getattr(found, what)
+        if wanted is not None and wanted != there:
+            raise ValueError(
+                f"{folder} is not {model.name}: it has {there:,} {what} and {model.name} has {wanted:,}; name the "
+                f"model that it is, or --model {folder} to take it as one of its own."
+            )
+
+
+def positions(name: str | Path) -> int:
+    """The context length of a model in tokens; UsageError where its folder does not tell."""
+    model = find(name)
+    if model.positions is None:
+        raise UsageError(
+            f"{name} tells no context length, which windows as long as the model takes need; set "
+            "max_position_embeddings in its config.json."
+        )
+    return model.positions
 
 
 def identity(name: str | Path) -> dict[str, str]:
-    """What tells this model's weights from any other's, as plain JSON."""
+    """What tells this model's weights from any other's, as plain JSON, and which of the catalogue a folder is."""
     model = find(name)
     if model.folder:
-        return {"fingerprint": fingerprint(model.folder)}
+        known, _ = catalogue.split(name)
+        return {"fingerprint": fingerprint(model.folder), **({"catalogue": known} if known else {})}
     if model.package:
         return {"package": model.package, "version": wheels.version(model.package)}
     return {"hub": str(model.hub), "revision": model.revision or "main"}
@@ -75,7 +121,7 @@ def load(
     options = {"revision": found.revision or "main", "trust_remote_code": False}
     with nullcontext() if found.hub else quiet():
         try:
-            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            tokenizer = _tokenizer(found, source, options)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source,
                 dtype=_dtype(dtype or found.dtype),
@@ -94,8 +140,25 @@ def load(
     return model.eval(), tokenizer
 
 
+def _tokenizer(model: Model, source: str | Path, options: dict[str, Any]) -> Any:
+    if model.folder and not any(path for pattern in TOKENIZER_FILES for path in model.folder.glob(pattern)):
+        raise ValueError(  # transformers would take an empty one for some families
+            f"{model.folder} has no tokenizer (e.g. tokenizer.json or tokenizer.model); save that of its model there, "
+            "too: AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER)."
+        )
+    try:
+        return AutoTokenizer.from_pretrained(source, **options)
+    except Exception as error:  # the tokenizers library raises plain Exceptions
+        if model.hub and isinstance(error, OSError):
+            raise
+        raise ValueError(
+            f"The tokenizer files of {model.folder or model.name} are damaged or of another version "
+            f"({folders.reason(error)}); save those of its model there again."
+        ) from error
+
+
 def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
-    known = ("float32", "float16", "bfloat16", "float64", "auto")
+    known = (*folders.DTYPES, "auto")
     if isinstance(dtype, str) and dtype not in known:
         raise ValueError(unknown("dtype", dtype, known))
     return dtype if isinstance(dtype, torch.dtype) or dtype == "auto" else getattr(torch, dtype)

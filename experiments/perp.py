@@ -13,7 +13,7 @@ from dataclasses import replace
 from itertools import product
 from typing import Any
 
-from experiments import models, protocols
+from experiments import protocols
 from experiments.labels import setting
 from experiments.recovery import Documents, Retraining, label
 from experiments.spec import Run, Table, Windows
@@ -41,18 +41,14 @@ SUBSETS = (
 MASKS = (Magnitude, lambda **how: Wanda(group="matrix", **how), SparseGPT)
 
 
-def length(model: str) -> int:
-    return min(models.find(model).positions or protocols.LONGEST_WINDOW, protocols.LONGEST_WINDOW)
-
-
 def retraining(trainable: Trainable, model: str) -> Retraining:
-    text = Documents("c4/train", count=STEPS * BATCH, length=length(model))
+    text = Documents("c4/train", count=STEPS * BATCH, length=protocols.length(model))
     return Retraining(trainable, text, STEPS, LEARNING_RATE, BATCH)
 
 
 def retrained(trainable: Trainable | None, model: str, how: dict[str, Any], method: Any = Magnitude) -> Run:
-    measures = protocols.perplexity("perp", models.find(model).positions)
-    windows = Windows("c4/train", count=128, length=length(model))
+    measures = protocols.perplexity("perp", protocols.length(model))
+    windows = Windows("c4/train", count=128, length=protocols.length(model))
     return Run(model, method(**how), windows, measures, "float16", trainable and retraining(trainable, model))
 
 
@@ -105,7 +101,8 @@ zero_shot = Table(
     rows=(None, SMALL, SUBSETS[-1]),
     columns=tuple(product((*OPT, *LLAMA), ({"sparsity": 0.5}, {"sparsity": 0.6}), MASKS)),
     run=lambda trainable, model, how, method: replace(
-        retrained(trainable, model, how, method), measures=(protocols.zero_shot("perp"),)
+        retrained(trainable, model, how, method),
+        measures=(protocols.zero_shot("perp", parameters=protocols.parameters(model)),),
     ),
     label=words,
 )

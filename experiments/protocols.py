@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from experiments import models
 from experiments.spec import Perplexity, ZeroShot
 from pruners.suggest import UsageError, unknown
 
@@ -76,7 +77,7 @@ def tasks(*names: str, limit: int | None = None, examples: int = 0) -> ZeroShot:
     return ZeroShot(None, tuple((name, "acc") for name in names), limit, examples=examples)
 
 
-def named(names: Sequence[str]) -> ZeroShot:
+def named(names: Sequence[str], parameters: int = 0) -> ZeroShot:
     """What a command line means by them: one convention, or tasks of lm-eval.
 
     UsageError for a convention beside anything else, which would leave open whose mean is meant, and for a task twice.
@@ -88,7 +89,19 @@ def named(names: Sequence[str]) -> ZeroShot:
         )
     if twice := [name for name in dict.fromkeys(names) if list(names).count(name) > 1]:
         raise UsageError(f"{', '.join(twice)} is named more than once; name each task once.")
-    return zero_shot(names[0]) if len(names) == 1 and names[0] in CONVENTIONS else tasks(*names)
+    return zero_shot(names[0], None, parameters) if len(names) == 1 and names[0] in CONVENTIONS else tasks(*names)
+
+
+def length(model: str) -> int:
+    """Tokens of a window as long as the model takes, LONGEST_WINDOW at most; UsageError where it does not tell."""
+    return min(models.positions(model), LONGEST_WINDOW)
+
+
+def parameters(model: str) -> int:
+    """UsageError for a model of which nobody knows them."""
+    if (known := models.find(model).parameters) is None:
+        raise UsageError(f"How many parameters {model} has is not known, and with it how many documents it is asked.")
+    return known
 
 
 def _own_length(name: str, positions: int | None) -> int:

@@ -217,11 +217,14 @@ def _dense_gate(
 ) -> dict[str, Any]:
     """By protocol key what the dense model met; empty where nothing is published for it."""
     model = models.find(run.model)
-    published = [what for what in run.measures if gate.published(what, model)]
+    asked = gate.asked(run.measures, model)
     if not settings.dense_gate:
-        return {what.key: {"skipped": "--no-dense-gate"} for what in published}
+        return {what.key: {"skipped": "--no-dense-gate"} for what in asked}
+    for what in asked:
+        if what not in run.measures:
+            gate.check_readable(what, model, partial(corpora.provenance, what.corpus, settings.data_dir))
     with stages("dense gate"):
-        return {what.key: gate.check(what, model, _dense(what, run, subject, settings, board)) for what in published}
+        return {what.key: gate.check(what, model, _dense(what, run, subject, settings, board)) for what in asked}
 
 
 def _dense(

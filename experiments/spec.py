@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pruners
+from experiments import catalogue
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,14 @@ class Perplexity:
     def keys(self) -> tuple[str, ...]:
         """The keys that a table shows."""
         return (self.key,)
+
+    @classmethod
+    def of(cls, key: str) -> Perplexity:
+        """What a protocol key means; ValueError for one of another form."""
+        if not (parts := re.fullmatch(r"(.+)@(\d+)(?:\[:(\d+)\])?", key)):
+            raise ValueError(f"{key!r} is no protocol key of a perplexity, such as wikitext2/test@2048[:16].")
+        corpus, window, limit = parts.groups()
+        return cls(corpus, int(window), int(limit) if limit else None)
 
 
 @dataclass(frozen=True)
@@ -141,8 +150,9 @@ class Run:
     """One cell: a model, a method (None is the dense model), its calibration and what is measured.
 
     `recovery` follows pruning: a `recovery.Retraining`, or a `retrain.Reconstruction` block by block.
-    `model` is a name of the catalogue or a local folder; `model_identity` is filled in by `experiments.models`
-    (hub id and revision, or a fingerprint of the folder), so that two models never share an id.
+    `model` is a name of the catalogue, a local folder, or NAME=FOLDER for a folder that is a model of the catalogue;
+    `identity` is filled in by `experiments.models` (hub id and revision, or a fingerprint of the folder), so that two
+    models never share an id.
     """
 
     model: str
@@ -151,6 +161,16 @@ class Run:
     measures: tuple[Any, ...]
     dtype: str = "float32"
     recovery: Any = None
+
+    @property
+    def model_name(self) -> str:
+        """What a reader calls the model."""
+        return catalogue.called(self.model)
+
+    @property
+    def is_of_catalogue(self) -> bool:
+        """Whether the model is one of the papers', and not a folder that may be called like one."""
+        return catalogue.split(self.model)[0] is not None
 
     @property
     def calibrates(self) -> bool:
@@ -162,7 +182,7 @@ class Run:
         """Every field that can move the number, as plain JSON values."""
         recovery = {"recovery": describe(self.recovery)} if self.recovery else {}
         return {
-            "model": {"name": Path(self.model).name, **(identity or {})},  # where a folder lies moves nothing
+            "model": {"name": self.model_name, **(identity or {})},  # where a folder lies moves nothing
             "method": describe(self.method),
             "windows": asdict(self.windows) if self.windows and self.calibrates else None,
             "measures": [describe(measure) for measure in self.measures],

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from experiments import baselines, embedded, flap, gblm, headlines, llm_pruner, perp, protocols
+from experiments import baselines, embedded, flap, gblm, headlines, llm_pruner, models, perp, protocols
 from experiments.spec import Run, Table, ZeroShot
 from pruners.suggest import UsageError, unknown
 
@@ -31,16 +31,23 @@ def runs(
     """The table's runs in reading order, on another model or in another number format where asked.
 
     `limit` cuts zero-shot tasks to their first so many documents, which gives them protocol keys of their own; `tasks`,
-    a convention or tasks of lm-eval, are measured besides.  UsageError for a `limit` where there is no such task.
+    a convention or tasks of lm-eval, are measured besides.  UsageError for a model that is not there, and for a `limit`
+    where there is no such task.
     """
+    if model is not None:
+        models.check(model)
     asked = table.runs(model)
     if limit and not tasks and not any(isinstance(what, ZeroShot) for run in asked for what in run.measures):
         raise UsageError(f"{table.name} has no zero-shot task whose documents --limit could cut; leave it out.")
     if dtype:
         asked = [replace(run, dtype=dtype) for run in asked]
     if tasks:
-        asked = [replace(run, measures=(*run.measures, protocols.named(tasks))) for run in asked]
+        asked = [replace(run, measures=(*run.measures, _named(tasks, run))) for run in asked]
     return [replace(run, measures=_limited(run.measures, limit)) for run in asked] if limit else asked
+
+
+def _named(tasks: Sequence[str], run: Run) -> ZeroShot:
+    return protocols.named(tasks, protocols.parameters(run.model))
 
 
 def _limited(measures: tuple[Any, ...], limit: int) -> tuple[Any, ...]:

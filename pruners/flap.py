@@ -12,7 +12,7 @@ channels) and of the MLP's last projection, on the dense model in one pass.  Wha
     AL-AM   one threshold over all heads and channels, where the parameters of what goes come closest to the ratio
     AL-MM   the `heads_removed` lowest query heads of the model; then channels of the model up to the ratio
     UL-UM   the ratio of each block's heads and of its channels
-    UL-MM   heads_removed / blocks heads of each block; then its channels up to the ratio
+    UL-MM   heads_removed / blocks heads of each block (the reference rounds down); then its channels up to the ratio
 
 The ratio is a share of the blocks' projections.  A head costs the parameters that it really holds, so any family, head
 size and grouping works; KV heads go with their query heads.

@@ -186,6 +186,12 @@ class LLMPruner(Structured):
                 raise ValueError(
                     f"{name}=({first}, {last}) is no half-open range within the model's {count} blocks, 0 to {count}."
                 )
+        ranges = (self.attention_blocks, self.mlp_blocks)
+        if self.granularity == "block" and all(first == last for first, last in ranges):
+            raise ValueError(
+                f"attention_blocks={ranges[0]} and mlp_blocks={ranges[1]} leave none of the model's {count} blocks "
+                "to prune."
+            )
 
     def prune(
         self,

@@ -13,12 +13,11 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
-from experiments import arguments
+from experiments import arguments, catalogue
 
 if TYPE_CHECKING:
     from experiments.cells import Cell
@@ -130,7 +129,8 @@ def _plan(asked: argparse.Namespace) -> Work:
     ours = {"command", "debug", "profile", "executor", "memory_gb", "dry_run", "failed"}
     told = {name: value for name, value in vars(asked).items() if name not in ours}
     data_dir = str(asked.data_dir.expanduser().resolve()) if asked.data_dir else None
-    return Work({**told, "results": str(asked.results), "data_dir": data_dir})
+    model = told["model"] and catalogue.absolute(told["model"])  # jobs may run in another folder
+    return Work({**told, "model": model, "results": str(asked.results), "data_dir": data_dir})
 
 
 def _show(array: Array) -> None:
@@ -155,7 +155,7 @@ def _status(asked: argparse.Namespace) -> int:
     if not labels:
         declared = cells.cells(table.runs(), table.label)
         labels = {cell.id: cell.label for cell in declared}
-        models = {cell.id: Path(cell.run.model).name for cell in declared}
+        models = {cell.id: cell.run.model_name for cell in declared}
     found = state.cells(asked.results, asked.table, labels)
     _print_cells(found, models)
     _print_failures(found)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 
 from experiments.cells import Cell, ordered, sharing
 from slurm import estimate
@@ -35,7 +34,7 @@ class Array:
 
     @property
     def model(self) -> str:
-        return Path(self.jobs[0].cells[0].run.model).name
+        return self.jobs[0].cells[0].run.model_name
 
 
 def arrays(cells: Sequence[Cell], profile: Profile, memory_gb: float | None = None) -> list[Array]:

@@ -87,7 +87,9 @@ def config_of(name):
 def test_parameter_counts_follow_from_the_public_configurations(name):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config_of(name))
-    assert model.num_parameters() == models.find(name).parameters
+    found, config = models.find(name), model.config
+    assert model.num_parameters() == found.parameters
+    assert (config.num_hidden_layers, config.num_attention_heads) == (found.blocks, found.heads)
 
 
 @pytest.mark.parametrize("model", models.CATALOGUE.values(), ids=str)

@@ -92,7 +92,7 @@ def test_the_pruned_model_beside_stablelm_keeps_the_published_parameters():
                          vocab_size=32000)  # fmt: skip
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config)
-    pruners.prune(empty, replace(llm_pruner.TO_3_6B, importance="random"), None)
+    pruners.prune(empty, replace(llm_pruner.to_3_6b("llama-7b"), importance="random"), None)
     (printed,) = (cell for cell in papers.read("llm_pruner") if cell.table == "table 9" and cell.metric == "parameters"
                   and cell.model == "llama-7b")  # fmt: skip
     assert empty.num_parameters() == pytest.approx(printed.value, abs=printed.rounding)
