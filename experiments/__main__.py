@@ -63,7 +63,7 @@ def _list(asked: argparse.Namespace) -> int:
     }
     for kind, names in known.items():
         print(f"\n{kind}: {', '.join(names)}")
-    print("A local model folder can stand wherever a model's name does.")
+    print("A local model folder can stand wherever a model's name does; NAME=FOLDER says that it is that model.")
     return 0
 
 
