@@ -11,7 +11,8 @@ import json
 import logging
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,24 @@ logger = logging.getLogger(__name__)
 class AnswerStore:
     """A file of answers that belong to one model, named by `identity`; another model's file is started anew.
 
-    A line that a kill cut short, or that its checksum disowns, ends what is believed: the file is cut there.
+    A line that a kill cut short, or that its checksum disowns, ends what is believed: the file is cut there.  Where the
+    disk refuses, answers are kept in memory from there on, with one warning: the evaluation goes on.
     """
 
     def __init__(self, path: Path, identity: str) -> None:
         self.path = Path(path)
         self._known: dict[str, list[Answer]] = {}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = self._read(identity) if self.path.exists() else 0
-        with self.path.open("ab") as file:
-            file.truncate(kept)
-        if not kept:
-            self._append({"identity": identity})
+        self._refused = False
+        with self._kept():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.exists() and not self.path.is_file():  # reading a pipe would wait for ever
+                logger.warning("%s is no file of answers; starting anew.", self.path)
+                self.path.unlink()
+            whole = self._read(identity) if self.path.exists() else 0
+            with self.path.open("ab") as file:
+                file.truncate(whole)
+            if not whole:
+                self._append({"identity": identity})
 
     def __len__(self) -> int:
         """How many answers are known."""
@@ -45,14 +52,25 @@ class AnswerStore:
     def put(self, batch: str, answers: Sequence[Answer]) -> None:
         """Keep a batch's answers, on disk before this returns."""
         self._known[batch] = list(answers)
-        self._append({"batch": batch, "answers": answers})
+        with self._kept():
+            self._append({"batch": batch, "answers": answers})
 
     def _append(self, content: dict[str, Any]) -> None:
+        if self._refused:
+            return
         text = json.dumps(content).encode()
         with self.path.open("ab") as file:
             file.write(b"%08x " % zlib.crc32(text) + text + b"\n")
             file.flush()
             os.fsync(file.fileno())
+
+    @contextmanager
+    def _kept(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._refused = True
+            logger.warning("%s cannot be written (%s); should this be killed, all is asked again.", self.path, error)
 
     def _read(self, identity: str) -> int:
         """Bytes at the head of the file that can be believed."""
@@ -82,7 +100,7 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    checksum, _, text = line.rstrip(b"\n").partition(b" ")
+    checksum, _, text = line[:-1].partition(b" ")
     if not line.endswith(b"\n") or checksum != b"%08x" % zlib.crc32(text):
         return None
     content: dict[str, Any] = json.loads(text)

@@ -1,48 +1,30 @@
-"""Files that are whole or absent: written beside their place, flushed to the disk, then renamed."""
+"""Files under the results folder: whole or absent, regular when read, and one sentence where a disk refuses."""
 
 from __future__ import annotations
 
-import errno
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
-ADVICE = {
-    errno.ENOSPC: "free some space on that disk",
-    errno.EDQUOT: "your quota is used up; remove what you no longer need",
-    errno.EFBIG: "the allowed file size is too small (ulimit -f)",
-    errno.EACCES: "allow yourself to write there",
-    errno.EPERM: "allow yourself to write there",
-    errno.EROFS: "that file system is read-only",
-}
+from pruners import storage
+from pruners.storage import StorageError, remove
 
+__all__ = ["StorageError", "check_writable", "explained", "read", "remove", "replacing", "write"]
 
-class StorageError(OSError):
-    """A file could not be written; the message says why and what to do."""
+OTHERWISE = "choose another folder with --results"
+PROBE_BYTES = 2**20  # several records
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` to write to; it takes the place of `path` when the block ends without an error.
+    """A temporary name to write a file to; it takes the place of `path` when the block ends without an error.
 
     Raises StorageError, and leaves nothing behind, where the folder cannot be written or the disk is full.
     """
-    with explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
-        try:
-            yield temporary
-            temporary.chmod(0o666 & ~_umask())
-            _flush(temporary)
-            temporary.replace(path)
-            _flush(path.parent)
-        finally:
-            with suppress(FileNotFoundError):
-                temporary.unlink()
+    with storage.replacing(path, OTHERWISE) as temporary:
+        yield temporary
 
 
 def write(path: Path, text: str) -> None:
@@ -51,38 +33,28 @@ def write(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def read(path: Path) -> str:
+    """The text of a regular file; OSError for anything else, such as a pipe, at which reading would wait for ever."""
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is no regular file")
+    return path.read_bytes().decode()  # a carriage return stays what it is
+
+
 def check_writable(folder: Path) -> None:
-    """Raises StorageError now rather than after the work is done."""
+    """Raises StorageError now rather than after the work is done: a MiB is written there, flushed and removed.
+
+    The bytes are random, for some file systems keep a MiB of zeros in no space at all.
+    """
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(os.urandom(PROBE_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
 
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Turns an operating-system error into one sentence that names the file and the way out."""
-    try:
+    """Turns an error of the system into one sentence that names the file and the way out."""
+    with storage.explained(path, OTHERWISE):
         yield
-    except StorageError:
-        raise
-    except OSError as error:
-        way_out = ADVICE.get(error.errno or 0, "check that path")
-        reason = (error.strerror or str(error)).lower()
-        raise StorageError(
-            f"Cannot write {path}: {reason}; {way_out}, or choose another folder with --results."
-        ) from error
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current

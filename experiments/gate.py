@@ -7,15 +7,15 @@ measures no perplexity with a known dense value (accuracies, speed) is checked b
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import failures, files, sealed
+from experiments import failures, files, locks, sealed
 from experiments.accuracy import Values
 from experiments.catalogue import Model
-from experiments.locks import lock
 from experiments.spec import Perplexity, digest
 
 logger = logging.getLogger(__name__)
@@ -66,21 +66,26 @@ def dense(root: Path, key: dict[str, Any], evaluate: Callable[[], Values]) -> Va
     A second process that asks for the same values waits for the first; a damaged file is evaluated again.
     """
     path = root / ".cache" / "dense" / f"{digest(key)}.json"
-    with files.explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with lock(path.with_suffix(".lock")):
-        if (values := _read(path)) is None:
+    with locks.held(path.with_suffix(".lock")):
+        if (values := _read(path, key)) is None:
             values = evaluate()
-            files.write(path, sealed.dumps({"key": key, "values": values}))
+            try:
+                files.write(path, sealed.dumps({"key": key, "values": values}))
+            except files.StorageError as error:
+                logger.warning("%s The dense value is not kept for other cells.", error)
     return values
 
 
-def _read(path: Path) -> Values | None:
-    if not path.exists():
-        return None
+def _read(path: Path, key: dict[str, Any]) -> Values | None:
+    """None where there is nothing, or nothing that can be trusted and was written under `key`."""
     try:
-        values: Values = sealed.loads(path.read_text(encoding="utf-8"))["values"]
-    except ValueError as error:
+        content = sealed.loads(files.read(path))
+        if content["key"] != json.loads(json.dumps(key)):
+            raise ValueError("it belongs to another place")
+        values: Values = content["values"]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError) as error:
         logger.warning("Evaluating again what %s held: %s.", path, error)
         return None
     return values

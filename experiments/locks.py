@@ -11,13 +11,36 @@ from __future__ import annotations
 import errno
 import fcntl
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 
-from filelock import BaseFileLock, FileLock, SoftFileLease
+from filelock import BaseFileLock, FileLock, SoftFileLease, Timeout
+
+from experiments import files
 
 LEASE_SECONDS = 180.0
 NO_FLOCK = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
+
+
+@contextmanager
+def held(path: Path, timeout: float = -1) -> Iterator[None]:
+    """The lock is held within the block; its folder is made where it is not there.
+
+    Raises filelock.Timeout after `timeout` seconds (0: at once, -1: never), StorageError where no lock can be made.
+    """
+    with files.explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        taken = lock(path, timeout)
+        with suppress(Timeout):  # an OSError, and no fault of the disk
+            taken.acquire()
+    if not taken.is_locked:
+        raise Timeout(str(path))
+    try:
+        yield
+    finally:
+        taken.release()
 
 
 def lock(path: Path, timeout: float = -1) -> BaseFileLock:

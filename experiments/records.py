@@ -176,12 +176,12 @@ def _load(paths: Iterable[Path], kind: type[Stored]) -> dict[str, Stored]:
 
 def _read(path: Path, kind: type[Stored]) -> Stored:
     try:
-        content = sealed.loads(path.read_text(encoding="utf-8"))
+        content = sealed.loads(files.read(path))
         _check_version(content)
         stored = kind.model_validate(content)
         _check_id(stored, path)
     except OSError as error:
-        raise BadRecordError(f"Ignoring {path}: it cannot be read ({error.strerror}).") from error
+        raise BadRecordError(f"Ignoring {path}: it cannot be read ({error.strerror or error}).") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
@@ -201,6 +201,8 @@ def _check_id(stored: _Stored, path: Path) -> None:
         raise ValueError(f"its id {stored.id} is not the digest of its spec, {digest(stored.spec)}")
     if path.name != f"{stored.id}{stored.suffix}":
         raise ValueError(f"its name does not fit its id {stored.id}")
+    if path.absolute().parent.name != stored.table:
+        raise ValueError(f"it is a record of the table {stored.table}")
 
 
 def _move_untrusted(path: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from datasets import Dataset
 
@@ -13,13 +15,16 @@ from experiments import corpora, tokens
 from experiments.recovery import Documents, Instructions, Retraining
 from experiments.spec import Windows
 from experiments.tokens import Tokenizer
-from pruners import retrain
+from pruners import retrain, storage
 from pruners.calibrate import Progress
 from pruners.retrain import Retrained
 from pruners.retrain.batches import IGNORED
 from pruners.retrain.finetune import Watch
+from pruners.retrain.state import OtherRunError
 
 Record = dict[str, list[int]]
+Result = TypeVar("Result")
+logger = logging.getLogger(__name__)
 
 
 def retrained(
@@ -32,9 +37,11 @@ def retrained(
 ) -> Retrained:
     """Retrain `model` in place on its text's `examples`; what a killed process had reached lies in `folder`.
 
-    On a GPU blocks recompute their activations, so that memory is left for the weights.
+    A state there that is another run's, which only a file in a wrong place can be, is begun anew.  On a GPU blocks
+    recompute their activations, so that memory is left for the weights.
     """
-    return retrain.finetune(
+    train = partial(
+        retrain.finetune,
         model,
         recovery.trainable,
         examples,
@@ -50,6 +57,17 @@ def retrained(
         progress=progress,
         watch=watch,
     )
+    return own_state(folder, train)
+
+
+def own_state(folder: Path, work: Callable[[], Result]) -> Result:
+    """What `work` returns, which keeps its state in this folder of its own; another run's state is removed first."""
+    try:
+        return work()
+    except OtherRunError as error:
+        logger.warning("Beginning again: %s", error)
+        storage.remove(folder)
+        return work()
 
 
 def examples(text: Windows | Documents | Instructions, tokenizer: Tokenizer, data_dir: Path | None) -> Any:

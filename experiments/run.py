@@ -130,14 +130,14 @@ def _prune(
         statistics=statistics,
         reconstruct=run.recovery if isinstance(run.recovery, Reconstruction) else None,
         folder=begun,
-        keeper=PrunedBlocks(begun),
+        keeper=PrunedBlocks(begun, settings.root),
         progress=board.stage("pruning", 2 * size + work_tokens(run.recovery, run.windows) * (not _retrains(run))),
     )
     with stages("prune"):
         if _retrains(run) and run.calibrates and isinstance(run.method, Unstructured):
             report = pruned.shared(settings.root, {**key, "pruned": describe(run.method)}, model, run.method, prune)
         else:
-            report = prune()
+            report = retraining.own_state(begun, prune)
     told = report.to_dict()
     stages.seconds |= {f"prune/{stage}": round(seconds, 3) for stage, seconds in told.pop("seconds").items()}
     return {"sparsity": told.pop("achieved"), **told}

@@ -14,19 +14,23 @@ def dumps(content: dict[str, Any]) -> str:
     if where is not None:
         raise ValueError(f"{where} is not finite and cannot be recorded; the model no longer computes.")
     plain = json.loads(json.dumps(content))
-    return json.dumps({**plain, "sha256": seal(plain)}, indent=1, ensure_ascii=False) + "\n"
+    return _text({**plain, "sha256": seal(plain)})
 
 
 def loads(text: str) -> dict[str, Any]:
-    """The content of sealed JSON, its seal included; raises ValueError saying what is wrong with it."""
+    """The content of sealed JSON, its seal included; raises ValueError saying what is wrong with it.
+
+    It must be what `dumps` wrote to the byte: other digits of the same number, another blank or a key that stands
+    there twice would leave the seal as it is.
+    """
     try:
-        content = json.loads(text)
+        content = json.loads(text, parse_constant=_refuse)
+        if not isinstance(content, dict):
+            raise ValueError("it is not a JSON object")
+        if content.get("sha256") != seal(content) or _text(content) != text:
+            raise ValueError("its checksum does not match, so it was edited or damaged")
     except (json.JSONDecodeError, RecursionError) as error:  # the latter of text that is nested without end
         raise ValueError("it is not whole JSON, so it was truncated or damaged") from error
-    if not isinstance(content, dict):
-        raise ValueError("it is not a JSON object")
-    if content.get("sha256") != seal(content):
-        raise ValueError("its checksum does not match, so it was edited or damaged")
     return content
 
 
@@ -35,6 +39,14 @@ def seal(content: dict[str, Any]) -> str:
     covered = {key: value for key, value in content.items() if key != "sha256"}
     text = json.dumps(covered, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"it holds {constant}, which is no result")
+
+
+def _text(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
 def _not_finite(value: Any, where: str = "") -> Iterator[str]:

@@ -9,7 +9,7 @@ import logging
 import time
 from pathlib import Path
 
-from experiments import cache
+from experiments import cache, files, room
 from pruners.anatomy import Block
 from pruners.calibrate import Keeper
 
@@ -20,16 +20,17 @@ logger = logging.getLogger(__name__)
 class PrunedBlocks(Keeper):
     """The weights of one pruning's blocks, a file each in `folder`, verified by checksum when read.
 
-    Once they exceed the cache's limit the later ones are not kept.
+    `root` is the results folder whose cache makes room for them.  Once they exceed its limit, or the disk refuses, the
+    later ones are not kept.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, root: Path | None = None) -> None:
+        self.folder, self.root = folder, root
         self.pending: list[Block] = []
-        self.bytes, self.written = 0, time.monotonic()
+        self.bytes, self.written, self.refused = 0, time.monotonic(), False
 
     def restore(self, block: Block) -> bool:
-        tensors = cache.read(self._path(block))
+        tensors = cache.read(self._path(block), self._key(block))
         if tensors is None:
             return False
         for name, linear in block.linears().items():
@@ -45,16 +46,28 @@ class PrunedBlocks(Keeper):
             self.pending, self.written = [], time.monotonic()
 
     def _write(self, block: Block) -> None:
-        tensors = {name: linear.weight.data.cpu().contiguous() for name, linear in block.linears().items()}
-        before, limit = self.bytes, cache.limit_bytes()
-        self.bytes += sum(tensor.nbytes for tensor in tensors.values())
-        if self.bytes <= limit:
-            cache.write(self._path(block), tensors)
-        elif before <= limit:
-            logger.warning(
-                "Pruned blocks beyond %.1f GB are not kept for a run that is killed; set %s to raise that.",
-                limit / 1e9, cache.LIMIT_VARIABLE,
-            )  # fmt: skip
+        if self.refused:
+            return
+        tensors = {name: linear.weight.data for name, linear in block.linears().items()}
+        size, limit = sum(tensor.nbytes for tensor in tensors.values()), cache.limit_bytes()
+        self.bytes += size
+        if self.bytes > limit:
+            self._refuse(f"Pruned blocks beyond {limit / 1e9:.1f} GB", f"set {cache.LIMIT_VARIABLE} to raise that.")
+            return
+        if self.root:
+            room.make_room(self.root, size)
+        try:
+            cache.write(self._path(block), tensors, self._key(block))
+        except files.StorageError as error:
+            self._refuse("Further pruned blocks", str(error))
+
+    def _refuse(self, what: str, why: str) -> None:
+        self.refused = True
+        logger.warning("%s are not kept for a run that is killed; %s", what, why)
 
     def _path(self, block: Block) -> Path:
         return self.folder / f"{block.index:03}.safetensors"
+
+    def _key(self, block: Block) -> str:
+        """Cell, origin and block: a file of another place is noticed, wherever the results folder lies."""
+        return "/".join(self._path(block).absolute().parts[-4:])

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -11,7 +15,7 @@ import torch
 from small_table import full_disk
 from torch.testing import assert_close
 
-from experiments import cache, files
+from experiments import cache, locks, room
 
 KEY = {"model": "m", "statistics": "norms"}
 
@@ -45,6 +49,18 @@ def test_another_key_is_another_entry(tmp_path):
     cache.statistics(tmp_path, KEY, compute)
     cache.statistics(tmp_path, {**KEY, "dtype": "float16"}, compute)
     assert compute.calls == 2
+
+
+def test_files_that_were_swapped_are_noticed(tmp_path, caplog):
+    for name in "ab":
+        cache.statistics(tmp_path, {"name": name}, lambda name=name: {"x": torch.full((3,), float(ord(name)))})
+    one, two = sorted(cache.folder(tmp_path).glob("*.safetensors"))
+    one.rename(tmp_path / "aside")
+    two.rename(one)
+    (tmp_path / "aside").rename(two)
+    found = cache.statistics(tmp_path, {"name": "a"}, lambda: {"x": torch.zeros(3)})
+    assert found["x"].equal(torch.zeros(3))
+    assert "it belongs to another place" in caplog.text
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-1] + bytes([b[-1] ^ 1]), lambda b: b[:50], lambda b: b""])
@@ -87,13 +103,86 @@ def test_what_is_larger_than_the_cache_is_used_but_not_kept(tmp_path, monkeypatc
     assert cache.LIMIT_VARIABLE in caplog.text
 
 
-def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path):
-    with full_disk(), pytest.raises(files.StorageError, match=r"Cannot write .*PRUNING_CACHE_GB=0"):
-        cache.statistics(tmp_path, KEY, Counted())
+def test_a_full_disk_is_one_sentence_leaves_nothing_and_costs_no_cell(tmp_path, caplog):
+    compute = Counted()
+    with full_disk():
+        assert cache.statistics(tmp_path, KEY, compute)["a"].equal(compute.tensors["a"])
+    assert "file too large" in caplog.text
     assert [path.suffix for path in cache.folder(tmp_path).iterdir()] == [".lock"]
 
 
-def test_a_limit_that_is_no_number_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv(cache.LIMIT_VARIABLE, "much")
-    with pytest.raises(ValueError, match=r"PRUNING_CACHE_GB is 'much'"):
+def test_a_lock_that_cannot_be_made_costs_no_cell(tmp_path, caplog):
+    (tmp_path / ".cache").write_text("a file where the folder should be")
+    assert cache.statistics(tmp_path, KEY, Counted())
+    assert "Statistics are not kept" in caplog.text
+
+
+@pytest.mark.parametrize("name", [".tmpAbC123", ".{name}.abc.tmp", ".0123456789.safetensors.abc.tmp"])
+@pytest.mark.parametrize("folder", [False, True])
+def test_what_killed_writers_left_goes_with_the_next_writing(tmp_path, name, folder):
+    cache.statistics(tmp_path, KEY, Counted())
+    left = cache.folder(tmp_path) / name.format(name=entry(tmp_path).name)
+    if folder and "safetensors" in name:
+        left.mkdir()
+        left = left / ".tmpAbC123"
+    left.write_bytes(bytes(1000))
+    cache.statistics(tmp_path, {"another": "key"}, Counted())
+    assert not [path for path in cache.folder(tmp_path).iterdir() if "tmp" in path.name]
+
+
+def test_what_another_process_writes_now_stays_and_counts(tmp_path, monkeypatch):
+    monkeypatch.setenv(cache.LIMIT_VARIABLE, str(10_000 / 1e9))
+    cache.statistics(tmp_path, KEY, Counted())
+    writing = cache.folder(tmp_path) / ".0123456789.safetensors.abc.tmp"
+    writing.write_bytes(bytes(9_900))
+    with locks.held(cache.folder(tmp_path) / "0123456789.lock"):
+        cache.statistics(tmp_path, {"another": "key"}, Counted())
+    assert writing.exists()
+    assert len(list(cache.folder(tmp_path).glob("*.safetensors"))) == 1  # room was made for the new one
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_abandoned_cells_count_and_go_oldest_first_unless_somebody_is_at_them(tmp_path, monkeypatch, held):
+    monkeypatch.setenv(cache.LIMIT_VARIABLE, str(10_000 / 1e9))
+    for age, name in enumerate(("older", "newer")):
+        left = tmp_path / ".cache/unfinished/tiny" / name / "origin" / "000.safetensors"
+        left.parent.mkdir(parents=True)
+        left.write_bytes(bytes(5000))
+        os.utime(left, (0, age))
+        os.utime(left.parent, (0, age))
+        os.utime(left.parent.parent, (0, age))
+    with locks.held(room.cell_lock(tmp_path, "tiny", "older")) if held else nullcontext():
+        cache.statistics(tmp_path, KEY, Counted())
+    left = sorted(path.name for path in (tmp_path / ".cache/unfinished/tiny").iterdir())
+    assert left == (["older"] if held else ["newer"])
+
+
+def _write_slowly(root: Path, started) -> None:
+    started.set()
+    cache.statistics(root, KEY, lambda: {"x": torch.zeros(50_000_000)})
+
+
+def test_killed_while_it_wrote_the_next_one_writes_and_sweeps(tmp_path):
+    context = multiprocessing.get_context("fork")
+    for _ in range(2):
+        started = context.Event()
+        writer = context.Process(target=_write_slowly, args=(tmp_path, started))
+        writer.start()
+        assert started.wait(60)
+        while writer.is_alive() and not any(
+            path.stat().st_size > 10**7 for path in tmp_path.rglob("*") if path.is_file()
+        ):
+            time.sleep(0.001)
+        os.kill(writer.pid, signal.SIGKILL)
+        writer.join()
+    found = cache.statistics(tmp_path, KEY, lambda: {"x": torch.zeros(50_000_000)})
+    assert found["x"].shape == (50_000_000,)
+    cache.statistics(tmp_path, {"another": "key"}, Counted())
+    assert sorted(path.suffix for path in cache.folder(tmp_path).iterdir()) == [".lock", ".lock"] + [".safetensors"] * 2
+
+
+@pytest.mark.parametrize("said", ["much", "-1", "inf", "nan", ""])
+def test_a_limit_that_is_no_number_is_refused(tmp_path, monkeypatch, said):
+    monkeypatch.setenv(cache.LIMIT_VARIABLE, said)
+    with pytest.raises(ValueError, match=rf"PRUNING_CACHE_GB is '{said}'"):
         cache.statistics(tmp_path, KEY, Counted())

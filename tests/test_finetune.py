@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny
+from small_table import full_disk
 from torch.nn import functional as F
 from torch.testing import assert_close
 
 import pruners
+from pruners import storage
 from pruners.retrain import Diverged, LoRA, LoRAPrune, MaskLoRA, ScaleLoRA, Trainable, finetune, held_out_loss, state
 from pruners.retrain.batches import Batches
 from pruners.retrain.peers import PeerLostError, Peers, _explained
@@ -112,16 +114,37 @@ def test_a_killed_run_ends_with_the_same_bits(kind, trainable, windows, tmp_path
     assert all(torch.equal(a, b) for a, b in zip(bits(whole), bits(again), strict=True))
 
 
-def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused(windows, tmp_path):
+def test_a_checkpoint_of_another_run_is_refused(windows, tmp_path):
     asked = {"steps": 2, "learning_rate": 1e-3, "folder": tmp_path}
     finetune(pruned("opt"), PEFT, windows, **asked)
-    for model, trainable in ((tiny("opt"), PEFT), (pruned("opt"), Trainable(norms=True))):
+    swapped = pruned("opt")
+    norm = swapped.model.decoder.final_layer_norm.weight.data
+    norm[:2] = norm[:2].flip(0)  # the same numbers in other places
+    for model, trainable in ((tiny("opt"), PEFT), (pruned("opt"), Trainable(norms=True)), (swapped, PEFT)):
         with pytest.raises(ValueError, match="belongs to another run"):
             finetune(model, trainable, windows, **asked)
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-9], lambda b: b[:-9] + b"\0" + b[-8:], lambda b: b"[" * 99_999])
+def test_a_damaged_checkpoint_is_reported_and_begun_again(windows, tmp_path, caplog, damage):
+    asked = {"steps": 2, "learning_rate": 1e-3}
+    models = [pruned("opt"), pruned("opt")]
+    whole = finetune(models[0], PEFT, windows, folder=tmp_path, **asked)
     file = tmp_path / "retrain.safetensors"
-    file.write_bytes(file.read_bytes()[:-9])
-    with pytest.raises(ValueError, match="is damaged"):
-        finetune(pruned("opt"), PEFT, windows, **asked)
+    file.write_bytes(damage(file.read_bytes()))
+    again = finetune(models[1], PEFT, windows, folder=tmp_path, **asked)
+    assert (again.resumed_at, again.losses) == (0, whole.losses)
+    assert str(file) in caplog.text
+    assert state.load(file, mark := storage.read_about(file)["fingerprint"]) is not None
+    assert state.step_in(file, mark) == 2
+
+
+def test_a_disk_that_refuses_the_checkpoint_stops_no_training(windows, tmp_path, caplog):
+    with full_disk():
+        report = finetune(pruned("opt"), PEFT, windows, steps=2, learning_rate=1e-3, folder=tmp_path)
+    assert len(report.losses) == 2
+    assert "retrain.safetensors: file too large" in caplog.text
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_checkpoint_holds_trained_tensors_and_their_moments_only(windows, tmp_path):

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import pruners
-from pruners import anatomy
+from pruners import anatomy, storage
 from pruners.magnitude import Magnitude
 from pruners.retrain import state
 from pruners.retrain.batches import Batches
@@ -88,9 +88,10 @@ class _Keeper:
     def finished(self) -> list[Cycle]:
         """The finished cycles; the model is as the last of them left it."""
         path = self.folder / "cycles.safetensors" if self.folder else None
-        if path is None or not path.exists():
+        found = state.load(path, self.mark) if path else None
+        if found is None:
             return []
-        tensors, about = state.load(path, self.mark)
+        tensors, about = found
         for name, p in self.model.named_parameters():
             p.data.copy_(tensors[name])
         return [Cycle(**{**cycle, "retrained": Retrained(**cycle["retrained"])}) for cycle in about["cycles"]]
@@ -99,9 +100,8 @@ class _Keeper:
         inner = self.inner(index)
         if self.folder and inner:
             about = {"fingerprint": self.mark, "cycles": [asdict(cycle) for cycle in done]}
-            state.save(self.folder / "cycles.safetensors", dict(self.model.named_parameters()), about)
-            (inner / "retrain.safetensors").unlink()
-            inner.rmdir()
+            if state.save(self.folder / "cycles.safetensors", dict(self.model.named_parameters()), about):
+                storage.remove(inner)
 
 
 def _linears(model: nn.Module) -> dict[str, nn.Linear]:

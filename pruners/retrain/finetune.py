@@ -230,8 +230,8 @@ class _Loop:
         self.peers.wait()
 
     def _resume(self) -> None:
-        if self.path and self.path.exists():
-            saved, about = state.load(self.path, self.mark)
+        if self.path and (found := state.load(self.path, self.mark)):
+            saved, about = found
             if about["step"] > self.stop:  # of a run that went further; it stays
                 return
             state.restore(self.optimizer, self.attached.tensors, saved, about["step"])

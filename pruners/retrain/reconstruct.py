@@ -64,7 +64,10 @@ class Reconstruction:
     def start(
         self, model: Any, method: Any, windows: Int[Tensor, "count length"], folder: Path | None = None
     ) -> Rebuilder:
-        """For a dense `model` about to be pruned; with a `folder` finished blocks are kept there and not done again."""
+        """For a dense `model` about to be pruned; with a `folder` finished blocks are kept there and not done again.
+
+        Raises OtherRunError for a folder that holds blocks of another run.
+        """
         if self.batch_size > len(windows):
             raise ValueError(
                 f"Reconstruction takes {self.batch_size} windows a step; there are {len(windows)}. "
@@ -73,6 +76,8 @@ class Reconstruction:
         mark = ""
         if folder:
             mark = state.fingerprint(model, method, self, hashlib.sha256(windows.numpy().tobytes()).hexdigest())
+            for path in Path(folder).glob("block_*.safetensors"):  # now, while the model is as it was given
+                state.refuse_other_at(path, mark)
         return Rebuilder(self, model.dtype, mark, folder)
 
 
@@ -86,9 +91,10 @@ class Rebuilder(Rebuild):
 
     def restore(self, block: Block) -> bool:
         path = self._path(block)
-        if path is None or not path.exists():
+        found = state.load(path, self.mark) if path else None
+        if found is None:
             return False
-        tensors, about = state.load(path, self.mark)
+        tensors, about = found
         for name, p in block.module.named_parameters():
             p.data.copy_(tensors[name])
         self.blocks.append(Rebuilt(**about["rebuilt"]))

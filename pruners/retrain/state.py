@@ -1,76 +1,100 @@
 """Where a retraining stands, as one safetensors file: trained tensors, AdamW's moments, step and losses.
 
 No pickle, so a checkpoint can be shared; nothing frozen, so it is small; written beside its place and renamed, so it
-is whole.
+is whole; under a checksum that covers all of it and its name, so a damaged one is begun anew.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import uuid
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from pruners import storage
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+CHUNK = 2**22  # numbers at a time
+logger = logging.getLogger(__name__)
+
+
+class OtherRunError(ValueError):
+    """A state belongs to a run of another model, other data or settings."""
 
 
 def fingerprint(model: nn.Module, *settings: object) -> str:
-    """Of the settings' reprs and of every parameter's bits, summed up."""
-    sums = [
-        (name, list(p.shape), int(p.detach().contiguous().view(BITS[p.element_size()]).sum(dtype=torch.int64)))
-        for name, p in model.named_parameters()
-    ]
+    """Of the settings' reprs and of every parameter's bits, summed up plainly and weighted by their places."""
+    sums = [(name, list(p.shape), _sums(p.detach())) for name, p in model.named_parameters()]
     return hashlib.sha256(repr((settings, sums)).encode()).hexdigest()
 
 
-def save(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-    """Whole or not at all; `about` is plain JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # process ids repeat over hosts that share it
-    try:
-        save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-            temporary,
-            metadata={"about": json.dumps(about)},
-        )
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _sums(tensor: Tensor) -> tuple[int, int]:
+    """Modulo 2^64."""
+    plain = weighted = 0
+    for index, chunk in enumerate(tensor.contiguous().view(-1).split(CHUNK)):
+        bits = chunk.view(BITS[chunk.element_size()]).long()
+        places = torch.arange(1, len(bits) + 1, device=bits.device) + index * CHUNK
+        plain, weighted = plain + int(bits.sum()), weighted + int((bits * places).sum())
+    return plain % 2**64, weighted % 2**64
 
 
-def load(path: Path, mark: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Raises ValueError if the file is damaged or belongs to a run of another `fingerprint`."""
+def save(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> bool:
+    """Whole or not at all; `about` is plain JSON.  False, and one warning, where the disk refuses: work can go on."""
     try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads(file.metadata()["about"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it to begin again.") from error
+        for leftover in storage.leftovers(path.parent, path.name):  # of a killed writer: a run has its folder to itself
+            storage.remove(leftover)
+        storage.write_tensors(path, tensors, {**about, "name": path.name})
+    except storage.StorageError as error:
+        logger.warning("%s What a killed run would go on from is not kept.", error)
+        return False
+    return True
+
+
+def load(path: Path, mark: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """None where there is nothing, or nothing that can be trusted, which is reported.
+
+    Raises OtherRunError if the file belongs to a run of another `fingerprint`.
+    """
+    try:
+        tensors, about = storage.read_tensors(path)
+        if about.get("name") != path.name:
+            raise storage.DamagedError(f"it was written as {about.get('name')}")
+    except FileNotFoundError:
+        return None
+    except (storage.DamagedError, OSError) as error:
+        logger.warning("Beginning again what %s held: %s.", path, error)
+        return None
+    _refuse_other(path, about, mark)
+    return tensors, about
+
+
+def refuse_other_at(path: Path, mark: str) -> None:
+    """As `load` refuses, from what the file says about itself; what cannot be read is left to `load`."""
+    try:
+        about = storage.read_about(path)
+    except (storage.DamagedError, OSError):
+        return
+    _refuse_other(path, about, mark)
+
+
+def _refuse_other(path: Path, about: Mapping[str, Any], mark: str) -> None:
     if about.get("fingerprint") != mark:
-        raise ValueError(
+        raise OtherRunError(
             f"{path} belongs to another run: its model, data or settings differ from this one's. Choose another "
             "folder, or delete it to begin again."
         )
-    return tensors, about
 
 
 def step_in(path: Path, mark: str) -> int:
     """The step that the state of this fingerprint has reached at `path`; 0 where there is none."""
     try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads(file.metadata()["about"])
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError):  # `save` then replaces what lies there
+        about = storage.read_about(path)
+    except (storage.DamagedError, OSError):  # `save` then replaces what lies there
         return 0
     return int(about["step"]) if about.get("fingerprint") == mark else 0
 
