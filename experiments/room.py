@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +60,7 @@ def make_room(root: Path, needed: int = 0) -> None:
     for entry in sorted(entries, key=lambda entry: entry.used):
         if kept + needed <= limit_bytes():
             return
-        if _remove(entry.path, entry.locks()):
+        if _remove(entry.path, entry.locks):
             kept -= entry.bytes
 
 
@@ -81,19 +81,19 @@ class _Entry:
     path: Path
     bytes: int
     used: float
-    locks: Callable[[], list[Path]]
+    locks: list[Path]
 
 
 def _entries(root: Path) -> Iterator[_Entry]:
     for path in statistics(root).glob("*.safetensors"):
-        yield _entry(path, lambda path=path: [_beside(path, path.stem)])
+        yield _entry(path, [_beside(path, path.stem)])
     for path in storage.leftovers(statistics(root)):  # of a writer that is at it
-        yield _entry(path, lambda path=path: [_beside(path, _named(path))])
+        yield _entry(path, [_beside(path, _named(path))])
     for path in unfinished(root).glob("*/*"):
-        yield _entry(path, lambda path=path: _locks_of_cell(root, path))
+        yield _entry(path, _locks_of_cell(root, path))
 
 
-def _entry(path: Path, locks: Callable[[], list[Path]]) -> _Entry:
+def _entry(path: Path, locks: list[Path]) -> _Entry:
     return _Entry(path, storage.size(path), _last_used(path), locks)
 
 

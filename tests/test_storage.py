@@ -180,9 +180,8 @@ def test_files_keep_the_mode_of_the_umask_while_threads_write(tmp_path):
 def test_sealed_numbers_are_finite(number):
     content = json.loads(f'{{"a": {number}}}')
     text = json.dumps({**content, "sha256": sealed.seal(content)}, indent=1) + "\n"
-    for written in (text, text.replace("Infinity", number) if number == "1e999" else text):
-        with pytest.raises(ValueError, match="it holds -?(NaN|Infinity)|checksum does not match"):
-            sealed.loads(written)
+    with pytest.raises(ValueError, match=r"it holds -?(NaN|Infinity), which is no result"):
+        sealed.loads(text)
 
 
 def test_answers_that_a_disk_refuses_stay_in_memory(tmp_path, caplog):
