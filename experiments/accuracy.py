@@ -11,7 +11,7 @@ from typing import Any
 
 from eval.answers import write_samples
 from eval.intervals import mean_over_tasks
-from experiments import files, task_data
+from experiments import files, hub, task_data
 from experiments.sources import DATA_DIR
 from experiments.spec import ZeroShot, describe, digest
 
@@ -53,7 +53,7 @@ def measure(
         **_mean(what, {task: score.per_document for task, score in result.tasks.items()}),
         "lm_eval": result.lm_eval,
         "samples": _keep(result.samples, what, place),
-        "data": {task: _provenance(task, folder(data_dir)) for task in found if task not in missing},
+        "data": {task: provenance(task, folder(data_dir)) for task in found if task not in missing},
     }
     return values
 
@@ -82,13 +82,19 @@ def obtainable(measured: Mapping[str, Any], data_dir: Path | None) -> bool:
     return any(missing[task]["tried"] != _source(data_dir) for task in found)
 
 
+def downloadable() -> bool:
+    """Whether documents that are not here can be had from the Hub."""
+    return hub.reachable()
+
+
 def _changes(task: str, place: Path | None, examples: int) -> dict[str, Any]:
     if place is None or not task_data.is_group(task):
         return task_data.changes(task, place, examples=examples)
     return {part: task_data.changes(task, place, part, examples) for part in _parts(task)}
 
 
-def _provenance(task: str, place: Path | None) -> dict[str, Any]:
+def provenance(task: str, place: Path | None) -> dict[str, Any]:
+    """Where a task's documents come from; FileNotFoundError or ValueError where the folder has none that fit."""
     return task_data.provenance(task, place, _parts(task) if place and task_data.is_group(task) else ("",))
 
 

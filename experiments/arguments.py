@@ -192,6 +192,9 @@ def add_running(command: argparse.ArgumentParser) -> None:
     )
     add_data(command)
     command.add_argument(
+        "--again", action="store_true", help="make records again that other code of their method or measures made"
+    )
+    command.add_argument(
         "--no-dense-gate", action="store_true", help="prune even a model that misses its published dense perplexity"
     )
     command.add_argument(
@@ -219,7 +222,7 @@ def chosen(asked: argparse.Namespace) -> list[Cell]:
 def settings(asked: argparse.Namespace) -> Settings:
     from experiments.run import Settings
 
-    return Settings(asked.results, asked.device, asked.batch_size, asked.data_dir, not asked.no_dense_gate)
+    return Settings(asked.results, asked.device, asked.batch_size, asked.data_dir, not asked.no_dense_gate, asked.again)
 
 
 def watchers(asked: argparse.Namespace) -> list[Watcher]:

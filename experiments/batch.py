@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from filelock import Timeout
 
-from experiments import failures, files, measures, models, records
+from experiments import failures, files, found, models, records
 from experiments.cells import Cell, ordered
 from experiments.locks import lock
 from experiments.progress import Board, duration
@@ -32,19 +32,20 @@ class Outcome:
 def run_table(table: str, chosen: Sequence[Cell], settings: Settings, watchers: Sequence[Watcher] = ()) -> Outcome:
     """Run the chosen cells that have no record; one that fails does not stop the others, nor does a watcher.
 
-    A record that lacks tasks whose documents have turned up since is made again.
+    A record that lacks tasks whose documents have turned up since, or that was made from other texts than this run
+    would read, is made again, and with `settings.again` one that other code of its method or measures made.
     Two processes may run the same table: each cell is done by one of them.  Raises StorageError before any work where
     the results folder cannot be written.
     """
     files.check_writable(records.folder(settings.root, table))
-    finished = {
-        id: record
-        for id, record in records.load(settings.root, table).items()
-        if not measures.lacking(record.measures, settings.data_dir)
-    }
+    known = records.load(settings.root, table)
+    recorded = [(cell, known[cell.id]) for cell in chosen if cell.id in known]
+    finished = {cell.id: record for cell, record in recorded if _stands(cell, record, settings)}
     todo = ordered([cell for cell in chosen if cell.id not in finished])
     outcome, watcher = Outcome([cell.label for cell in chosen if cell.id in finished]), Watchers(watchers)
     with Board([cell.work for cell in todo], _pace(chosen, finished), watcher) as board:
+        for line in found.lines(recorded, settings.data_dir, settings.again):
+            board.say(line)
         worker = _Worker(table, settings, board, outcome, watcher)
         busy = [cell for cell in todo if not worker.attempt(cell, wait=False)]
         for cell in busy:
@@ -77,7 +78,7 @@ class _Worker:
     def _is_done(self, cell: Cell) -> bool:
         """Another process may have been faster."""
         record = records.find(self.settings.root, self.table, cell.id)
-        return record is not None and not measures.lacking(record.measures, self.settings.data_dir)
+        return record is not None and _stands(cell, record, self.settings)
 
     def _run(self, cell: Cell, resumed: int) -> None:
         started = time.monotonic()
@@ -126,6 +127,10 @@ class _Worker:
             records.write_failure(failure, self.settings.root)
         except files.StorageError as second:
             self.board.say(str(second))
+
+
+def _stands(cell: Cell, record: Record, settings: Settings) -> bool:
+    return found.stands(record, cell.run, settings.data_dir, settings.again)
 
 
 def _pace(chosen: Sequence[Cell], finished: Mapping[str, Record]) -> float | None:

@@ -1,8 +1,8 @@
 """The models of the papers' tables and the embedded one: a line each.
 
-A Hub revision is pinned where a commit is publicly known to hold safetensors weights. The others stand at `main`:
-OPT and Vicuna repositories hold pickled weights only, for which `transformers` finds the Hub's own safetensors
-conversion, and it looks for that at `main` alone.
+A Hub revision is pinned where a commit is publicly known to hold safetensors weights. The others stand at `main`, for
+which `experiments.hub` finds the commit: OPT and Vicuna repositories hold pickled weights only, and the commit is then
+that of the Hub's own safetensors conversion.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 class Model:
     """One model: where it comes from and what is known of it.
 
-    `revision` is the Hub commit; None stands for `main`, whose commit `models.commit` tells after loading.
+    `revision` is the Hub commit; None stands for `main`, whose commit `models.commit` tells.
     `parameters` is counted on the meta device from the public
     configuration, tied weights once; `blocks` are its decoder blocks, `heads` the query heads of each, `positions` the
     tokens it takes.  `dense` maps a protocol key to the published perplexity of the unpruned model; a careful run lands

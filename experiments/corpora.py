@@ -174,16 +174,33 @@ def _source(name: str) -> Source:
     return SOURCES[name]
 
 
+def origin(name: str, data_dir: Folder = None) -> dict[str, Any]:
+    """Where the texts would come from, as `provenance` tells it, without reading them.
+
+    Raises FileNotFoundError, or ModuleNotFoundError for a package, where they cannot be had here.
+    """
+    return sources.origin(name, _source(name), folder(data_dir))
+
+
+def version(name: str, data_dir: Folder = None) -> str | None:
+    """What changes with the local file that the texts are read from; None for packages and the Hub."""
+    return sources.version(name, _source(name), folder(data_dir))
+
+
+def folder(data_dir: Folder = None) -> str | None:
+    """The data folder that was asked for, or the environment's; None is the Hub."""
+    asked = data_dir or os.environ.get(DATA_DIR)
+    return str(asked) if asked else None
+
+
 @lru_cache(maxsize=8)
-def _read(name: str, folder: str | None) -> sources.Records:
+def _read(name: str, folder: str | None, version: str | None) -> sources.Records:
     return sources.read(name, SOURCES[name], folder)
 
 
 def _records(name: str, data_dir: Folder) -> sources.Records:
     """Cached: a table asks for the same few corpora in every cell."""
-    _source(name)
-    folder = data_dir or os.environ.get(DATA_DIR)
-    return _read(name, str(folder) if folder else None)
+    return _read(name, folder(data_dir), version(name, data_dir))
 
 
 def _text(name: str, record: Mapping[str, Any], column: str | None) -> str:

@@ -12,11 +12,10 @@ from textwrap import shorten
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from experiments import catalogue, folders, wheels
+from experiments import catalogue, folders, hub, wheels
 from experiments.catalogue import CATALOGUE, Model
 from experiments.conversion import converted, quiet
 from experiments.fingerprints import fingerprint, weight_files
@@ -25,6 +24,7 @@ from pruners.suggest import UsageError, unknown
 __all__ = ["CATALOGUE", "Model", "check", "commit", "find", "identity", "load", "positions"]
 
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*")
+MAIN = "main"
 
 
 def find(name: str | Path) -> Model:
@@ -89,23 +89,25 @@ def positions(name: str | Path) -> int:
 
 
 def identity(name: str | Path) -> dict[str, str]:
-    """What tells this model's weights from any other's, as plain JSON, and which of the catalogue a folder is."""
+    """What tells this model's weights from any other's, as plain JSON: a folder's fingerprint (and which
+    of the catalogue it is said to be), a package's version or a Hub commit.
+
+    Where no commit can be known (never downloaded, and the Hub does not answer) the name of the revision stands in its
+    place, and `load` refuses.
+    """
     model = find(name)
     if model.folder:
         known, _ = catalogue.split(name)
         return {"fingerprint": fingerprint(model.folder), **({"catalogue": known} if known else {})}
     if model.package:
         return {"package": model.package, "version": wheels.version(model.package)}
-    return {"hub": str(model.hub), "revision": model.revision or "main"}
+    return {"hub": str(model.hub), "revision": commit(name) or MAIN}
 
 
 def commit(name: str | Path) -> str | None:
-    """The Hub commit that a loaded model's configuration came from; None for models that are not from the Hub."""
+    """The Hub commit that `load` loads; None where it cannot be known, and for models that are not from the Hub."""
     model = find(name)
-    if model.hub is None:
-        return None
-    path = try_to_load_from_cache(model.hub, "config.json", revision=model.revision or "main")
-    return Path(path).parent.name if isinstance(path, str) else None
+    return hub.model_commit(model.hub, model.revision or MAIN) if model.hub else None
 
 
 def load(
@@ -118,7 +120,7 @@ def load(
     """
     found = find(name)
     source = found.folder or (converted(found.package) if found.package else str(found.hub))
-    options = {"revision": found.revision or "main", "trust_remote_code": False}
+    options = {"revision": _commit_to_load(found) if found.hub else MAIN, "trust_remote_code": False}
     with nullcontext() if found.hub else quiet():
         try:
             tokenizer = _tokenizer(found, source, options)
@@ -155,6 +157,16 @@ def _tokenizer(model: Model, source: str | Path, options: dict[str, Any]) -> Any
             f"The tokenizer files of {model.folder or model.name} are damaged or of another version "
             f"({folders.reason(error)}); save those of its model there again."
         ) from error
+
+
+def _commit_to_load(model: Model) -> str:
+    if (known := commit(model.name)) is not None:
+        return known
+    raise OSError(
+        f"{model.name} stands for {model.hub} at {model.revision or MAIN}, and which commit that is cannot be told: it "
+        "was never downloaded and the Hub does not answer. Check the connection, or name a local folder with "
+        "safetensors weights instead."
+    )
 
 
 def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:

@@ -45,7 +45,8 @@ class Settings:
     """Where and how cells run; nothing here moves a number.
 
     `root` is the results folder; `device` None is CUDA where there is some, of several processes launched together each
-    its own.  ValueError for a device that is not there.  `group` is those processes.
+    its own.  ValueError for a device that is not there.  `again` makes records again that other code of their
+    method or measures made, or that do not tell.  `group` is those processes.
     """
 
     root: Path = Path("results")
@@ -53,6 +54,7 @@ class Settings:
     batch_size: int = 8
     data_dir: Path | None = None
     dense_gate: bool = True
+    again: bool = False
     group: together.Group | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -66,6 +68,8 @@ def execute(run: Run, table: str, settings: Settings, board: Board | None = None
     board.stage("loading")
     with stages("load"):
         model, inner = models.load(run.model, run.dtype, settings.device)
+    if models.identity(run.model) != identity:
+        raise ValueError(f"{run.model} changed while it was loaded; run again, so that the record is of one model.")
     tokenizer = Tokenizer(digest(identity), inner)
     id = run.id(identity)
     place = accuracy.Place(records.folder(settings.root, table) / id, resuming.answers(run, id, table, settings))
@@ -85,7 +89,7 @@ def execute(run: Run, table: str, settings: Settings, board: Board | None = None
         dense_gate=passed,
         data={name: corpora.provenance(name, settings.data_dir) for name in resuming.read_by(run)},
         cost=records.Cost(seconds=stages.finished(), peak_bytes=cost.peak_bytes(model.device)),
-        made_by=_made_by(run, model.device, settings),
+        made_by=_made_by(run, identity, model.device, settings),
         resumed=resumed,
         code=code.of(run),
     )
@@ -258,12 +262,12 @@ def _measure(
     return values
 
 
-def _made_by(run: Run, device: torch.device, settings: Settings) -> records.MadeBy:
+def _made_by(run: Run, identity: dict[str, str], device: torch.device, settings: Settings) -> records.MadeBy:
     commit, dirty = cost.commit()
     return records.MadeBy(
         commit=commit,
         dirty=dirty,
-        model_commit=models.commit(run.model),
+        model_commit=identity.get("revision"),
         device=cost.device_name(device),
         dtype=run.dtype,
         packages=cost.packages(),

@@ -8,7 +8,6 @@ branch `refs/convert/parquet` where the Hub keeps its own conversion; Alpaca-cle
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 import re
 import zlib
@@ -19,9 +18,9 @@ from textwrap import shorten
 from typing import Any
 
 from datasets import Dataset, load_dataset
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
-from experiments import wheels
+from experiments import digests, hub, wheels
 
 DATA_DIR = "PRUNING_DATA_DIR"
 
@@ -132,14 +131,56 @@ def read(name: str, source: Source, folder: str | Path | None = None) -> Records
     return _from_hub(name, source)
 
 
+def origin(name: str, source: Source, folder: str | Path | None = None) -> dict[str, Any]:
+    """Where `read` would take the corpus from, as it tells that itself, without reading or downloading it.
+
+    Raises FileNotFoundError for what is not here and cannot be downloaded.
+    """
+    if source.package:
+        path = wheels.file(source.package, source.file)
+        return {
+            "package": source.package,
+            "version": wheels.version(source.package),
+            "files": _digests(path, path.name),
+        }
+    if folder:
+        path = _local(name, source, Path(folder).expanduser())
+        return {"files": _digests(path, str(path.relative_to(Path(folder).expanduser())))}
+    if source.hub is None:
+        raise FileNotFoundError(f"{name} is not on the Hub; name a data folder that holds {source.local[0]}.")
+    repository, revision, files = source.hub
+    commit = hub.data_commit(repository, revision)
+    here = commit and all(
+        isinstance(try_to_load_from_cache(repository, file, revision=commit, repo_type="dataset"), str)
+        for file in files
+    )
+    if commit is None or not (here or hub.reachable()):
+        raise FileNotFoundError(f"{name} ({repository}) was not downloaded and the Hub does not answer.")
+    return {"dataset": repository, "revision": commit, "files": list(files)}
+
+
+def version(name: str, source: Source, folder: str | Path | None) -> str | None:
+    """What changes with the content of the local file that `read` reads; None for packages and the Hub."""
+    return digests.sha256(_local(name, source, Path(folder).expanduser())) if folder and not source.package else None
+
+
+def _digests(path: Path, name: str) -> dict[str, str]:
+    return {name: digests.sha256(path)}
+
+
 def _from_package(source: Source, package: str) -> Records:
     path = wheels.file(package, source.file)
     documents = re.split(f"(?<={re.escape(source.end)})", path.read_bytes().decode())
-    origin = {"package": package, "version": wheels.version(package), "files": {path.name: _sha256(path)}}
-    return Records(tuple(document for document in documents if document), origin)
+    told = {"package": package, "version": wheels.version(package), "files": _digests(path, path.name)}
+    return Records(tuple(document for document in documents if document), told)
 
 
 def _from_folder(name: str, source: Source, folder: Path) -> Records:
+    path = _local(name, source, folder)
+    return Records(_json_lines(path), {"files": _digests(path, str(path.relative_to(folder)))})
+
+
+def _local(name: str, source: Source, folder: Path) -> Path:
     paths = [folder / f"{file}{zipped}" for file in source.local for zipped in ("", ".gz")]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
@@ -148,7 +189,7 @@ def _from_folder(name: str, source: Source, folder: Path) -> Records:
             f"{name} is not in the data folder {folder}: looked for {looked_for}. Put it there, or leave the folder "
             f"out (--data-dir, {DATA_DIR}) to fetch it from the Hub."
         )
-    return Records(_json_lines(path), {"files": {str(path.relative_to(folder)): _sha256(path)}})
+    return path
 
 
 def _json_lines(path: Path) -> list[Mapping[str, Any]]:
@@ -168,7 +209,8 @@ def _from_hub(name: str, source: Source) -> Records:
         raise FileNotFoundError(f"{name} is not on the Hub; name a data folder that holds {source.local[0]}.")
     repository, revision, files = source.hub
     try:
-        paths = [hf_hub_download(repository, file, repo_type="dataset", revision=revision) for file in files]
+        commit = hub.data_commit(repository, revision) or revision
+        paths = [hf_hub_download(repository, file, repo_type="dataset", revision=commit) for file in files]
     except OSError as error:
         raise OSError(
             f"{name} ({repository}) did not come from the Hub: {shorten(str(error), 200)} Check the connection, or "
@@ -178,11 +220,3 @@ def _from_hub(name: str, source: Source) -> Records:
     commit = Path(paths[0]).parents[len(Path(files[0]).parts) - 1].name
     data = load_dataset(kind, data_files=paths, split="train")
     return Records(data, {"dataset": repository, "revision": commit, "files": list(files)})
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        for block in iter(lambda: file.read(2**20), b""):
-            digest.update(block)
-    return digest.hexdigest()

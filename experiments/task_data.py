@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import gzip
-import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from huggingface_hub import constants
+
+from experiments import digests
 
 HUB_TIMEOUT_S = 5
 SUFFIXES = (".jsonl", ".jsonl.gz")
@@ -98,8 +99,7 @@ def provenance(task: str, data_dir: Path | None, parts: Iterable[str] = ("",)) -
     if data_dir is None:
         return {"source": "hub"}
     paths = [path for part in parts for path in _files(task, data_dir, part).values()]
-    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
-    return {"source": "files", "sha256": digests}
+    return {"source": "files", "sha256": {path.name: digests.sha256(path) for path in paths}}
 
 
 @functools.cache

@@ -21,13 +21,21 @@ class Tokenizer:
     inner: Any = field(compare=False)
 
 
-@lru_cache(maxsize=8)
 def stream(corpus: str, tokenizer: Tokenizer, data_dir: Path | None) -> Tensor:
     """The evaluation stream [tokens] of `corpora.token_ids`; not to be changed."""
-    return corpora.token_ids(corpus, tokenizer.inner, data_dir)
+    return _stream(corpus, tokenizer, corpora.folder(data_dir), corpora.version(corpus, data_dir))
+
+
+def calibration(windows: Windows, tokenizer: Tokenizer, data_dir: Path | None) -> Tensor:
+    """The windows [count, length] of `corpora.calibration`; not to be changed."""
+    return _calibration(windows, tokenizer, corpora.folder(data_dir), corpora.version(windows.corpus, data_dir))
+
+
+@lru_cache(maxsize=8)
+def _stream(corpus: str, tokenizer: Tokenizer, folder: str | None, version: str | None) -> Tensor:
+    return corpora.token_ids(corpus, tokenizer.inner, folder)
 
 
 @lru_cache(maxsize=4)
-def calibration(windows: Windows, tokenizer: Tokenizer, data_dir: Path | None) -> Tensor:
-    """The windows [count, length] of `corpora.calibration`; not to be changed."""
-    return corpora.calibration(windows, tokenizer.inner, data_dir)
+def _calibration(windows: Windows, tokenizer: Tokenizer, folder: str | None, version: str | None) -> Tensor:
+    return corpora.calibration(windows, tokenizer.inner, folder)

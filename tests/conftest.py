@@ -48,6 +48,17 @@ def tiny(kind: str, seed: int = 0) -> PreTrainedModel:
     return model
 
 
+@pytest.fixture(autouse=True)
+def no_hub(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing was ever downloaded and the Hub is not asked, so that ids are the same on every machine."""
+    from huggingface_hub import constants
+
+    from experiments import hub
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path_factory.getbasetemp() / "no-hub"))
+    monkeypatch.setattr(hub, "reachable", lambda: False)
+
+
 @pytest.fixture(params=CONFIGS)
 def kind(request: pytest.FixtureRequest) -> str:
     return request.param
