@@ -14,6 +14,7 @@ python -m analysis frame --out records.parquet
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,6 +62,12 @@ def parser() -> argparse.ArgumentParser:
     readme.set_defaults(command=_readme)
     for command in (table, figure, compare, generation, speed):
         arguments.add_table(command)
+        command.add_argument(
+            "--data-dir",
+            type=arguments.path,
+            default=os.environ.get("PRUNING_DATA_DIR"),
+            help="withhold numbers of other texts than lie there (default: $PRUNING_DATA_DIR, otherwise all are shown)",
+        )
     frame = commands.add_parser("frame", help="every record of several results folders as one tidy table")
     frame.set_defaults(command=_frame)
     frame.add_argument(
@@ -85,7 +92,7 @@ def _table(asked: argparse.Namespace) -> None:
     from experiments.tables import find
 
     table, made = find(asked.table), _rows(asked)
-    again = arguments.same_cells(asked)
+    again = arguments.same_cells(asked, asked.data_dir)
     paths = written.write(table, made, asked.results / _stem(asked), again)
     print(written.markdown(table, made, again))
     print(f"Written: {', '.join(map(str, paths))}", file=sys.stderr)
@@ -187,7 +194,8 @@ def _rows(asked: argparse.Namespace) -> list[Row]:
     from experiments.tables import find
 
     arguments.refuse_unknown(asked.tasks)
-    return rows(find(asked.table), asked.results, asked.model, asked.dtype, asked.limit, asked.tasks)
+    arguments.refuse_absent(asked.data_dir)
+    return rows(find(asked.table), asked.results, asked.model, asked.dtype, asked.limit, asked.tasks, asked.data_dir)
 
 
 def _stem(asked: argparse.Namespace) -> str:

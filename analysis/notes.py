@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from analysis import measured_notes
 from analysis.rows import Row, keys
+from analysis.tables import OTHER_CODE
 from experiments.records import Record
 from experiments.spec import Table
 
@@ -26,6 +27,8 @@ def notes(table: Table, rows: Sequence[Row], again: str = "") -> list[str]:
         *_distinct(_origin(record) for record in done),
         *_distinct(f"{name} was only a part of the data set." for row in rows for name in row.partial),
         *(f"{row.label} failed: {row.failure.message}" for row in rows if row.failure and not row.record),
+        *_withheld(rows),
+        *_of_other_code(rows, again or table.name),
         *_missing(rows, again or table.name),
     ]
 
@@ -55,7 +58,23 @@ def _origin(record: Record) -> str:
     made = record.made_by
     commit = f"commit {made.commit[:10]}{' with local changes' if made.dirty else ''}" if made.commit else "no commit"
     model = Path(record.spec["model"]["name"]).name
+    if "hub" in record.spec["model"] and made.model_commit:
+        model += f" at {made.model_commit[:10]}"
     return f"{model} in {made.dtype} on {made.device}, {commit}, torch {made.packages['torch']}."
+
+
+def _withheld(rows: Sequence[Row]) -> Iterator[str]:
+    for text in dict.fromkeys(text for row in rows for text in row.withheld):
+        labels = ", ".join(dict.fromkeys(row.label for row in rows if text in row.withheld))
+        yield f"Not shown, for their records were made from another {text} than lies there: {labels}."
+
+
+def _of_other_code(rows: Sequence[Row], again: str) -> Iterator[str]:
+    if labels := list(dict.fromkeys(row.label for row in rows if row.code == "other")):
+        yield (
+            f"{OTHER_CODE} made by other code of the method or measures than is here: {', '.join(labels)}; "
+            f"python -m experiments run {again} --again makes them again."
+        )
 
 
 def _missing(rows: Sequence[Row], again: str) -> list[str]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from experiments import arguments, records, tables
+from experiments import arguments, code, found, models, records, tables
 from experiments.catalogue import CATALOGUE, split
 from experiments.fingerprints import fingerprint
 from experiments.labels import full, labels
@@ -28,13 +28,20 @@ class NoRecordsError(UsageError):
 
 @dataclass(frozen=True)
 class Row:
-    """`method` and `setting` are what a reader calls the cell."""
+    """`method` and `setting` are what a reader calls the cell; `withheld` are the texts, each with its file, from which
+    a record would have to be made and is not, so that its number is not shown."""
 
     method: str
     setting: str
     run: Run
     record: Record | None
     failure: Failure | None
+    withheld: tuple[str, ...] = ()
+
+    @property
+    def code(self) -> str | None:
+        """By which code of its method and measures the record was made: same as here, other, or unknown."""
+        return code.made_by(self.record.code, self.run) if self.record else None
 
     @property
     def state(self) -> str:
@@ -82,11 +89,17 @@ def rows(
     dtype: str | None = None,
     limit: int | None = None,
     tasks: Sequence[str] = (),
+    data_dir: Path | None = None,
 ) -> list[Row]:
-    """One row per declared cell, in the table's order; raises NoRecordsError if none was ever run."""
+    """One row per declared cell, in the table's order; raises NoRecordsError if none was ever run.
+
+    With `data_dir` a record that was made from other texts than lie there is withheld.
+    """
     made = declared(table, root, tables.runs(table, model, dtype, limit, tasks))
-    if all(row.state == "missing" for row in made):
-        again = arguments.selection(table.name, root, model, dtype, limit, tasks)
+    if data_dir:
+        made = [_of_these_texts(row, data_dir) for row in made]
+    if all(row.state == "missing" and not row.withheld for row in made):
+        again = arguments.selection(table.name, root, model, dtype, limit, tasks, data_dir)
         raise NoRecordsError(_nothing(table, root, [row.run for row in made], again))
     return made
 
@@ -109,6 +122,11 @@ def declared(table: Table, root: Path, runs: Sequence[Run]) -> list[Row]:
     ]
 
 
+def _of_these_texts(row: Row, data_dir: Path) -> Row:
+    other = found.other_data(row.record, data_dir) if row.record else []
+    return replace(row, record=None, failure=None, withheld=tuple(other)) if other else row
+
+
 def keys(made: Iterable[Row]) -> list[str]:
     """The protocol keys that were measured, in order of appearance."""
     return list(dict.fromkeys(key for row in made if row.record for key in row.record.measures))
@@ -116,10 +134,10 @@ def keys(made: Iterable[Row]) -> list[str]:
 
 def _by_key(stored: Mapping[str, Any]) -> dict[str, list[Any]]:
     """Oldest first, by spec without the model's exact identity, which only the machine that has the model knows."""
-    found = defaultdict(list)
+    keyed = defaultdict(list)
     for item in sorted(stored.values(), key=lambda item: item.at if isinstance(item, Failure) else item.made_by.at):
-        found[stable_key(item.spec)].append(item)
-    return found
+        keyed[stable_key(item.spec)].append(item)
+    return keyed
 
 
 def _newest(stored: list[Any], run: Run) -> Any:
@@ -136,10 +154,18 @@ def _newest(stored: list[Any], run: Run) -> Any:
             f"{', '.join(item.id for item in stored)} are of {len(prints)} models that are called "
             f"{run.model_name}; say which by its folder (--model {f'{known}=' if known else ''}FOLDER)."
         )
+    if run.model in CATALOGUE and len({_revision(item) for item in stored}) > 1:
+        commit = models.commit(run.model)
+        stored = [item for item in stored if _revision(item) == commit] or stored
     if len(stored) > 1 and isinstance(stored[-1], Record):
         ids = ", ".join(item.id for item in stored)
         logger.warning("%s differ only in the version of the model; the newest, %s, is shown.", ids, stored[-1].id)
     return stored[-1] if stored else None
+
+
+def _revision(stored: Any) -> str | None:
+    found: str | None = stored.spec["model"].get("revision")
+    return found
 
 
 def _print(stored: Any) -> str | None:
@@ -166,8 +192,8 @@ def _nothing(table: Table, root: Path, runs: list[Run], again: str) -> str:
     if table.missing:
         return f"{table.name} has no records and cannot run yet. It needs {table.missing}."
     asked = ", ".join(sorted({_protocol(run.spec(), [m.key for m in run.measures]) for run in runs}))
-    found = records.load(root, table.name).values()
-    other = sorted({_protocol(record.spec, list(record.measures)) for record in found})
+    there = records.load(root, table.name).values()
+    other = sorted({_protocol(record.spec, list(record.measures)) for record in there})
     hint = f" Its records there are of {'; '.join(other)}." if other else ""
     return (
         f"No record of {table.name} for {asked} under {records.folder(root, table.name)}.{hint} "

@@ -15,6 +15,7 @@ import pandas as pd
 from analysis.rows import Row, keys
 
 MISSING = "—"
+OTHER_CODE = "†"
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def text(rows: Sequence[Row]) -> pd.DataFrame:
     return pd.DataFrame(
         [
             {
-                "Method": row.method,
+                "Method": f"{row.method} {OTHER_CODE}" if row.code == "other" else row.method,
                 **({"Model": row.run.model_name} if several else {}),
                 "Setting": row.setting,
                 **({"Seed": MISSING if row.seed is None else str(row.seed)} if drawn else {}),
@@ -151,6 +152,7 @@ def _numbers(row: Row, found: Sequence[Column]) -> dict[str, Any]:
         "dtype": row.run.dtype,
         "id": row.record.id if row.record else None,
         "state": row.state,
+        "code": row.code,
         "asked": achieved.get("asked"),
         "sparsity": achieved.get("sparsity"),
         **values,

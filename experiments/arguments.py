@@ -163,17 +163,18 @@ def selection(
     dtype: str | None = None,
     limit: int | None = None,
     tasks: Sequence[str] = (),
+    data_dir: Path | None = None,
 ) -> str:
     """The arguments, quoted for a shell, by which any command finds the same cells again, the table first."""
-    told = {"--model": model, "--dtype": dtype, "--limit": limit}
+    told = {"--model": model, "--dtype": dtype, "--limit": limit, "--data-dir": data_dir}
     options = [word for name, value in told.items() if value for word in (name, str(value))]
     asked = ["--tasks", *tasks] if tasks else []
     return shlex.join([table, *options, *asked, *_results(results)])
 
 
-def same_cells(asked: argparse.Namespace) -> str:
+def same_cells(asked: argparse.Namespace, data_dir: Path | None = None) -> str:
     """As `selection`, of the cells of this command."""
-    return selection(asked.table, asked.results, asked.model, asked.dtype, asked.limit, asked.tasks)
+    return selection(asked.table, asked.results, asked.model, asked.dtype, asked.limit, asked.tasks, data_dir)
 
 
 def same_table(asked: argparse.Namespace) -> str:
@@ -213,7 +214,7 @@ def chosen(asked: argparse.Namespace) -> list[Cell]:
     table = tables.find(asked.table)
     if table.missing:
         raise ValueError(f"{table.name} cannot run yet. It needs {table.missing}.")
-    _refuse_absent(asked.data_dir)
+    refuse_absent(asked.data_dir)
     refuse_unknown(asked.tasks)
     runs = tables.runs(table, asked.model, asked.dtype, asked.limit, asked.tasks)
     return cells.choose(cells.cells(runs, table.label), asked.method, asked.only)
@@ -233,7 +234,7 @@ def watchers(asked: argparse.Namespace) -> list[Watcher]:
     return [Wandb(asked.wandb, asked.table, asked.results)]
 
 
-def _refuse_absent(data_dir: Path | None) -> None:
+def refuse_absent(data_dir: Path | None) -> None:
     """UsageError for a data folder that is not there, before every cell would meet that."""
     from experiments import accuracy, sources
     from pruners.suggest import UsageError

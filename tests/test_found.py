@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 import shutil
@@ -11,6 +12,7 @@ import pytest
 import small_table as small
 
 import pruners
+from analysis.__main__ import main as analysis
 from experiments import cells, code, found, records
 from experiments.__main__ import main
 from experiments.batch import run_table
@@ -179,3 +181,43 @@ def test_gzipped_texts_are_compared_as_files(tmp_path, data):
     (zipped / f"{PTB}.gz").write_bytes(gzip.compress((zipped / PTB).read_bytes()))
     (zipped / PTB).unlink()
     assert len(small.run(tmp_path / "r", zipped, METHODS).done) == 2
+
+
+def shown(root: Path, capsys, *words: str) -> str:
+    capsys.readouterr()
+    assert analysis(["table", "tiny", "--results", str(root), *words]) == 0
+    return capsys.readouterr().out
+
+
+def test_a_table_marks_what_other_code_made(tmp_path, data, capsys, tiny_table):
+    small.run(tmp_path, data, METHODS)
+    assert "†" not in shown(tmp_path, capsys)
+    (magnitude,) = [r for r in records.load(tmp_path, "tiny").values() if r.spec["method"]]
+    records.write(magnitude.model_copy(update={"code": {**magnitude.code, "method": "0" * 16}}), tmp_path)
+    text = shown(tmp_path, capsys)
+    assert "Magnitude †" in text
+    assert "Dense †" not in text
+    assert (
+        "† made by other code of the method or measures than is here: Magnitude 50 %; python -m experiments run" in text
+    )
+    with (tmp_path / "tiny.csv").open() as file:
+        assert [row["code"] for row in csv.DictReader(file)] == ["same", "other"]
+    records.write(magnitude.model_copy(update={"code": {}}), tmp_path)
+    assert "†" not in shown(tmp_path, capsys)
+
+
+def test_a_table_withholds_numbers_of_other_texts_where_it_is_told_which(
+    tmp_path, data, capsys, tiny_table, monkeypatch
+):
+    monkeypatch.delenv("PRUNING_DATA_DIR", raising=False)
+    small.run(tmp_path, data, METHODS)
+    number = f"{values(tmp_path)['magnitude']:.2f}"
+    other = turned(data, PTB)
+    assert number in shown(tmp_path, capsys)
+    assert number in shown(tmp_path, capsys, "--data-dir", str(data))
+    text = shown(tmp_path, capsys, "--data-dir", str(other))
+    assert number not in text
+    assert f"made from another ptb/test ({PTB}) than lies there: Dense, Magnitude 50 %." in text
+    assert f"--data-dir {other}" in text.strip().splitlines()[-1]  # the command that makes them
+    monkeypatch.setenv("PRUNING_DATA_DIR", str(other))
+    assert number not in shown(tmp_path, capsys)
