@@ -61,6 +61,7 @@ class Scorer(HFLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = True, override_bs: int | None = None
     ) -> list[Answer]:
+        self._refuse_long(requests)
         self._cut = [len(before) + len(scored) > self.max_length + 1 for _, before, scored in requests]
         answers: dict[int, Answer] = {}
         for batch in self._batches(requests):
@@ -68,6 +69,16 @@ class Scorer(HFLM):
             if self._progress:
                 self._progress(len(answers), len(requests))
         return [answers[i] for i in range(len(requests))]
+
+    def _refuse_long(self, requests: Sequence[Request]) -> None:
+        """ValueError for an answer that the model cannot take in one piece, or that has no token."""
+        for asked, _, scored in requests:
+            if not 0 < len(scored) <= self.max_length:
+                told = repr(asked[1] if isinstance(asked, tuple) else asked)
+                raise ValueError(
+                    f"The answer {told[:60]} has {len(scored):,} tokens, and the model takes 1 to {self.max_length:,} "
+                    "at once; leave its task out, or take a model with more positions."
+                )
 
     def _batches(self, requests: Sequence[Request]) -> list[list[int]]:
         """Indices of every batch, longest requests first; the same for the same requests, finished or not."""

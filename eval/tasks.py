@@ -8,15 +8,19 @@ from __future__ import annotations
 import difflib
 import functools
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
 import datasets
 import lm_eval
 from huggingface_hub.errors import HfHubHTTPError
+from jinja2 import TemplateError
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
+from eval import json_lines
 from pruners.suggest import UsageError
 
 # the Hub's package changes its HTTP client between versions; the client's own errors are a base of its error
@@ -56,16 +60,19 @@ def parts(name: str) -> tuple[str, ...]:
     return tuple(part for child in (entry.cfg or {})["task"] for part in parts(child))
 
 
-def load(tasks: Mapping[str, Mapping[str, Any]], examples: int = 0) -> tuple[Loaded, dict[str, str]]:
+def load(
+    tasks: Mapping[str, Mapping[str, Any]], examples: int = 0, limit: int | None = None
+) -> tuple[Loaded, dict[str, str]]:
     """lm-eval's task objects, asked with so many `examples`; and why others cannot be asked.
 
-    What is asked for maps to changes of its configuration; a group to such changes by task of the group.
+    A task with an answer that is none of its choices cannot, among its first `limit` documents or all of them.  What is
+    asked for maps to changes of its configuration; a group to such changes by task of the group.
     """
     loaded: Loaded = {}
     missing: dict[str, str] = {}
     for name, changes in tasks.items():
         try:
-            loaded[name] = dict(_load(name, changes, examples))
+            loaded[name] = dict(_load(name, changes, examples, limit))
         except _MissingError as error:
             missing[name] = str(error)
     return loaded, missing
@@ -75,7 +82,7 @@ class _MissingError(Exception):
     """A task cannot be asked here."""
 
 
-def _load(name: str, changes: Mapping[str, Any], examples: int) -> Iterator[tuple[str, Task]]:
+def _load(name: str, changes: Mapping[str, Any], examples: int, limit: int | None) -> Iterator[tuple[str, Task]]:
     for part in parts(name):
         try:
             task = _task(part, changes if part == name else changes.get(part, {}))
@@ -87,7 +94,29 @@ def _load(name: str, changes: Mapping[str, Any], examples: int) -> Iterator[tupl
         if examples and (held := len(task.sampler.df) if hasattr(task, "sampler") else 0) < examples:
             what = f"it has {held} documents to take the {examples} examples of its prompts from"
             raise _MissingError(_told(name, part, what))
+        if what := _unanswerable(task, limit):
+            raise _MissingError(_told(name, part, what))
         yield part, task
+
+
+def _unanswerable(task: Any, limit: int | None) -> str:
+    """Why a document of multiple choice has no right answer, which lm-eval would count as wrong; empty if none."""
+    if getattr(task, "OUTPUT_TYPE", "") != "multiple_choice":
+        return ""
+    for number, document in enumerate(islice(task.eval_docs, limit), start=1):
+        try:
+            choices = task.doc_to_choice(document)
+            right = task.doc_to_text(document) if task.multiple_input else task.doc_to_target(document)
+        except (ValueError, LookupError, TypeError, TemplateError) as error:
+            return f"its document {number} cannot be asked ({type(error).__name__}: {error})"
+        wrong = [answer for answer in (right if isinstance(right, list) else [right]) if not _among(answer, choices)]
+        if wrong:
+            return f"its document {number} has the answer {wrong[0]!r}, which is none of its {len(choices)} choices"
+    return ""
+
+
+def _among(answer: Any, choices: Sequence[str]) -> bool:
+    return 0 <= answer < len(choices) if isinstance(answer, int) else answer in choices
 
 
 def _told(name: str, part: str, what: str) -> str:
@@ -101,9 +130,17 @@ def _task(name: str, changes: Mapping[str, Any]) -> Any:
     config = task_manager().task_index[name].cfg or {}
     if config.get("output_type") == "multiple_choice":
         changes = {**changes, "metric_list": ACCURACIES}
+    if changes.get("dataset_path") == "json":
+        changes = {**changes, "custom_dataset": _from_files}
     asked = {"group": f"{name}, changed", "task": [{"task": name, **changes}]} if changes else name
     (task,) = task_manager().load([asked])["tasks"].values()
     return task
+
+
+def _from_files(data_files: Mapping[str, str], **_: Any) -> datasets.DatasetDict:
+    """Read here: the loader of `datasets` keeps a copy in the user's home and stumbles over byte order marks."""
+    splits = {split: json_lines.read(Path(path)) for split, path in data_files.items()}
+    return datasets.DatasetDict({split: datasets.Dataset.from_list(records) for split, records in splits.items()})
 
 
 def _is_one_task(group: str) -> bool:

@@ -87,7 +87,7 @@ def zero_shot(
         raise ValueError(f"examples is the number of examples in the prompt, at least 0; got {examples}.")
     check_names(tasks)
     with _quiet():
-        loaded, missing = load(tasks, examples)
+        loaded, missing = load(tasks, examples, limit)
         each = {part: task for group in loaded.values() for part, task in group.items()}
         store = AnswerStore(resume, fingerprint(model)) if resume else None
         scorer = Scorer(model, tokenizer, batch_size, store, progress)

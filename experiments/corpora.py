@@ -45,7 +45,9 @@ def rows(name: str, data_dir: Folder = None) -> Sequence[str]:
         return records
     if isinstance(records, Dataset) and source.column:
         return records[source.column]
-    return [_text(name, record, source.column) for record in records]
+    if source.column:
+        return [record[source.column] for record in records]
+    return [alpaca_prompt(record) + record["output"] for record in records]
 
 
 def instructions(name: str, data_dir: Folder = None) -> Sequence[Mapping[str, str]]:
@@ -54,18 +56,15 @@ def instructions(name: str, data_dir: Folder = None) -> Sequence[Mapping[str, st
     if source.column or source.package:
         raise ValueError(f"{name} holds texts, not instructions; alpaca/train does.")
     records = _records(name, data_dir).rows
-    return records if source.answer == "output" else _without_input(name, records, source.answer)
+    return records if source.answer == "output" else _without_input(records, source.answer)
 
 
-def _without_input(name: str, records: Sequence[Any] | Dataset, answer: str) -> Sequence[Mapping[str, str]]:
+def _without_input(records: Sequence[Any] | Dataset, answer: str) -> Sequence[Mapping[str, str]]:
     """Records of an `instruction` and an answer as if their input were empty; a data set's stay where they are."""
     if isinstance(records, Dataset):
         kept = records.select_columns(["instruction", answer]).rename_column(answer, "output")
         return kept.add_column("input", [""] * len(kept))
-    try:
-        return [{"instruction": record["instruction"], "input": "", "output": record[answer]} for record in records]
-    except KeyError as error:
-        raise ValueError(f"{name} has a record without {error}; fetch it again.") from error
+    return [{"instruction": record["instruction"], "input": "", "output": record[answer]} for record in records]
 
 
 def provenance(name: str, data_dir: Folder = None) -> dict[str, Any]:
@@ -203,17 +202,10 @@ def _records(name: str, data_dir: Folder) -> sources.Records:
     return _read(name, folder(data_dir), version(name, data_dir))
 
 
-def _text(name: str, record: Mapping[str, Any], column: str | None) -> str:
-    try:
-        return record[column] if column else alpaca_prompt(record) + record["output"]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{name} has a record without {error}: {str(record)[:80]}") from error
-
-
 def alpaca_prompt(record: Mapping[str, str]) -> str:
     """The prompt of Stanford Alpaca for a record's `instruction` and `input`, up to where the answer begins."""
     task = "Below is an instruction that describes a task"
-    if record["input"]:
+    if record.get("input"):
         context = f"{task}, paired with an input that provides further context."
         given = f"### Input:\n{record['input']}\n\n"
     else:

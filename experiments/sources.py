@@ -7,11 +7,8 @@ branch `refs/convert/parquet` where the Hub keeps its own conversion; Alpaca-cle
 
 from __future__ import annotations
 
-import gzip
-import json
 import re
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
@@ -20,6 +17,7 @@ from typing import Any
 from datasets import Dataset, load_dataset
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
+from eval import json_lines
 from experiments import digests, hub, wheels
 
 DATA_DIR = "PRUNING_DATA_DIR"
@@ -177,7 +175,9 @@ def _from_package(source: Source, package: str) -> Records:
 
 def _from_folder(name: str, source: Source, folder: Path) -> Records:
     path = _local(name, source, folder)
-    return Records(_json_lines(path), {"files": _digests(path, str(path.relative_to(folder)))})
+    optional = () if source.column else ("input",)
+    read = json_lines.read(path, _texts(source), optional)
+    return Records(read, {"files": _digests(path, str(path.relative_to(folder)))})
 
 
 def _local(name: str, source: Source, folder: Path) -> Path:
@@ -192,16 +192,9 @@ def _local(name: str, source: Source, folder: Path) -> Path:
     return path
 
 
-def _json_lines(path: Path) -> list[Mapping[str, Any]]:
-    opened = gzip.open if path.suffix == ".gz" else open
-    records: list[Mapping[str, Any]] = []
-    try:
-        with opened(path, "rt", encoding="utf-8") as file:
-            for line in file:
-                records.append(json.loads(line))
-    except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path} is damaged after record {len(records):,} ({error}); fetch it again.") from error
-    return records
+def _texts(source: Source) -> tuple[str, ...]:
+    """The columns that hold text in every record; an instruction's `input` may be empty."""
+    return (source.column,) if source.column else ("instruction", source.answer)
 
 
 def _from_hub(name: str, source: Source) -> Records:
@@ -219,4 +212,16 @@ def _from_hub(name: str, source: Source) -> Records:
     kind = "parquet" if files[0].endswith(".parquet") else "json"
     commit = Path(paths[0]).parents[len(Path(files[0]).parts) - 1].name
     data = load_dataset(kind, data_files=paths, split="train")
+    _refuse_gaps(name, data, _texts(source))
     return Records(data, {"dataset": repository, "revision": commit, "files": list(files)})
+
+
+def _refuse_gaps(name: str, data: Dataset, texts: tuple[str, ...]) -> None:
+    """ValueError where a record of a data set has no text."""
+    for column in texts:
+        if column not in data.column_names:
+            raise ValueError(f"{name} has no column {column!r}, only {', '.join(data.column_names)}.")
+        if data.features[column].dtype not in ("string", "large_string"):
+            raise ValueError(f"{name} holds {data.features[column].dtype} in {column!r}, where a text must be.")
+        if gaps := data.data.column(column).null_count:
+            raise ValueError(f"{name} has {gaps:,} records without a text in {column!r}; fetch it again.")

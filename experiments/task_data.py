@@ -7,7 +7,6 @@ By default each task reads its own Hub data set; those of the papers' tasks are 
 from __future__ import annotations
 
 import functools
-import gzip
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,10 +17,14 @@ from urllib.request import Request, urlopen
 
 from huggingface_hub import constants
 
+from eval import json_lines
 from experiments import digests
 
 HUB_TIMEOUT_S = 5
 SUFFIXES = (".jsonl", ".jsonl.gz")
+OTHERS: dict[str, tuple[type, ...]] = {  # columns that hold no text
+    "label": (int, str), "answer": (int, str), "choices": (dict, list), "endings": (list,)
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -138,10 +141,32 @@ def _first(names: Sequence[str], data_dir: Path) -> Path:
 
 
 def _check_columns(path: Path, columns: tuple[str, ...]) -> None:
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as lines:
-        found = json.loads(next(lines, "{}"))
-    if absent := [column for column in columns if column not in found]:
-        raise ValueError(
-            f"{path.name} has the columns {', '.join(sorted(found)) or 'none'}; the task needs {', '.join(absent)}, too"
-        )
+    state = path.stat()
+    _checked(path, columns, (state.st_size, state.st_mtime_ns, state.st_ino))
+
+
+@functools.lru_cache(maxsize=512)
+def _checked(path: Path, columns: tuple[str, ...], state: tuple[int, ...]) -> None:
+    """Once for a file as it is: every record has every column, and texts in those that hold texts."""
+    records = json_lines.read(path)
+    if not records:
+        raise ValueError(f"{path} holds no record; fetch it again.")
+    if absent := [column for column in columns if column not in records[0]]:
+        found = ", ".join(sorted(records[0])) or "none"
+        raise ValueError(f"{path.name} has the columns {found}; the task needs {', '.join(absent)}, too")
+    texts = [column for column in columns if column not in OTHERS]
+    others = [column for column in columns if column in OTHERS]
+    for number, record in enumerate(records, start=1):
+        json_lines.check(record, texts, where := f"{path}: record {number:,}")
+        for column in others:
+            _check_other(column, record.get(column), records[0][column], where)
+
+
+def _check_other(column: str, value: Any, first: Any, where: str) -> None:
+    """Of the kind that the task takes, and of the kind of the first record's."""
+    if not isinstance(value, OTHERS[column]):
+        kinds = " or ".join(json_lines.KINDS[kind] for kind in OTHERS[column])
+        raise ValueError(f"{where} has {json.dumps(value)[:80]} as {column!r}, where {kinds} must be.")
+    if type(value) is not type(first):
+        known = json_lines.KINDS[type(first)]
+        raise ValueError(f"{where} has {json.dumps(value)[:80]} as {column!r}, and record 1 has {known}.")

@@ -1,6 +1,8 @@
+import gzip
 import json
 import logging
 import random
+import re
 from importlib.metadata import files
 from pathlib import Path
 
@@ -200,6 +202,98 @@ def test_a_damaged_file_is_named(tmp_path, text, complaint):
         corpora.rows("ptb/test", tmp_path)
 
 
+READ = [
+    b'{"sentence": "a b c"}\n\n',
+    b'\n \n{"sentence": "a b c"}',
+    b'\xef\xbb\xbf{"sentence": "a b c"}\n',
+    b'\xef\xbb\xbf\r\n{"sentence": "a b c"}\r\n\r\n',
+    b'{"sentence": "a b c", "n": null}\n',
+]
+WRONG = [
+    (b'{"sentence": null}\n', "record 1 has no text, being without 'sentence'"),
+    (b'{"sentence": "a"}\n\n{"sentence": 5}\n', "record 2 has no text: its 'sentence' is a number"),
+    (b'{"sentence": ["a"]}\n', "record 1 has no text: its 'sentence' is a list"),
+    (b'{"sentence": true}\n', "record 1 has no text: its 'sentence' is true or false"),
+    (b'["a"]\n', "record 1 is no object but a list"),
+    (b'"a"\n', "record 1 is no object but a text"),
+    (b'{"sentence": "a"}\nnull\n', "record 2 is no object but null"),
+    (b'{"sentence": "a\\ud800"}\n', "record 1 has half of a surrogate pair (\\ud800)"),
+    (b'{"sentence": "gr\xf6\xdfer"}\n', "is no UTF-8 text after record 0; save it as UTF-8"),
+    (b'{"sentence": "a"}\n' + 100_000 * b"[", "record 2 is nested too deeply"),
+    (b'{"sentence": "a"}\n{"sent', "damaged after record 1 (Unterminated string"),
+]
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.parametrize("content", READ)
+def test_blank_lines_and_a_byte_order_mark_are_read_over(tmp_path, content, zipped):
+    place = tmp_path / ("ptb/ptb_test.jsonl.gz" if zipped else "ptb/ptb_test.jsonl")
+    place.parent.mkdir()
+    place.write_bytes(gzip.compress(content) if zipped else content)
+    assert corpora.rows("ptb/test", tmp_path) == ["a b c"]
+
+
+@pytest.mark.parametrize(("content", "said"), WRONG)
+def test_what_is_no_text_is_named_with_its_file_and_record(tmp_path, content, said):
+    place = tmp_path / "ptb/ptb_test.jsonl"
+    place.parent.mkdir()
+    place.write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(said)) as error:
+        corpora.token_ids("ptb/test", Letters(), tmp_path)
+    assert str(place) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "plain"])
+def test_a_damaged_archive_is_named(tmp_path, damage):
+    place = tmp_path / "ptb/ptb_test.jsonl.gz"
+    place.parent.mkdir()
+    text = b'{"sentence": "a"}\n' * 500
+    packed = gzip.compress(text)
+    place.write_bytes({"cut": packed[:-12], "flipped": packed[:-6] + b"\0" + packed[-5:], "plain": text}[damage])
+    with pytest.raises(ValueError, match=r"ptb_test\.jsonl\.gz is damaged after record .*fetch it again"):
+        corpora.rows("ptb/test", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        ({"instruction": "Say 1.", "input": ""}, "record 1 has no text, being without 'output'"),
+        ({"instruction": "Say 1.", "input": "", "output": None}, "record 1 has no text, being without 'output'"),
+        ({"instruction": 1, "input": "", "output": "1"}, "record 1 has no text: its 'instruction' is a number"),
+        ({"instruction": "a", "input": 5, "output": "1"}, "record 1 has no text: its 'input' is a number"),
+        (["Say 1."], "record 1 is no object but a list"),
+    ],
+)
+def test_an_instruction_without_text_is_named(tmp_path, record, said):
+    write(tmp_path / "alpaca/alpaca_2000.jsonl", [record])
+    with pytest.raises(ValueError, match=f"alpaca_2000.jsonl: {said}"):
+        corpora.instructions("alpaca/train", tmp_path)
+
+
+@pytest.mark.parametrize("given", [{"input": None}, {"input": ""}, {}])
+def test_an_instruction_may_lack_its_input(tmp_path, given):
+    write(tmp_path / "alpaca/alpaca_2000.jsonl", [{"instruction": "Say 1.", "output": "1", **given}])
+    (text,) = corpora.rows("alpaca/train", tmp_path)
+    assert "### Input:" not in text
+
+
+def test_a_record_of_the_hub_without_text_is_counted(tmp_path, monkeypatch):
+    def download(repository, file, *, repo_type, revision):
+        path = tmp_path / "snapshots/0c0ffee" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pd.DataFrame({"sentence": ["a", None, "c"]}).to_parquet(path)
+        return str(path)
+
+    monkeypatch.delenv("PRUNING_DATA_DIR", raising=False)
+    monkeypatch.setattr(sources, "hf_hub_download", download)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    corpora._read.cache_clear()
+    with pytest.raises(ValueError, match="ptb/test has 1 records without a text in 'sentence'"):
+        corpora.rows("ptb/test")
+    corpora._read.cache_clear()
+
+
 @needs_shared
 def test_provenance_tells_a_part_from_the_whole():
     whole, part = (corpora.provenance(f"wikitext2/{split}", DATA) for split in ("validation", "train"))
@@ -256,7 +350,7 @@ def test_instructions_of_another_layout_have_an_empty_input(tmp_path, monkeypatc
 
 def test_an_instruction_without_its_answer_is_named(tmp_path):
     write(tmp_path / "lamini/lamini_instruction.jsonl", [{"instruction": "Say 1.", "output": "1"}])
-    with pytest.raises(ValueError, match="lamini/train has a record without 'response'"):
+    with pytest.raises(ValueError, match=r"lamini_instruction\.jsonl: record 1 has no text, being without 'response'"):
         corpora.instructions("lamini/train", tmp_path)
 
 

@@ -130,6 +130,72 @@ def test_a_task_without_documents_does_not_stop_the_others(stories, tmp_path):
     assert "no.jsonl" in found.missing["rte"]
 
 
+QUESTION = {"goal": "Tom saw a", "sol1": "dog", "sol2": "cat", "label": 0}
+
+
+def piqa(folder: Path, content: bytes) -> dict:
+    """Where the documents of piqa come from, with these bytes as their file."""
+    (folder / "tasks").mkdir(exist_ok=True)
+    (folder / "tasks/piqa_validation.jsonl").write_bytes(content)
+    return {"piqa": task_data.changes("piqa", folder)}
+
+
+def lines(*records: object) -> bytes:
+    return b"".join(json.dumps(record).encode() + b"\n" for record in records)
+
+
+@pytest.mark.parametrize("before", [b"", b"\xef\xbb\xbf", b"\n", b"\xef\xbb\xbf\n\r\n"])
+def test_a_byte_order_mark_and_blank_lines_are_read_over(stories, tmp_path, monkeypatch, before):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "nothing is kept here")
+    found = zs.zero_shot(*stories, piqa(tmp_path, before + lines(QUESTION) + b"\n" + lines(QUESTION)))
+    assert found.missing == {}
+    assert found.tasks["piqa"].documents == 2
+    assert not (tmp_path / "nothing is kept here").exists()
+
+
+@pytest.mark.parametrize(
+    ("records", "said"),
+    [
+        ([QUESTION, QUESTION | {"goal": None}], "record 2 has no text, being without 'goal'"),
+        ([QUESTION | {"sol1": 5}], "record 1 has no text: its 'sol1' is a number"),
+        ([QUESTION | {"sol1": ["a"]}], "record 1 has no text: its 'sol1' is a list"),
+        ([QUESTION | {"goal": "\ud800"}], "record 1 has half of a surrogate pair"),
+        ([QUESTION | {"label": None}], "record 1 has null as 'label', where a number or a text must be"),
+        ([QUESTION | {"label": 0.5}], "record 1 has 0.5 as 'label', where a number or a text must be"),
+        ([QUESTION, QUESTION | {"label": "zz"}], "record 2 has \"zz\" as 'label', and record 1 has a number"),
+        ([["a"]], "record 1 is no object but a list"),
+        ([], "holds no record"),
+    ],
+)
+def test_what_a_task_cannot_ask_is_named_with_its_file_and_record(tmp_path, records, said):
+    with pytest.raises(ValueError, match=said) as error:
+        piqa(tmp_path, lines(*records))
+    assert str(tmp_path / "tasks/piqa_validation.jsonl") in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"no JSON", b"[" * 100_000, b'{"goal": "gr\xf6"}'])
+def test_a_task_file_of_something_else_is_named(tmp_path, content):
+    with pytest.raises(ValueError, match=r"piqa_validation\.jsonl"):
+        piqa(tmp_path, content)
+
+
+@pytest.mark.parametrize("label", ["zz", 2, -1, "5"])
+def test_an_answer_that_is_none_of_the_choices_is_no_wrong_answer(stories, tmp_path, label):
+    first = QUESTION if isinstance(label, int) else QUESTION | {"label": "dog"}
+    asked = piqa(tmp_path, lines(first, QUESTION | {"label": label}))
+    told = f"its document 2 has the answer {label!r}, which is none of its 2 choices"
+    assert zs.zero_shot(*stories, asked).missing == {"piqa": told}
+    assert zs.zero_shot(*stories, asked, limit=1).missing == {}
+
+
+def test_an_answer_longer_than_the_model_is_told(tmp_path):
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=512, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                                         num_attention_heads=2, max_position_embeddings=32)).eval()  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(DATA / "models/stories260K/hf")
+    with pytest.raises(ValueError, match=r"The answer ' once once .* and the model takes 1 to 32 at once"):
+        zs.zero_shot(model, tokenizer, piqa(tmp_path, lines(QUESTION | {"sol1": 60 * "once "})))
+
+
 def test_perplexity_tasks_of_lm_eval_run_too(stories):
     found = zs.zero_shot(*stories, sources("wikitext"), limit=1).tasks["wikitext"]
     assert found.metrics["word_perplexity"] > found.metrics["byte_perplexity"] > 1
