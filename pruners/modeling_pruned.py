@@ -6,36 +6,69 @@ It needs torch and transformers (5.20 or newer) and nothing else.
 
 import json
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import ClassVar, no_type_check
+from typing import Any, ClassVar, no_type_check
 
 from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import (
+    Cache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 FORMAT = 1
 
 
 class NoAttention(nn.Module):
-    """What is left of attention without heads: the bias of its output projection.
+    """What a dense attention class becomes without heads: the bias of its output projection.
 
     The cache counts tokens in the first block, so a block without keys leaves a placeholder of one number a token.
     """
 
-    def __init__(self, attention: nn.Module, output: str):
-        super().__init__()
-        self.config, self.layer_idx, self.head_dim = attention.config, attention.layer_idx, attention.head_dim
-        self.output = output
-        for name, child in attention.named_children():
-            self.add_module(name, child)
+    config: Any
+    layer_idx: int
+    output_name: str
 
-    def forward(self, hidden_states, cache=None, past_key_values=None, **kwargs):
-        cache = past_key_values if cache is None else cache  # its name before transformers 5.24
+    def forward(self, hidden_states, *args, **kwargs):
+        """Hidden states [batch, tokens, width], and no weights [batch, 0, tokens, keys] where attention is eager."""
+        batch, length, _ = hidden_states.shape
+        keys, cache = length, _cache_among((*args, *kwargs.values()))
         if cache is not None:
-            batch, length, _ = hidden_states.shape
             placeholder = hidden_states.new_zeros(batch, 1, length, 1)
-            cache.update(placeholder, placeholder, self.layer_idx)
-        return self.get_submodule(self.output)(hidden_states[..., :0]), None
+            keys = cache.update(placeholder, placeholder, self.layer_idx)[0].shape[-2]
+        elif kwargs.get("use_cache"):
+            raise TypeError(
+                "A cache is in use, but attention without heads finds none among its arguments "
+                f"({', '.join(kwargs)}); this version of transformers needs a newer version of this module."
+            )
+        eager = self.config._attn_implementation == "eager"
+        weights = hidden_states.new_zeros(batch, 0, length, keys) if eager else None
+        return self.get_submodule(self.output_name)(hidden_states[..., :0]), weights
+
+    def __reduce__(self):  # its class is made at run time, so pickles and copies name the dense one
+        return _empty, (type(self).__bases__[-1],), self.__dict__
+
+
+@cache
+def without_heads(attention_class):
+    """The dense class's subclass for attention that has lost all heads."""
+    return type(f"No{attention_class.__name__}", (NoAttention, attention_class), {})
+
+
+def _empty(attention_class):
+    kind = without_heads(attention_class)
+    return kind.__new__(kind)
+
+
+def _cache_among(arguments):
+    """By its type: its name among the arguments changes with versions of transformers."""
+    return next((argument for argument in arguments if isinstance(argument, Cache)), None)
 
 
 def settle(block, output, heads, kv_heads, head_dim, channels):
@@ -51,7 +84,8 @@ def settle(block, output, heads, kv_heads, head_dim, channels):
     if hasattr(block, "mlp"):
         block.mlp.intermediate_size = channels
     if heads == 0 and not isinstance(attention, NoAttention):
-        block.self_attn = NoAttention(attention, output)
+        attention.__class__, attention.output_name = without_heads(type(attention)), output  # type: ignore[arg-type]
+        vars(attention).pop("forward", None)  # a wrapper around the dense class's, such as accelerate's
 
 
 class WidthsPerBlock:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     PreTrainedModel,
@@ -35,14 +38,21 @@ CONFIGS = {
     ),
     "opt": OPTConfig(**SIZES, ffn_dim=64, num_attention_heads=4, word_embed_proj_dim=48, dropout=0.1),
 }
+SLIDING = {  # for tests of what differs with a sliding window
+    "mistral": MistralConfig(
+        **SIZES, intermediate_size=64, num_attention_heads=6, num_key_value_heads=3, head_dim=8, sliding_window=8,
+        eos_token_id=2,
+    ),
+}  # fmt: skip
+FAMILIES = {"llama": LlamaForCausalLM, "mistral": MistralForCausalLM, "opt": OPTForCausalLM}
 
 
 def tiny(kind: str, seed: int = 0) -> PreTrainedModel:
     """A random two-block model of that kind, in float32; biases and norms too are random."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        config = copy.deepcopy(CONFIGS[kind])
-        model = (OPTForCausalLM if kind == "opt" else LlamaForCausalLM)(config).eval()
+        config = copy.deepcopy((CONFIGS | SLIDING)[kind])
+        model: Any = FAMILIES[config.model_type](config).eval()
         for parameter in model.parameters():
             parameter.data += 0.1 * torch.randn_like(parameter)
     return model

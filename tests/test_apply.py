@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import pickle
 
 import pytest
 import torch
 from torch.testing import assert_close
+from transformers import DynamicCache
 
 from pruners import anatomy, apply
 from pruners.apply import Kept
-from tests.conftest import tiny
+from tests.conftest import CONFIGS, SLIDING, tiny
+
+
+@pytest.fixture(params=[*CONFIGS, *SLIDING])
+def kind(request):
+    return request.param
+
 
 KEPT_UNITS = {
     "some of both": ("some", "some"),
@@ -52,23 +61,93 @@ def test_masked_and_cut_models_have_the_same_logits(kind, windows, units):
     assert_close(masked(windows).logits, cut(windows).logits, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("units", KEPT_UNITS)
-@pytest.mark.parametrize("place", [0, 1])
-def test_generation_with_a_cache_equals_generation_without(kind, windows, units, place):
-    order = [units, "some of both"][:: 1 if place == 0 else -1]
-    masked, cut = both_ways(kind, *order)
-    plain = generated(cut, windows, use_cache=False)
-    assert torch.equal(generated(cut, windows), plain)
-    assert torch.equal(generated(cut, windows, cache_implementation="static"), plain)
-    assert torch.equal(generated(masked, windows), plain)
+PLACES = [0, 1, "both"]
+WAYS_OF_CACHING = {
+    "dynamic": {},
+    "static": {"cache_implementation": "static"},
+    "in chunks": {"prefill_chunk_size": 5},
+    "beams": {"num_beams": 3},
+}
 
 
-def test_padded_prompts_work_without_heads_in_the_first_block(kind, windows):
-    _, cut = both_ways(kind, "no head")
+def at(place, units):
+    """The model with such units at that place, masked and cut."""
+    return lambda kind: both_ways(
+        kind, *((units, units) if place == "both" else (units, "some of both")[:: 1 - 2 * place])
+    )
+
+
+def left_padded(windows):
     mask = torch.ones_like(windows)
-    mask[:, :5] = 0
-    padded = generated(cut, windows, attention_mask=mask)
-    assert torch.equal(padded[:, 16:], generated(cut, windows[:, 5:])[:, 11:])
+    mask[0, :7] = 0
+    return windows.masked_fill(mask == 0, 0), mask
+
+
+@pytest.mark.parametrize(
+    ("place", "units"), [(p, u) for p in PLACES for u in KEPT_UNITS if p == 0 or u in ("no head", "nothing")]
+)
+def test_generation_with_a_cache_equals_generation_without(kind, windows, units, place):
+    masked, cut = at(place, units)(kind)
+    prompt, mask = left_padded(windows[:3])
+    plain = generated(cut, prompt, attention_mask=mask, use_cache=False)
+    assert torch.equal(generated(masked, prompt, attention_mask=mask), plain)
+    for name, options in WAYS_OF_CACHING.items():
+        beams = {"num_beams": options.get("num_beams", 1)}
+        expected = generated(cut, prompt, attention_mask=mask, use_cache=False, **beams) if "beams" in name else plain
+        assert torch.equal(generated(cut, prompt, attention_mask=mask, **options), expected), name
+    alone = generated(cut, windows[:1], use_cache=False)
+    assert torch.equal(generated(cut, windows[:1], prompt_lookup_num_tokens=2), alone)
+
+
+@pytest.mark.parametrize("units", ["no head", "no channel", "nothing"])
+@pytest.mark.parametrize("place", PLACES)
+def test_a_decoding_loop_its_cache_and_what_is_cropped_from_it(kind, windows, units, place):
+    _, cut = at(place, units)(kind)
+    cache = DynamicCache(config=cut.config)
+    if hasattr(cache, "activate_past_recording"):  # what a sliding window needs to be cropped, where it exists
+        cache.activate_past_recording()
+    name = "cache" if "cache" in inspect.signature(cut.forward).parameters else "past_key_values"
+
+    def logits(tokens):
+        return cut(tokens, use_cache=True, **{name: cache}).logits
+
+    outputs = [logits(windows[:, :5])]
+    logits(windows[:, 3:8])
+    assert cache.get_seq_length() == 10
+    cache.crop(-5)
+    assert cache.get_seq_length() == 5
+    outputs += [logits(windows[:, i : i + 1]) for i in range(5, 16)]
+    assert cache.get_seq_length() == 16
+    assert_close(torch.cat(outputs, 1), cut(windows, use_cache=False).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_every_block_has_its_place_among_the_attentions(kind, windows, place):
+    _, cut = at(place, "no head")(kind)
+    cut.set_attn_implementation("eager")
+    attentions = cut(windows, output_attentions=True, use_cache=True).attentions
+    assert [a.shape for a in attentions] == [(6, block.heads, 16, 16) for block in anatomy.blocks(cut)]
+
+
+def test_hooks_and_copies_survive_the_loss_of_all_heads(kind, windows):
+    model, calls = tiny(kind), []
+    block = anatomy.blocks(model)[0]
+    block.attention.register_forward_hook(lambda *_: calls.append(1))
+    kept = Kept.all(block)
+    kept["attention"][:] = False
+    apply.cut(block, kept)
+    model.set_attn_implementation("eager")
+    logits = model(windows).logits
+    assert calls == [1]
+    block.attention._forward_hooks.clear()
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(windows).logits, logits)
+
+
+def test_attention_without_heads_refuses_a_cache_that_it_cannot_find(windows):
+    _, cut = both_ways("opt", "no head")
+    with pytest.raises(TypeError, match=r"finds none among its arguments \(memory, use_cache\)"):
+        anatomy.blocks(cut)[0].attention(torch.zeros(1, 3, 48), memory=object(), use_cache=True)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
@@ -81,7 +160,7 @@ def test_both_attention_implementations_know_the_cut_widths(kind, windows, imple
 
 def test_the_configuration_and_the_class_say_what_was_cut(kind):
     _, cut = both_ways(kind, "no head")
-    assert cut.config.model_type == f"pruned_{'opt' if kind == 'opt' else 'llama'}"
+    assert cut.config.model_type == f"pruned_{kind.split()[0]}"
     for block, said in zip(anatomy.blocks(cut), cut.config.blocks, strict=True):
         assert (said["heads"], said["kv_heads"], said["channels"]) == (block.heads, block.kv_heads, block.channels)
     assert tiny(kind).config.model_type != cut.config.model_type
@@ -124,7 +203,7 @@ def residual(model):
     return [(model.get_parameter(name), dim) for name, dim in apply.residual(model).items()]
 
 
-@pytest.mark.parametrize("kind", ["llama multi-head", "llama grouped-query"])
+@pytest.mark.parametrize("kind", ["llama multi-head", "llama grouped-query", "mistral"])
 def test_a_masked_residual_stream_equals_the_cut_one(kind, windows):
     keep = torch.arange(48) % 5 != 0
     masked, cut = tiny(kind), tiny(kind)
