@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pruners import anatomy, checkpoint
+from pruners import anatomy, chatglm, checkpoint
 from pruners.calibrate import Keeper, Progress
 from pruners.flap import Flap
 from pruners.gblm import GBLM, Gradient
@@ -57,6 +57,7 @@ __all__ = [
     "SparseGPT",
     "Wanda",
     "WandaSP",
+    "chatglm",
     "checkpoint",
     "gather",
     "method",

@@ -31,6 +31,7 @@ from pruners.apply import CLASSES
 from pruners.modeling_pruned import PrunedModel, check_complete, check_shards
 
 logger = logging.getLogger(__name__)
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "ice_text.model")
 
 for _class in CLASSES.values():
     AutoConfig.register(_class.config_class.model_type, _class.config_class, exist_ok=True)
@@ -116,7 +117,7 @@ def load(folder: Path | str, *, dtype: torch.dtype | str = "auto", **options: An
 
 
 def _tokenizer(folder: Path) -> Any:
-    if not any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")):
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
