@@ -5,7 +5,7 @@ With c the place of the first `<sop>` and m that of `[gMASK]` (or of `[MASK]` wi
 j <= t or j < c; its two positions are (t, 0) for t < c, and (m, t - c + 1) from there on.
 """
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, no_type_check
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -16,6 +16,7 @@ PUBLISHED = "ChatGLMForConditionalGeneration"
 OTHER = ("padded_vocab_size", "ffn_hidden_size", "multi_query_attention", "kv_channels")  # keys of ChatGLM2 and later
 
 
+@no_type_check  # transformers' configurations take more keywords than their signatures say
 @strict
 class ChatGLMConfig(PreTrainedConfig):
     """The published keys with ChatGLM-6B's values as defaults.
