@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pruners import anatomy, chatglm, checkpoint
-from pruners.calibrate import Keeper, Progress
+from pruners import chatglm, checkpoint, checks, inputs
+from pruners.calibrate import NOTHING, Execution, Keeper, Progress
+from pruners.checks import Count, Flag, Folder
 from pruners.flap import Flap
 from pruners.gblm import GBLM, Gradient
 from pruners.llm_pruner import LLMPruner
@@ -27,7 +28,6 @@ from pruners.report import Report
 from pruners.sparsegpt import SparseGPT
 from pruners.structured import Structured
 from pruners.structured_baselines import MagnitudeSP, WandaSP
-from pruners.suggest import unknown
 from pruners.unstructured import Unstructured
 from pruners.wanda import Wanda
 
@@ -67,17 +67,17 @@ __all__ = [
 
 def method(name: str, **hyperparameters: Any) -> Any:
     """The method of that name; ValueError with the nearest names for an unknown one."""
-    if name not in METHODS:
-        raise ValueError(unknown("method", name, METHODS))
+    checks.choice("method", name, METHODS)
     return METHODS[name](**hyperparameters)
 
 
+@checks.arguments
 def gather(
     model: PreTrainedModel,
     method: Any,
     windows: Tensor | None,
     *,
-    batch_size: int = 8,
+    batch_size: Count = 8,
     device: torch.device | str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Tensor]:
@@ -85,26 +85,28 @@ def gather(
 
     The arguments are those of `prune`.
     """
-    if method.statistics_key is None:
-        return {}
-    _check_windows(model, method, windows)
-    return method.gather(model, windows, batch_size=batch_size, device=device, progress=progress)
+    with inputs.plain_torch():
+        _check_method(method)
+        model = inputs.language_model(model, method.reads_weights)
+        windows = _calibration(model, method, windows, needed=method.statistics_key is not None)
+        how = Execution(batch_size, _place(model, method, device, method.walks), progress)
+        return {} if method.statistics_key is None else method.gather(model, windows, how)
 
 
+@checks.arguments
 def prune(
     model: PreTrainedModel,
     method: Any,
     windows: Tensor | None = None,
     *,
-    cut: bool = True,
+    cut: Flag = True,
     statistics: Mapping[str, Tensor] | None = None,
     reconstruct: Any = None,
-    folder: Path | None = None,
+    folder: Folder | None = None,
     keeper: Keeper | None = None,
-    batch_size: int = 8,
+    batch_size: Count = 8,
     device: torch.device | str | None = None,
     progress: Progress | None = None,
-    **options: Any,
 ) -> Report:
     """Prune `model` in place.
 
@@ -114,59 +116,99 @@ def prune(
     `windows` are calibration tokens [count, length] (None for methods that need none); `statistics` what `gather`
     returned for them, computed here if absent; `batch_size` windows go through a block at once and change no result;
     `device` holds one block at a time (None: where the model is); `progress(done, total)` is called per block.
+    Backward passes, and methods without a pass over the blocks, work where the model is, in batches of their own.
     `reconstruct`, a retrain.Reconstruction, trains every block after it was pruned to give the dense block's outputs;
     what is finished is kept in `folder`, if there is one, and a killed run goes on from there.  Without it `keeper`
     keeps the blocks of unstructured methods that read inputs.
 
-    Raises ValueError for windows that do not fit the model, NaN or inf in weights or activations, an unknown family.
+    Raises TypeError or ValueError, with the model as it was, for arguments that are none, windows or statistics that
+    do not fit the model, NaN or inf in weights, an unknown family; ValueError for NaN or inf in activations.
     """
-    _check_windows(model, method, windows, needed=reconstruct is not None)
+    with inputs.plain_torch(), torch.no_grad():
+        _check_method(method)
+        model = inputs.language_model(model, method.reads_weights)
+        windows = _calibration(model, method, windows, needed=method.needs_windows or reconstruct is not None)
+        device = _place(model, method, device, walks=method.walks or reconstruct is not None)
+        how = Execution(batch_size, device, progress, NOTHING if keeper is None else keeper, cut)
+        if statistics is not None:
+            _check_statistics(model, method, statistics)
+        if reconstruct is None:
+            return _timed(model, method, windows, statistics, how)
+        rebuilder = _rebuilder(reconstruct, model, method, windows, folder)
+        report = _timed(model, method, windows, statistics, replace(how, keeper=rebuilder))
+        report.reconstruction = [asdict(block) for block in rebuilder.blocks]
+        return report
+
+
+def _timed(
+    model: PreTrainedModel, method: Any, windows: Any, statistics: Mapping[str, Tensor] | None, how: Execution
+) -> Report:
     started = time.perf_counter()
-    where: dict[str, Any] = {"batch_size": batch_size, "device": device, "progress": progress}
-    dense = gather(model, method, windows, **where) if statistics is None else statistics
+    gathers = method.statistics_key is not None and statistics is None
+    dense = method.gather(model, windows, how) if gathers else statistics or {}
     gathered = time.perf_counter() - started
-    if isinstance(method, Structured):
-        options["cut"] = cut
-    rebuild = _rebuild(reconstruct, model, method, windows, folder)
-    if rebuild:
-        options["rebuild"] = rebuild
-    elif isinstance(method, Unstructured):
-        options["keeper"] = keeper
-    with torch.no_grad():
-        report = method.prune(model, windows, dense=dense, **where, **options)
-    if rebuild:
-        report.reconstruction = [asdict(block) for block in rebuild.blocks]
-    if dense and statistics is None:
+    report = method.prune(model, windows, dense, how)
+    if gathers:
         report.seconds = {"gather": gathered, **report.seconds}
     return report
 
 
-def _rebuild(reconstruct: Any, model: PreTrainedModel, method: Any, windows: Any, folder: Path | None) -> Any:
-    if reconstruct is None:
-        return None
+def _check_method(method: Any) -> None:
+    if isinstance(method, Structured | Unstructured):
+        return
+    hint = "such as pruners.Wanda(sparsity=0.5)"
+    if isinstance(method, str):
+        hint += f"; pruners.method({checks.shown(method)}) makes the one of a name"
+    raise TypeError(f"method is a method with its hyperparameters, {hint}; got {checks.typed(method)}.")
+
+
+def _calibration(model: PreTrainedModel, method: Any, windows: Any, needed: bool) -> Any:
+    """The windows, None where none are given or needed."""
+    if needed and (windows is None or (isinstance(windows, Tensor) and windows.numel() == 0)):
+        raise ValueError(f"{method!r} needs calibration windows; got none. Pass a LongTensor [count, length].")
+    return None if windows is None else inputs.calibration(model, windows)
+
+
+def _place(model: PreTrainedModel, method: Any, device: Any, walks: bool) -> torch.device | None:
+    """The device; ValueError for another than the model's where no block is moved."""
+    found = inputs.usable_device(device)
+    if found is None or walks or (found.type == model.device.type and found.index in (None, model.device.index)):
+        return found
+    raise ValueError(
+        f"{type(method).__name__} works where the model is, on {model.device}, and not block by block on {found}; drop "
+        "device=, or move the model there first."
+    )
+
+
+def _check_statistics(model: PreTrainedModel, method: Any, statistics: Any) -> None:
+    """TypeError or ValueError for what `gather` did not return for this method and a model of this shape."""
+    checks.mapping("statistics", statistics, "what pruners.gather(model, method, windows) returned")
+    wanted = method.statistics_shapes(model) if method.statistics_key is not None else {}
+    for name in (*wanted, *statistics):
+        if name not in wanted or name not in statistics:
+            what = "have no" if name in wanted else "have a superfluous"
+            break
+        if not isinstance(statistics[name], Tensor) or tuple(statistics[name].shape) != wanted[name]:
+            what = f"are not of shape {list(wanted[name])} in"
+            break
+        if not statistics[name].isfinite().all():
+            what = "hold NaN or inf in"
+            break
+    else:
+        return
+    raise ValueError(
+        f"These statistics {what} {checks.shown(name)}, so they are not those of {type(method).__name__} on this "
+        "model; gather them again with pruners.gather(model, method, windows)."
+    )
+
+
+def _rebuilder(reconstruct: Any, model: PreTrainedModel, method: Any, windows: Any, folder: Path | None) -> Any:
+    from pruners.retrain import Reconstruction  # which builds on this module
+
+    if not isinstance(reconstruct, Reconstruction):
+        raise TypeError(
+            f"reconstruct is a pruners.retrain.Reconstruction(trainable), or None; got {checks.typed(reconstruct)}."
+        )
     if not isinstance(method, Unstructured):
         raise ValueError(f"Reconstruction keeps single weights at zero; {method!r} does not zero single weights.")
     return reconstruct.start(model, method, windows, folder)
-
-
-def _check_windows(model: PreTrainedModel, method: Any, windows: Tensor | None, needed: bool = False) -> None:
-    anatomy.family(model)
-    if not (method.needs_windows or needed):
-        return
-    if windows is None or windows.numel() == 0:
-        raise ValueError(f"{method!r} needs calibration windows; got none. Pass a LongTensor [count, length].")
-    if windows.ndim != 2 or windows.dtype != torch.long:
-        raise ValueError(
-            f"Calibration windows are a LongTensor [count, length]; got {windows.dtype} {list(windows.shape)}."
-        )
-    config: Any = model.config
-    positions, vocabulary = config.max_position_embeddings, config.vocab_size
-    if windows.shape[1] > positions:
-        raise ValueError(
-            f"Windows of {windows.shape[1]} tokens are longer than the model's {positions} positions; use shorter ones."
-        )
-    if windows.max() >= vocabulary or windows.min() < 0:
-        raise ValueError(
-            f"Token {int(windows.max())} is outside the model's vocabulary of {vocabulary}: "
-            "the windows were made with another model's tokenizer."
-        )

@@ -12,17 +12,18 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from accelerate.utils import send_to_device
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from pruners import anatomy
+from pruners import anatomy, checks, inputs
 from pruners.anatomy import Block
+from pruners.checks import Count, Flag
 
-Progress = Callable[[int, int], None]
+Progress = Annotated[Callable[[int, int], None], checks.FUNCTION]
 
 
 class Statistic(ABC):
@@ -102,7 +103,7 @@ class Hessian(Statistic):
     """H = 2/N sum_t x_t x_t^T over all calibration tokens of N windows, in float32 (SparseGPT, eq. 1)."""
 
     def __init__(self, width: int, device: torch.device) -> None:
-        self.sum = torch.zeros(width, width, device=device)
+        self.sum = torch.zeros(width, width, dtype=torch.float32, device=device)
         self.windows = 0
 
     def add(self, x: Float[Tensor, "windows tokens inp"]) -> None:
@@ -142,67 +143,93 @@ class Passage:
         return total / self.targets.numel()
 
 
-class Rebuild(ABC):
-    """Brings a pruned block's outputs back towards the dense block's, before later blocks see them."""
+class Keeper:
+    """Is told of every finished block; this one keeps nothing.
 
-    batch_size: int
+    One that keeps blocks lets a run that was killed go on at the next one.  One whose `rebuild_batch` is not 0 may also
+    change a pruned block before later ones see its outputs, and runs it on so many windows at once.
+    """
 
-    @abstractmethod
-    def restore(self, block: Block) -> bool:
-        """Whether the block was rebuilt before, pruned and all, and is so again now."""
+    rebuild_batch: int = 0
 
-    @abstractmethod
-    def __call__(self, block: Block, passage: Passage) -> None: ...
-
-
-class Keeper(ABC):
-    """Keeps finished blocks somewhere, so that a run that was killed goes on at the next one."""
-
-    @abstractmethod
     def restore(self, block: Block) -> bool:
         """Whether the block was kept; it is as it was then, now."""
+        return False
 
-    @abstractmethod
-    def keep(self, block: Block) -> None: ...
+    def rebuild(self, block: Block, passage: Passage) -> None:
+        """Bring a pruned block's outputs back towards the dense block's."""
+
+    def keep(self, block: Block) -> None:
+        """The block is finished."""
+
+
+NOTHING = Keeper()
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a method does its work; none of it but `cut` and a rebuilding `keeper` changes what comes out.
+
+    `batch_size` windows go through a block at once.  `device` holds one block at a time (None: where the model is).
+    `progress(done, total)` is called per block.  `keeper` is for unstructured methods that read inputs.  `cut` is
+    whether structured methods take units out or zero them.
+    Raises TypeError or ValueError for values that are none of these, and for a device that is not there.
+    """
+
+    batch_size: Count = 8
+    device: torch.device | str | None = None
+    progress: Progress | None = None
+    keeper: Keeper = NOTHING
+    cut: Flag = True
+
+    def __post_init__(self) -> None:
+        checks.fields(self)
+        if not isinstance(self.keeper, Keeper):
+            raise TypeError(f"keeper is a pruners.calibrate.Keeper; got {checks.typed(self.keeper)}.")
+        object.__setattr__(self, "device", inputs.usable_device(self.device))
+
+    def report(self, block: Block, total: int) -> None:
+        """Call `progress` once the block is done."""
+        if self.progress:
+            self.progress(block.index + 1, total)
+
+
+PLAIN = Execution()
 
 
 def walk(
     model: nn.Module,
     windows: Int[Tensor, "count length"],
     statistic: type[Statistic] | None,
+    how: Execution = PLAIN,
     *,
+    keeper: Keeper = NOTHING,
     sequential: bool = True,
     groups: Callable[[Block], tuple[tuple[str, ...], ...]] = lambda block: block.shared_inputs,
-    batch_size: int = 8,
-    device: torch.device | str | None = None,
-    rebuild: Rebuild | None = None,
-    keeper: Keeper | None = None,
 ) -> Iterator[tuple[Block, dict[str, Any]]]:
     """Yield each block with the statistics of its projections' inputs, by projection name.
 
     Whatever the caller does to the block before asking for the next one is seen by the later blocks when
-    `sequential`; else later blocks get dense outputs and one pass serves both.  `device` holds one block at a time
-    (None: where the model is).  `rebuild`, or without one `keeper`, is told when the caller is done with a block;
-    blocks that it restores are not yielded.  Raises ValueError, naming block and projection, for inputs that are not
-    finite.
+    `sequential`; else later blocks get dense outputs and one pass serves both.  `keeper` is told when the caller is
+    done with a block; blocks that it restores are not yielded.  Raises ValueError, naming block and projection, for
+    inputs that are not finite.
     """
-    blocks, kept = anatomy.blocks(model), rebuild or keeper
+    blocks = anatomy.blocks(model)
     with evaluating(model):
-        stream = _Stream(model, windows, batch_size, device, also=rebuild.batch_size if rebuild else 0)
+        stream = _Stream(model, windows, how.batch_size, how.device, also=keeper.rebuild_batch)
         for block in blocks:
-            with _moved(block.module, device):
+            with _moved(block.module, how.device):
                 last = block is blocks[-1]
-                if not (kept and kept.restore(block)):
-                    outputs = torch.empty_like(stream.hidden) if rebuild else None
+                if not keeper.restore(block):
+                    outputs = torch.empty_like(stream.hidden) if keeper.rebuild_batch else None
                     if not sequential and not last:
                         outputs = stream.hidden
                     seen = stream.observe(block, groups(block), statistic, outputs)
                     _refuse_non_finite(block, seen)
                     yield block, seen
-                    if rebuild and outputs is not None:
-                        rebuild(block, Passage(stream.hidden, outputs, stream.batch_size, stream.run))
-                    elif keeper:
-                        keeper.keep(block)
+                    if keeper.rebuild_batch and outputs is not None:
+                        keeper.rebuild(block, Passage(stream.hidden, outputs, stream.batch_size, stream.run))
+                    keeper.keep(block)
                 if sequential and not last:
                     stream.advance(block)
 

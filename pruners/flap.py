@@ -27,16 +27,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from pruners import anatomy, calibrate, select
+from pruners import anatomy, calibrate, checks, select
 from pruners.anatomy import Block
 from pruners.apply import KINDS, Kept
-from pruners.calibrate import Moments, Progress
+from pruners.calibrate import PLAIN, Execution, Moments
+from pruners.checks import Flag, Number
 from pruners.structured import Structured, by_unit, readers
 
 METRICS = ("WIFV", "IFV", "WIFN")
@@ -72,16 +72,16 @@ class Flap(Structured):
 
     metric: str = "WIFV"
     structure: str = "AL-AM"
-    heads_removed: int | None = None
-    bias: bool = True
-    reference: bool = False
+    heads_removed: Number | None = None
+    bias: Flag = True
+    reference: Flag = False
 
     statistics_key = {"kind": "moments"}  # noqa: RUF012  (all metrics, structures and ratios share them)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        select.check_choice("metric", self.metric, METRICS)
-        select.check_choice("structure", self.structure, STRUCTURES)
+        checks.choice("metric", self.metric, METRICS)
+        checks.choice("structure", self.structure, STRUCTURES)
         if (self.heads_removed is not None) != self.structure.endswith("MM"):
             said = (
                 "needs heads_removed" if self.heads_removed is None else "decides on heads itself; drop heads_removed"
@@ -90,23 +90,27 @@ class Flap(Structured):
         if self.reference and self.target_parameters is not None:
             raise ValueError("reference=True has the released code's budget; give a ratio, or drop reference.")
 
+    @property
+    def walks(self) -> bool:
+        return True
+
+    def statistics_shapes(self, model: nn.Module) -> dict[str, tuple[int, ...]]:
+        linears = {
+            f"{block.name}.{name}": block.linear(name) for block in anatomy.blocks(model) for (name,) in readers(block)
+        }
+        return {f"{name}.{kind}": (linear.in_features,) for name, linear in linears.items() for kind in STATISTICS}
+
     def gather(
-        self,
-        model: nn.Module,
-        windows: Int[Tensor, "count length"],
-        *,
-        progress: Progress | None = None,
-        **options: Any,
+        self, model: nn.Module, windows: Int[Tensor, "count length"], how: Execution = PLAIN
     ) -> dict[str, Tensor]:
         """Moments of the inputs of each block's last projections, as `<projection>.<statistic>`, in float32."""
         found: dict[str, Tensor] = {}
         total = len(anatomy.blocks(model))
-        for block, seen in calibrate.walk(model, windows, Moments, sequential=False, groups=readers, **options):
+        for block, seen in calibrate.walk(model, windows, Moments, how, sequential=False, groups=readers):
             for name, moments in seen.items():
                 for statistic in STATISTICS:
                     found[f"{block.name}.{name}.{statistic}"] = getattr(moments, statistic).float()
-            if progress:
-                progress(block.index + 1, total)
+            how.report(block, total)
         return found
 
     def check(self, model: nn.Module) -> None:
@@ -117,7 +121,7 @@ class Flap(Structured):
             self._counts(model)
 
     def choose(
-        self, model: nn.Module, windows: Tensor | None, dense: Mapping[str, Tensor], **options: Any
+        self, model: nn.Module, windows: Tensor | None, dense: Mapping[str, Tensor], how: Execution = PLAIN
     ) -> list[Kept]:
         blocks = anatomy.blocks(model)
         scores = [{kind: self._unit_scores(block, kind, dense) for kind in KINDS} for block in blocks]

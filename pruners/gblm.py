@@ -22,8 +22,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from pruners import anatomy, gradients
-from pruners.calibrate import InputNorm, Progress
+from pruners import anatomy, checks, gradients
+from pruners.calibrate import PLAIN, Execution, InputNorm, Progress
+from pruners.checks import Finite
 from pruners.unstructured import Unstructured
 
 
@@ -34,7 +35,12 @@ def score(
 
 
 def gradient_norms(
-    model: nn.Module, windows: Int[Tensor, "count length"], norm: str, **options: Any
+    model: nn.Module,
+    windows: Int[Tensor, "count length"],
+    norm: str,
+    *,
+    checkpointing: bool = False,
+    progress: Progress | None = None,
 ) -> dict[str, Float[Tensor, "out inp"]]:
     """G of every projection in float32, by full name; memory is the weights, G and one gradient."""
     weights = {f"{b.name}.{name}": lin.weight for b in anatomy.blocks(model) for name, lin in b.linears().items()}
@@ -47,7 +53,7 @@ def gradient_norms(
         else:
             sums[name].addcmul_(gradient, gradient)
 
-    gradients.backward(model, windows, weights, add, **options)
+    gradients.backward(model, windows, weights, add, checkpointing=checkpointing, progress=progress)
     return sums if norm == "l1" else {name: total.sqrt_() for name, total in sums.items()}
 
 
@@ -60,17 +66,22 @@ class Gradient(Unstructured):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.norm not in ("l1", "l2"):
-            raise ValueError(f"norm is 'l1' or 'l2'; got {self.norm!r}.")
+            raise ValueError(f"norm is 'l1' or 'l2'; got {checks.shown(self.norm)}.")
 
     @property
     def statistics_key(self) -> dict[str, str]:
         return {"kind": "gradient_norms", "norm": self.norm}
 
-    def gather(
-        self, model: nn.Module, windows: Tensor, *, progress: Progress | None = None, **options: Any
-    ) -> dict[str, Tensor]:
+    def statistics_shapes(self, model: nn.Module) -> dict[str, tuple[int, ...]]:
+        return {
+            f"{block.name}.{name}": tuple(linear.weight.shape)
+            for block in anatomy.blocks(model)
+            for name, linear in block.linears().items()
+        }
+
+    def gather(self, model: nn.Module, windows: Tensor, how: Execution = PLAIN) -> dict[str, Tensor]:
         """One window a backward pass, on the model's device, whatever batches and devices others work in."""
-        return gradient_norms(model, windows, self.norm, progress=progress)
+        return gradient_norms(model, windows, self.norm, progress=how.progress)
 
     def score(self, name: str, weight: Tensor, x: Any, dense: Mapping[str, Tensor]) -> Tensor:
         return weight.float().abs() * dense[name].to(weight.device)
@@ -79,7 +90,7 @@ class Gradient(Unstructured):
 @dataclass(frozen=True)
 class GBLM(Gradient):
     norm: str = "l1"
-    alpha: float = 100.0
+    alpha: Finite = 100.0
 
     NEEDS = InputNorm
 

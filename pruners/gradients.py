@@ -30,7 +30,11 @@ def backward(
     A gradient is handed over and freed as soon as backward has produced it, so memory stays at weights plus one
     gradient plus activations.  Dropout is off; no other parameter gets a gradient.  float16 losses are scaled by
     1024 during backward and unscaled before `consume`, so that small gradients do not underflow.
+
+    Raises ValueError for windows of one token, which predict nothing, and for a loss or gradient that is not finite.
     """
+    if windows.shape[1] < 2:
+        raise ValueError("Gradients of the next-token loss need windows of two tokens or more; these have one.")
     scale = 1024.0 if model.dtype == torch.float16 else 1.0
 
     def handle(name: str, weight: Tensor) -> None:
@@ -51,6 +55,11 @@ def backward(
             batch = batch.to(next(iter(weights.values())).device)
             loss = model(input_ids=batch, labels=batch, use_cache=False).loss
             (loss * scale).backward()
+            if not loss.isfinite():  # a gradient that is not finite has been named by now
+                raise ValueError(
+                    f"The loss on calibration batch {index} is {loss.item()}; look for NaN in the model, or use "
+                    "--dtype bfloat16 or float32."
+                )
             if progress:
                 progress(index + 1, len(batches))
 

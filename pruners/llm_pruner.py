@@ -33,16 +33,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from pruners import anatomy, apply, gradients, select, whole_model
+from pruners import anatomy, apply, checks, gradients, select, whole_model
 from pruners.anatomy import Block
 from pruners.apply import KINDS, Kept
-from pruners.calibrate import Progress
+from pruners.calibrate import PLAIN, Execution, Progress
+from pruners.checks import Count, Rule, Seed
 from pruners.report import Report
 from pruners.structured import Scores, Structured
 
@@ -57,6 +58,9 @@ REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "first": lambda scores: scores[0],
     "last": lambda scores: scores[-1],
 }
+Range = Annotated[
+    Sequence[int], checks.several(Rule("", (int,)), "the first block and the one after the last, as numbers", count=2)
+]
 
 
 def score(
@@ -132,27 +136,24 @@ class LLMPruner(Structured):
     importance: str = "element1"
     reduction: str = "sum"
     granularity: str = "block"
-    attention_blocks: Sequence[int] = (4, 30)
-    mlp_blocks: Sequence[int] = (4, 30)
+    attention_blocks: Range = (4, 30)
+    mlp_blocks: Range = (4, 30)
     scope: str = "local"
-    steps: int = 1
-    seed: int = 42
+    steps: Count = 1
+    seed: Seed = 42
 
     DEFAULT_RATIO: ClassVar[float] = 0.25
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        select.check_choice("importance", self.importance, IMPORTANCES)
-        select.check_choice("reduction", self.reduction, tuple(REDUCTIONS))
-        select.check_choice("granularity", self.granularity, ("block", "channel", "layer"))
-        select.check_choice("scope", self.scope, ("local", "global"))
+        checks.choice("importance", self.importance, IMPORTANCES)
+        checks.choice("reduction", self.reduction, tuple(REDUCTIONS))
+        checks.choice("granularity", self.granularity, ("block", "channel", "layer"))
+        checks.choice("scope", self.scope, ("local", "global"))
         for name in ("attention_blocks", "mlp_blocks"):
-            blocks = tuple(getattr(self, name))
-            if len(blocks) != 2:
-                raise ValueError(f"{name} is the first block and the one after the last; got {blocks}.")
-            object.__setattr__(self, name, blocks)
-        if self.steps < 1 or (self.steps > 1 and self.granularity != "block"):
-            raise ValueError(f"steps is 1 or more, and 1 unless granularity is 'block'; got {self.steps}.")
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.steps > 1 and self.granularity != "block":
+            raise ValueError(f"steps is 1 unless granularity is 'block'; got {self.steps}.")
 
     @property
     def needs_windows(self) -> bool:
@@ -171,11 +172,19 @@ class LLMPruner(Structured):
         heads, channels = (f"{first}..{last - 1}" for first, last in (self.attention_blocks, self.mlp_blocks))
         return f"{super().setting} of the heads of blocks {heads} and of the channels of blocks {channels}"
 
-    def gather(
-        self, model: nn.Module, windows: Tensor, *, progress: Progress | None = None, **options: Any
-    ) -> dict[str, Tensor]:
-        """Scores of the dense model by parameter, one a row or column, for every ratio, reduction, range and scope."""
-        return index_scores(model, windows, self.importance, self._dims(model), progress)
+    @property
+    def reads_weights(self) -> bool:
+        return self.importance != "random" and self.granularity != "layer"
+
+    def statistics_shapes(self, model: nn.Module) -> dict[str, tuple[int, ...]]:
+        return {name: (model.get_parameter(name).shape[dim],) for name, dim in self._dims(model).items()}
+
+    def gather(self, model: nn.Module, windows: Tensor, how: Execution = PLAIN) -> dict[str, Tensor]:
+        """Scores of the dense model by parameter, one a row or column, for every ratio, reduction, range and scope.
+
+        Backward passes run where the model is, on as many windows at once as `TOKENS_AT_ONCE` holds.
+        """
+        return index_scores(model, windows, self.importance, self._dims(model), how.progress)
 
     def check(self, model: nn.Module) -> None:
         super().check(model)
@@ -197,20 +206,17 @@ class LLMPruner(Structured):
         self,
         model: Any,
         windows: Int[Tensor, "count length"] | None,
-        *,
         dense: Mapping[str, Tensor],
-        cut: bool = True,
-        progress: Progress | None = None,
-        **options: Any,
+        how: Execution = PLAIN,
     ) -> Report:
         if self.granularity == "block":
-            return super().prune(model, windows, dense=dense, cut=cut, progress=progress, **options)
+            return super().prune(model, windows, dense, how)
         started = time.perf_counter()
         self.check(model)
         if self.granularity == "layer":
-            return self.reported(whole_model.shorten(self, model, cut), started)
+            return self.reported(whole_model.shorten(self, model, how.cut), started)
         scores = self._channel_scores(model, dense)
-        return self.reported(whole_model.narrow(self, model, scores, cut), started)
+        return self.reported(whole_model.narrow(self, model, scores, how.cut), started)
 
     def open(self, block: Block, kind: str) -> bool:
         first, last = self.attention_blocks if kind == "attention" else self.mlp_blocks
@@ -223,19 +229,13 @@ class LLMPruner(Structured):
         return (width - int(width * (1 - stage * self.asked))) // size
 
     def choose(
-        self,
-        model: nn.Module,
-        windows: Tensor | None,
-        dense: Mapping[str, Tensor],
-        *,
-        progress: Progress | None = None,
-        **options: Any,
+        self, model: nn.Module, windows: Tensor | None, dense: Mapping[str, Tensor], how: Execution = PLAIN
     ) -> list[Kept]:
         blocks = anatomy.blocks(model)
         kept = [Kept.all(block) for block in blocks]
         random = torch.Generator().manual_seed(self.seed)
         for step in range(1, self.steps + 1):
-            by_index = dense if step == 1 and dense else self._index_scores(model, windows, progress)
+            by_index = dense if step == 1 and dense else self._index_scores(model, windows, how.progress)
             scores = [self._scores(*one, by_index, random) for one in zip(blocks, kept, strict=True)]
             kept = self._next(model, scores, step / self.steps)
             if step < self.steps:
@@ -271,15 +271,16 @@ class LLMPruner(Structured):
             return torch.zeros(0)
         size = min(part.size for part in parts)
         if self.importance == "random":
-            return torch.rand(units, size, generator=random).sum(1)
+            return torch.rand(units, size, generator=random, dtype=torch.float32).sum(1)
         if parts[0].size > size:  # with grouped queries the keys are the group's root
             parts = (parts[1], parts[0], *parts[2:])
         found = [by_index[f"{block.name}.{part.projection}.weight"].reshape(units, -1, size).sum(1) for part in parts]
         return REDUCTIONS[self.reduction](torch.stack(found).double()).sum(1)
 
     def _channel_scores(self, model: Any, dense: Mapping[str, Tensor]) -> Float[Tensor, " width"]:
+        width = model.config.hidden_size
         if self.importance == "random":
-            return torch.rand(model.config.hidden_size, generator=torch.Generator().manual_seed(self.seed))
+            return torch.rand(width, generator=torch.Generator().manual_seed(self.seed), dtype=torch.float32)
         by_index = dense or self._index_scores(model, None, None)
         return REDUCTIONS[self.reduction](torch.stack(list(by_index.values())).double())
 

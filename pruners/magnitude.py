@@ -14,7 +14,7 @@ from typing import Any
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from pruners import select
+from pruners import checks, select
 from pruners.unstructured import Unstructured
 
 
@@ -31,7 +31,7 @@ class Grouped(Unstructured):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.group not in ("matrix", "row"):
-            raise ValueError(f"group is 'matrix' or 'row'; got {self.group!r}.")
+            raise ValueError(f"group is 'matrix' or 'row'; got {checks.shown(self.group)}.")
 
     def gone(self, score: Float[Tensor, "out inp"]) -> Bool[Tensor, "out inp"]:
         if self.group == "matrix" and not self.pattern:

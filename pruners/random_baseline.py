@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pruners.checks import Seed
 from pruners.unstructured import Unstructured
 
 
@@ -17,9 +18,9 @@ from pruners.unstructured import Unstructured
 class Random(Unstructured):
     """Uniform scores within rows, drawn from `seed` and the projection's name, the same on every device."""
 
-    seed: int = 0
+    seed: Seed = 0
 
     def score(self, name: str, weight: Tensor, x: Any, dense: Mapping[str, Tensor]) -> Tensor:
         mixed = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(mixed[:7], "big"))
-        return torch.rand(weight.shape, generator=generator).to(weight.device)
+        return torch.rand(weight.shape, generator=generator, dtype=torch.float32).to(weight.device)

@@ -15,8 +15,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from pruners.suggest import unknown
-
 
 @dataclass(frozen=True)
 class Pattern:
@@ -45,12 +43,6 @@ def check_share(name: str, share: float) -> float:
     if not 0 <= share < 1:
         raise ValueError(f"{name} is the share removed and lies in [0, 1); got {share}.")
     return share
-
-
-def check_choice(name: str, value: str, known: Sequence[str]) -> None:
-    """ValueError with the nearest names for a value that is not known."""
-    if value not in known:
-        raise ValueError(unknown(name, value, known))
 
 
 def agreed_sparsity(sparsity: float | None, pattern: str | None) -> float:
@@ -131,7 +123,7 @@ def evenly(units: Sequence[int], costs: Sequence[int], budget: float | int) -> l
 
     `costs` is what a unit of each place holds.
     """
-    share_by_then = torch.cat([torch.arange(1, count + 1) / count for count in units])
+    share_by_then = torch.cat([torch.arange(1, count + 1, dtype=torch.float32) / count for count in units])
     gone = cheapest(share_by_then, torch.tensor(costs).repeat_interleave(torch.tensor(units)), budget)
     return [int(part.sum()) for part in gone.split(list(units))]
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from jaxtyping import Bool, Float
@@ -21,23 +22,23 @@ from torch import Tensor, nn
 
 from pruners import select
 from pruners.calibrate import Hessian
+from pruners.checks import Count, Rule
 from pruners.select import Pattern
 from pruners.unstructured import Unstructured
 
+Damping = Annotated[float, Rule("a positive number up to 1", (int, float), lambda value: 0 < value <= 1)]
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class SparseGPT(Unstructured):
-    block_size: int = 128
-    damping: float = 0.01
+    block_size: Count = 128
+    damping: Damping = 0.01
 
     NEEDS = Hessian
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.block_size < 1 or self.damping <= 0:
-            raise ValueError(f"block_size and damping are positive; got {self.block_size} and {self.damping}.")
         if self.pattern and self.block_size % Pattern.parse(self.pattern).m:
             raise ValueError(f"block_size {self.block_size} is no multiple of the m of {self.pattern}; change one.")
 

@@ -15,10 +15,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from pruners import anatomy, apply, select
+from pruners import anatomy, apply, checks, select
 from pruners.anatomy import Block
 from pruners.apply import KINDS, Kept
-from pruners.calibrate import Progress
+from pruners.calibrate import PLAIN, Execution
+from pruners.checks import Count, Share
 from pruners.report import Report, Size, State, Structure, Widths
 from pruners.unstructured import refuse_non_finite
 
@@ -33,26 +34,35 @@ class Structured:
     outside [0, 1), where `ratio` and `target_parameters` are both given, or where the units hold too few parameters.
     """
 
-    ratio: float | None = None
-    target_parameters: float | None = field(default=None, kw_only=True)
+    ratio: Share | None = None
+    target_parameters: Share | None = field(default=None, kw_only=True)
     target_of: str = field(default="decoder", kw_only=True)
-    round_to: int | None = field(default=None, kw_only=True)
+    round_to: Count | None = field(default=None, kw_only=True)
 
     DEFAULT_RATIO: ClassVar[float] = 0.2
     statistics_key: ClassVar[Any] = None
 
     def __post_init__(self) -> None:
+        checks.fields(self)
         if self.ratio is not None and self.target_parameters is not None:
             raise ValueError("ratio and target_parameters both say how much goes; give one of the two.")
         if self.ratio is None and self.target_parameters is None:
             object.__setattr__(self, "ratio", self.DEFAULT_RATIO)
         select.check_share("ratio" if self.target_parameters is None else "target_parameters", self.asked)
-        select.check_choice("target_of", self.target_of, ("decoder", "model"))
-        if self.round_to is not None and self.round_to < 1:
-            raise ValueError(f"round_to is what widths are to be a multiple of, 1 or more; got {self.round_to}.")
+        checks.choice("target_of", self.target_of, ("decoder", "model"))
 
     @property
     def needs_windows(self) -> bool:
+        return True
+
+    @property
+    def walks(self) -> bool:
+        """Whether windows go through the model block by block."""
+        return False
+
+    @property
+    def reads_weights(self) -> bool:
+        """Whether it matters what the weights are."""
         return True
 
     @property
@@ -68,12 +78,18 @@ class Structured:
             return f"{self.asked:.2%} of the {'decoder blocks' if self.target_of == 'decoder' else 'model'}"
         return f"ratio {self.asked:g}"
 
-    def gather(self, model: nn.Module, windows: Int[Tensor, "count length"], **options: Any) -> dict[str, Tensor]:
+    def statistics_shapes(self, model: nn.Module) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of what `gather` returns."""
+        return {}
+
+    def gather(
+        self, model: nn.Module, windows: Int[Tensor, "count length"], how: Execution = PLAIN
+    ) -> dict[str, Tensor]:
         """Statistics of the dense model that other settings of the method share; most methods have none."""
         return {}
 
     def choose(
-        self, model: nn.Module, windows: Tensor | None, dense: Mapping[str, Tensor], **options: Any
+        self, model: nn.Module, windows: Tensor | None, dense: Mapping[str, Tensor], how: Execution = PLAIN
     ) -> list[Kept]:
         """What stays of each block; a method whose later blocks see pruned ones zeroes the earlier as it goes."""
         raise TypeError(f"{type(self).__name__} chooses nothing.")
@@ -88,18 +104,15 @@ class Structured:
         self,
         model: Any,
         windows: Int[Tensor, "count length"] | None,
-        *,
         dense: Mapping[str, Tensor],
-        cut: bool = True,
-        progress: Progress | None = None,
-        **options: Any,
+        how: Execution = PLAIN,
     ) -> Report:
         started = time.perf_counter()
         self.check(model)
         blocks, asked, before = anatomy.blocks(model), self.asked_parameters(model), State.of(model)
-        kept = self.choose(model, windows, dense, progress=progress, **options)
+        kept = self.choose(model, windows, dense, how)
         rounding = sum(keep.rounding * block.unit_cost("mlp") for keep, block in zip(kept, blocks, strict=True))
-        gone = self._carry_out(model, kept, self.repairs(blocks, kept, dense), cut)
+        gone = self._carry_out(model, kept, self.repairs(blocks, kept, dense), how.cut)
         left = [_left(width, keep) for width, keep in zip(before.blocks, kept, strict=True)]
         after = State(before.size.less(Size(gone, gone)), left, before.hidden_size)
         return self.reported(Structure(self.setting, Size(asked, asked), rounding, before, after), started)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from pruners import anatomy, apply, calibrate
 from pruners.anatomy import Block
 from pruners.apply import KINDS, Kept
-from pruners.calibrate import InputNorm, Progress
+from pruners.calibrate import PLAIN, Execution, InputNorm
 from pruners.structured import Scores, Structured, by_unit, readers
 
 
@@ -39,7 +38,7 @@ class MagnitudeSP(Structured):
         return False
 
     def choose(
-        self, model: nn.Module, windows: Tensor | None, dense: Mapping[str, Tensor], **options: Any
+        self, model: nn.Module, windows: Tensor | None, dense: Mapping[str, Tensor], how: Execution = PLAIN
     ) -> list[Kept]:
         kept = []
         for block, counts in zip(anatomy.blocks(model), self.even_counts(model), strict=True):
@@ -50,24 +49,21 @@ class MagnitudeSP(Structured):
 
 @dataclass(frozen=True)
 class WandaSP(Structured):
+    @property
+    def walks(self) -> bool:
+        return True
+
     def choose(
-        self,
-        model: nn.Module,
-        windows: Tensor | None,
-        dense: Mapping[str, Tensor],
-        *,
-        progress: Progress | None = None,
-        **options: Any,
+        self, model: nn.Module, windows: Tensor | None, dense: Mapping[str, Tensor], how: Execution = PLAIN
     ) -> list[Kept]:
         assert windows is not None  # pruners.prune has checked them
         kept, counts = [], self.even_counts(model)
-        for block, seen in calibrate.walk(model, windows, InputNorm, groups=readers, **options):
+        for block, seen in calibrate.walk(model, windows, InputNorm, how, groups=readers):
             names = {kind: block.reader(kind).projection for kind in KINDS}
             scores = {kind: wanda_score(block.linear(name).weight, seen[name]) for kind, name in names.items()}
             kept.append(self.lowest(block, _summed(block, scores), counts[block.index]))
             apply.zero(block, kept[-1])
-            if progress:
-                progress(block.index + 1, len(counts))
+            how.report(block, len(counts))
         return kept
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from pruners import anatomy, calibrate, select
+from pruners import anatomy, calibrate, checks, select
 from pruners.anatomy import Block
-from pruners.calibrate import Progress, Statistic
+from pruners.calibrate import PLAIN, Execution, Statistic
+from pruners.checks import Rule, Share
 from pruners.report import Projection, Report
 from pruners.select import Pattern
 
@@ -25,20 +26,37 @@ class Unstructured:
     consecutive inputs of a row.  ValueError where the two disagree or lie out of range.
     """
 
-    sparsity: float | None = None
-    pattern: str | None = None
+    sparsity: Share | None = None
+    pattern: Annotated[str, Rule("n:m as text, such as '2:4'", (str,))] | None = None
 
     NEEDS: ClassVar[type[Statistic] | None] = None
     statistics_key: ClassVar[Any] = None
 
     def __post_init__(self) -> None:
+        checks.fields(self)
         object.__setattr__(self, "sparsity", select.agreed_sparsity(self.sparsity, self.pattern))
 
     @property
     def needs_windows(self) -> bool:
         return self.NEEDS is not None or self.statistics_key is not None
 
-    def gather(self, model: nn.Module, windows: Int[Tensor, "count length"], **options: Any) -> dict[str, Tensor]:
+    @property
+    def walks(self) -> bool:
+        """Whether windows go through the model block by block."""
+        return self.NEEDS is not None
+
+    @property
+    def reads_weights(self) -> bool:
+        """Whether it matters what the weights are."""
+        return True
+
+    def statistics_shapes(self, model: nn.Module) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of what `gather` returns."""
+        return {}
+
+    def gather(
+        self, model: nn.Module, windows: Int[Tensor, "count length"], how: Execution = PLAIN
+    ) -> dict[str, Tensor]:
         """Statistics of the dense model by projection name; most methods need none."""
         return {}
 
@@ -66,33 +84,31 @@ class Unstructured:
         self,
         model: nn.Module,
         windows: Int[Tensor, "count length"] | None,
-        *,
         dense: Mapping[str, Tensor],
-        progress: Progress | None = None,
-        **options: Any,
+        how: Execution = PLAIN,
     ) -> Report:
+        """Prune in place; `dense` is what `gather` returned.  Matrices are refused before the first is pruned."""
         report = Report(repr(self), self.asked)
         started = time.perf_counter()
         blocks = anatomy.blocks(model)
-        self._check_widths(blocks)
-        for block, seen in self._walk(model, windows, **options):
-            for names in block.shared_inputs:
-                linears = {f"{block.name}.{name}": block.linear(name) for name in names}
-                refuse_non_finite(linears)
-                self.remove(linears, seen.get(names[0]), dense)
-            if progress:
-                progress(block.index + 1, len(blocks))
         linears = {f"{block.name}.{name}": linear for block in blocks for name, linear in block.linears().items()}
+        self._check_widths(blocks)
+        refuse_non_finite(linears)
+        for block, seen in self._walk(model, windows, how):
+            for names in block.shared_inputs:
+                together = {f"{block.name}.{name}": block.linear(name) for name in names}
+                self.remove(together, seen.get(names[0]), dense)
+            how.report(block, len(blocks))
         report.projections = [Projection.of(name, linear, self.asked) for name, linear in linears.items()]
         report.seconds["prune"] = time.perf_counter() - started
         return report
 
     def _walk(
-        self, model: nn.Module, windows: Tensor | None, **options: Any
+        self, model: nn.Module, windows: Tensor | None, how: Execution
     ) -> Iterator[tuple[Block, Mapping[str, Any]]]:
-        if windows is None or (self.NEEDS is None and "rebuild" not in options):
+        if windows is None or not (self.walks or how.keeper.rebuild_batch):
             return ((block, {}) for block in anatomy.blocks(model))
-        return calibrate.walk(model, windows, self.NEEDS, **options)
+        return calibrate.walk(model, windows, self.NEEDS, how, keeper=how.keeper)
 
     def _check_widths(self, blocks: list[Block]) -> None:
         if self.pattern is None:

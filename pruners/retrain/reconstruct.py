@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pruners.anatomy import Block
-from pruners.calibrate import Passage, Rebuild
+from pruners.calibrate import Keeper, Passage
 from pruners.retrain import state
 from pruners.retrain.finetune import Diverged
 from pruners.retrain.schedule import Schedule, autocast, precision_for
@@ -81,12 +81,12 @@ class Reconstruction:
         return Rebuilder(self, model.dtype, mark, folder)
 
 
-class Rebuilder(Rebuild):
+class Rebuilder(Keeper):
     """One run of a Reconstruction; `blocks` tells what became of every block."""
 
     def __init__(self, settings: Reconstruction, dtype: torch.dtype, mark: str, folder: Path | None) -> None:
         self.settings, self.dtype, self.mark, self.folder = settings, dtype, mark, folder
-        self.batch_size = settings.batch_size
+        self.rebuild_batch = settings.batch_size
         self.blocks: list[Rebuilt] = []
 
     def restore(self, block: Block) -> bool:
@@ -100,7 +100,7 @@ class Rebuilder(Rebuild):
         self.blocks.append(Rebuilt(**about["rebuilt"]))
         return True
 
-    def __call__(self, block: Block, passage: Passage) -> None:
+    def rebuild(self, block: Block, passage: Passage) -> None:
         started, initial = time.perf_counter(), passage.error(block)
         pruned = {name: p.detach().clone() for name, p in block.module.named_parameters()}
         attached = self.settings.trainable.attach_to_block(block, self.settings.seed)
@@ -117,7 +117,6 @@ class Rebuilder(Rebuild):
                 p.data.copy_(pruned[name])
         seconds = round(time.perf_counter() - started, 3)
         self.blocks.append(Rebuilt(block.name, initial, final if lower else initial, lower, seconds))
-        self._keep(block)
 
     @torch.enable_grad()
     def _train(self, block: Block, attached: Attached, passage: Passage) -> None:
@@ -125,7 +124,7 @@ class Rebuilder(Rebuild):
         precision = precision_for(None, self.dtype, passage.inputs.device)
         optimizer = schedule.optimizer(attached.tensors)
         for step in range(schedule.steps):
-            rows = torch.arange(step * self.batch_size, (step + 1) * self.batch_size) % count
+            rows = torch.arange(step * self.rebuild_batch, (step + 1) * self.rebuild_batch) % count
             with autocast(precision, passage.inputs.device):
                 outputs = passage.run(block, passage.inputs[rows])
             loss = F.mse_loss(outputs.float(), passage.targets[rows].float())
@@ -138,7 +137,7 @@ class Rebuilder(Rebuild):
             attached.mask_gradients()
             schedule.step(optimizer, step)
 
-    def _keep(self, block: Block) -> None:
+    def keep(self, block: Block) -> None:
         path = self._path(block)
         if path:
             state.save(

@@ -1,0 +1,149 @@
+"""What a model, its calibration windows and a device must be before anything is done, and the state torch is put in."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pruners import anatomy
+from pruners.checks import shown, typed
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+WINDOWS = "Calibration windows are a LongTensor [count, length]"
+
+
+@contextmanager
+def plain_torch() -> Iterator[None]:
+    """torch as it comes, whatever the caller has set: compiled models run eagerly, new tensors are float32 on the CPU.
+
+    Hooks on a compiled model would have it compiled anew for each of them.  Raises ValueError within
+    `torch.inference_mode`, where no gradient is taken and what is made cannot be changed afterwards.
+    """
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            "Weights cannot be pruned or trained within torch.inference_mode(); leave it (torch.no_grad() will do)."
+        )
+    before = torch.get_default_dtype()
+    with ExitStack() as stack:
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        stack.callback(torch.set_default_dtype, before)
+        torch.set_default_dtype(torch.float32)
+        yield
+
+
+def language_model(model: Any, reads_weights: bool = True) -> PreTrainedModel:
+    """The model itself, out of torch.compile's wrapper.
+
+    Raises TypeError for what is no model of transformers with a head, ValueError for one without blocks or usable
+    weights; weights on the meta device pass where the values do not matter.
+    """
+    model = getattr(model, "_orig_mod", model)
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"The model is a transformers.PreTrainedModel; got {_described(model)}")
+    anatomy.family(model)
+    if model.get_output_embeddings() is None:
+        kind = type(model).__name__
+        raise TypeError(
+            f"Pruning needs a {re.sub(r'(Model|For[A-Za-z]+)$', 'ForCausalLM', kind)}; got a {kind}, which has no head "
+            "that predicts the next token. Load it with transformers.AutoModelForCausalLM."
+        )
+    if not anatomy.blocks(model):
+        raise ValueError(f"This {type(model).__name__} has no decoder blocks (num_hidden_layers is 0): nothing to do.")
+    for name, weight in model.named_parameters():
+        _check_weight(model, name, weight, reads_weights)
+    return model
+
+
+def _described(model: Any) -> str:
+    if isinstance(model, str):
+        return f"{shown(model)}. Load it first: transformers.AutoModelForCausalLM.from_pretrained({shown(model)})."
+    if not isinstance(model, nn.Module):
+        return f"{typed(model)}. Load one with transformers.AutoModelForCausalLM."
+    kind = type(model)
+    if hasattr(model, "merge_and_unload"):
+        return f"a {kind.__module__}.{kind.__qualname__} with adapters. Merge them first: model.merge_and_unload()."
+    if isinstance(getattr(model, "module", None), nn.Module):
+        return f"a {kind.__module__}.{kind.__qualname__} around one. Give what it wraps: model.module."
+    return f"a {kind.__module__}.{kind.__qualname__}. Load one with transformers.AutoModelForCausalLM."
+
+
+def _check_weight(model: nn.Module, name: str, weight: Tensor, read: bool) -> None:
+    offloaded = any(hasattr(module, "_hf_hook") for module in model.modules()) if weight.is_meta else False
+    if weight.is_meta and (read or offloaded):
+        raise ValueError(
+            f"{name} is on the meta device and holds no values"
+            + (" here (accelerate has offloaded it)" if offloaded else "")
+            + "; load the model whole, without device_map or offloading. prune(device=...) holds one block at a time "
+            "there, which needs less memory."
+        )
+    if weight.dtype not in FLOATS:
+        raise ValueError(
+            f"{name} is {weight.dtype}: quantised weights cannot be changed one by one. Load the model in float32, "
+            "bfloat16 or float16."
+        )
+    if weight.is_inference():
+        raise ValueError(
+            f"{name} was made within torch.inference_mode() and cannot be changed outside of it; load the model again, "
+            "outside."
+        )
+
+
+def calibration(model: PreTrainedModel, windows: Any) -> Tensor:
+    """Windows that fit the model; TypeError or ValueError for others."""
+    if not isinstance(windows, Tensor):
+        raise TypeError(f"{WINDOWS}; got {typed(windows)}. Make them one: torch.tensor(windows, dtype=torch.long).")
+    if windows.ndim != 2 or windows.dtype != torch.long or windows.is_meta or not windows.numel():
+        raise ValueError(
+            f"{WINDOWS}; got {windows.dtype} {list(windows.shape)}{' without values' * windows.is_meta}. For other "
+            "integers: windows.long()."
+        )
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and windows.shape[1] > positions:
+        raise ValueError(
+            f"Windows of {windows.shape[1]} tokens are longer than the model's {positions} positions; use shorter ones."
+        )
+    in_vocabulary(windows, model.config.vocab_size, "the windows were made with another model's tokenizer")
+    return windows.clone() if windows.is_inference() else windows
+
+
+def in_vocabulary(tokens: Tensor, size: int, cause: str, whose: str = "") -> None:
+    """ValueError that shows a token outside the vocabulary, if there is one."""
+    if not tokens.numel():
+        return
+    low, high = (int(end) for end in tokens.aminmax())
+    if low < 0 or high >= size:
+        raise ValueError(
+            f"Token {low if low < 0 else high}{whose} is outside the model's vocabulary of {size}: {cause}."
+        )
+
+
+def usable_device(device: Any) -> torch.device | None:
+    """The device, None for None; TypeError or ValueError for what is none, or none that this machine has."""
+    if device is None:
+        return None
+    if not isinstance(device, torch.device | str):
+        raise TypeError(f"device is a torch.device or its name, such as cuda:0; got {typed(device)}.")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise ValueError(f"There is no device {str(device)!r} here; found {', '.join(devices())}.") from error
+    if found.type == "meta":
+        raise ValueError("The meta device holds no values, so nothing can be computed there; leave device= out.")
+    return found
+
+
+def devices() -> list[str]:
+    """What this machine has."""
+    if not torch.accelerator.is_available():
+        return ["cpu"]
+    kind = torch.accelerator.current_accelerator()
+    return ["cpu", *(f"{kind}:{index}" for index in range(torch.accelerator.device_count()))]
