@@ -4,8 +4,11 @@ RUN := .venv/bin/python
 PYTEST := -m pytest -n 2 --dist loadfile
 # Every package, transitive ones too, at the version that the tests passed with; a clone made in a year gets the same.
 LOCK := $(CURDIR)/requirements.lock
-# Of the two other environments; a CPU build of another torch: make test-newest TORCH=torch==X
+# What comes as source is built with its setuptools, too: older pips hear the first, newer ones the second.
+LOCKED := PIP_CONSTRAINT=$(LOCK) PIP_BUILD_CONSTRAINT=$(LOCK)
+# The two other environments have the torch of which a CPU build is at hand; TORCH="torch<3" takes the newest there is.
 TORCH ?= torch==2.13.0
+UV := .venv-tools/bin/uv
 
 .PHONY: demo test check bench env lock test-newest test-lowest clean
 
@@ -34,16 +37,16 @@ env: .venv/ready
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed; found $$($(PYTHON) --version). Set PYTHON=..."; exit 1; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "This Python cannot make environments: apt install python3-venv"; exit 1; }
 	$(PYTHON) -m venv .venv
-	PIP_CONSTRAINT=$(LOCK) $(RUN) -m pip install --quiet -r requirements.txt -r requirements-dev.txt
-	PIP_CONSTRAINT=$(LOCK) $(RUN) -m pip install --quiet --no-deps -r requirements-embedded.txt
+	$(LOCKED) $(RUN) -m pip install --quiet -r requirements.txt -r requirements-dev.txt
+	$(LOCKED) $(RUN) -m pip install --quiet --no-deps -r requirements-embedded.txt
 	@$(RUN) -c 'import pathlib, sysconfig; pathlib.Path(sysconfig.get_path("purelib"), "checkout.pth").write_text("$(CURDIR)\n")'
 	touch $@
 
 # What the embedded packages depend on is never installed, so it is not locked.
 lock: .venv-tools/bin/uv
-	$< pip compile --quiet --universal --upgrade --python-version 3.10 --no-annotate --custom-compile-command "make lock" \
+	$(UV) pip compile --quiet --universal --upgrade --python-version 3.10 --no-annotate --custom-compile-command "make lock" \
 	  --constraint .ci/torch.txt requirements.txt requirements-dev.txt --output-file $(LOCK)
-	$< pip compile --quiet --universal --no-deps --python-version 3.10.11 --no-annotate --no-header \
+	$(UV) pip compile --quiet --universal --no-deps --python-version 3.10.11 --no-annotate --no-header \
 	  requirements-embedded.txt >> $(LOCK)
 
 test-newest: .venv-newest/ready
@@ -52,25 +55,25 @@ test-newest: .venv-newest/ready
 test-lowest: .venv-lowest/ready
 	OMP_NUM_THREADS=1 $(<D)/bin/python $(PYTEST) $(ONLY)
 
-.venv-newest/ready: requirements.txt requirements-dev.txt requirements-embedded.txt
+.venv-newest/ready: requirements.txt requirements-dev.txt requirements-embedded.txt .venv-tools/bin/uv
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet $(TORCH)
-	$(@D)/bin/python -m pip install --quiet -r requirements.txt -r requirements-dev.txt
-	$(@D)/bin/python -m pip install --quiet --no-deps -r requirements-embedded.txt
+	$(UV) pip install --quiet --python $(@D)/bin/python -r requirements.txt -r requirements-dev.txt
+	$(UV) pip install --quiet --python $(@D)/bin/python --no-deps -r requirements-embedded.txt
 	touch $@
 
 .venv-lowest/ready: requirements.txt requirements-dev.txt requirements-embedded.txt .venv-tools/bin/uv
 	$(PYTHON) -m venv $(@D)
-	.venv-tools/bin/uv pip compile --quiet --resolution lowest-direct --no-annotate --no-header \
-	  --python $(@D)/bin/python requirements.txt --output-file $(@D)/lowest.txt
 	$(@D)/bin/python -m pip install --quiet $(TORCH)
-	PIP_CONSTRAINT=$(@D)/lowest.txt $(@D)/bin/python -m pip install --quiet -r requirements.txt -r requirements-dev.txt
-	$(@D)/bin/python -m pip install --quiet --no-deps -r requirements-embedded.txt
+	$(UV) pip compile --quiet --upgrade --resolution lowest-direct --no-annotate --no-header \
+	  --python $(@D)/bin/python requirements.txt requirements-dev.txt --output-file $(@D)/lowest.txt
+	$(UV) pip install --quiet --python $(@D)/bin/python -c $(@D)/lowest.txt -r requirements.txt -r requirements-dev.txt
+	$(UV) pip install --quiet --python $(@D)/bin/python --no-deps -r requirements-embedded.txt
 	touch $@
 
 .venv-tools/bin/uv:
 	$(PYTHON) -m venv .venv-tools
-	.venv-tools/bin/python -m pip install --quiet uv
+	.venv-tools/bin/python -m pip install --quiet uv==0.13.9
 
 clean:
 	rm -rf .venv .venv-newest .venv-lowest .venv-tools

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,20 @@ from transformers import (
     OPTForCausalLM,
     PreTrainedModel,
 )
+
+DROPPED = re.compile(r"deprecat|will be removed|no longer be supported", re.IGNORECASE)
+
+
+class Refusing(logging.Handler):
+    """What a library only logs about a call that it is about to drop fails there, as its warnings do."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if DROPPED.search(text := record.getMessage()):
+            raise DeprecationWarning(f"{record.name}: {text}")
+
+
+for library in ("transformers", "huggingface_hub", "datasets", "peft", "accelerate", "lm_eval", "torch"):
+    logging.getLogger(library).addHandler(Refusing(logging.WARNING))
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data folder is not beside the project")
