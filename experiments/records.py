@@ -16,6 +16,7 @@ from typing import Any, ClassVar, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from experiments import files, sealed
+from experiments.redaction import redacted
 from experiments.spec import digest
 
 SCHEMA_VERSION = 1
@@ -154,7 +155,14 @@ def load(root: Path, table: str) -> dict[str, Record]:
 
 def load_failures(root: Path, table: str) -> dict[str, Failure]:
     """The table's failed cells by id, whether or not they have a record by now."""
-    return _load(folder(root, table).glob(f"*{Failure.suffix}"), Failure)
+    found = _load(folder(root, table).glob(f"*{Failure.suffix}"), Failure)
+    return {id: _without_secrets(failure) for id, failure in found.items()}
+
+
+def _without_secrets(failure: Failure) -> Failure:
+    """Of an earlier version, which kept what an error said as it was."""
+    told = {"message": redacted(failure.message), "traceback": [redacted(line) for line in failure.traceback]}
+    return failure.model_copy(update=told)
 
 
 def now() -> str:

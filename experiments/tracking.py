@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 
 from experiments.cells import Cell
 from experiments.records import Failure, Record
+from experiments.redaction import cleaned
 from experiments.watchers import Watcher
 
 SECONDS_BETWEEN = 5.0  # progress more often than this is not sent
@@ -48,7 +49,7 @@ class Wandb(Watcher):
                     name=cell.label,
                     job_type="cell",
                     dir=self.folder,
-                    config={"cell": cell.id, "table": self.table, "resumed": resumed, **cell.run.spec()},
+                    config={"cell": cell.id, "table": self.table, "resumed": resumed, **cleaned(cell.run.spec())},
                     settings=wandb.Settings(
                         silent=True, console="off", init_timeout=PATIENCE_SECONDS, finish_timeout=PATIENCE_SECONDS
                     ),

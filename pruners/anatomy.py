@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from pruners.suggest import unknown
 
@@ -74,16 +75,20 @@ class Block:
     family: Family
 
     def linear(self, projection: str) -> nn.Linear:
-        linear = self.module.get_submodule(projection)
-        if type(linear) is not nn.Linear:
+        """TypeError for a layer that is no plain linear one, or whose weight or bias is computed from others."""
+        linear, name = self.module.get_submodule(projection), f"{self.name}.{projection}"
+        computed = {"weight", "bias"} - linear._parameters.keys() if isinstance(linear, nn.Linear) else set()
+        if computed or is_parametrized(linear):
             raise TypeError(
-                f"{self.name}.{projection} is a {type(linear).__name__}; pruning needs a plain torch.nn.Linear. "
-                "Merge adapters and load the model unquantised first."
+                f"{name} computes its {min(computed, default='weight')} anew in every forward pass, which would undo "
+                "pruning; make it permanent first, with torch.nn.utils.prune.remove, "
+                "torch.nn.utils.parametrize.remove_parametrizations or remove_weight_norm."
             )
-        if "weight" not in linear._parameters:
+        if type(linear) is not nn.Linear:
+            kind = type(linear)
             raise TypeError(
-                f"{self.name}.{projection}.weight is recomputed in every forward pass (torch.nn.utils.prune?), which "
-                "would undo pruning; make it permanent first, e.g. torch.nn.utils.prune.remove(module, 'weight')."
+                f"{name} is a {kind.__module__}.{kind.__qualname__}; pruning needs a plain torch.nn.Linear. "
+                "Merge adapters and load the model unquantised first."
             )
         return linear
 
@@ -158,14 +163,34 @@ class Block:
 
 
 def family(model: nn.Module) -> Family:
-    """The model's entry; ValueError says what to add where there is none."""
+    """The model's entry; ValueError says what to add where there is none.
+
+    TypeError for what wraps a model (adapters of peft, data parallelism) and for a model without its head.
+    """
+    _refuse_wrapped(model)
     model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if model_type not in FAMILIES:
         raise ValueError(
             f"{unknown('decoder family', model_type, FAMILIES)} "
             "To add one, name its blocks and projections in FAMILIES of pruners/anatomy.py."
         )
-    return FAMILIES[model_type]
+    kind = FAMILIES[model_type]
+    try:
+        model.get_submodule(kind.blocks)
+    except AttributeError:
+        raise TypeError(
+            f"A {type(model).__name__} has no {kind.blocks}; pruning needs the whole language model, as "
+            "transformers.AutoModelForCausalLM loads it."
+        ) from None
+    return kind
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    kind = f"{type(model).__module__}.{type(model).__qualname__}"
+    if hasattr(model, "merge_and_unload"):
+        raise TypeError(f"Got a {kind}; merge its adapters first: model = model.merge_and_unload().")
+    if not hasattr(model, "config") and isinstance(getattr(model, "module", None), nn.Module):
+        raise TypeError(f"Got a {kind} around a {type(model.module).__name__}; give what it wraps: model.module.")
 
 
 def blocks(model: nn.Module) -> list[Block]:

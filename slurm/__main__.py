@@ -197,13 +197,14 @@ def _cancel(asked: argparse.Namespace) -> int:
 
 
 def _logs(asked: argparse.Namespace) -> int:
+    from experiments.redaction import redacted
     from slurm import state
 
     job = state.find(asked.results, asked.cell)[-1]
     for path in job.logs:
         print(f"==> {path} <==")
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ["(nothing yet)"]
-        print("\n".join(lines[-LOG_LINES:]))
+        print(redacted("\n".join(lines[-LOG_LINES:])))
     return 0
 
 

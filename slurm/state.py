@@ -14,6 +14,7 @@ from submitit.core.utils import JobPaths
 
 from experiments import records, watchers
 from experiments.records import Failure, Record
+from experiments.redaction import redacted
 from pruners.suggest import UsageError
 from slurm import ledger, queue
 from slurm.ledger import Entry, Sent
@@ -70,7 +71,7 @@ class Job:
     def last_lines(self) -> list[str]:
         error = self.logs[1]
         text = error.read_text(encoding="utf-8", errors="replace") if error.exists() else ""
-        return [line for line in text.splitlines() if line.strip()][-LAST_LINES:]
+        return [line for line in redacted(text).splitlines() if line.strip()][-LAST_LINES:]
 
     @property
     def death(self) -> str:

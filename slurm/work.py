@@ -15,7 +15,7 @@ from typing import Any
 from submitit import JobEnvironment
 from submitit.core.utils import DelayedSubmission
 
-from experiments import arguments
+from experiments import arguments, redaction
 from experiments.watchers import Events
 
 
@@ -42,12 +42,13 @@ class Work:
         from experiments import batch
 
         asked = self.asked
-        outcome = batch.run_table(
-            asked.table,
-            arguments.chosen(asked),
-            arguments.settings(asked),
-            [self._events, *arguments.watchers(asked)],
-        )
+        with redaction.quiet_logs():
+            outcome = batch.run_table(
+                asked.table,
+                arguments.chosen(asked),
+                arguments.settings(asked),
+                [self._events, *arguments.watchers(asked)],
+            )
         self._events.write("job finished", found=outcome.found, done=outcome.done, failed=outcome.failed)
         return {"found": outcome.found, "done": outcome.done, "failed": outcome.failed}
 

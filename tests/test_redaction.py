@@ -1,0 +1,122 @@
+"""A password or token never reaches what is written down or shown."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import small_table as small
+
+import analysis.__main__ as analysis
+from experiments import arguments, failures, records, redaction, sealed, tables
+
+ROOT = Path(__file__).resolve().parents[1]
+SECRET = "Pa55word"
+FORMS = [
+    f"https://user:{SECRET}@mirror.example.org/path",
+    f"https://:{SECRET}@mirror.example.org",
+    f"https://{SECRET}@mirror.example.org",
+    f"postgres://user:{SECRET}@host/base",
+    f"url='http://user:x@{SECRET}@host'",
+    f"Authorization: Bearer {SECRET}",
+    f"{{'authorization': 'Bearer {SECRET}'}}",
+    f"Proxy-Authorization: Basic {SECRET}",
+    f"X-Api-Key: {SECRET}",
+    f"HF_TOKEN={SECRET}",
+    f"WANDB_API_KEY = '{SECRET}'",
+    f"https://host/file?access_token={SECRET}&page=2",
+    f"https://host/file?page=2&X-Amz-Signature={SECRET}",
+    f'{{"password": "{SECRET}"}}',
+    f"hf_{3 * SECRET}",
+    f"ghp_{3 * SECRET}",
+]
+PLAIN = [
+    "https://huggingface.co/datasets/a/b@main",
+    "hf://datasets/a/b@0c0ffee/train.parquet",
+    "wikitext2/test@128[:16]: 16 windows, 2,048 tokens; tokens 0c0ffee",
+    "pad_token=<pad>, tokens=5, key=value",
+    "git@github.com:a/b.git",
+    "me@example.org wrote to http://host:8080/a",
+    "the bearer",
+    '{"token_sha256": "abab"}',
+    "MAX_TOKENS=512",
+]
+
+
+@pytest.mark.parametrize("text", FORMS)
+def test_every_form_of_a_secret_is_hidden(text):
+    hidden = redaction.redacted(f"before {text} after")
+    assert SECRET not in hidden
+    assert hidden.startswith("before ")
+    assert hidden.endswith(" after")
+    assert redaction.redacted(hidden) == hidden
+
+
+@pytest.mark.parametrize("text", PLAIN)
+def test_other_text_stays_as_it_is(text):
+    assert redaction.redacted(text) == text
+
+
+def test_the_secrets_of_the_environment_are_hidden_wherever_they_stand(monkeypatch):
+    monkeypatch.setenv("HTTPS_PROXY", "http://me:sl/sh%40sign@proxy:3128")
+    monkeypatch.setenv("MY_SERVICE_TOKEN", "abcd-1234-efgh")
+    text = "sl/sh%40sign and sl/sh@sign and sl%2Fsh%40sign and abcd-1234-efgh"
+    assert redaction.redacted(text) == "*** and *** and *** and ***"
+
+
+def test_logs_are_without_secrets(caplog):
+    with redaction.quiet_logs():
+        logging.getLogger("urllib3").warning("Retrying %s", FORMS[0])
+        try:
+            raise OSError(FORMS[0])
+        except OSError:
+            logging.getLogger("anyone").exception("failed")
+    assert SECRET not in caplog.text
+    assert "Retrying https://***@mirror.example.org/path" in caplog.text
+
+
+def test_an_error_is_told_and_kept_without_secrets():
+    with pytest.raises(OSError, match="403") as caught:
+        raise OSError(f"403 Client Error for url: {FORMS[0]}")
+    assert failures.sentence(caught.value) == "403 Client Error for url: https://***@mirror.example.org/path"
+    assert SECRET not in "".join(failures.last_lines(caught.value))
+
+
+def test_sealed_files_are_without_secrets_and_stay_whole():
+    text = sealed.dumps({"measures": {"a": [{"missing": {"piqa": FORMS[0]}}]}, "data": FORMS[9], "n": 1.5})
+    assert SECRET not in text
+    assert sealed.loads(text)["measures"]["a"][0]["missing"]["piqa"] == "https://***@mirror.example.org/path"
+
+
+def test_a_failure_of_an_earlier_version_is_shown_without_secrets(tmp_path, monkeypatch, capsys):
+    table = small.table()
+    monkeypatch.setitem(tables.TABLES, "tiny", table)
+    failure = small.failure(table.runs()[0], "refused").model_dump() | {"message": f"refused: {FORMS[0]}"}
+    path = records.folder(tmp_path, "tiny") / f"{failure['id']}.error.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({**failure, "sha256": sealed.seal(failure)}, indent=1, ensure_ascii=False) + "\n")
+    (found,) = records.load_failures(tmp_path, "tiny").values()
+    assert found.message == "refused: https://***@mirror.example.org/path"
+
+
+def test_a_password_in_the_hubs_address_goes_nowhere(tmp_path):
+    address = "http://user:SECRETPASS@127.0.0.1:9"
+    told = {"HF_ENDPOINT": address, "https_proxy": address, "HF_TOKEN": "hf_SECRETPASSSECRETPASSSECRETPASS",
+            "HF_HOME": str(tmp_path / "home")}  # fmt: skip
+    command = ["-m", "experiments", "run", "embedded.demo", "--model", "opt-125m", "--method", "dense"]
+    ran = subprocess.run(
+        [sys.executable, *command, "--results", str(tmp_path / "results"), "--debug"],
+        cwd=ROOT, env={**os.environ, **told}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert ran.returncode == arguments.EXIT_FAILED
+    assert list(tmp_path.rglob("*.error.json"))
+    assert analysis.main(["table", "embedded.demo", "--model", "opt-125m", "--results", str(tmp_path / "results")]) == 0
+    assert "SECRETPASS" not in ran.stdout + ran.stderr
+    written = [path for path in (tmp_path / "results").rglob("*") if path.is_file()]
+    assert {".md", ".csv", ".tex", ".json"} <= {path.suffix for path in written}
+    assert not [path for path in written if b"SECRETPASS" in path.read_bytes()]
