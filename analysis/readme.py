@@ -52,7 +52,7 @@ def written(root: Path) -> dict[Path, str]:
         told = _section(found, summary.judged(claims.CLAIMS, place), root.name)
         texts = {readme: replaced(readme, told)}
         if found:
-            texts[root / FOLDER / "report.html"] = report.html(place)
+            texts[root / FOLDER / "report.html"] = report.html(place, Path(root.name))
     return {**texts, **{root / FOLDER / f"{name}.svg": _figure(name, made) for name, made in found.items()}}
 
 

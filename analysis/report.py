@@ -65,9 +65,10 @@ class Grid:
     origins: list[list[str]]
 
 
-def html(root: Path) -> str:
-    """The page; NoRecordsError where there is no record at all."""
-    sections = [section for table in declared.TABLES.values() if (section := _section(table, root))]
+def html(root: Path, known_as: Path | None = None) -> str:
+    """The page; NoRecordsError where there is no record at all.  Its hints name `root` as a reader knows it."""
+    place = known_as or root
+    sections = [section for table in declared.TABLES.values() if (section := _section(table, root, place))]
     if not sections:
         raise NoRecordsError(f"No record of any table under {root}. Run `python -m experiments run TABLE` first.")
     judged = sorted(summary.judged(claims.CLAIMS, root), key=lambda one: not one.ours.of)  # stable: answered ones first
@@ -91,7 +92,7 @@ def _environment() -> Environment:
     return made
 
 
-def _section(table: Table, root: Path) -> Section | None:
+def _section(table: Table, root: Path, known_as: Path) -> Section | None:
     try:
         made = rows(table, root)
     except NoRecordsError:
@@ -107,7 +108,7 @@ def _section(table: Table, root: Path) -> Section | None:
         claims=[],
         beside=_grid(verdicts.text(found), [origins.ids(cell.rows) for cell in found]) if table.published else None,
         own=_grid(tables.text(made), [origins.ids([row]) for row in made]),
-        notes=notes(table, made, arguments.selection(table.name, root)),
+        notes=notes(table, made, arguments.selection(table.name, known_as)),
         figures=list(_figures(table, made, found)),
         made=made,
     )

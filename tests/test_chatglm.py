@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -170,8 +171,7 @@ def left_padded(tokens, lengths):
     return tokens.masked_fill(mask == 0, 3), mask
 
 
-@pytest.mark.parametrize("how", [{"use_cache": False}, {"cache_implementation": "static"},
-                                 {"cache_implementation": "offloaded"}])  # fmt: skip
+@pytest.mark.parametrize("how", [{"use_cache": False}, {"cache_implementation": "static"}])
 def test_generation_is_the_same_with_every_cache(how):
     model = odd()
     tokens, mask = left_padded(prompts(answer=0), [8, 5, 3])
@@ -216,7 +216,7 @@ def test_a_cropped_cache_goes_on_from_there():
     model, tokens = odd(), prompts()
     cache = DynamicCache(config=model.config)
     model(tokens, cache=cache)
-    cache.crop(10)
+    cache.crop(10 - tokens.shape[1])
     assert_close(model(tokens[:, 10:], cache=cache).logits, model(tokens).logits[:, 10:], **TOLERANCE)
 
 
@@ -236,7 +236,8 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     for checkpointing in (False, True):
         model = odd().train()
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            enable = getattr(model, "activation_checkpointing_enable", None)  # its name since transformers 5.24
+            (enable or model.gradient_checkpointing_enable)()
         model(tokens, labels=tokens).loss.backward()
         found.append(model.transformer.layers[0].attention.query_key_value.weight.grad)
     assert_close(found[0], found[1])
@@ -294,5 +295,5 @@ def test_what_does_not_fit_is_refused():
     ],
 )
 def test_another_architecture_of_the_name_is_refused(changes, told):
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises((ValueError, StrictDataclassError), match=told):  # transformers wraps what a validator says
         ChatGLMConfig(**(ODD | changes))

@@ -80,7 +80,7 @@ def edit(path: Path, old: str, new: str) -> set[str]:
         ("eval/latency.py", "return ", "return 1 + ", {"Efficiency", "Generation"}),
         ("eval/answers.py", "return ", "return 1 + ", {"ZeroShot"}),
         ("pruners/calibrate.py", "return ", "return 1 + ", {*METHODS, *RECOVERIES}),
-        ("pruners/__init__.py", "with torch.no_grad():", "if True:", set(METHODS)),
+        ("pruners/__init__.py", "torch.no_grad():", "torch.enable_grad():", set(METHODS)),
         ("pruners/__init__.py", "METHODS: dict", "MORE = 1\nMETHODS: dict", set()),
     ],
 )
@@ -90,10 +90,12 @@ def test_an_edit_moves_what_is_made_of_it_and_nothing_else(tree, file, old, new,
 
 def test_a_package_that_forgets_a_module_would_be_noticed(tree):
     reached = {name for what in MEASURES for name in code._reached(measures.code_of(what))}
-    assert reached == {f"eval.{path.stem}" for path in (tree / "eval").glob("*.py") if path.stem != "__init__"}
+    assert {name for name in reached if name.startswith("eval.")} == {
+        f"eval.{path.stem}" for path in (tree / "eval").glob("*.py") if path.stem != "__init__"
+    }
     of_methods = {name for method in METHODS.values() for name in code._classes(type(method))}
     expected = {f"pruners.{path.stem}" for path in (tree / "pruners").glob("*.py")}
-    assert expected - of_methods == {"pruners.__init__", "pruners.checkpoint"}
+    assert expected - of_methods == {"pruners.__init__", "pruners.checkpoint", "pruners.storage"}
 
 
 def test_comments_docstrings_and_blank_lines_do_not_count(tree):

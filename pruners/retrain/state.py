@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,8 @@ def load(path: Path, mark: str) -> tuple[dict[str, Tensor], dict[str, Any]] | No
         return None
     except (storage.DamagedError, OSError) as error:
         logger.warning("Beginning again what %s held: %s.", path, error)
+        with suppress(OSError):  # what it says of its step would keep the new state from taking its place
+            path.unlink(missing_ok=True)
         return None
     _refuse_other(path, about, mark)
     return tensors, about
