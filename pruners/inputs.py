@@ -48,13 +48,13 @@ def language_model(model: Any, reads_weights: bool = True) -> PreTrainedModel:
     model = getattr(model, "_orig_mod", model)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"The model is a transformers.PreTrainedModel; got {_described(model)}")
-    anatomy.family(model)
     if model.get_output_embeddings() is None:
         kind = type(model).__name__
         raise TypeError(
             f"Pruning needs a {re.sub(r'(Model|For[A-Za-z]+)$', 'ForCausalLM', kind)}; got a {kind}, which has no head "
             "that predicts the next token. Load it with transformers.AutoModelForCausalLM."
         )
+    anatomy.family(model)
     if not anatomy.blocks(model):
         raise ValueError(f"This {type(model).__name__} has no decoder blocks (num_hidden_layers is 0): nothing to do.")
     for name, weight in model.named_parameters():
