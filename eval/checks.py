@@ -2,7 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pruners.checks import typed
+
+
+def check_model(model: Any, values: bool = True) -> None:
+    """TypeError for what is no language model, ValueError for one whose weights hold no values where they are read."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"The model is one of transformers, loaded; got {typed(model)}.")
+    if not hasattr(model, "config") or not hasattr(model, "get_output_embeddings"):
+        raise TypeError(
+            f"The model is one of transformers; got a {type(model).__module__}.{type(model).__qualname__}. Give what it "
+            "wraps, or load one with transformers.AutoModelForCausalLM."
+        )
+    if model.get_output_embeddings() is None:
+        raise TypeError(
+            f"{type(model).__name__} has no head that predicts the next token; load the model with "
+            "transformers.AutoModelForCausalLM."
+        )
+    if values and any(weight.is_meta for weight in model.parameters()):
+        raise ValueError(
+            "Weights of the model are on the meta device and hold no values; load it whole, without offloading."
+        )
 
 
 def check_fits(model: PreTrainedModel, length: int, new_tokens: int) -> None:
@@ -16,7 +41,9 @@ def check_fits(model: PreTrainedModel, length: int, new_tokens: int) -> None:
 
 
 def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """ValueError if the tokenizer can name tokens that the model has no embedding for."""
+    """TypeError for what is none; ValueError if it can name tokens that the model has no embedding for."""
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise TypeError(f"The tokenizer is one of transformers, loaded; got {typed(tokenizer)}.")
     rows = len(model.get_input_embeddings().get_parameter("weight"))
     if len(tokenizer) > rows:
         raise ValueError(

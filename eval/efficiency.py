@@ -6,7 +6,6 @@ dtype and shapes written beside them and to nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,8 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from eval import latency
-from eval.checks import check_fits
+from eval.checks import check_fits, check_model
 from eval.latency import Progress
+from pruners import checks
+from pruners.checks import Count
 
 MACS_TOKENS = 64  # as LLM-Pruner counts, one sequence
 ZEROS_WORTH_A_NOTE = 0.01
@@ -47,8 +48,10 @@ class Counts:
     weight_bytes: int
 
 
-def counts(model: PreTrainedModel, macs_tokens: int = MACS_TOKENS) -> Counts:
+@checks.arguments
+def counts(model: PreTrainedModel, macs_tokens: Count = MACS_TOKENS) -> Counts:
     """Count what the modules really hold and do, so cut models with ragged blocks come out right."""
+    check_model(model, values=False)
     return Counts(
         parameters=_numel(model),
         decoder_parameters=_numel(decoder_blocks(model)),
@@ -59,19 +62,21 @@ def counts(model: PreTrainedModel, macs_tokens: int = MACS_TOKENS) -> Counts:
     )
 
 
+@checks.arguments
 def efficiency(
     model: PreTrainedModel,
-    batch_sizes: Sequence[int] = (1,),
-    lengths: Sequence[int] = (64,),
-    new_tokens: int = 16,
-    repetitions: int = 5,
+    batch_sizes: checks.Counts = (1,),
+    lengths: checks.Counts = (64,),
+    new_tokens: Count = 16,
+    repetitions: Count = 5,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Counts, and under `timing` prefill and decode for every batch size and length; plain JSON values.
 
-    No batch size or no length asks for the counts alone.  Raises ValueError where a prompt and its new tokens are
-    longer than the model's positions.
+    No batch size or no length asks for the counts alone.  Raises TypeError or ValueError for arguments that are none, and
+    where a prompt and its new tokens are longer than the model's positions.
     """
+    check_model(model, values=bool(batch_sizes and lengths))
     cells = [(batch, length) for batch in batch_sizes for length in lengths]
     found = {**asdict(counts(model)), "note": speed_note(model)}
     if not cells:
@@ -89,7 +94,8 @@ def efficiency(
     return {**found, "timing": {**where, "runs": runs}}
 
 
-def macs(model: PreTrainedModel, tokens: int = MACS_TOKENS) -> int:
+@checks.arguments
+def macs(model: PreTrainedModel, tokens: Count = MACS_TOKENS) -> int:
     """Multiply-accumulates of every matrix product in a forward pass over one sequence of `tokens`.
 
     Half the FLOPs of torch's counter; attention counts whole, without the causal half being left out, as in the

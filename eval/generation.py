@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from eval.checks import check_fits, check_tokenizer
+from eval.checks import check_fits, check_model, check_tokenizer
 from eval.latency import Progress
+from pruners import checks
+from pruners.checks import Count, Number, Positive, Rule, Seed
 
 PROMPTS = (
     "I believe the meaning of life is",
@@ -24,14 +26,20 @@ PROMPTS = (
 )
 
 
+Prompts = Annotated[Sequence[str], checks.several(Rule("", (str,)), "a tuple or list of texts")]
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How the sampled continuation is drawn; the defaults are LLM-Pruner's."""
 
-    temperature: float = 1.0
-    top_k: int = 50
-    top_p: float = 0.95
-    seed: int = 0
+    temperature: Positive = 1.0
+    top_k: Number = 50
+    top_p: Annotated[float, Rule("a share above 0, up to 1", (int, float), lambda value: 0 < value <= 1)] = 0.95
+    seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        checks.fields(self)
 
 
 LLM_PRUNER = Sampling()
@@ -56,12 +64,13 @@ class Continuation:
         return asdict(self)
 
 
+@checks.arguments
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str] = PROMPTS,
-    new_tokens: int = 64,
-    sampling: Sampling = LLM_PRUNER,
+    prompts: Prompts = PROMPTS,
+    new_tokens: Count = 64,
+    sampling: Annotated[Sampling, checks.instance(Sampling, "an eval.generation.Sampling")] = LLM_PRUNER,
     progress: Progress | None = None,
 ) -> list[Continuation]:
     """Each prompt's greedy and sampled continuation by at most `new_tokens` tokens.
@@ -70,9 +79,10 @@ def generate(
     no or an empty prompt, for one that does not fit the model's positions with its continuation, and for a tokenizer
     that does not belong to the model.
     """
+    check_model(model)
+    check_tokenizer(model, tokenizer)
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise ValueError("Generation needs at least one prompt, and none that is empty.")
-    check_tokenizer(model, tokenizer)
     found = []
     for prompt in prompts:
         ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)

@@ -52,11 +52,13 @@ def standard_error(scores: ArrayLike) -> float | None:
 
 
 def half_width(values: ArrayLike, draws: float = math.inf) -> float:
-    """Half the 95 % t interval of the mean of two values or more.
+    """Half the 95 % t interval of the mean of two values or more; ValueError for fewer.
 
     With `draws` that of its distance to the mean of so many further ones: t(97.5 %) * s * sqrt(1/n + 1/draws).
     """
     found = _scores(values)
+    if len(found) < 2 or not draws > 0:
+        raise ValueError(f"An interval needs two values or more and draws above 0; got {len(found)} and {draws!r}.")
     spread = float(np.std(found, ddof=1)) * math.sqrt(1 / len(found) + 1 / draws)
     return float(stats.t.ppf((1 + CONFIDENCE) / 2, len(found) - 1)) * spread
 
@@ -71,6 +73,8 @@ def mean_over_tasks(scores: Mapping[str, ArrayLike], seed: int = 0, resamples: i
 
     Documents are resampled within their own task, so a large task does not drown a small one.
     """
+    if not isinstance(scores, Mapping):
+        raise TypeError(f"scores maps each task to one score a document; got a {type(scores).__name__}.")
     tasks = [_scores(values) for values in scores.values()]
     if not tasks:
         raise ValueError("A mean over no tasks was asked for; give at least one task's scores.")
@@ -81,6 +85,8 @@ def mean_difference(
     first: Mapping[str, ArrayLike], second: Mapping[str, ArrayLike], seed: int = 0, resamples: int = RESAMPLES
 ) -> Interval:
     """Mean over tasks of `first` minus `second`, paired by document."""
+    if not (isinstance(first, Mapping) and isinstance(second, Mapping)):
+        raise TypeError("Paired means take two mappings of tasks to one score a document.")
     if first.keys() != second.keys():
         raise ValueError(f"Paired means need the same tasks; got {sorted(first)} and {sorted(second)}.")
     differences = {task: np.subtract(*_paired(first[task], second[task], task)) for task in first}
@@ -95,8 +101,13 @@ def mcnemar(first: ArrayLike, second: ArrayLike) -> McNemar:
 
 
 def holm(pvalues: Sequence[float]) -> list[float]:
-    """p-values of one table, corrected for their number by Holm's method."""
-    return [float(p) for p in multipletests(pvalues, method="holm")[1]] if len(pvalues) else []
+    """p-values of one table, corrected for their number by Holm's method; ValueError for what are none."""
+    if not len(pvalues):
+        return []
+    found = _scores(pvalues)
+    if found.min() < 0 or found.max() > 1:
+        raise ValueError(f"p-values lie in [0, 1]; got {found.min():g} to {found.max():g}.")
+    return [float(p) for p in multipletests(found, method="holm")[1]]
 
 
 def perplexity_interval(nll_per_window: ArrayLike, seed: int = 0, resamples: int = RESAMPLES) -> Interval:
@@ -112,6 +123,9 @@ def perplexity_difference(first: ArrayLike, second: ArrayLike, seed: int = 0, re
 def _bootstrap(
     samples: list[NDArray[np.float64]], statistic: Any, seed: int, resamples: int, unit: str, paired: bool = False
 ) -> Interval:
+    for name, number, least in (("seed", seed, 0), ("resamples", resamples, 1)):
+        if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < least:
+            raise ValueError(f"{name} is a whole number, {least} or more; got {number!r}.")
     value = float(statistic(*samples))
     if min(map(len, samples)) < 2:
         return Interval(value, None, None, None, f"no interval: one {unit} has no spread")
@@ -143,7 +157,10 @@ def _paired(first: ArrayLike, second: ArrayLike, what: str) -> tuple[NDArray[np.
 
 
 def _scores(values: ArrayLike) -> NDArray[np.float64]:
-    array = np.asarray(values, dtype=np.float64)
+    try:
+        array = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError("Expected one score a document, each a number; got something else.") from error
     if array.ndim != 1 or len(array) == 0:
         raise ValueError(f"Expected one score a document, at least one document; got shape {array.shape}.")
     if not math.isfinite(array.sum()):

@@ -7,22 +7,28 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from eval.checks import check_fits
+from eval.checks import check_fits, check_model
+from pruners import checks
+from pruners.checks import Count
 
-Progress = Callable[[int, int], None]
+Progress = Annotated[Callable[[int, int], None], checks.FUNCTION]
 WARM_UP = 2
 COPIED_BYTES = {"cpu": 2**28}  # beyond a CPU's caches
 ACCELERATOR_COPIED_BYTES = 2**30
 
 
-def measure(model: PreTrainedModel, batch: int, length: int, new_tokens: int, repetitions: int) -> dict[str, Any]:
+@checks.arguments
+def measure(
+    model: PreTrainedModel, batch: Count, length: Count, new_tokens: Count, repetitions: Count
+) -> dict[str, Any]:
     """Seconds of a prefill of [batch, length] tokens and of one decoding step after it; medians with quartiles."""
+    check_model(model)
     check_fits(model, length, new_tokens)
     ids = torch.randint(model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
     prompt = ids.to(model.device)

@@ -19,10 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pruners import checks
+from pruners.checks import Count, Whole
+
 IN_A_BLOCK = re.compile(r"\.(\d+)\.(.+)$")
 
 
-def mask_patterns(model: nn.Module, block: int, side: int = 64) -> dict[str, Any]:
+@checks.arguments
+def mask_patterns(model: nn.Module, block: Whole, side: Count = 64) -> dict[str, Any]:
     """Overdispersion of rows and columns by matrix, over all blocks, and maps of one block's masks.
 
     `row_dispersion` and `column_dispersion` are medians over all matrices.  Each matrix has `kept`, `rows` and
@@ -31,6 +35,8 @@ def mask_patterns(model: nn.Module, block: int, side: int = 64) -> dict[str, Any
     most `side` lines of `side` cells, each the percentage of weights kept (99 at most) as two digits.  Raises
     ValueError for a block that the model has not.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"The model is one of transformers, loaded; got {checks.typed(model)}.")
     matrices: dict[str, dict[str, list[float | None]]] = {}
     maps = {}
     for index, name, weight in _matrices(model):

@@ -11,15 +11,21 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+
+from eval.checks import check_model
+from eval.latency import Progress
+from pruners import checks, inputs
+from pruners.checks import Count, Whole
 
 LOGITS = 2**25  # float32 logits held at once (128 MiB)
 
@@ -43,19 +49,21 @@ class PerplexityResult:
         return self.perplexity * deviation / math.sqrt(self.windows)
 
 
+@checks.arguments
 def perplexity(
     model: PreTrainedModel,
     token_ids: Int[Tensor, " tokens"],
-    window: int,
-    batch_size: int = 8,
-    progress: Callable[[int, int], None] | None = None,
+    window: Whole,
+    batch_size: Count = 8,
+    progress: Progress | None = None,
 ) -> PerplexityResult:
     """Perplexity of `model` over the windows of `token_ids`, in float32 log-softmax whatever the model's dtype.
 
-    The head runs on as many tokens at a time as keep the logits within 128 MiB.  Raises ValueError where the stream is
-    shorter than one window, the window longer than the model's positions, a token outside the vocabulary, or a loss is
-    not finite.
+    The head runs on as many tokens at a time as keep the logits within 128 MiB.  Raises TypeError for arguments that are
+    none, ValueError where the stream is shorter than one window, the window longer than the model's positions, a token
+    outside the vocabulary, or a loss is not finite.
     """
+    check_model(model)
     windows = _windows(model, token_ids, window)
     losses: list[Tensor] = []
     with _evaluating(model), torch.inference_mode():
@@ -81,23 +89,29 @@ def token_sha256(token_ids: Int[Tensor, "..."]) -> str:
     return hashlib.sha256(token_ids.cpu().contiguous().numpy().astype("<i8").tobytes()).hexdigest()
 
 
-def _windows(model: PreTrainedModel, token_ids: Tensor, window: int) -> Int[Tensor, "windows window"]:
+def _windows(model: PreTrainedModel, token_ids: Any, window: int) -> Int[Tensor, "windows window"]:
+    if not isinstance(token_ids, Tensor):
+        raise TypeError(
+            f"Perplexity takes a LongTensor of token ids; got {checks.typed(token_ids)}. Make them one: "
+            "torch.tensor(token_ids, dtype=torch.long)."
+        )
+    if token_ids.dtype != torch.long or token_ids.is_meta:
+        raise ValueError(
+            f"Perplexity takes a LongTensor of token ids; got {token_ids.dtype}"
+            f"{' without values' * token_ids.is_meta}. For other integers: token_ids.long()."
+        )
     count = token_ids.numel() // window if window > 1 else 0
     if count == 0:
         raise ValueError(
             f"Perplexity needs at least one window of two or more tokens; got {token_ids.numel()} tokens for windows "
             f"of {window}. Give more text or a shorter window."
         )
-    positions = model.config.max_position_embeddings
-    if window > positions:
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and window > positions:
         raise ValueError(
             f"Windows of {window} tokens are longer than the model's {positions} positions; use shorter ones."
         )
-    if int(token_ids.max()) >= model.config.vocab_size:
-        raise ValueError(
-            f"Token {int(token_ids.max())} is outside the model's vocabulary of {model.config.vocab_size}: "
-            "the tokenizer belongs to another model."
-        )
+    inputs.in_vocabulary(token_ids, model.config.vocab_size, "the tokenizer belongs to another model")
     return token_ids.flatten()[: count * window].view(count, window)
 
 

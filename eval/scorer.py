@@ -10,7 +10,7 @@ import copy
 import hashlib
 import inspect
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,9 +20,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.answers import Answer, AnswerStore
 from eval.checks import check_tokenizer
+from eval.latency import Progress
 
 Request = tuple[Any, list[int], list[int]]  # what was asked, the tokens before, the tokens to score
-Progress = Callable[[int, int], None]
 TOKENS_PER_BATCH = {"cpu": 1_024}  # more fall out of a CPU's caches and take longer
 ACCELERATOR_TOKENS_PER_BATCH = 32_768  # halved on out-of-memory
 

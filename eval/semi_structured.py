@@ -11,15 +11,20 @@ from torch.nn import functional as F
 from torch.sparse import to_sparse_semi_structured
 from transformers import PreTrainedModel
 
+from eval.checks import check_model
 from eval.efficiency import decoder_blocks, is_two_four
 from eval.latency import WARM_UP, timed
+from pruners import checks
+from pruners.checks import Count
 
 CAPABILITY = (8, 0)
 DTYPES = (torch.float16, torch.bfloat16)
 
 
-def probe(model: PreTrainedModel, tokens: int = 2_048, repetitions: int = 20) -> dict[str, Any]:
+@checks.arguments
+def probe(model: PreTrainedModel, tokens: Count = 2_048, repetitions: Count = 20) -> dict[str, Any]:
     """Seconds of each distinct 2:4 projection of the first block, dense and sparse; or `skipped`, with the reason."""
+    check_model(model)
     if reason := _why_not(model):
         return {"skipped": reason}
     first: dict[tuple[int, ...], tuple[str, nn.Linear]] = {}

@@ -29,9 +29,12 @@ from lm_eval.evaluator import evaluate
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.answers import AnswerStore
+from eval.checks import check_model, check_tokenizer
 from eval.intervals import standard_error
 from eval.scorer import Progress, Scorer, fingerprint
 from eval.tasks import check_names, load, task_manager
+from pruners import checks
+from pruners.checks import Count, PathLike, Whole
 
 
 @dataclass(frozen=True)
@@ -63,15 +66,16 @@ class ZeroShotResult:
     lm_eval: str = lm_eval.__version__
 
 
+@checks.arguments
 def zero_shot(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     tasks: Mapping[str, Mapping[str, Any]],
-    limit: int | None = None,
-    batch_size: int | None = None,
-    resume: Path | None = None,
+    limit: Whole | None = None,
+    batch_size: Count | None = None,
+    resume: PathLike | None = None,
     progress: Progress | None = None,
-    examples: int = 0,
+    examples: Whole = 0,
 ) -> ZeroShotResult:
     """Evaluate `model` on lm-eval tasks with so many `examples` in the prompt, chosen as lm-eval chooses them.
 
@@ -85,6 +89,11 @@ def zero_shot(
         raise ValueError(f"limit is the number of documents of each task, at least 1; got {limit}.")
     if examples < 0:
         raise ValueError(f"examples is the number of examples in the prompt, at least 0; got {examples}.")
+    checks.mapping("tasks", tasks, "a mapping of lm-eval's task names to changes of their configuration, {} for none")
+    for name, changes in tasks.items():
+        checks.mapping(f"tasks[{name!r}]", changes, "a mapping of changes to the task's configuration, {} for none")
+    check_model(model)
+    check_tokenizer(model, tokenizer)
     check_names(tasks)
     with _quiet():
         loaded, missing = load(tasks, examples, limit)

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any
 
 from experiments.spec import Run, Windows
+from pruners import checks
+from pruners.checks import Count, Finite, Number, Positive, Rule, Seed, Text
 from pruners.retrain import LoRA, Reconstruction, Trainable
+from pruners.retrain.schedule import Schedule
 
 
 @dataclass(frozen=True)
 class Documents:
     """The corpus's first `count` documents, each cut to `length` tokens and padded in its batch: PERP's form."""
 
-    corpus: str
-    count: int
-    length: int
+    corpus: Text
+    count: Count
+    length: Count
+
+    def __post_init__(self) -> None:
+        checks.fields(self)
 
 
 @dataclass(frozen=True)
@@ -26,10 +32,16 @@ class Instructions:
     after training, which costs LLM-Pruner's post-training 1 % more.
     """
 
-    corpus: str
-    length: int = 256
-    held_out: int = 2000
-    seed: int = 42
+    corpus: Text
+    length: Count = 256
+    held_out: Number = 2000
+    seed: Seed = 42
+
+    def __post_init__(self) -> None:
+        checks.fields(self)
+
+
+TEXTS = Rule("the Windows, Documents or Instructions to train on", (Windows, Documents, Instructions))
 
 
 @dataclass(frozen=True)
@@ -40,15 +52,19 @@ class Retraining:
     `stop` of them where that is given.
     """
 
-    trainable: Trainable
-    text: Windows | Documents | Instructions
-    steps: int
-    learning_rate: float
-    batch_size: int = 2
-    warmup: float = 0.1
-    seed: int = 0
-    micro_batch_size: int | None = field(default=None, metadata={"result": False})
-    stop: int | None = field(default=None, metadata={"since": "later"})
+    trainable: Annotated[Trainable, checks.instance(Trainable, "a pruners.retrain.Trainable, what is trained")]
+    text: Annotated[Windows | Documents | Instructions, TEXTS]
+    steps: Count
+    learning_rate: Positive
+    batch_size: Count = 2
+    warmup: Finite = 0.1
+    seed: Seed = 0
+    micro_batch_size: Count | None = field(default=None, metadata={"result": False})
+    stop: Count | None = field(default=None, metadata={"since": "later"})
+
+    def __post_init__(self) -> None:
+        checks.fields(self)
+        Schedule(self.steps, self.learning_rate, self.batch_size, self.warmup).checked(self.stop)
 
     @property
     def taken(self) -> int:

@@ -35,7 +35,8 @@ from experiments.recovery import Retraining, work_tokens
 from experiments.spec import Perplexity, Run, describe, digest
 from experiments.stages import PrunedBlocks
 from experiments.tokens import Tokenizer
-from pruners import retrain
+from pruners import checks, retrain
+from pruners.checks import Count, Flag, Folder, Text
 from pruners.retrain import Reconstruction
 from pruners.unstructured import Unstructured
 
@@ -49,15 +50,18 @@ class Settings:
     method or measures made, or that do not tell.  `group` is those processes.
     """
 
-    root: Path = Path("results")
-    device: str | None = None
-    batch_size: int = 8
-    data_dir: Path | None = None
-    dense_gate: bool = True
-    again: bool = False
+    root: Folder = Path("results")
+    device: Text | None = None
+    batch_size: Count = 8
+    data_dir: Folder | None = None
+    dense_gate: Flag = True
+    again: Flag = False
     group: together.Group | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        checks.fields(self)
+        object.__setattr__(self, "root", Path(self.root))
+        object.__setattr__(self, "data_dir", None if self.data_dir is None else Path(self.data_dir))
         object.__setattr__(self, "device", _device(self.device))
 
 

@@ -10,10 +10,23 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import pruners
 from experiments import catalogue
+from pruners import checks
+from pruners.checks import Count, Counts, Flag, Number, Rule, Seed, Text
+
+SAMPLING = ("documents", "stream", "sentences", "first")
+DTYPES = ("float32", "bfloat16", "float16")
+Metrics = Annotated[
+    tuple[tuple[str, str], ...],
+    Rule("a tuple of pairs of a task and its metric", (tuple,), lambda pairs: all(map(_is_pair, pairs))),
+]
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and all(isinstance(part, str) and part for part in value)
 
 
 @dataclass(frozen=True)
@@ -25,20 +38,27 @@ class Windows:
     rows of at least `length` tokens, none twice) or `first` (the head of the joined text, cut into windows).
     """
 
-    corpus: str
-    count: int
-    length: int
-    seed: int = 0
+    corpus: Text
+    count: Count
+    length: Count
+    seed: Seed = 0
     sampling: str = "documents"
+
+    def __post_init__(self) -> None:
+        checks.fields(self)
+        checks.choice("sampling", self.sampling, SAMPLING)
 
 
 @dataclass(frozen=True)
 class Perplexity:
     """Perplexity over non-overlapping windows of `window` tokens; `limit` keeps the first so many windows."""
 
-    corpus: str
-    window: int
-    limit: int | None = None
+    corpus: Text
+    window: Annotated[int, checks.whole(2)]
+    limit: Count | None = None
+
+    def __post_init__(self) -> None:
+        checks.fields(self)
 
     @property
     def key(self) -> str:
@@ -68,11 +88,14 @@ class ZeroShot:
     Without `detail` a table shows the mean alone.
     """
 
-    convention: str | None
-    metrics: tuple[tuple[str, str], ...]
-    limit: int | None = None
-    detail: bool = field(default=True, metadata={"result": False})
-    examples: int = field(default=0, metadata={"since": "later"})
+    convention: Text | None
+    metrics: Metrics
+    limit: Count | None = None
+    detail: Flag = field(default=True, metadata={"result": False})
+    examples: Number = field(default=0, metadata={"since": "later"})
+
+    def __post_init__(self) -> None:
+        checks.fields(self)
 
     @property
     def key(self) -> str:
@@ -97,11 +120,14 @@ class Efficiency:
     `semi_structured` also times 2:4 weights in the kernels made for them, where the device has those.
     """
 
-    batch_sizes: tuple[int, ...] = (1,)
-    lengths: tuple[int, ...] = (64,)
-    new_tokens: int = 16
-    repetitions: int = 5
-    semi_structured: bool = False
+    batch_sizes: Counts = (1,)
+    lengths: Counts = (64,)
+    new_tokens: Count = 16
+    repetitions: Count = 5
+    semi_structured: Flag = False
+
+    def __post_init__(self) -> None:
+        checks.fields(self)
 
     @property
     def key(self) -> str:
@@ -118,8 +144,11 @@ class Efficiency:
 class Generation:
     """What the model writes after fixed prompts, greedily and sampled with `seed`."""
 
-    new_tokens: int = 64
-    seed: int = 0
+    new_tokens: Count = 64
+    seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        checks.fields(self)
 
     @property
     def key(self) -> str:
@@ -134,7 +163,10 @@ class Generation:
 class MaskPatterns:
     """How far rows and columns of the masks stay or go together, and maps of the masks of one block, from 0."""
 
-    block: int = 0
+    block: Number = 0
+
+    def __post_init__(self) -> None:
+        checks.fields(self)
 
     @property
     def key(self) -> str:
@@ -155,12 +187,19 @@ class Run:
     models never share an id.
     """
 
-    model: str
+    model: Text
     method: Any
-    windows: Windows | None
-    measures: tuple[Any, ...]
+    windows: Annotated[Windows, checks.instance(Windows, "the calibration Windows")] | None
+    measures: Annotated[tuple[Any, ...], checks.instance(tuple, "a tuple of measures")]
     dtype: str = "float32"
     recovery: Any = None
+
+    def __post_init__(self) -> None:
+        checks.fields(self)
+        checks.choice("dtype", self.dtype, DTYPES)
+        for name in ("method", "recovery"):
+            if isinstance(value := getattr(self, name), type | str):
+                raise TypeError(f"Run: {name} is made with its settings, or None; got {checks.typed(value)}.")
 
     @property
     def model_name(self) -> str:

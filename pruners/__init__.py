@@ -86,7 +86,7 @@ def gather(
     The arguments are those of `prune`.
     """
     with inputs.plain_torch():
-        _check_method(method)
+        check_method(method)
         model = inputs.language_model(model, method.reads_weights)
         windows = _calibration(model, method, windows, needed=method.statistics_key is not None)
         how = Execution(batch_size, _place(model, method, device, method.walks), progress)
@@ -125,7 +125,7 @@ def prune(
     do not fit the model, NaN or inf in weights, an unknown family; ValueError for NaN or inf in activations.
     """
     with inputs.plain_torch(), torch.no_grad():
-        _check_method(method)
+        check_method(method)
         model = inputs.language_model(model, method.reads_weights)
         windows = _calibration(model, method, windows, needed=method.needs_windows or reconstruct is not None)
         device = _place(model, method, device, walks=method.walks or reconstruct is not None)
@@ -153,7 +153,8 @@ def _timed(
     return report
 
 
-def _check_method(method: Any) -> None:
+def check_method(method: Any) -> None:
+    """TypeError for what is no method."""
     if isinstance(method, Structured | Unstructured):
         return
     hint = "such as pruners.Wanda(sparsity=0.5)"

@@ -54,6 +54,10 @@ def whole(least: int, most: int | None = None) -> Rule:
     return Rule(f"a whole number, {words}", (int,), lambda value: least <= value and (most is None or value <= most))
 
 
+def instance(kind: type[Any], words: str) -> Rule:
+    return Rule(words, (kind,))
+
+
 def several(each: Rule, words: str, count: int | None = None) -> Rule:
     """A tuple or list whose items keep a rule."""
 
@@ -87,30 +91,38 @@ Share = Annotated[float, Rule("the share removed, a number in [0, 1)", (int, flo
 Probability = Annotated[float, Rule("a probability, a number in [0, 1)", (int, float), lambda value: 0 <= value < 1)]
 Positive = Annotated[float, Rule("a positive number that is finite", (int, float), lambda value: 0 < value < math.inf)]
 Finite = Annotated[float, Rule("a finite number, 0 or more", (int, float), lambda value: 0 <= value < math.inf)]
+PathLike = Annotated[
+    Path, Rule("the path of a file", (str, os.PathLike), lambda path: bool(os.fspath(path)) and not Path(path).is_dir())
+]
 Folder = Annotated[Path, Rule("the path of a folder, which may be new", (str, os.PathLike), _is_folder)]
 FUNCTION = Rule("a function to be called", (Callable,))  # type: ignore[arg-type]
 
 
 def arguments(function: Callable[P, R]) -> Callable[P, R]:
     """The function, refusing arguments that it does not have or that break the rules of its annotations."""
-    signature = inspect.signature(function)
-    name = function.__qualname__
 
     @functools.wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
-        for asked in kwargs:
-            if asked not in signature.parameters:
-                raise TypeError(unknown(f"argument of {name}", asked, signature.parameters))
-        try:
-            bound = signature.bind(*args, **kwargs)
-        except TypeError as error:
-            raise TypeError(f"{name}: {error}.") from None
-        for asked, rule in _rules(function).items():
-            if asked in bound.arguments:
-                bound.arguments[asked] = rule.checked(f"{name}: {asked}", bound.arguments[asked])
-        return function(*bound.args, **bound.kwargs)
+        found = bound(function, *args, **kwargs)
+        return function(*found.args, **found.kwargs)
 
     return checked
+
+
+def bound(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> inspect.BoundArguments:
+    """The arguments with which the function may be called; TypeError or ValueError for others."""
+    signature, name = inspect.signature(function), function.__qualname__
+    for asked in kwargs:
+        if asked not in signature.parameters:
+            raise TypeError(unknown(f"argument of {name}", asked, signature.parameters))
+    try:
+        found = signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"{name}: {error}.") from None
+    for asked, rule in _rules(function).items():
+        if asked in found.arguments:
+            found.arguments[asked] = rule.checked(f"{name}: {asked}", found.arguments[asked])
+    return found
 
 
 def fields(thing: Any) -> None:

@@ -23,6 +23,8 @@ from jaxtyping import Float
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
+from pruners import checks
+from pruners.checks import Flag, Positive, Probability, Texts, Whole
 from pruners.retrain.fused import FusedLinear
 from pruners.retrain.masks import BitMask
 
@@ -59,12 +61,13 @@ class Adapter:
 class LowRank:
     """`targets` names projections (`q_proj`, `fc1`, ...; None: every linear layer of the decoder blocks)."""
 
-    rank: int = 16
-    targets: tuple[str, ...] | None = None
+    rank: Whole = 16
+    targets: Texts | None = None
 
     keeps_sparsity: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        checks.fields(self)
         if self.rank < 1:
             raise ValueError(f"An adapter's rank is at least 1; got {self.rank}.")
 
@@ -97,7 +100,7 @@ class LowRank:
 
 @dataclass(frozen=True)
 class MaskLoRA(LowRank):
-    alpha: float = 32
+    alpha: Positive = 32
 
     def merged(
         self, product: Float[Tensor, "out inp"], weight: Float[Tensor, "out inp"], mask: BitMask
@@ -133,10 +136,10 @@ class ScaleLoRA(LowRank):
 class LoRA(LowRank):
     """Plain LoRA, by `peft`.  It stays beside its matrix unless `merge`: merging fills what was pruned."""
 
-    rank: int = 8
-    alpha: float = 16
-    dropout: float = 0.05
-    merge: bool = False
+    rank: Whole = 8
+    alpha: Positive = 16
+    dropout: Probability = 0.05
+    merge: Flag = False
 
     keeps_sparsity: ClassVar[bool] = False
 
@@ -151,7 +154,7 @@ class LoRA(LowRank):
 
 @dataclass(frozen=True)
 class LoRAPrune(LowRank):
-    alpha: float = 32
+    alpha: Positive = 32
 
     def make(self, linear: nn.Linear, mask: BitMask) -> tuple[nn.Module, nn.Parameter, nn.Parameter]:
         return _by_peft(linear, self.rank, self.alpha, dropout=0.0)

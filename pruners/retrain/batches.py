@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from pruners import inputs
+from pruners.checks import shown, typed
+
 IGNORED = -100  # a label that carries no loss
+EXAMPLES = "Examples are a LongTensor [count, length], or records with `input_ids`"
+WHOLE = (torch.int64, torch.int32, torch.int16)
 
 
 class Packed:
@@ -43,14 +48,15 @@ class Batches:
     """Examples of tokens and labels, shuffled anew by `seed` every time they have all been seen.
 
     `examples` are windows [count, length], or records with `input_ids` and, where not every token is to be predicted,
-    `labels` (-100: no loss); they are read once, one by one.  Raises ValueError for examples that are absent, too short
-    or not the model's.
+    `labels` (-100: no loss); they are read once, one by one.  Raises TypeError for what are no examples, ValueError for
+    examples that are absent, too short or not the model's.
     """
 
     def __init__(self, examples: Iterable[Any], batch_size: int, seed: int, config: Any) -> None:
         self.examples, self.batch_size, self.seed = Packed(), batch_size, seed
+        _check_kind(examples)
         for index, example in enumerate(examples):
-            tokens, labels = _tokens_and_labels(example)
+            tokens, labels = _tokens_and_labels(index, example)
             _check(index, tokens, labels, config)
             self.examples.append(tokens, labels)
         if not len(self.examples):
@@ -88,11 +94,36 @@ class Batches:
         return int(self._order[position])
 
 
-def _tokens_and_labels(example: Any) -> tuple[Tensor, Tensor]:
+def _check_kind(examples: Any) -> None:
+    if isinstance(examples, str | bytes | Mapping) or not isinstance(examples, Iterable):
+        raise TypeError(f"{EXAMPLES}; got {typed(examples)}.")
+    if isinstance(examples, Tensor) and (examples.ndim != 2 or examples.dtype != torch.long or examples.is_meta):
+        raise ValueError(
+            f"{EXAMPLES}; got a tensor of {examples.dtype} {list(examples.shape)}{' without values' * examples.is_meta}."
+        )
+
+
+def _tokens_and_labels(index: int, example: Any) -> tuple[Tensor, Tensor]:
     if isinstance(example, Tensor):
-        return example.cpu(), example.cpu()
-    tokens = torch.as_tensor(example["input_ids"], dtype=torch.long)
-    return tokens, torch.as_tensor(example.get("labels", example["input_ids"]), dtype=torch.long)
+        tokens = _row(f"Example {index}", example)
+        return tokens, tokens
+    if not isinstance(example, Mapping):
+        raise TypeError(f"{EXAMPLES}; example {index} is {typed(example)}.")
+    if "input_ids" not in example:
+        raise ValueError(f"Example {index} has no `input_ids`; it has {shown(sorted(map(str, example)))}.")
+    tokens = _row(f"`input_ids` of example {index}", example["input_ids"])
+    return tokens, _row(f"`labels` of example {index}", example["labels"]) if "labels" in example else tokens
+
+
+def _row(what: str, value: Any) -> Tensor:
+    """Whole numbers [length] in int64, on the CPU."""
+    try:
+        row = torch.as_tensor(value, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{what} are whole numbers, one a token; got {typed(value)}.") from error
+    if row.ndim != 1 or (row.numel() and row.dtype not in WHOLE):
+        raise ValueError(f"{what} are whole numbers, one a token; got {row.dtype} {list(row.shape)}.")
+    return row.long()
 
 
 def _check(index: int, tokens: Tensor, labels: Tensor, config: Any) -> None:
@@ -100,16 +131,14 @@ def _check(index: int, tokens: Tensor, labels: Tensor, config: Any) -> None:
         raise ValueError(f"Example {index} has {len(tokens)} tokens and {len(labels)} labels; they go together.")
     if len(tokens) < 2 or (labels[1:] == IGNORED).all():
         raise ValueError(f"Example {index} is too short: in its {len(tokens)} tokens there is nothing to predict.")
-    if len(tokens) > config.max_position_embeddings:
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and len(tokens) > positions:
         raise ValueError(
-            f"Example {index} of {len(tokens)} tokens is longer than the model's {config.max_position_embeddings} "
-            "positions; cut it."
+            f"Example {index} of {len(tokens)} tokens is longer than the model's {positions} positions; cut it."
         )
-    if int(tokens.max()) >= config.vocab_size:
-        raise ValueError(
-            f"Token {int(tokens.max())} of example {index} is outside the model's vocabulary of {config.vocab_size}: "
-            "it was made with another model's tokenizer."
-        )
+    for part, whose in ((tokens, "example"), (labels[labels != IGNORED], "the labels of example")):
+        cause = "it was made with another model's tokenizer"
+        inputs.in_vocabulary(part, config.vocab_size, cause, f" of {whose} {index}")
 
 
 def _padded(rows: Sequence[Tensor], value: int) -> Tensor:

@@ -11,11 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import pruners
-from pruners import anatomy, storage
+from pruners import anatomy, checks, inputs, select, storage
+from pruners.checks import Share, Whole
 from pruners.magnitude import Magnitude
 from pruners.retrain import state
 from pruners.retrain.batches import Batches
@@ -35,10 +36,12 @@ class Cycle:
     retrained: Retrained
 
 
-def magnitudes(sparsity: float, cycles: int) -> tuple[Magnitude, ...]:
+@checks.arguments
+def magnitudes(sparsity: Share, cycles: Whole) -> tuple[Magnitude, ...]:
     """The methods of iterative magnitude pruning; ValueError for fewer than one cycle."""
     if cycles < 1:
         raise ValueError(f"Pruning takes at least one cycle; got {cycles}.")
+    select.check_share("sparsity", sparsity)
     return tuple(Magnitude(sparsity=1 - (1 - sparsity) ** (done / cycles)) for done in range(1, cycles + 1))
 
 
@@ -55,14 +58,25 @@ def iterate(
     """Prune with each method in turn and retrain after each, in place; masks only grow.
 
     `windows` are the methods' calibration, `training` the arguments of `finetune`.  With a `folder`, what a finished
-    cycle left is kept there, and a killed run goes on within the cycle it was in.  Raises ValueError where a method, or
-    plain LoRA, brings back what was pruned.
+    cycle left is kept there, and a killed run goes on within the cycle it was in.  Raises TypeError or ValueError, before
+    anything is pruned, for arguments that are none, and ValueError where a method, or plain LoRA, brings back what was
+    pruned.
     """
+    model = inputs.language_model(model)
+    checks.bound(finetune, model, trainable, examples, folder=folder, **training)
+    if isinstance(methods, str) or not isinstance(methods, Sequence):
+        raise TypeError(f"methods are several methods, one a cycle; got {checks.typed(methods)}.")
+    for method in methods:
+        pruners.check_method(method)
+    if windows is not None:
+        inputs.calibration(model, windows)
+    examples = examples if isinstance(examples, Tensor) else list(examples)
+    digest = Batches(examples, 1, 0, model.config).digest()
     if trainable.adapters and not trainable.adapters.keeps_sparsity:
         raise ValueError(f"{trainable.adapters!r} would fill what was pruned; use MaskLoRA, ScaleLoRA or LoRAPrune.")
     if trainable.head:
         untie(model)  # now, so that what a finished cycle left fits the model it is loaded into
-    keeper = _Keeper(model, Path(folder) if folder else None, _mark(model, methods, trainable, examples, training))
+    keeper = _Keeper(model, Path(folder) if folder else None, _mark(model, methods, trainable, digest, training))
     done = keeper.finished()
     for index, method in enumerate(methods[len(done) :], start=len(done)):
         before = {name: BitMask.of(linear.weight.data) for name, linear in _linears(model).items()}
@@ -109,10 +123,10 @@ def _linears(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def _mark(
-    model: PreTrainedModel, methods: Sequence[Any], trainable: Trainable, examples: Any, training: Mapping[str, Any]
+    model: PreTrainedModel, methods: Sequence[Any], trainable: Trainable, digest: str, training: Mapping[str, Any]
 ) -> str:
     settings = {name: training[name] for name in MOVING if name in training}
-    return state.fingerprint(model, list(methods), trainable, settings, Batches(examples, 1, 0, model.config).digest())
+    return state.fingerprint(model, list(methods), trainable, settings, digest)
 
 
 def _refuse_return(method: Any, before: Mapping[str, BitMask], linears: Mapping[str, nn.Linear]) -> None:

@@ -13,20 +13,21 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from transformers import PreTrainedModel
 
-from pruners import gradients
+from pruners import checks, gradients, inputs
 from pruners.calibrate import Progress
+from pruners.checks import Count, Finite, Flag, Folder, Positive, Seed, Text, Whole
 from pruners.retrain import state
 from pruners.retrain.batches import Batches
 from pruners.retrain.peers import Peers
 from pruners.retrain.schedule import Schedule, autocast, precision_for
 from pruners.retrain.trainable import Attached, Trainable
 
-Watch = Callable[[int, float, float], None]
+Watch = Annotated[Callable[[int, float, float], None], checks.FUNCTION]
 SMOOTHED = 10  # steps whose mean loss is compared when looking for divergence
 
 
@@ -71,23 +72,25 @@ class Retrained:
         )
 
 
+@checks.arguments
+@inputs.plain_torch()
 def finetune(
     model: PreTrainedModel,
-    trainable: Trainable,
+    trainable: Annotated[Trainable, checks.instance(Trainable, "a pruners.retrain.Trainable, what is trained")],
     examples: Any,
     *,
-    steps: int,
-    learning_rate: float,
-    batch_size: int = 2,
-    warmup: float = 0.1,
-    clip: float = 1.0,
-    seed: int = 0,
-    micro_batch_size: int | None = None,
-    precision: str | None = None,
-    checkpointing: bool = False,
-    folder: Path | None = None,
-    save_every: int = 100,
-    stop: int | None = None,
+    steps: Count,
+    learning_rate: Positive,
+    batch_size: Count = 2,
+    warmup: Finite = 0.1,
+    clip: Positive = 1.0,
+    seed: Seed = 0,
+    micro_batch_size: Count | None = None,
+    precision: Text | None = None,
+    checkpointing: Flag = False,
+    folder: Folder | None = None,
+    save_every: Count = 100,
+    stop: Whole | None = None,
     progress: Progress | None = None,
     watch: Watch | None = None,
 ) -> Retrained:
@@ -99,8 +102,10 @@ def finetune(
     same schedule after more steps.  After every step `progress(step, stop or steps)` and
     `watch(step, loss, tokens a second)` are called.  Under torchrun the processes share each batch.
 
-    Raises ValueError for examples, settings or checkpoints that do not fit, Diverged where the loss does.
+    Raises TypeError or ValueError for a model, examples, settings or checkpoints that do not fit, before anything is
+    trained, and Diverged where the loss does.
     """
+    model = inputs.language_model(model)
     schedule = Schedule(steps, learning_rate, batch_size, warmup)
     stop = schedule.checked(stop)
     batches = Batches(examples, batch_size, seed, model.config)

@@ -8,19 +8,23 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from pruners import checks, inputs
 from pruners.calibrate import Progress
+from pruners.checks import Count
 from pruners.retrain.batches import Batches
 
 
+@checks.arguments
 @torch.no_grad()
 def held_out_loss(
-    model: PreTrainedModel, examples: Any, *, batch_size: int = 8, progress: Progress | None = None
+    model: PreTrainedModel, examples: Any, *, batch_size: Count = 8, progress: Progress | None = None
 ) -> tuple[float, int]:
     """Mean loss of `examples` (as for `finetune`) in nats a predicted token, and how many are predicted; no dropout.
 
     Every token counts the same, whatever its example's length; `batch_size` moves rounding alone.  Raises ValueError as
     soon as the loss is not finite.
     """
+    model = inputs.language_model(model)
     batches = Batches(examples, batch_size, seed=0, config=model.config)
     order = sorted(range(len(batches.examples)), key=lambda index: len(batches.examples[index][0]))  # little padding
     tokens, total, training = batches.predicted(order), 0.0, model.training

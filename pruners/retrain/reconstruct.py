@@ -12,15 +12,17 @@ import hashlib
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from pruners import checks
 from pruners.anatomy import Block
 from pruners.calibrate import Keeper, Passage
+from pruners.checks import Count, Finite, Positive, Seed
 from pruners.retrain import state
 from pruners.retrain.finetune import Diverged
 from pruners.retrain.schedule import Schedule, autocast, precision_for
@@ -45,17 +47,17 @@ class Reconstruction:
     Raises ValueError for what a block does not hold (head, embeddings) or cannot merge (plain LoRA).
     """
 
-    trainable: Trainable
-    steps: int = 200
-    learning_rate: float = 5e-4
-    batch_size: int = 2
-    warmup: float = 0.1
-    seed: int = 0
+    trainable: Annotated[Trainable, checks.instance(Trainable, "a pruners.retrain.Trainable, what is trained")]
+    steps: Count = 200
+    learning_rate: Positive = 5e-4
+    batch_size: Count = 2
+    warmup: Finite = 0.1
+    seed: Seed = 0
 
     needs_windows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        self.schedule  # noqa: B018  (refuses values out of range)
+        checks.fields(self)
 
     @property
     def schedule(self) -> Schedule:

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from pruners import checks
+from pruners.checks import Count, Finite, Positive
+
 FORMATS = {"float32": None, "bfloat16": torch.bfloat16}
 
 
@@ -17,17 +20,17 @@ FORMATS = {"float32": None, "bfloat16": torch.bfloat16}
 class Schedule:
     """`steps` of AdamW on `batch_size` examples each: warm-up from 0 to `learning_rate`, then linear decay to 0.
 
-    `warmup` is a share of the steps, or from 1 on their number.  Raises ValueError for values out of range.
+    `warmup` is a share of the steps, or from 1 on their number.  Raises TypeError or ValueError for values that are
+    none, or out of range.
     """
 
-    steps: int
-    learning_rate: float
-    batch_size: int = 2
-    warmup: float = 0.1
+    steps: Count
+    learning_rate: Positive
+    batch_size: Count = 2
+    warmup: Finite = 0.1
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch_size < 1 or not 0 < self.learning_rate < math.inf or self.warmup < 0:
-            raise ValueError(f"steps and batch_size start at 1, learning_rate is positive, warmup not negative: {self}")
+        checks.fields(self)
 
     def checked(self, stop: int | None) -> int:
         """The step after which training stops; ValueError for one outside the schedule."""

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import nn
 
-from pruners import anatomy
+from pruners import anatomy, checks
 from pruners.anatomy import Block
+from pruners.checks import Flag
 from pruners.retrain.adapters import Adapter, LoRA, LoRAPrune, LowRank
 from pruners.retrain.masks import BitMask
 from pruners.suggest import unknown
 
+ADAPTERS = "pruners.retrain.LoRA, LoRAPrune, ScaleLoRA or MaskLoRA with its rank"
 HEAD = LoRA(rank=16, alpha=32, dropout=0.0, merge=True)  # the released code's
 
 
@@ -31,14 +33,15 @@ class Trainable:
     pruned ones held at zero.  Raises ValueError where adapters would sit on weights that are trained anyway.
     """
 
-    biases: bool = False
-    norms: bool = False
-    head: bool = False
-    embeddings: bool = False
-    adapters: LowRank | None = None
-    weights: bool = False
+    biases: Flag = False
+    norms: Flag = False
+    head: Flag = False
+    embeddings: Flag = False
+    adapters: Annotated[LowRank, checks.instance(LowRank, ADAPTERS)] | None = None
+    weights: Flag = False
 
     def __post_init__(self) -> None:
+        checks.fields(self)
         if self.weights and (self.adapters or self.head):
             raise ValueError("With weights=True there is nothing for adapters to add; drop adapters= and head=.")
 
