@@ -16,8 +16,8 @@ def check_model(model: Any, values: bool = True) -> None:
         raise TypeError(f"The model is one of transformers, loaded; got {typed(model)}.")
     if not hasattr(model, "config") or not hasattr(model, "get_output_embeddings"):
         raise TypeError(
-            f"The model is one of transformers; got a {type(model).__module__}.{type(model).__qualname__}. Give what it "
-            "wraps, or load one with transformers.AutoModelForCausalLM."
+            f"The model is one of transformers; got a {type(model).__module__}.{type(model).__qualname__}. Give what "
+            "it wraps, or load one with transformers.AutoModelForCausalLM."
         )
     if model.get_output_embeddings() is None:
         raise TypeError(

@@ -73,8 +73,8 @@ def efficiency(
 ) -> dict[str, Any]:
     """Counts, and under `timing` prefill and decode for every batch size and length; plain JSON values.
 
-    No batch size or no length asks for the counts alone.  Raises TypeError or ValueError for arguments that are none, and
-    where a prompt and its new tokens are longer than the model's positions.
+    No batch size or no length asks for the counts alone.  Raises TypeError or ValueError for arguments that are none
+    and where a prompt and its new tokens are longer than the model's positions.
     """
     check_model(model, values=bool(batch_sizes and lengths))
     cells = [(batch, length) for batch in batch_sizes for length in lengths]

@@ -59,9 +59,9 @@ def perplexity(
 ) -> PerplexityResult:
     """Perplexity of `model` over the windows of `token_ids`, in float32 log-softmax whatever the model's dtype.
 
-    The head runs on as many tokens at a time as keep the logits within 128 MiB.  Raises TypeError for arguments that are
-    none, ValueError where the stream is shorter than one window, the window longer than the model's positions, a token
-    outside the vocabulary, or a loss is not finite.
+    The head runs on as many tokens at a time as keep the logits within 128 MiB.  Raises TypeError for arguments that
+    are none, ValueError where the stream is shorter than one window, the window longer than the model's positions, a
+    token outside the vocabulary, or a loss is not finite.
     """
     check_model(model)
     windows = _windows(model, token_ids, window)

@@ -109,7 +109,8 @@ def test_examples(examples, said):
     before = copy.deepcopy(model.state_dict())
     refused(said, lambda: finetune(model, NORMS, examples, steps=1, learning_rate=1e-3))
     refused(said, lambda: held_out_loss(model, examples))
-    refused(said, lambda: iterate(model, magnitudes(0.5, 1), Trainable(head=True), examples, steps=1, learning_rate=1e-3))
+    head = Trainable(head=True)
+    refused(said, lambda: iterate(model, magnitudes(0.5, 1), head, examples, steps=1, learning_rate=1e-3))
     unchanged(model, before)
 
 

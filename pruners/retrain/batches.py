@@ -98,9 +98,8 @@ def _check_kind(examples: Any) -> None:
     if isinstance(examples, str | bytes | Mapping) or not isinstance(examples, Iterable):
         raise TypeError(f"{EXAMPLES}; got {typed(examples)}.")
     if isinstance(examples, Tensor) and (examples.ndim != 2 or examples.dtype != torch.long or examples.is_meta):
-        raise ValueError(
-            f"{EXAMPLES}; got a tensor of {examples.dtype} {list(examples.shape)}{' without values' * examples.is_meta}."
-        )
+        values = " without values" * examples.is_meta
+        raise ValueError(f"{EXAMPLES}; got a tensor of {examples.dtype} {list(examples.shape)}{values}.")
 
 
 def _tokens_and_labels(index: int, example: Any) -> tuple[Tensor, Tensor]:

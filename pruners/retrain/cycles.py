@@ -58,9 +58,9 @@ def iterate(
     """Prune with each method in turn and retrain after each, in place; masks only grow.
 
     `windows` are the methods' calibration, `training` the arguments of `finetune`.  With a `folder`, what a finished
-    cycle left is kept there, and a killed run goes on within the cycle it was in.  Raises TypeError or ValueError, before
-    anything is pruned, for arguments that are none, and ValueError where a method, or plain LoRA, brings back what was
-    pruned.
+    cycle left is kept there, and a killed run goes on within the cycle it was in.  Raises TypeError or ValueError,
+    before anything is pruned, for arguments that are none, and ValueError where a method, or plain LoRA, brings back
+    what was pruned.
     """
     model = inputs.language_model(model)
     checks.bound(finetune, model, trainable, examples, folder=folder, **training)
