@@ -14,12 +14,13 @@ def check_model(model: Any, values: bool = True) -> None:
     """TypeError for what is no language model, ValueError for one whose weights hold no values where they are read."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"The model is one of transformers, loaded; got {typed(model)}.")
-    if not hasattr(model, "config") or not hasattr(model, "get_output_embeddings"):
+    head: Any = getattr(model, "get_output_embeddings", None)
+    if head is None or not hasattr(model, "config"):
         raise TypeError(
             f"The model is one of transformers; got a {type(model).__module__}.{type(model).__qualname__}. Give what "
             "it wraps, or load one with transformers.AutoModelForCausalLM."
         )
-    if model.get_output_embeddings() is None:
+    if head() is None:
         raise TypeError(
             f"{type(model).__name__} has no head that predicts the next token; load the model with "
             "transformers.AutoModelForCausalLM."

@@ -189,6 +189,18 @@ def test_what_is_to_be_trained(make, said):
     refused(said, make)
 
 
+def test_cycles_refuse_adapters_that_do_not_fit_before_anything_is_pruned(windows):
+    model = tiny(KIND)
+    before = copy.deepcopy(model.state_dict())
+    for what, said in (
+        (Trainable(adapters=MaskLoRA(rank=49)), "Rank 49 is larger"),
+        (Trainable(adapters=MaskLoRA(targets=("q_porj",))), "Did you mean q_proj"),
+        (Trainable(biases=True), "selects nothing"),
+    ):
+        refused(said, lambda what=what: iterate(model, magnitudes(0.5, 1), what, windows, **TRAINING))
+    unchanged(model, before)
+
+
 @pytest.mark.parametrize("methods", ["magnitude", pruners.Magnitude(0.5), [pruners.Magnitude], None])
 def test_methods_of_cycles(windows, methods):
     model = tiny(KIND)

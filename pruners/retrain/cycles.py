@@ -6,12 +6,12 @@ cycles a final sparsity S has reached 1 - (1 - S)^(k/n).  With one cycle this is
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 import pruners
@@ -22,6 +22,7 @@ from pruners.retrain import state
 from pruners.retrain.batches import Batches
 from pruners.retrain.finetune import Retrained, finetune
 from pruners.retrain.masks import BitMask
+from pruners.retrain.schedule import Schedule, precision_for
 from pruners.retrain.trainable import Trainable, untie
 
 MOVING = ("steps", "learning_rate", "batch_size", "warmup", "clip", "seed", "precision")  # what changes the result
@@ -64,16 +65,9 @@ def iterate(
     """
     model = inputs.language_model(model)
     checks.bound(finetune, model, trainable, examples, folder=folder, **training)
-    if isinstance(methods, str) or not isinstance(methods, Sequence):
-        raise TypeError(f"methods are several methods, one a cycle; got {checks.typed(methods)}.")
-    for method in methods:
-        pruners.check_method(method)
-    if windows is not None:
-        inputs.calibration(model, windows)
-    examples = examples if isinstance(examples, Tensor) else list(examples)
+    _check(model, methods, trainable, windows, training)
+    examples = list(examples) if isinstance(examples, Iterator) else examples  # every cycle reads them
     digest = Batches(examples, 1, 0, model.config).digest()
-    if trainable.adapters and not trainable.adapters.keeps_sparsity:
-        raise ValueError(f"{trainable.adapters!r} would fill what was pruned; use MaskLoRA, ScaleLoRA or LoRAPrune.")
     if trainable.head:
         untie(model)  # now, so that what a finished cycle left fits the model it is loaded into
     keeper = _Keeper(model, Path(folder) if folder else None, _mark(model, methods, trainable, digest, training))
@@ -86,6 +80,23 @@ def iterate(
         done.append(Cycle(repr(method), report.achieved, retrained))
         keeper.keep(index, done)
     return done
+
+
+def _check(
+    model: PreTrainedModel, methods: Any, trainable: Trainable, windows: Any, training: Mapping[str, Any]
+) -> None:
+    """What the first pruning or retraining would refuse, once the model is changed."""
+    Schedule(training["steps"], training["learning_rate"]).checked(training.get("stop"))
+    precision_for(training.get("precision"), model.dtype, model.device)
+    if isinstance(methods, str) or not isinstance(methods, Sequence):
+        raise TypeError(f"methods are several methods, one a cycle; got {checks.typed(methods)}.")
+    for method in methods:
+        pruners.check_method(method)
+    if windows is not None:
+        inputs.calibration(model, windows)
+    if trainable.adapters and not trainable.adapters.keeps_sparsity:
+        raise ValueError(f"{trainable.adapters!r} would fill what was pruned; use MaskLoRA, ScaleLoRA or LoRAPrune.")
+    trainable.attach(model).detach()
 
 
 @dataclass
