@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from eval import latency
 from eval.checks import check_fits
 from eval.latency import Progress
+from eval.marks import begun
 
 MACS_TOKENS = 64  # as LLM-Pruner counts, one sequence
 ZEROS_WORTH_A_NOTE = 0.01
@@ -96,7 +97,7 @@ def macs(model: PreTrainedModel, tokens: int = MACS_TOKENS) -> int:
     papers.  The plain attention kernel is used, since the counter does not see into the fused one for CPUs.
     """
     check_fits(model, tokens, 0)
-    ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
+    ids = begun(model, torch.zeros(1, tokens, dtype=torch.long, device=model.device))
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         model(ids, use_cache=True)  # with a cache transformers reads no values of the mask, which meta tensors lack

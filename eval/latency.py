@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from eval.checks import check_fits
+from eval.marks import begun
 
 Progress = Callable[[int, int], None]
 WARM_UP = 2
@@ -25,7 +26,7 @@ def measure(model: PreTrainedModel, batch: int, length: int, new_tokens: int, re
     """Seconds of a prefill of [batch, length] tokens and of one decoding step after it; medians with quartiles."""
     check_fits(model, length, new_tokens)
     ids = torch.randint(model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
-    prompt = ids.to(model.device)
+    prompt = begun(model, ids).to(model.device)
     forget_peak(model.device)
     with torch.inference_mode():
         prefill = [_prefill(model, prompt)[0] for _ in range(WARM_UP + repetitions)][WARM_UP:]
