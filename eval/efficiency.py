@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from eval import latency
 from eval.checks import check_fits, check_model
 from eval.latency import Progress
+from eval.marks import begun
 from pruners import checks
 from pruners.checks import Count
 
@@ -102,7 +103,7 @@ def macs(model: PreTrainedModel, tokens: Count = MACS_TOKENS) -> int:
     papers.  The plain attention kernel is used, since the counter does not see into the fused one for CPUs.
     """
     check_fits(model, tokens, 0)
-    ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
+    ids = begun(model, torch.zeros(1, tokens, dtype=torch.long, device=model.device))
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         model(ids, use_cache=True)  # with a cache transformers reads no values of the mask, which meta tensors lack

@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from eval.checks import check_fits, check_model
+from eval.marks import begun
 from pruners import checks
 from pruners.checks import Count
 
@@ -31,7 +32,7 @@ def measure(
     check_model(model)
     check_fits(model, length, new_tokens)
     ids = torch.randint(model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
-    prompt = ids.to(model.device)
+    prompt = begun(model, ids).to(model.device)
     forget_peak(model.device)
     with torch.inference_mode():
         prefill = [_prefill(model, prompt)[0] for _ in range(WARM_UP + repetitions)][WARM_UP:]

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from eval.checks import check_model
 from eval.latency import Progress
+from eval.marks import prefixed, text_prefix
 from pruners import checks, inputs
 from pruners.checks import Count, Whole
 
@@ -59,9 +60,10 @@ def perplexity(
 ) -> PerplexityResult:
     """Perplexity of `model` over the windows of `token_ids`, in float32 log-softmax whatever the model's dtype.
 
-    The head runs on as many tokens at a time as keep the logits within 128 MiB.  Raises TypeError for arguments that
-    are none, ValueError where the stream is shorter than one window, the window longer than the model's positions, a
-    token outside the vocabulary, or a loss is not finite.
+    The head runs on as many tokens at a time as keep the logits within 128 MiB.  A model that needs marks in front of
+    text (ChatGLM: `[gMASK] <sop>`) gets them before every window, where they are not scored.  Raises TypeError for
+    arguments that are none, ValueError where the stream is shorter than one window, the window longer than the model's
+    positions, a token outside the vocabulary, or a loss is not finite.
     """
     check_model(model)
     windows = _windows(model, token_ids, window)
@@ -106,7 +108,8 @@ def _windows(model: PreTrainedModel, token_ids: Any, window: int) -> Int[Tensor,
             f"Perplexity needs at least one window of two or more tokens; got {token_ids.numel()} tokens for windows "
             f"of {window}. Give more text or a shorter window."
         )
-    positions = getattr(model.config, "max_position_embeddings", None)
+    limit = getattr(model.config, "max_position_embeddings", None)
+    positions = None if limit is None else limit - len(text_prefix(model))
     if positions is not None and window > positions:
         raise ValueError(
             f"Windows of {window} tokens are longer than the model's {positions} positions; use shorter ones."
@@ -117,7 +120,8 @@ def _windows(model: PreTrainedModel, token_ids: Any, window: int) -> Int[Tensor,
 
 def _nll(model: PreTrainedModel, batch: Int[Tensor, "windows window"]) -> Float[Tensor, " windows"]:
     """Mean next-token loss of each window, float64."""
-    hidden = model.get_decoder()(input_ids=batch, use_cache=False).last_hidden_state[:, :-1]
+    begin = len(text_prefix(model))  # before the window, not scored and no part of it
+    hidden = model.get_decoder()(input_ids=prefixed(model, batch), use_cache=False).last_hidden_state[:, begin:-1]
     head = model.get_output_embeddings()
     flat, labels = hidden.flatten(0, 1), batch[:, 1:].flatten()
     chunk = max(1, LOGITS // model.config.vocab_size)
@@ -130,6 +134,7 @@ def _nll(model: PreTrainedModel, batch: Int[Tensor, "windows window"]) -> Float[
 
 def _refuse_work_after_the_head(model: PreTrainedModel, few: Int[Tensor, "one few"]) -> None:
     """Some families scale or cap logits after the head, which chunking the head would silently leave out."""
+    few = prefixed(model, few)
     ours = model.get_output_embeddings()(model.get_decoder()(input_ids=few, use_cache=False).last_hidden_state)
     theirs = model(input_ids=few, use_cache=False).logits
     if not torch.allclose(ours.float(), theirs.float(), rtol=1e-2, atol=1e-2, equal_nan=True):

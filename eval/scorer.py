@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from eval.answers import Answer, AnswerStore
 from eval.checks import check_tokenizer
 from eval.latency import Progress
+from eval.marks import prefixed
 
 Request = tuple[Any, list[int], list[int]]  # what was asked, the tokens before, the tokens to score
 TOKENS_PER_BATCH = {"cpu": 1_024}  # more fall out of a CPU's caches and take longer
@@ -135,7 +136,7 @@ class Scorer(HFLM):
 def fingerprint(model: PreTrainedModel) -> str:
     """SHA-256 of the logits for a few fixed tokens: another weight, dtype or kind of device gives another one."""
     rows = len(model.get_input_embeddings().get_parameter("weight"))
-    tokens = torch.arange(1, 17, device=model.device).remainder(rows)[None]
+    tokens = prefixed(model, torch.arange(1, 17, device=model.device).remainder(rows)[None])
     with torch.inference_mode():
         logits = model(tokens, use_cache=False).logits
     return hashlib.sha256(logits.float().cpu().numpy().tobytes()).hexdigest()

@@ -28,9 +28,10 @@ from lm_eval.evaluator import evaluate
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.answers import AnswerStore
+from eval.chatglm import scorer as scorer_of
 from eval.checks import check_model, check_tokenizer
 from eval.intervals import standard_error
-from eval.scorer import Progress, Scorer, fingerprint
+from eval.scorer import Progress, fingerprint
 from eval.tasks import check_names, load, task_manager
 from pruners import checks
 from pruners.checks import Count, PathLike, Whole
@@ -75,14 +76,17 @@ def zero_shot(
     resume: PathLike | None = None,
     progress: Progress | None = None,
     examples: Whole = 0,
+    released_marks: bool = False,
 ) -> ZeroShotResult:
     """Evaluate `model` on lm-eval tasks with so many `examples` in the prompt, chosen as lm-eval chooses them.
 
     `tasks` maps lm-eval's task names to changes of their configuration: {} for the task as lm-eval has it, or where
     its documents come from; a group maps to such changes by task of the group, and is missing where one of its tasks
     is.  `limit` keeps the first so many documents of each task.  `batch_size` None packs batches by tokens.  `resume`
-    names a file that keeps finished batches until the caller removes it.  Raises UsageError for unknown tasks,
-    ValueError for a limit below 1, `examples` below 0 and a tokenizer that does not fit the model.
+    names a file that keeps finished batches until the caller removes it.  `released_marks` asks ChatGLM as LLM-Pruner's
+    released harness does, with `[gMASK] <sop>` behind every choice, too, and scored with it (its table 5).  Raises
+    UsageError for unknown tasks, ValueError for a limit below 1, `examples` below 0, a tokenizer that does not fit the
+    model, and `released_marks` for a model without such marks.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit is the number of documents of each task, at least 1; got {limit}.")
@@ -98,7 +102,7 @@ def zero_shot(
         loaded, missing = load(tasks, examples, limit)
         each = {part: task for group in loaded.values() for part, task in group.items()}
         store = AnswerStore(resume, fingerprint(model)) if resume else None
-        scorer = Scorer(model, tokenizer, batch_size, store, progress)
+        scorer = scorer_of(model, tokenizer, batch_size, store, progress, released=released_marks)
         outcome = evaluate(scorer, {"tasks": each}, limit=limit, bootstrap_iters=0) if each else {}
     scored = {part: _score(task, outcome, scorer.truncated[part]) for part, task in each.items()}
     scores = {name: scored[name] if name in group else _pooled(name, group, scored, outcome["samples"])

@@ -54,16 +54,9 @@ class ChatGLMConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if found := [key for key in OTHER if key in kwargs]:
-            raise ValueError(
-                f"config.json has the key {found[0]} of ChatGLM2 or a later model, another architecture under the same "
-                "name; only ChatGLM-6B (the first generation) is known here."
-            )
-        if kwargs.pop("quantization_bit", 0):
-            raise ValueError("config.json has quantization_bit; take ChatGLM-6B with unquantised weights.")
-        if kwargs.pop("pre_seq_len", None):
-            raise ValueError("config.json has pre_seq_len, a P-tuning prefix; take ChatGLM-6B without one.")
-        kwargs.pop("prefix_projection", None)
+        _refuse_others(kwargs, self.position_encoding_2d)
+        for name in ("quantization_bit", "pre_seq_len", "prefix_projection"):
+            kwargs.pop(name, None)
         if PUBLISHED in str(kwargs.get("auto_map")):  # the published folder's own code, which never runs here
             kwargs.pop("auto_map")
         if self.mask_token_id is None:
@@ -71,28 +64,38 @@ class ChatGLMConfig(PreTrainedConfig):
         if self.gmask_token_id is None:
             self.gmask_token_id = self.bos_token_id - 3
         if self.head_dim is None:
-            self.head_dim = self.hidden_size // max(self.num_attention_heads, 1)
-            if self.head_dim * self.num_attention_heads != self.hidden_size:
+            if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
                 raise ValueError(
                     f"hidden_size {self.hidden_size} cannot be shared by {self.num_attention_heads} heads; config.json "
                     "was edited or belongs to another model."
                 )
-        super().__post_init__(**kwargs)
-
-    def validate_architecture(self) -> None:
-        if not self.position_encoding_2d:
-            raise ValueError("ChatGLM-6B has two positions a token; position_encoding_2d false is not known here.")
-        if not self.head_dim or self.head_dim % 4:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.head_dim < 4 or self.head_dim % 4:
             raise ValueError(
-                f"Heads of {self.head_dim} channels (hidden_size {self.hidden_size}, {self.num_attention_heads} heads) "
-                "cannot be turned by two positions, which needs a multiple of 4."
+                f"A head of {self.head_dim} channels cannot be turned by two positions, which needs a multiple of 4; "
+                "config.json was edited or belongs to another model."
             )
+        super().__post_init__(**kwargs)
 
     @property
     def text_prefix(self) -> tuple[int, ...]:
         """The tokens that must stand in front of plain text: without `[gMASK] <sop>` a sequence has no positions."""
         assert self.gmask_token_id is not None
         return (self.gmask_token_id, self.bos_token_id)
+
+
+def _refuse_others(told: dict[str, Any], two_positions: bool) -> None:
+    if found := [key for key in OTHER if key in told]:
+        raise ValueError(
+            f"config.json has the key {found[0]} of ChatGLM2 or a later model, another architecture under the same "
+            "name; only ChatGLM-6B (the first generation) is known here."
+        )
+    if told.get("quantization_bit"):
+        raise ValueError("config.json has quantization_bit; take ChatGLM-6B with unquantised weights.")
+    if told.get("pre_seq_len"):
+        raise ValueError("config.json has pre_seq_len, a P-tuning prefix; take ChatGLM-6B without one.")
+    if not two_positions:
+        raise ValueError("ChatGLM-6B has two positions a token; position_encoding_2d false is not known here.")
 
 
 def read_tokens(
@@ -115,7 +118,7 @@ def read_tokens(
     gmask = _first(input_ids, config.gmask_token_id, real, index)
     mask = torch.where(gmask < 0, _first(input_ids, config.mask_token_id, real, index), gmask)
     for found, name in ((context, "<sop>"), (mask, "[gMASK] or [MASK]")):
-        if (found < 0).any():
+        if not input_ids.is_meta and (found < 0).any():  # on the meta device operations are counted, without contents
             raise ValueError(
                 f"Sequence {int((found < 0).nonzero()[0, 0])} has no {name}, which ChatGLM's mask and positions are "
                 f"made from; put {list(config.text_prefix)} ([gMASK] <sop>) in front of plain text."

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from sentencepiece import SentencePieceProcessor
-from transformers import PreTrainedTokenizer
+from transformers import AddedToken, PreTrainedTokenizer
 
+Token = str | AddedToken
 LONGEST_BLANK = 80
 PIECES = {"\n": "<n>", "\t": "<|tab|>"}
 
@@ -32,13 +33,13 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         vocab_file: str | None,
         do_lower_case: bool = False,
         remove_space: bool = False,
-        bos_token: str = "<sop>",
-        eos_token: str = "<eop>",
-        end_token: str = "</s>",
-        mask_token: str = "[MASK]",
-        gmask_token: str = "[gMASK]",
-        pad_token: str = "<pad>",
-        unk_token: str = "<unk>",
+        bos_token: Token = "<sop>",
+        eos_token: Token = "<eop>",
+        end_token: Token = "</s>",
+        mask_token: Token = "[MASK]",
+        gmask_token: Token = "[gMASK]",
+        pad_token: Token = "<pad>",
+        unk_token: Token = "<unk>",
         num_image_tokens: int = 0,
         **kwargs: Any,
     ) -> None:
