@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -43,7 +42,7 @@ peft_targets.register({_class.config_class.model_type: name for name, _class in 
 
 
 @checks.arguments
-def save(model: PreTrainedModel, tokenizer: Any, folder: Folder, *, max_shard_size: Text = "5GB") -> Path:
+def save(model: Any, tokenizer: Any, folder: Folder | str, *, max_shard_size: Text = "5GB") -> Path:
     """Write the model, and the tokenizer unless it is None, to a new or empty folder; all of it or nothing.
 
     Flags of the generation configuration that it does not use itself, such as a temperature without `do_sample`, are
@@ -66,7 +65,7 @@ def save(model: PreTrainedModel, tokenizer: Any, folder: Folder, *, max_shard_si
     return folder
 
 
-def check(model: PreTrainedModel) -> None:
+def check(model: Any) -> None:
     """Whether `save` writes what `load` opens, told before anything is done; reads no weight and needs no memory.
 
     Raises TypeError for what is no model of transformers, ValueError for one whose tensors are not the very ones that
@@ -75,13 +74,18 @@ def check(model: PreTrainedModel) -> None:
     model = getattr(model, "_orig_mod", model)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"The model is a transformers.PreTrainedModel; got {inputs.described(model)}")
-    with TemporaryDirectory() as nowhere:
-        try:
-            copy.deepcopy(model.config).save_pretrained(nowhere)
-            with torch.device("meta"):
-                opened = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), trust_remote_code=False)
-        except (StrictDataclassError, ValueError, TypeError) as error:
-            raise ValueError(f"This model's configuration cannot be saved and opened again: {_brief(error)}") from error
+    config: Any = copy.deepcopy(model.config)
+    if misplaced := config._get_generation_parameters():
+        raise ValueError(
+            f"This model's config holds {', '.join(misplaced)}, which transformers saves in generation_config only; "
+            "set them in model.generation_config and to None in model.config."
+        )
+    try:
+        config.validate()
+        with torch.device("meta"):
+            opened = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        raise ValueError(f"This model's configuration cannot be saved and opened again: {_brief(error)}") from error
     _check_tensors(model, opened)
     if model.can_generate() and model.generation_config is not None:
         _without_idle_flags(model.generation_config)
@@ -201,8 +205,7 @@ def _without_idle_flags(config: GenerationConfig) -> tuple[GenerationConfig, lis
     dropped: list[str] = []
     while True:
         try:
-            with TemporaryDirectory() as nowhere:
-                config.save_pretrained(nowhere)
+            config.validate(strict=True)
             return config, dropped
         except ValueError as error:
             idle = [name for name in re.findall(r"- `(\w+)`:", str(error)) if getattr(config, name, None) is not None]
@@ -218,5 +221,5 @@ def _without_idle_flags(config: GenerationConfig) -> tuple[GenerationConfig, lis
 
 def _brief(error: Exception) -> str:
     """The beginning of what transformers says, on one line."""
-    said = " ".join(str(error).split()).removesuffix("Fix these issues to save the configuration.").strip()
+    said = " ".join(str(error).split())
     return said if len(said) <= 300 else f"{said[:300]} ..."

@@ -183,7 +183,7 @@ class PrunedModel(nn.Module):
             if not linear.weight.is_meta:  # made anew after the dense class drew its weights
                 self._init_weights(linear)  # type: ignore[operator]
                 if linear.bias is not None and not had_bias:  # the dense class has no rule for a bias it has not
-                    std = getattr(config, "initializer_range", None) or getattr(config, "init_std", 0.02)
+                    std = getattr(config, "initializer_range", getattr(config, "init_std", 0.02))
                     nn.init.normal_(linear.bias, std=std)
         settle(block, self.output.removeprefix("self_attn."), heads, kv_heads, config.head_dim, channels)
 

@@ -125,7 +125,7 @@ ONCE_MORE = {
     "llm_pruner": pruners.LLMPruner(ratio=0.4, **EVERY_BLOCK),
     "llm_pruner, random": pruners.LLMPruner(ratio=0.4, importance="random", **EVERY_BLOCK),
     "llm_pruner, by channel": pruners.LLMPruner(ratio=0.1, granularity="channel"),
-    "llm_pruner, by layer": pruners.LLMPruner(ratio=0.5, granularity="layer"),
+    "llm_pruner, by layer": pruners.LLMPruner(ratio=0.2, granularity="layer"),
 }
 
 
