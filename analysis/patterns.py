@@ -35,6 +35,8 @@ def masks(table: Table, rows: Sequence[Row], key: str | None = None) -> Figure:
     told = _told(rows, key)
     maps = {name: {matrix: grey(lines) for matrix, lines in found["maps"].items()} for name, found in told.items()}
     matrices = list(dict.fromkeys(matrix for found in maps.values() for matrix in found))
+    if not matrices:
+        raise UndrawableError("Nothing is left of that block in any model, so it has no masks; measure another one.")
     low, high = np.percentile(np.concatenate([one.ravel() for found in maps.values() for one in found.values()]), EDGES)
     with matplotlib.rc_context(STYLE):
         width = max(6.4, 2.3 + SIDE * len(matrices))

@@ -133,9 +133,10 @@ def speed_note(model: PreTrainedModel) -> str | None:
     """Why zeros in the decoder's matrices bring no speed; None where there are hardly any."""
     if model.device.type == "meta":
         return None
-    weights = [module.weight for module in decoder_blocks(model).modules() if isinstance(module, nn.Linear)]
+    linears = [module.weight for module in decoder_blocks(model).modules() if isinstance(module, nn.Linear)]
+    weights = [weight for weight in linears if weight.numel()]  # structured pruning may have left nothing of some
     zeros = sum(weight.numel() - int(weight.count_nonzero()) for weight in weights)
-    if zeros < ZEROS_WORTH_A_NOTE * sum(weight.numel() for weight in weights):
+    if not zeros or zeros < ZEROS_WORTH_A_NOTE * sum(weight.numel() for weight in weights):
         return None
     return TWO_FOUR if all(is_two_four(weight) for weight in weights) else NO_SPEED_UP
 

@@ -31,7 +31,7 @@ def mask_patterns(model: nn.Module, block: Whole, side: Count = 64) -> dict[str,
 
     `row_dispersion` and `column_dispersion` are medians over all matrices.  Each matrix has `kept`, `rows` and
     `columns` as lists over the blocks; a dense or all-zero matrix has None for the last two, an
-    empty one for all.  `maps` shows `block`: at
+    empty one (of a block without heads or channels) for all.  `maps` shows `block`, without its empty matrices: at
     most `side` lines of `side` cells, each the percentage of weights kept (99 at most) as two digits.  Raises
     ValueError for a block that the model has not.
     """
@@ -47,8 +47,8 @@ def mask_patterns(model: nn.Module, block: Whole, side: Count = 64) -> dict[str,
         told["columns"].append(overdispersion(there, dim=0))
         if index == block and there.numel():
             maps[name] = _map(there, side)
-    if not maps:
-        blocks = max((len(told["kept"]) for told in matrices.values()), default=0)
+    blocks = max((len(told["kept"]) for told in matrices.values()), default=0)
+    if not 0 <= block < blocks:
         raise ValueError(f"There is no block {block} to draw the mask of; the model has {blocks}, counted from 0.")
     row, column = (_median([value for told in matrices.values() for value in told[way]]) for way in ("rows", "columns"))
     return {"row_dispersion": row, "column_dispersion": column, "block": block, "matrices": matrices, "maps": maps}

@@ -29,7 +29,7 @@ def probe(model: PreTrainedModel, tokens: Count = 2_048, repetitions: Count = 20
         return {"skipped": reason}
     first: dict[tuple[int, ...], tuple[str, nn.Linear]] = {}
     for name, module in decoder_blocks(model)[0].named_modules():
-        if isinstance(module, nn.Linear) and is_two_four(module.weight):
+        if isinstance(module, nn.Linear) and module.weight.numel() and is_two_four(module.weight):
             first.setdefault(tuple(module.weight.shape), (name, module))
     if not first:
         return {"skipped": "no projection of the first decoder block is 2:4"}

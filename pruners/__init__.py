@@ -122,11 +122,13 @@ def prune(
     keeps the blocks of unstructured methods that read inputs.
 
     Raises TypeError or ValueError, with the model as it was, for arguments that are none, windows or statistics that
-    do not fit the model, NaN or inf in weights, an unknown family; ValueError for NaN or inf in activations.
+    do not fit the model, NaN or inf in weights, an unknown family, a model that checkpoint.save could not keep;
+    ValueError for NaN or inf in activations.
     """
     with inputs.plain_torch(), torch.no_grad():
         check_method(method)
         model = inputs.language_model(model, method.reads_weights)
+        checkpoint.check(model)
         windows = _calibration(model, method, windows, needed=method.needs_windows or reconstruct is not None)
         device = _place(model, method, device, walks=method.walks or reconstruct is not None)
         how = Execution(batch_size, device, progress, NOTHING if keeper is None else keeper, cut)

@@ -1,5 +1,6 @@
 """Pruned models on disk: safetensors, and a configuration that says every block's widths.
 
+    checkpoint.check(model)  # before hours of pruning
     checkpoint.save(model, tokenizer, folder)
     model, tokenizer = checkpoint.load(folder)
 
@@ -11,11 +12,8 @@ is saved as plain LLaMA, Mistral or OPT where their configurations can say so, a
 from __future__ import annotations
 
 import copy
-import errno
 import logging
-import os
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -27,7 +25,9 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
+from pruners import checks, inputs, peft_targets, storage
 from pruners.apply import CLASSES
+from pruners.checks import Folder, Text
 from pruners.modeling_pruned import PrunedModel, check_complete, check_shards
 
 logger = logging.getLogger(__name__)
@@ -38,54 +38,79 @@ for _class in CLASSES.values():
     AutoModelForCausalLM.register(_class.config_class, _class, exist_ok=True)
     _class.config_class.register_for_auto_class()  # so that saving copies the module and names it in config.json
     _class.register_for_auto_class("AutoModelForCausalLM")
+peft_targets.register({_class.config_class.model_type: name for name, _class in CLASSES.items()})
 
 
-def save(model: PreTrainedModel, tokenizer: Any, folder: Path | str, *, max_shard_size: str = "5GB") -> Path:
+@checks.arguments
+def save(model: Any, tokenizer: Any, folder: Folder | str, *, max_shard_size: Text = "5GB") -> Path:
     """Write the model, and the tokenizer unless it is None, to a new or empty folder; all of it or nothing.
 
     Flags of the generation configuration that it does not use itself, such as a temperature without `do_sample`, are
-    dropped with a warning.  Raises FileExistsError for a folder that holds something, ValueError for a model whose
-    class would not find its tensors again (adapters beside their matrices), OSError where the disk refuses.
+    dropped with a warning.  Raises what `check` does, FileExistsError for a folder that holds something,
+    storage.StorageError where the disk refuses.
     """
+    model = getattr(model, "_orig_mod", model)  # out of torch.compile's wrapper
+    if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
+        raise TypeError(f"tokenizer is one of transformers, or None; got {checks.typed(tokenizer)}.")
     folder = Path(folder).expanduser().resolve()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} is there already and not empty; choose another folder or empty this one.")
     check(model)
+    meta = next((name for name, p in model.named_parameters() if p.is_meta), None)
+    if meta and not hasattr(model, "hf_device_map"):  # transformers fetches what accelerate has offloaded
+        raise ValueError(f"{meta} is on the meta device and holds no values to save; load the model whole.")
     plain = _as_stock(model) if isinstance(model, PrunedModel) else None
-    with _beside(folder) as partial, _valid_generation(plain or model):
-        try:
-            (plain or model).save_pretrained(partial, max_shard_size=max_shard_size)
-        except SafetensorError as error:  # how it reports a full disk
-            raise OSError(errno.ENOSPC, f"Cannot write the weights ({error}); free some space", str(folder)) from error
+    with storage.filling(folder) as partial, _saveable_generation(plain or model):
+        (plain or model).save_pretrained(partial, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
     return folder
 
 
-def check(model: PreTrainedModel) -> None:
-    """ValueError for a model that cannot be saved so that it opens again; costs no memory and reads no weight.
+def check(model: Any) -> None:
+    """Whether `save` writes what `load` opens, told before anything is done; reads no weight and needs no memory.
 
-    Its tensors must be the very ones that its class makes from its configuration.
+    Raises TypeError for what is no model of transformers, ValueError for one whose tensors are not the very ones that
+    its configuration makes (adapters beside their matrices), or whose configurations transformers refuses to save.
     """
-    with torch.device("meta"):
-        expected = {name: t.shape for name, t in type(model)(copy.deepcopy(model.config)).state_dict().items()}
+    model = getattr(model, "_orig_mod", model)
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"The model is a transformers.PreTrainedModel; got {inputs.described(model)}")
+    config: Any = copy.deepcopy(model.config)
+    if misplaced := config._get_generation_parameters():
+        raise ValueError(
+            f"This model's config holds {', '.join(misplaced)}, which transformers saves in generation_config only; "
+            "set them in model.generation_config and to None in model.config."
+        )
+    try:
+        config.validate()
+        with torch.device("meta"):
+            opened = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        raise ValueError(f"This model's configuration cannot be saved and opened again: {_brief(error)}") from error
+    _check_tensors(model, opened)
+    if model.can_generate() and model.generation_config is not None:
+        _without_idle_flags(model.generation_config)
+
+
+def _check_tensors(model: Any, opened: Any) -> None:
+    """ValueError where the model's tensors are not those of `opened`, which its configuration makes."""
+    kind = type(opened).__name__
+    expected = {name: t.shape for name, t in opened.state_dict().items()}
     found = {name: t.shape for name, t in model.state_dict().items()}
-    strange = sorted(found.keys() - expected.keys())
-    absent = sorted(expected.keys() - found.keys())
-    reshaped = sorted(name for name in found.keys() & expected.keys() if found[name] != expected[name])
+    strange, absent = sorted(found.keys() - expected.keys()), sorted(expected.keys() - found.keys())
     if strange or absent:
-        told = f"{len(strange)} tensors that {type(model).__name__} does not know, e.g. {strange[0]}" if strange else ""
-        told = told or f"no tensor {absent[0]}, which {type(model).__name__} asks for"
+        told = f"{len(strange)} tensors that {kind} does not know, e.g. {strange[0]}" if strange else ""
+        told = told or f"no tensor {absent[0]}, which {kind} asks for"
         raise ValueError(
             f"This model has {told}, so the saved folder would not open again. Merge adapters first (merge=True, or "
             "peft's merge_and_unload), make torch.nn.utils.prune's masks permanent, or save the adapters with peft."
         )
-    if reshaped:
-        name = reshaped[0]
-        raise ValueError(
-            f"{name} is {list(found[name])} and the model's configuration says {list(expected[name])}, so the saved "
-            "folder would not open again; call pruners.apply.describe(model) after cutting by hand."
-        )
+    for name, shape in found.items():
+        if expected[name] != shape:
+            raise ValueError(
+                f"{name} is {list(shape)} and the model's configuration says {list(expected[name])}, so the saved "
+                "folder would not open again; set the configuration right (after cutting blocks by hand: "
+                "pruners.apply.describe(model))."
+            )
 
 
 def load(folder: Path | str, *, dtype: torch.dtype | str = "auto", **options: Any) -> tuple[Any, Any]:
@@ -95,7 +120,7 @@ def load(folder: Path | str, *, dtype: torch.dtype | str = "auto", **options: An
     Raises ValueError where tensors and configuration disagree, the configuration is a newer version's or the weights
     are damaged, FileNotFoundError for a missing configuration or weight file.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} is no model folder: it has no config.json.")
     check_shards(folder)
@@ -111,6 +136,8 @@ def load(folder: Path | str, *, dtype: torch.dtype | str = "auto", **options: An
         )
     except SafetensorError as error:
         raise ValueError(f"The weights of {folder} are damaged ({error}); save or fetch them again.") from error
+    except StrictDataclassError as error:
+        raise ValueError(f"{folder / 'config.json'} describes no model: {_brief(error)}") from error
     model, info = loaded
     check_complete(folder, info)
     return model.eval(), _tokenizer(folder)
@@ -132,6 +159,8 @@ def _as_stock(model: Any) -> Any | None:
     except (StrictDataclassError, ValueError):  # such as a number of heads that does not divide the width
         return None
     weights, expected = model.state_dict(), stock.state_dict()
+    if any(tensor.is_meta for tensor in weights.values()):  # offloaded; transformers fetches such weights itself
+        return None
     for name in expected.keys() - weights.keys():  # stock models have all biases of a sub-block or none
         if name.endswith(".bias"):
             weights[name] = torch.zeros(expected[name].shape, dtype=model.dtype, device=model.device)
@@ -158,41 +187,39 @@ def _stock_config(pruned: Any, config_class: type[Any]) -> Any:
 
 
 @contextmanager
-def _valid_generation(model: Any) -> Iterator[None]:
+def _saveable_generation(model: Any) -> Iterator[None]:
     """For a while without the generation flags that transformers refuses to save, as they are never used."""
     own = model.generation_config
     try:
         if own is not None:
-            model.generation_config = _without_idle_flags(own)
+            model.generation_config, dropped = _without_idle_flags(own)
+            if dropped:
+                logger.warning("Saved without the generation flags that have no effect: %s.", ", ".join(dropped))
         yield
     finally:
         model.generation_config = own
 
 
-def _without_idle_flags(config: GenerationConfig) -> GenerationConfig:
-    try:
-        config.validate(strict=True)
-        return config
-    except ValueError as error:
-        idle = [name for name in re.findall(r"- `(\w+)`:", str(error)) if getattr(config, name, None) is not None]
-        if not idle:
-            raise
-        config = copy.deepcopy(config)
-        for name in idle:
-            setattr(config, name, None)
-        logger.warning("Saved without the generation flags that this model does not use: %s.", ", ".join(idle))
-        return _without_idle_flags(config)
+def _without_idle_flags(config: GenerationConfig) -> tuple[GenerationConfig, list[str]]:
+    """What transformers saves of it, and the names that are lost; ValueError for faults that are no idle flags."""
+    dropped: list[str] = []
+    while True:
+        try:
+            config.validate(strict=True)
+            return config, dropped
+        except ValueError as error:
+            idle = [name for name in re.findall(r"- `(\w+)`:", str(error)) if getattr(config, name, None) is not None]
+            if not idle:
+                raise ValueError(
+                    f"This model's generation_config cannot be saved: {_brief(error)} Mend model.generation_config "
+                    "first."
+                ) from error
+            config, dropped = copy.deepcopy(config), dropped + idle
+            for name in idle:
+                setattr(config, name, None)
 
 
-@contextmanager
-def _beside(folder: Path) -> Iterator[Path]:
-    """A folder to write to that takes the place of `folder` when the block ends without an error."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        yield partial
-        partial.replace(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+def _brief(error: Exception) -> str:
+    """The beginning of what transformers says, on one line."""
+    said = " ".join(str(error).split())
+    return said if len(said) <= 300 else f"{said[:300]} ..."

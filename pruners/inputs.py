@@ -47,7 +47,7 @@ def language_model(model: Any, reads_weights: bool = True) -> PreTrainedModel:
     """
     model = getattr(model, "_orig_mod", model)
     if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"The model is a transformers.PreTrainedModel; got {_described(model)}")
+        raise TypeError(f"The model is a transformers.PreTrainedModel; got {described(model)}")
     if model.get_output_embeddings() is None:
         kind = type(model).__name__
         raise TypeError(
@@ -62,7 +62,8 @@ def language_model(model: Any, reads_weights: bool = True) -> PreTrainedModel:
     return model
 
 
-def _described(model: Any) -> str:
+def described(model: Any) -> str:
+    """What was given instead of a model of transformers, and the way to one."""
     if isinstance(model, str):
         return f"{shown(model)}. Load it first: transformers.AutoModelForCausalLM.from_pretrained({shown(model)})."
     if not isinstance(model, nn.Module):

@@ -110,6 +110,13 @@ class WidthsPerBlock:
         for index, widths in enumerate(self.blocks or ()):
             if missing := {"heads", "kv_heads", "channels", "biases"} - widths.keys():
                 raise ValueError(f"config.json does not say the {', '.join(sorted(missing))} of block {index}.")
+            heads, kv_heads, channels = (widths[name] for name in ("heads", "kv_heads", "channels"))
+            counts = all(type(width) is int and width >= 0 for width in (heads, kv_heads, channels))
+            if not counts or (heads % kv_heads if kv_heads else heads):
+                raise ValueError(
+                    f"config.json says that block {index} has {heads!r} heads, {kv_heads!r} KV heads and {channels!r} "
+                    "channels: whole numbers, of which the first is a multiple of the second."
+                )
 
     def validate_architecture(self):
         """Dense models tie hidden_size to the number of heads; pruned ones do not."""
@@ -176,7 +183,8 @@ class PrunedModel(nn.Module):
             if not linear.weight.is_meta:  # made anew after the dense class drew its weights
                 self._init_weights(linear)  # type: ignore[operator]
                 if linear.bias is not None and not had_bias:  # the dense class has no rule for a bias it has not
-                    nn.init.normal_(linear.bias, std=config.initializer_range)
+                    std = getattr(config, "initializer_range", getattr(config, "init_std", 0.02))
+                    nn.init.normal_(linear.bias, std=std)
         settle(block, self.output.removeprefix("self_attn."), heads, kv_heads, config.head_dim, channels)
 
     @classmethod
@@ -186,7 +194,7 @@ class PrunedModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, *args, output_loading_info=False, **kwargs):
-        check_shards(folder)
+        check_shards(Path(folder, kwargs.get("subfolder", "")))
         kwargs["ignore_mismatched_sizes"] = True  # told apart below, in one sentence
         model, info = super().from_pretrained(folder, *args, output_loading_info=True, **kwargs)  # type: ignore[misc]
         check_complete(folder, info)

@@ -8,14 +8,16 @@ included, can be told and removed by the next one.
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -87,9 +89,73 @@ def replacing(path: Path, otherwise: str = OTHERWISE) -> Iterator[Path]:
             shutil.rmtree(beside, ignore_errors=True)
 
 
+@contextmanager
+def filling(folder: Path) -> Iterator[Path]:
+    """A place to write files to, which become those of `folder`, new or empty, when the block ends without an error.
+
+    Raises FileExistsError for a folder that holds something, StorageError, and leaves nothing behind, where it cannot
+    be written.  What killed processes of this machine have left of the same folder is removed.
+    """
+    above = [path for path in folder.parents if not path.exists()]
+    place = folder if folder.is_dir() else folder.parent  # one that is there may be a mount or a working folder
+    mine = f".{folder.name}.{platform.node()}-"
+    try:
+        with explained(folder):
+            place.mkdir(parents=True, exist_ok=True)
+            for path in leftovers(place, folder.name):
+                process = path.name.removeprefix(mine).removesuffix(".tmp")
+                if process.isdecimal() and not _runs(int(process)):
+                    remove(path)
+            used = folder.exists() and (place is not folder or any(folder.iterdir()))
+        if used:
+            raise FileExistsError(f"{folder} is there already and not empty; choose another folder or empty this one.")
+        with explained(folder):
+            beside = place / f"{mine}{os.getpid()}.tmp"
+            beside.mkdir()
+            try:
+                yield beside
+                _take_place(beside, folder)
+            finally:
+                shutil.rmtree(beside, ignore_errors=True)
+    except BaseException:
+        for path in above:
+            with suppress(OSError):
+                path.rmdir()
+        raise
+
+
+def _take_place(beside: Path, folder: Path) -> None:
+    files = sorted(beside.iterdir(), key=lambda path: path.name == "config.json")  # last: with it the folder is a model
+    for path in files:
+        flush(path)
+    if not folder.exists():
+        beside.replace(folder)
+    else:
+        moved: list[Path] = []
+        try:
+            for path in files:
+                moved.append(path.replace(folder / path.name))
+        except BaseException:
+            for path in moved:
+                path.unlink()
+            raise
+    flush(folder.parent)
+
+
+def _runs(process: int) -> bool:
+    """Whether another process of that number does."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return process != os.getpid()
+
+
 def leftovers(folder: Path, name: str = "*") -> list[Path]:
     """What writers of the file `name` in `folder` have left there, or are writing now."""
-    return sorted(folder.glob(f".{name}.*.tmp"))
+    return sorted(folder.glob(f".{name if name == '*' else glob.escape(name)}.*.tmp"))
 
 
 def remove(path: Path) -> None:

@@ -27,6 +27,8 @@ from transformers import (
     PreTrainedModel,
 )
 
+from pruners import anatomy, apply
+
 DROPPED = re.compile(r"deprecat|will be removed|no longer be supported", re.IGNORECASE)
 
 
@@ -83,6 +85,21 @@ def no_hub(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path_factory.getbasetemp() / "no-hub"))
     monkeypatch.setattr(hub, "reachable", lambda: False)
+
+
+HOLLOW = {"no head, no channel": (["attention"], ["mlp"]), "nothing": (["attention", "mlp"], [])}
+
+
+def hollow(kind: str, units: str) -> PreTrainedModel:
+    """A tiny model whose blocks have lost all units of some kinds, cut out as structured pruning does."""
+    model = tiny(kind)
+    for block, lost in zip(anatomy.blocks(model), HOLLOW[units], strict=True):
+        kept = apply.Kept.all(block)
+        for which in apply.KINDS:
+            kept[which][: block.units(which) if which in lost else 1] = False
+        apply.cut(block, kept)
+    apply.describe(model)
+    return model
 
 
 @pytest.fixture(params=CONFIGS)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import errno
 import json
 import os
+import platform
 import subprocess
 import sys
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import (
@@ -18,6 +23,7 @@ from transformers import (
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     MistralConfig,
     MistralForCausalLM,
     OPTConfig,
@@ -27,7 +33,7 @@ from transformers import (
 import pruners
 from pruners import anatomy, apply, checkpoint
 from pruners.apply import CLASSES, Kept
-from pruners.retrain import LoRA, Trainable, finetune
+from pruners.retrain import LoRA, LoRAPrune, MaskLoRA, ScaleLoRA, Trainable, finetune
 from tests.conftest import CONFIGS, SHARED, tiny
 
 FLAP = pruners.Flap(ratio=0.5)
@@ -126,7 +132,10 @@ for path in Path().glob("*.safetensors"):
     model = AutoModelForCausalLM.from_pretrained(path.stem, trust_remote_code=True)
     expected = load_file(path)
     assert torch.equal(model(expected["windows"]).logits, expected["logits"])
-    assert model.generate(expected["windows"], max_new_tokens=4, do_sample=False).shape[1] > 16
+    prompt = expected["windows"].masked_fill(torch.arange(16) < torch.tensor([5, 0, 0, 0, 0, 0])[:, None], 0)
+    options = {"attention_mask": (prompt > 0).long(), "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    cached, plain = (model.generate(prompt, use_cache=use, **options) for use in (True, False))
+    assert cached.shape[1] > 16 and torch.equal(cached, plain)
     model.save_pretrained(f"again/{path.stem}")
     print(type(model).__module__, flush=True)
 """
@@ -371,13 +380,32 @@ def test_generation_flags_of_a_sampling_model_stay(tmp_path):
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_a_model_from_a_pruned_configuration_starts_as_the_dense_class_does_and_trains(kind):
+def test_a_model_from_a_pruned_configuration_starts_as_the_dense_class_does_and_trains(kind, windows):
     opened = AutoModelForCausalLM.from_config(ragged(kind).config)
     dense = AutoModelForCausalLM.from_config(CONFIGS[kind])
     stock = {name for name, p in dense.named_parameters() if not p.any()}
     assert {name for name, p in opened.named_parameters() if p.numel() and not p.any()} <= stock
     deviations = [p.std() for name, p in opened.named_parameters() if "proj.weight" in name and p.numel() > 100]
     assert all(0.01 < deviation < 0.03 for deviation in deviations)
+    before = {name: p.clone() for name, p in opened.named_parameters()}
+    optimizer = torch.optim.AdamW(opened.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(5):
+        losses.append(opened(windows, labels=windows).loss)
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0] - 0.1
+    assert not [name for name, p in opened.named_parameters() if torch.equal(p, before[name]) and p.numel() > 48]
+
+
+def test_biases_that_repair_made_start_at_random_in_a_family_without_them():
+    config = copy.deepcopy(CONFIGS["opt"])
+    config.enable_bias = False
+    model = OPTForCausalLM(config)
+    pruners.prune(model, FLAP, torch.arange(96).view(6, 16))
+    opened = AutoModelForCausalLM.from_config(model.config)
+    assert opened.model.decoder.layers[0].fc2.bias.any()
 
 
 def test_paths_are_what_a_shell_makes_of_them(tmp_path, monkeypatch):
@@ -385,7 +413,148 @@ def test_paths_are_what_a_shell_makes_of_them(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     checkpoint.save(tiny("opt"), None, "~/kept")
     assert (tmp_path / "home/kept/config.json").is_file()
+    assert checkpoint.load("~/kept")[1] is None
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
     checkpoint.save(tiny("opt"), None, ".")
-    assert (tmp_path / "empty/config.json").is_file()
+    assert sorted(os.listdir(".")) == ["config.json", "generation_config.json", "model.safetensors"]
+    with pytest.raises(FileExistsError, match="empty is there already and not empty"):
+        checkpoint.save(tiny("opt"), None, ".")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        Exception("No space left on device (os error 28)"),  # of tokenizers
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("folder", ["new/deep", "empty"])
+def test_a_full_disk_is_named_and_nothing_is_left_behind(error, folder, tmp_path):
+    class Full:
+        def save_pretrained(self, folder):
+            raise error
+
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(OSError, match=f"Cannot write .*{folder}: no space left on device; free some space") as refused:
+        checkpoint.save(tiny("opt"), Full(), tmp_path / folder)
+    assert refused.value.errno == errno.ENOSPC
+    assert [path.name for path in tmp_path.rglob("*")] == ["empty"]
+
+
+def test_what_a_killed_process_left_of_the_same_folder_goes(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left, lives = (tmp_path / f".out.{platform.node()}-{process}.tmp" for process in (dead.pid, os.getppid()))
+    for folder in (left, lives):
+        folder.mkdir()
+        (folder / "model.safetensors").write_text("half")
+    checkpoint.save(tiny("opt"), None, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([lives.name, "out"])
+
+
+def test_two_sets_of_weights_in_a_pruned_folder_are_refused_however_it_is_opened(windows, tmp_path):
+    model = pruned("llama multi-head", windows)
+    model.save_pretrained(tmp_path / "out")
+    model.save_pretrained(tmp_path / "out", max_shard_size="40KB")
+    for opened in (checkpoint.load, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(ValueError, match=r"holds two sets of weights, model\.safetensors beside model-00001"):
+            opened(tmp_path / "out")
+    with pytest.raises(ValueError, match="two sets of weights"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, subfolder="out")
+    with pytest.raises(FileExistsError):
+        checkpoint.save(model, None, tmp_path / "out")
+
+
+def test_an_older_module_in_the_folder_is_never_run(kind, windows, tmp_path):
+    model = pruned(kind, windows)
+    checkpoint.save(model, None, tmp_path / "out")
+    (tmp_path / "out/modeling_pruned.py").write_text("raise SystemExit('the folder has run its own code')")
+    assert torch.equal(checkpoint.load(tmp_path / "out")[0](windows).logits, model(windows).logits)
+    for options in ({}, {"trust_remote_code": True}):
+        opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out", **options)
+        assert type(opened) is type(model)
+
+
+def test_a_model_that_cannot_be_saved_is_refused_before_anything_is_done(tmp_path):
+    head = tiny("llama multi-head")
+    inject_adapter_in_model(LoraConfig(target_modules=["lm_head"]), head)
+    beams = tiny("opt")
+    beams.generation_config.num_return_sequences = 3
+    old = tiny("opt")
+    old.config.temperature = 0.9
+    classifier = LlamaForSequenceClassification(CONFIGS["llama multi-head"])
+    cases = [
+        (head, ValueError, "3 tensors that LlamaForCausalLM does not know, e.g. lm_head.*Merge adapters first"),
+        (beams, ValueError, "num_return_sequences.*Mend model.generation_config first"),
+        (old, ValueError, "config holds temperature, which transformers saves in generation_config only"),
+        (classifier, ValueError, "1 tensors that LlamaForCausalLM does not know, e.g. score.weight"),
+        (get_peft_model(tiny("opt"), LoraConfig()), TypeError, "merge_and_unload"),
+        (torch.nn.DataParallel(tiny("opt")), TypeError, "model.module"),
+        (torch.nn.Linear(2, 2), TypeError, "got a torch.nn.modules.linear.Linear"),
+    ]
+    for model, kind, said in cases:
+        for refused in (checkpoint.check, lambda model: checkpoint.save(model, None, tmp_path / "out")):
+            with pytest.raises(kind, match=said):
+                refused(model)
+    with pytest.raises(ValueError, match="on the meta device and holds no values to save"):
+        checkpoint.save(tiny("opt").to("meta"), None, tmp_path / "out")
+    with pytest.raises(TypeError, match="tokenizer is one of transformers, or None; got 'gpt2'"):
+        checkpoint.save(tiny("opt"), "gpt2", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_pruned_can_be_saved_or_is_refused_before(windows):
+    model = tiny("opt")
+    model.generation_config.num_return_sequences = 3
+    before = copy.deepcopy(model.state_dict())
+    for method in (FLAP, pruners.Wanda()):
+        with pytest.raises(ValueError, match="generation_config cannot be saved"):
+            pruners.prune(model, method, windows)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("adapters", [LoRA(4), LoRAPrune(4), ScaleLoRA(4), MaskLoRA(4)], ids=repr)
+def test_adapters_in_place_are_refused_and_merged_ones_are_saved(adapters, windows, tmp_path):
+    model = pruned("llama grouped-query", windows, pruners.Wanda(sparsity=0.5))
+    attached = Trainable(adapters=adapters).attach(model)
+    with pytest.raises(ValueError, match="Merge adapters first"):
+        checkpoint.save(model, None, tmp_path / "out")
+    attached.detach()
+    finetune(model, Trainable(adapters=adapters), windows, steps=2, learning_rate=1e-2)
+    if not adapters.keeps_sparsity and not getattr(adapters, "merge", False):
+        return
+    checkpoint.save(model, None, tmp_path / "out")
+    assert_close(checkpoint.load(tmp_path / "out")[0](windows).logits, model(windows).logits, rtol=0, atol=1e-6)
+
+
+def test_peft_knows_where_adapters_go_in_a_ragged_model(kind, windows):
+    plain, cut = (get_peft_model(model, LoraConfig(r=2)) for model in (tiny(kind), ragged(kind)))
+    names = [{name for name, _ in model.named_modules() if name.endswith("lora_A")} for model in (plain, cut)]
+    assert names[0] == names[1] != set()
+    merged = cut.merge_and_unload()
+    assert_close(merged(windows).logits, ragged(kind)(windows).logits, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "widths", [{"heads": 3}, {"heads": -1}, {"channels": "64"}, {"kv_heads": 0}, {"channels": None}], ids=str
+)
+def test_widths_that_are_none_are_refused(widths, windows, tmp_path):
+    model = pruned("llama grouped-query", windows)
+    checkpoint.save(model, None, tmp_path / "out")
+    edit(
+        tmp_path / "out",
+        blocks=[{**model.config.blocks[0], "heads": 2, "kv_heads": 2, **widths}, model.config.blocks[1]],
+    )
+    with pytest.raises(ValueError, match=r"says that block 0 has .* whole numbers"):
+        checkpoint.load(tmp_path / "out")
+
+
+def test_a_configuration_of_the_wrong_types_is_one_sentence(tmp_path):
+    checkpoint.save(tiny("opt"), None, tmp_path / "out")
+    edit(tmp_path / "out", hidden_size="wide")
+    with pytest.raises(ValueError, match=r"config.json describes no model: .*hidden_size") as refused:
+        checkpoint.load(tmp_path / "out")
+    assert "\n" not in str(refused.value)

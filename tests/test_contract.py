@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -10,9 +11,9 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 import pruners
-from pruners import anatomy
+from pruners import anatomy, checkpoint
 from pruners.unstructured import Unstructured
-from tests.conftest import tiny
+from tests.conftest import CONFIGS, HOLLOW, SLIDING, hollow, tiny
 
 UNSTRUCTURED = {name: cls for name, cls in pruners.METHODS.items() if issubclass(cls, Unstructured)}
 
@@ -113,3 +114,42 @@ def test_a_copy_pruned_apart_shares_nothing_with_the_original(kind, method, wind
     model = tiny(kind)
     pruners.prune(copy.deepcopy(model), method(sparsity=0.5), windows)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), tiny(kind).parameters(), strict=True))
+
+
+EVERY_BLOCK = {"attention_blocks": (0, 2), "mlp_blocks": (0, 2)}
+ONCE_MORE = {
+    **{name: cls(sparsity=0.5) for name, cls in UNSTRUCTURED.items()},
+    "flap": pruners.Flap(ratio=0.4),
+    "wanda_sp": pruners.WandaSP(ratio=0.4),
+    "magnitude_sp": pruners.MagnitudeSP(ratio=0.4),
+    "llm_pruner": pruners.LLMPruner(ratio=0.4, **EVERY_BLOCK),
+    "llm_pruner, random": pruners.LLMPruner(ratio=0.4, importance="random", **EVERY_BLOCK),
+    "llm_pruner, by channel": pruners.LLMPruner(ratio=0.1, granularity="channel"),
+    "llm_pruner, by layer": pruners.LLMPruner(ratio=0.2, granularity="layer"),
+}
+
+
+def test_every_method_is_pruned_once_more():
+    assert {type(method) for method in ONCE_MORE.values()} == set(pruners.METHODS.values())
+
+
+@pytest.mark.parametrize("once_more", ONCE_MORE)
+@pytest.mark.parametrize("units", HOLLOW)
+@pytest.mark.parametrize("kind", [*CONFIGS, *SLIDING])
+def test_blocks_without_heads_or_channels_are_pruned_run_and_saved_as_others(kind, units, once_more, windows, tmp_path):
+    model = hollow(kind, units)
+    before = model.num_parameters()
+    report = pruners.prune(model, ONCE_MORE[once_more], windows)
+    told = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    if told["structure"]:
+        assert told["structure"]["after"]["size"]["model"] == model.num_parameters() < before
+    else:
+        zeros, weights = (sum(f(m) for m in masks(model).values()) for f in (torch.Tensor.sum, torch.Tensor.numel))
+        assert report.achieved == pytest.approx(float(zeros / weights))
+        assert report.achieved == pytest.approx(0.5, abs=0.02)
+    prompt = windows.masked_fill(torch.arange(16) < torch.tensor([5, 0, 0, 0, 0, 0])[:, None], 0)
+    options = {"attention_mask": (prompt > 0).long(), "max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(prompt, **options), model.generate(prompt, use_cache=False, **options))
+    checkpoint.save(model, None, tmp_path / "out")
+    opened, _ = checkpoint.load(tmp_path / "out")
+    assert_close(opened(windows).logits, model(windows).logits, rtol=0, atol=1e-6)

@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 import pruners
 from eval import latency, semi_structured
 from eval.efficiency import NO_SPEED_UP, TWO_FOUR, bytes_per_step, counts, decoder_blocks, efficiency, macs, speed_note
+from tests.conftest import hollow
 
 SMALL = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 88, "num_hidden_layers": 3, "num_attention_heads": 4}
 LLAMA_7B = {"vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32,
@@ -142,3 +143,9 @@ def test_a_prompt_longer_than_the_models_positions_is_refused():
 
 def test_the_semi_structured_probe_says_why_it_did_not_run():
     assert "need a CUDA device; this is cpu" in semi_structured.probe(llama())["skipped"]
+
+
+def test_a_model_without_anything_left_in_its_blocks_has_no_zeros_worth_a_note():
+    model = hollow("opt", "nothing")
+    assert speed_note(model) is None
+    assert macs(model) > 0

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from torch import nn
 
 from eval.patterns import mask_patterns, overdispersion
+from tests.conftest import hollow
 
 
 def mask(kept_by_column, rows=400):
@@ -55,3 +58,17 @@ def test_maps_show_the_asked_block_as_two_digits_a_cell():
 def test_a_block_that_is_not_there_is_refused():
     with pytest.raises(ValueError, match=r"no block 2.*has 2, counted from 0"):
         mask_patterns(model(), block=2)
+
+
+def test_blocks_without_heads_or_channels_have_no_maps_of_what_is_gone():
+    cut = hollow("llama grouped-query", "no head, no channel")
+    told = mask_patterns(cut, block=0)
+    assert list(told["maps"]) == ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+    assert told["matrices"]["self_attn.q_proj"]["kept"][0] is None
+    json.dumps(told, allow_nan=False)
+
+
+def test_a_block_that_has_nothing_left_has_no_map_and_is_there():
+    told = mask_patterns(hollow("opt", "nothing"), block=0)
+    assert told["maps"] == {}
+    json.dumps(told, allow_nan=False)

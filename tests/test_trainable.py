@@ -6,10 +6,12 @@ import csv
 
 import pytest
 import torch
-from conftest import SHARED, needs_shared, tiny
+from conftest import HOLLOW, SHARED, hollow, needs_shared, tiny
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, OPTConfig
 
-from pruners.retrain import LoRA, MaskLoRA, Trainable
+import pruners
+from pruners import anatomy
+from pruners.retrain import LoRA, LoRAPrune, MaskLoRA, Reconstruction, ScaleLoRA, Trainable, finetune
 
 OPT_SIZES = {"125M": (768, 12, 12), "1.3B": (2048, 24, 32), "2.7B": (2560, 32, 32), "6.7B": (4096, 32, 32),
              "13B": (5120, 40, 40), "30B": (7168, 48, 56)}  # fmt: skip
@@ -104,3 +106,34 @@ def test_trained_tensors_are_float32_for_as_long_as_they_are_trained(kind):
 def test_what_cannot_be_trained_is_refused(make, says):
     with pytest.raises(ValueError, match=says):
         make().attach(tiny("llama multi-head"))
+
+
+@pytest.mark.parametrize("adapters", [LoRA(4, merge=True), LoRAPrune(4), ScaleLoRA(4), MaskLoRA(4)], ids=repr)
+@pytest.mark.parametrize("units", HOLLOW)
+def test_projections_that_nothing_is_left_of_get_no_adapter(kind, units, adapters, windows):
+    model = hollow(kind, units)
+    left = sum(bool(linear.weight.numel()) for b in anatomy.blocks(model) for linear in b.linears().values())
+    attached = Trainable(adapters=adapters).attach(model)
+    assert len(attached.adapters) == left > 0
+    attached.detach()
+    report = finetune(model, Trainable(adapters=adapters), windows, steps=2, learning_rate=1e-3)
+    assert report.losses[1] < 1.1 * report.losses[0]
+
+
+@pytest.mark.parametrize(
+    "trainable", [Trainable(adapters=MaskLoRA(4)), Trainable(norms=True)], ids=["adapters", "norms"]
+)
+@pytest.mark.parametrize("units", HOLLOW)
+def test_blocks_without_heads_or_channels_are_reconstructed(kind, units, trainable, windows):
+    model = hollow(kind, units)
+    rebuild = Reconstruction(trainable, steps=3, learning_rate=1e-3)
+    report = pruners.prune(model, pruners.Wanda(sparsity=0.5), windows, reconstruct=rebuild)
+    assert [block["block"] for block in report.reconstruction] == [block.name for block in anatomy.blocks(model)]
+    assert all(block["final"] <= block["initial"] for block in report.reconstruction)
+
+
+def test_a_selection_that_a_block_has_not_is_refused_though_nothing_is_trained_in_an_empty_one():
+    first, second = anatomy.blocks(hollow("llama multi-head", "nothing"))
+    assert Trainable(biases=True).attach_to_block(first).tensors == {}
+    with pytest.raises(ValueError, match=r"selects nothing in model\.layers\.1"):
+        Trainable(biases=True).attach_to_block(second)

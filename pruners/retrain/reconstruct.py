@@ -122,6 +122,8 @@ class Rebuilder(Keeper):
 
     @torch.enable_grad()
     def _train(self, block: Block, attached: Attached, passage: Passage) -> None:
+        if not attached.tensors:  # structured pruning has left nothing of this block
+            return
         schedule, count = self.settings.schedule, len(passage.inputs)
         precision = precision_for(None, self.dtype, passage.inputs.device)
         optimizer = schedule.optimizer(attached.tensors)

@@ -56,15 +56,29 @@ class Trainable:
         Raises ValueError where nothing is selected, a projection does not exist or a rank is too large.
         """
         linears = {f"{b.name}.{name}": linear for b in anatomy.blocks(model) for name, linear in b.linears().items()}
-        return self._attach(model, linears, seed, "")
+        attached = self._attach(model, linears, seed, "")
+        if not attached.tensors:
+            attached.detach()
+            raise ValueError(
+                f"{self!r} selects nothing: {type(model).__name__} has no such parameter. LLaMA has no biases, for "
+                "example; select norms or adapters."
+            )
+        return attached
 
     def attach_to_block(self, block: Block, seed: int = 0) -> Attached:
-        """The same within one decoder block, which holds no head and no embeddings."""
+        """The same within one decoder block, which holds no head and no embeddings.
+
+        Nothing may be selected in a block that structured pruning has left nothing of.
+        """
         if self.head or self.embeddings:
             raise ValueError("A decoder block holds no head and no embeddings; drop head= and embeddings= here.")
         if isinstance(self.adapters, LoRA) and not self.adapters.merge:
             raise ValueError("Blocks are reconstructed one by one and need adapters that merge, e.g. MaskLoRA.")
-        return self._attach(block.module, block.linears(), seed, f"{block.name}.")
+        attached = self._attach(block.module, block.linears(), seed, f"{block.name}.")
+        if not attached.tensors and block.shared_inputs:
+            attached.detach()
+            raise ValueError(f"{self!r} selects nothing in {block.name}. Select norms or adapters.")
+        return attached
 
     def _attach(self, root: nn.Module, linears: Mapping[str, nn.Linear], seed: int, prefix: str) -> Attached:
         required = {p: p.requires_grad for p in root.parameters()}
@@ -77,13 +91,7 @@ class Trainable:
         if self.head:
             head: Any = root.get_output_embeddings()  # type: ignore[operator]
             adapters.append(HEAD.attach("head", head, BitMask.of(head.weight.data), seed))
-        tensors = _selected(self, root)
-        if not tensors and not adapters:
-            raise ValueError(
-                f"{self!r} selects nothing: {type(root).__name__} has no such parameter. LLaMA has no biases, for "
-                "example; select norms or adapters."
-            )
-        return Attached(root, tensors, adapters, masks, required)
+        return Attached(root, _selected(self, root), adapters, masks, required)
 
     def _targets(self, linears: Mapping[str, nn.Linear]) -> Iterator[tuple[str, nn.Linear]]:
         wanted = self.adapters.targets if self.adapters else None
@@ -139,7 +147,8 @@ class Attached:
     def sparsity(self) -> float:
         """The zeros' share of the blocks' matrices."""
         zeros = sum(int((p.detach() == 0).sum()) for p in self._matrices.values())
-        return zeros / sum(p.numel() for p in self._matrices.values())
+        weights = sum(p.numel() for p in self._matrices.values())
+        return zeros / weights if weights else 0.0
 
     @property
     def merges(self) -> bool:
