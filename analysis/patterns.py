@@ -34,7 +34,8 @@ def masks(table: Table, rows: Sequence[Row], key: str | None = None) -> Figure:
     key = one_key(rows, key, "maps")
     told = _told(rows, key)
     maps = {name: {matrix: grey(lines) for matrix, lines in found["maps"].items()} for name, found in told.items()}
-    matrices = list(dict.fromkeys(matrix for found in maps.values() for matrix in found))
+    known = dict.fromkeys(matrix for found in told.values() for matrix in found["matrices"])
+    matrices = [matrix for matrix in known if any(matrix in found for found in maps.values())]
     if not matrices:
         raise UndrawableError("Nothing is left of that block in any model, so it has no masks; measure another one.")
     low, high = np.percentile(np.concatenate([one.ravel() for found in maps.values() for one in found.values()]), EDGES)

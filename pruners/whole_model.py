@@ -37,14 +37,14 @@ def shorten(method: Structured, model: Any, cut: bool) -> Structure:
     before, blocks = State.of(model), anatomy.blocks(model)
     sizes = [sum(p.numel() for p in block.module.parameters()) for block in blocks]
     if method.target_parameters is None:
-        asked = round(method.asked * sum(sizes))
-        gone = int(method.asked * len(blocks) + 1e-9)
+        asked, most = round(method.asked * sum(sizes)), round(sum(sizes) * (len(blocks) - 1) / len(blocks))
+        gone = int(method.asked * len(blocks) + 1e-9)  # a share of the blocks, however uneven they are
     else:
-        asked = round(method.asked * getattr(before.size, method.target_of))
+        asked, most = round(method.asked * getattr(before.size, method.target_of)), sum(sizes[1:])
         lost = torch.tensor([0, *sizes[::-1]]).cumsum(0)
         gone = int((lost - asked).abs().argmin())
     stays = len(blocks) - gone
-    _check(method, Size(asked, asked), Size(sum(sizes[1:]), sum(sizes[1:])))
+    _check(method, Size(asked, asked), Size(most, most))
     if cut:
         apply.keep_first(model, stays)
     else:

@@ -87,7 +87,11 @@ def no_hub(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(hub, "reachable", lambda: False)
 
 
-HOLLOW = {"no head, no channel": (["attention"], ["mlp"]), "nothing": (["attention", "mlp"], [])}
+HOLLOW = {  # what each of the two blocks has lost
+    "no head, no channel": (["attention"], ["mlp"]),
+    "nothing": (["attention", "mlp"], []),
+    "nothing anywhere": (["attention", "mlp"], ["attention", "mlp"]),
+}
 
 
 def hollow(kind: str, units: str) -> PreTrainedModel:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import pruners
 from pruners import anatomy, checkpoint
 from pruners.unstructured import Unstructured
-from tests.conftest import CONFIGS, HOLLOW, SLIDING, hollow, tiny
+from tests.conftest import CONFIGS, SLIDING, hollow, tiny
 
 UNSTRUCTURED = {name: cls for name, cls in pruners.METHODS.items() if issubclass(cls, Unstructured)}
 
@@ -125,7 +125,7 @@ ONCE_MORE = {
     "llm_pruner": pruners.LLMPruner(ratio=0.4, **EVERY_BLOCK),
     "llm_pruner, random": pruners.LLMPruner(ratio=0.4, importance="random", **EVERY_BLOCK),
     "llm_pruner, by channel": pruners.LLMPruner(ratio=0.1, granularity="channel"),
-    "llm_pruner, by layer": pruners.LLMPruner(ratio=0.2, granularity="layer"),
+    "llm_pruner, by layer": pruners.LLMPruner(ratio=0.5, granularity="layer"),
 }
 
 
@@ -134,7 +134,7 @@ def test_every_method_is_pruned_once_more():
 
 
 @pytest.mark.parametrize("once_more", ONCE_MORE)
-@pytest.mark.parametrize("units", HOLLOW)
+@pytest.mark.parametrize("units", ["no head, no channel", "nothing"])
 @pytest.mark.parametrize("kind", [*CONFIGS, *SLIDING])
 def test_blocks_without_heads_or_channels_are_pruned_run_and_saved_as_others(kind, units, once_more, windows, tmp_path):
     model = hollow(kind, units)
@@ -153,3 +153,12 @@ def test_blocks_without_heads_or_channels_are_pruned_run_and_saved_as_others(kin
     checkpoint.save(model, None, tmp_path / "out")
     opened, _ = checkpoint.load(tmp_path / "out")
     assert_close(opened(windows).logits, model(windows).logits, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("once_more", [name for name in ONCE_MORE if "by" not in name])
+def test_blocks_that_nothing_is_left_of_stay_as_they_are(once_more, windows):
+    model = hollow("llama grouped-query", "nothing anywhere")
+    before = copy.deepcopy(model.state_dict())
+    report = pruners.prune(model, ONCE_MORE[once_more], windows)
+    assert json.loads(json.dumps(report.to_dict(), allow_nan=False))["achieved"] == 0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -146,6 +146,6 @@ def test_the_semi_structured_probe_says_why_it_did_not_run():
 
 
 def test_a_model_without_anything_left_in_its_blocks_has_no_zeros_worth_a_note():
-    model = hollow("opt", "nothing")
+    model = hollow("opt", "nothing anywhere")
     assert speed_note(model) is None
     assert macs(model) > 0

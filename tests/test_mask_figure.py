@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import small_table as small
 import torch
+from conftest import hollow
 from PIL import Image
 from torch import nn
 
@@ -68,6 +69,17 @@ def test_the_overdispersion_below_a_map_is_that_of_its_block(tmp_path):
     assert (
         random.get_xlabel() == f"rows {told['down_proj']['rows'][0]:.1f}\ncolumns {told['down_proj']['columns'][0]:.1f}"
     )
+
+
+def test_a_matrix_that_nothing_is_left_of_has_no_map(tmp_path, monkeypatch):
+    cut = {0.5: hollow("opt", "nothing"), 0.4: hollow("opt", "no head, no channel")}
+    monkeypatch.setitem(globals(), "measured", lambda share, block: mask_patterns(cut[round(share, 1)], block))
+    *panels, _ = patterns.masks(table(), fill(tmp_path)).axes
+    assert [axes.get_title() for axes in panels[:2]] == ["fc1", "fc2"]
+    assert [np.isnan(axes.images[0].get_array().filled(np.nan)).all() for axes in panels] == [True] * 4 + [False] * 2
+    cut[0.4] = cut[0.5]
+    with pytest.raises(ValueError, match="Nothing is left of that block"):
+        patterns.masks(table(), fill(tmp_path / "again"))
 
 
 def test_masks_of_several_blocks_ask_which(tmp_path):
