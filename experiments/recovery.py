@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from experiments.spec import Run, Windows
 from pruners import checks
-from pruners.checks import Count, Finite, Number, Positive, Rule, Seed, Text
+from pruners.checks import Count, Finite, Flag, Number, Positive, Rule, Seed, Text
 from pruners.retrain import LoRA, Reconstruction, Trainable
 from pruners.retrain.schedule import Schedule
 
@@ -48,8 +48,8 @@ TEXTS = Rule("the Windows, Documents or Instructions to train on", (Windows, Doc
 class Retraining:
     """`steps` of `batch_size` examples of `text` for what `trainable` selects; the fields are those of `finetune`.
 
-    `micro_batch_size` examples go through the model at once and move no number.  The schedule of `steps` is left after
-    `stop` of them where that is given.
+    `micro_batch_size` examples go through the model at once; that moves a number only by PERP's released arithmetic,
+    `reference`.  The schedule of `steps` is left after `stop` of them where that is given.
     """
 
     trainable: Annotated[Trainable, checks.instance(Trainable, "a pruners.retrain.Trainable, what is trained")]
@@ -59,12 +59,15 @@ class Retraining:
     batch_size: Count = 2
     warmup: Finite = 0.1
     seed: Seed = 0
-    micro_batch_size: Count | None = field(default=None, metadata={"result": False})
+    micro_batch_size: Count | None = field(default=None, metadata={"result": "reference"})
     stop: Count | None = field(default=None, metadata={"since": "later"})
+    reference: Flag = field(default=False, metadata={"since": "later"})
 
     def __post_init__(self) -> None:
         checks.fields(self)
-        Schedule(self.steps, self.learning_rate, self.batch_size, self.warmup).checked(self.stop)
+        schedule = Schedule(self.steps, self.learning_rate, self.batch_size, self.warmup)
+        schedule.checked(self.stop)
+        schedule.micro_batch_size(self.micro_batch_size, self.reference)
 
     @property
     def taken(self) -> int:

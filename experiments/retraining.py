@@ -53,6 +53,7 @@ def retrained(
         micro_batch_size=recovery.micro_batch_size,
         checkpointing=model.device.type == "cuda",
         stop=recovery.stop,
+        reference=recovery.reference,
         folder=folder,
         progress=progress,
         watch=watch,

@@ -269,19 +269,22 @@ def needs_windows(method: Any) -> bool:
 def describe(thing: Any) -> dict[str, Any] | None:
     """A method or measure as `{"name": ..., **hyperparameters}`.
 
-    Fields whose metadata says `{"result": False}` cannot move the number and are left out, and so is a field that came
-    after records were made, `{"since": "later"}`, where it has its default.
+    Fields whose metadata says `{"result": False}` cannot move the number and are left out, or move it only where the
+    flag is set that `{"result": "flag"}` names; so is a field that came after records were made, `{"since": "later"}`,
+    where it has its default.
     """
     if thing is None:
         return None
     if not is_dataclass(thing):
         raise TypeError(f"{thing!r} is no dataclass; methods and measures of a Run are frozen dataclasses.")
-    kept = {f.name: getattr(thing, f.name) for f in fields(thing) if _is_told(f, getattr(thing, f.name))}
+    kept = {f.name: getattr(thing, f.name) for f in fields(thing) if _is_told(f, thing)}
     return {"name": _name(thing), **{key: _plain(value) for key, value in kept.items()}}
 
 
-def _is_told(field: Field[Any], value: Any) -> bool:
-    return field.metadata.get("result", True) and not (field.metadata.get("since") and value == field.default)
+def _is_told(field: Field[Any], thing: Any) -> bool:
+    moves = field.metadata.get("result", True)
+    told = getattr(thing, moves) if isinstance(moves, str) else moves
+    return told and not (field.metadata.get("since") and getattr(thing, field.name) == field.default)
 
 
 def digest(spec: dict[str, Any]) -> str:

@@ -8,7 +8,9 @@
     MaskLoRA   trains  W + s (BA . M)   merges into  W + s (BA . M)   exact
 
 Zimmer et al. 2023, arXiv:2312.15230 (LoRA: Hu et al. 2021, arXiv:2106.09685).  A starts uniform within
-1/sqrt(inp), B at zero; ScaleLoRA starts with both at 1/sqrt(rank).
+1/sqrt(inp), B at zero; ScaleLoRA starts with both at 1/sqrt(rank).  These are the released code's formulas
+and ranges; A is drawn by seed and name, not from the global generator, so that a projection starts alike whatever else
+is trained.  Plain LoRA has LLM-Pruner's defaults, rank 8, alpha 16 and dropout 0.05; PERP's are 16, 32 and 0.
 """
 
 from __future__ import annotations
@@ -40,6 +42,11 @@ class Adapter:
     mask: BitMask
     a: nn.Parameter
     b: nn.Parameter
+
+    @property
+    def on_head(self) -> bool:
+        """Whether it sits on the output matrix, which is never pruned, and not in a decoder block."""
+        return self.name == "head"
 
     @torch.no_grad()
     def merge(self) -> None:

@@ -45,15 +45,15 @@ class Packed:
 
 
 class Batches:
-    """Examples of tokens and labels, shuffled anew by `seed` every time they have all been seen.
+    """Examples of tokens and labels, shuffled anew by `seed` every time they have all been seen, or as they come.
 
     `examples` are windows [count, length], or records with `input_ids` and, where not every token is to be predicted,
     `labels` (-100: no loss); they are read once, one by one.  Raises TypeError for what are no examples, ValueError for
     examples that are absent, too short or not the model's.
     """
 
-    def __init__(self, examples: Iterable[Any], batch_size: int, seed: int, config: Any) -> None:
-        self.examples, self.batch_size, self.seed = Packed(), batch_size, seed
+    def __init__(self, examples: Iterable[Any], batch_size: int, seed: int, config: Any, shuffle: bool = True) -> None:
+        self.examples, self.batch_size, self.seed, self.shuffle = Packed(), batch_size, seed, shuffle
         _check_kind(examples)
         for index, example in enumerate(examples):
             tokens, labels = _tokens_and_labels(index, example)
@@ -88,6 +88,8 @@ class Batches:
 
     def _at(self, place: int) -> int:
         epoch, position = divmod(place, len(self.examples))
+        if not self.shuffle:
+            return position
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(self.seed + epoch)
             self._epoch, self._order = epoch, torch.randperm(len(self.examples), generator=generator)

@@ -25,7 +25,8 @@ from pruners.retrain.masks import BitMask
 from pruners.retrain.schedule import Schedule, precision_for
 from pruners.retrain.trainable import Trainable, untie
 
-MOVING = ("steps", "learning_rate", "batch_size", "warmup", "clip", "seed", "precision")  # what changes the result
+# What changes the result; with `reference`, `micro_batch_size` does so, too.
+MOVING = ("steps", "learning_rate", "batch_size", "warmup", "clip", "seed", "precision", "shuffle", "reference")
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def iterate(
     _check(model, methods, trainable, windows, training)
     examples = list(examples) if isinstance(examples, Iterator) else examples  # every cycle reads them
     digest = Batches(examples, 1, 0, model.config).digest()
-    if trainable.head:
+    if trainable.head and not training.get("reference"):
         untie(model)  # now, so that what a finished cycle left fits the model it is loaded into
     keeper = _Keeper(model, Path(folder) if folder else None, _mark(model, methods, trainable, digest, training))
     done = keeper.finished()
@@ -86,7 +87,10 @@ def _check(
     model: PreTrainedModel, methods: Any, trainable: Trainable, windows: Any, training: Mapping[str, Any]
 ) -> None:
     """What the first pruning or retraining would refuse, once the model is changed."""
-    Schedule(training["steps"], training["learning_rate"]).checked(training.get("stop"))
+    about = {name: training[name] for name in ("batch_size", "warmup") if name in training}
+    schedule = Schedule(training["steps"], training["learning_rate"], **about)
+    schedule.checked(training.get("stop"))
+    schedule.micro_batch_size(training.get("micro_batch_size"), training.get("reference", False))
     precision_for(training.get("precision"), model.dtype, model.device)
     if isinstance(methods, str) or not isinstance(methods, Sequence):
         raise TypeError(f"methods are several methods, one a cycle; got {checks.typed(methods)}.")
@@ -136,7 +140,8 @@ def _linears(model: nn.Module) -> dict[str, nn.Linear]:
 def _mark(
     model: PreTrainedModel, methods: Sequence[Any], trainable: Trainable, digest: str, training: Mapping[str, Any]
 ) -> str:
-    settings = {name: training[name] for name in MOVING if name in training}
+    moving = [*MOVING, *(["micro_batch_size"] if training.get("reference") else [])]
+    settings = {name: training[name] for name in moving if name in training}
     return state.fingerprint(model, list(methods), trainable, settings, digest)
 
 

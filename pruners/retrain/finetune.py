@@ -2,14 +2,26 @@
 
 It stands in for transformers.Trainer, whose checkpoints are pickles and hold the frozen weights too: here a killed run
 resumes from one small safetensors file and ends with the same bits, on a CPU, as one that was not killed.
+
+PERP's released code (Zimmer et al. 2023, arXiv:2312.15230) trains through that trainer.  `reference=True` is its
+arithmetic where this project's own is another:
+
+    loss of a step    the mean of its micro-batches' means, so that a token of a short text weighs more; else the mean
+                      over all tokens of the step, which no splitting moves
+    head              its adapter merges into the matrix even where that is the embeddings', too; else a tied head is
+                      given a matrix of its own first, for what the embeddings then do was never trained
+
+Optimiser, clipping at norm 1, warm-up, decay, dropout, trained sets and adapters are the released ones either way.
+What stays this project's own: a run's `seed` starts adapters and orders examples, where the released code shuffles by
+42 whatever the seed; bfloat16, whose range needs no scaled losses and so skips no steps, in place of float16; and the
+refusal to go on once the loss diverges.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,7 +36,7 @@ from pruners.checks import Count, Finite, Flag, Folder, Positive, Seed, Text, Wh
 from pruners.retrain import state
 from pruners.retrain.batches import Batches
 from pruners.retrain.peers import Peers
-from pruners.retrain.schedule import Schedule, autocast, precision_for
+from pruners.retrain.schedule import Schedule, autocast, precision_for, seeded
 from pruners.retrain.trainable import Attached, Trainable
 
 Watch = Annotated[Callable[[int, float, float], None], checks.FUNCTION]
@@ -91,15 +103,19 @@ def finetune(
     folder: Folder | None = None,
     save_every: Count = 100,
     stop: Whole | None = None,
+    shuffle: Flag = True,
+    reference: Flag = False,
     progress: Progress | None = None,
     watch: Watch | None = None,
 ) -> Retrained:
     """Train `model` in place and merge the adapters.
 
     `examples` are packed windows [count, length], or records of `input_ids` and `labels`; a step takes `batch_size` of
-    them, `micro_batch_size` at once.  `seed` shuffles them, starts the adapters and drops out.  With a `folder`, the
-    state is kept there every `save_every` steps and a killed run goes on from it, as does one that is to `stop` the
-    same schedule after more steps.  After every step `progress(step, stop or steps)` and
+    them, `micro_batch_size` at once.  `seed` shuffles them, or without `shuffle` they come in their order again and
+    again; it also starts the adapters and drops out.  `reference` is PERP's released arithmetic, in which
+    `micro_batch_size`, a divisor of `batch_size`, moves the loss (see the module).  With a `folder`, the state is kept
+    there every `save_every` steps and a killed run goes on from it, as does one that is to `stop` the same schedule
+    after more steps.  After every step `progress(step, stop or steps)` and
     `watch(step, loss, tokens a second)` are called.  Under torchrun the processes share each batch.
 
     Raises TypeError or ValueError for a model, examples, settings or checkpoints that do not fit, before anything is
@@ -108,11 +124,13 @@ def finetune(
     model = inputs.language_model(model)
     schedule = Schedule(steps, learning_rate, batch_size, warmup)
     stop = schedule.checked(stop)
-    batches = Batches(examples, batch_size, seed, model.config)
+    micro_batch_size = schedule.micro_batch_size(micro_batch_size, reference)
+    batches = Batches(examples, batch_size, seed, model.config, shuffle)
     cast = precision_for(precision, model.dtype, model.device)
-    mark = state.fingerprint(model, schedule, trainable, clip, seed, cast, batches.digest())
+    unusual = [f"means of {micro_batch_size}"] * reference + ["in order"] * (not shuffle)
+    mark = state.fingerprint(model, schedule, trainable, clip, seed, cast, batches.digest(), *unusual)
     path = Path(folder) / "retrain.safetensors" if folder else None
-    attached = trainable.attach(model, seed)
+    attached = trainable.attach(model, seed, untie=not reference)
     report = Retrained(repr(trainable), attached.trained, attached.parameters, attached.share, attached.sparsity)
     try:
         loop = _Loop(
@@ -123,7 +141,8 @@ def finetune(
             batches=batches,
             clip=clip,
             precision=cast,
-            micro_batch_size=micro_batch_size or batch_size,
+            micro_batch_size=micro_batch_size,
+            reference=reference,
             path=path,
             mark=mark,
             report=report,
@@ -147,6 +166,7 @@ class _Loop:
     clip: float
     precision: torch.dtype | None
     micro_batch_size: int
+    reference: bool
     path: Path | None
     mark: str
     report: Retrained
@@ -191,22 +211,29 @@ class _Loop:
         self.report.seconds += time.perf_counter() - started
 
     def _accumulate(self, step: int, indices: list[int]) -> torch.Tensor:
-        """Gradients of the batch's mean loss a token; returns that loss, this process's part."""
-        mine, tokens = self.peers.share(indices), self.batches.predicted(indices)
+        """Gradients of the batch's loss; returns that loss, this process's part."""
         total = torch.zeros((), device=self.model.device)
-        devices = [self.model.device] if self.model.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):  # dropout: the same in a run that resumes here
-            torch.manual_seed(_mixed(self.batches.seed, step, self.peers.rank))
-            for start in range(0, len(mine), self.micro_batch_size):
-                loss = self._loss(mine[start : start + self.micro_batch_size], tokens, self.precision)
+        with seeded(self.model.device, self.batches.seed, step, self.peers.rank):  # the same in a run that resumes here
+            for part, divisor in self._parts(indices):
+                loss = self._loss(part, divisor, self.precision)
                 loss.backward()
                 total += loss.detach()
         return total
 
-    def _loss(self, indices: Any, tokens: int, precision: torch.dtype | None) -> torch.Tensor:
+    def _parts(self, indices: list[int]) -> list[tuple[Sequence[int], int]]:
+        """This process's micro-batches, each with what its summed loss is divided by."""
+        size = self.micro_batch_size
+        if self.reference:
+            whole = _cut(indices, size)
+            mine = self.peers.share(whole, size)
+            return [(part, len(whole) * self.batches.predicted(part)) for part in mine]
+        tokens = self.batches.predicted(indices)
+        return [(part, tokens) for part in _cut(self.peers.share(indices), size)]
+
+    def _loss(self, indices: Sequence[int], divisor: int, precision: torch.dtype | None) -> torch.Tensor:
         batch = self.batches.collated(indices, self.model.device)
         with autocast(precision, self.model.device):
-            return self.model(**batch, use_cache=False, num_items_in_batch=tokens).loss
+            return self.model(**batch, use_cache=False, num_items_in_batch=divisor).loss
 
     def _refuse_divergence(self, step: int, loss: float, norm: float) -> None:
         losses = [*self.report.losses, loss]
@@ -263,5 +290,5 @@ class _Loop:
             self.model.train(training)
 
 
-def _mixed(*numbers: int) -> int:
-    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7], "big")
+def _cut(indices: Sequence[int], size: int) -> list[Sequence[int]]:
+    return [indices[start : start + size] for start in range(0, len(indices), size)]

@@ -11,9 +11,12 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
+
+T = TypeVar("T")
 
 
 class PeerLostError(ConnectionError):
@@ -37,14 +40,18 @@ class Peers:
             return cls()
         return cls(distributed.get_rank(), distributed.get_world_size(), device)
 
-    def share(self, indices: Sequence[int]) -> Sequence[int]:
-        """This process's part of a batch; ValueError where it does not divide."""
-        if len(indices) % self.count:
+    def share(self, batch: Sequence[T], each: int = 1) -> Sequence[T]:
+        """This process's part of a batch of examples, or of micro-batches of `each` of them.
+
+        Raises ValueError where it does not divide.
+        """
+        if len(batch) % self.count:
             raise ValueError(
-                f"A batch of {len(indices)} cannot be shared evenly by {self.count} processes; "
-                f"use a batch_size that is a multiple of {self.count}."
+                f"A batch of {len(batch) * each} cannot be shared evenly by {self.count} processes"
+                f"{f' in micro-batches of {each}' if each > 1 else ''}; "
+                f"use a batch_size that is a multiple of {self.count * each}."
             )
-        return indices[self.rank :: self.count]
+        return batch[self.rank :: self.count]
 
     def agree(self, what: str) -> None:
         """ValueError unless every process says the same: sums over different models would look like training."""

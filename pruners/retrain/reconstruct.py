@@ -4,13 +4,25 @@
 
 X are the calibration windows as the earlier blocks, pruned and rebuilt, pass them on.  theta is what `trainable`
 selects within the block; only its gradients and moments exist at a time.  Windows are taken in order, again and again.
+
+`reference=True` is the released code's arithmetic where this project's own is another:
+
+    warm-up        a share of the steps is rounded down; else up, as in retraining
+    a worse block  stays, and its error is that before adapters merge; else the block goes back to what pruning left
+    dropout        the model's is on while a block trains; else off, as the outputs aimed at are made without it
+
+Precision is this project's own either way: bfloat16, which skips no steps, in place of float16 with scaled losses.  An
+error that is not finite stops the run, and a head, which no block holds, is refused; the released code passes it over.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -22,16 +34,19 @@ from torch.nn import functional as F
 from pruners import checks
 from pruners.anatomy import Block
 from pruners.calibrate import Keeper, Passage
-from pruners.checks import Count, Finite, Positive, Seed
+from pruners.checks import Count, Finite, Flag, Positive, Seed
 from pruners.retrain import state
 from pruners.retrain.finetune import Diverged
-from pruners.retrain.schedule import Schedule, autocast, precision_for
+from pruners.retrain.schedule import Schedule, autocast, precision_for, seeded
 from pruners.retrain.trainable import Attached, Trainable
 
 
 @dataclass(frozen=True)
 class Rebuilt:
-    """One block's mean squared errors; what training has not `lowered` is the pruned block's, which then stayed."""
+    """One block's mean squared errors, and whether training `lowered` them.
+
+    Where it did not, the pruned block stayed and `final` is its error; with `reference` the trained one stayed.
+    """
 
     block: str
     initial: float
@@ -42,8 +57,9 @@ class Rebuilt:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """`steps` of AdamW per block on `batch_size` windows each; `seed` starts the adapters.
+    """`steps` of AdamW per block on `batch_size` windows each; `seed` starts the adapters and drops out.
 
+    `reference` is the released code's arithmetic (see the module).
     Raises ValueError for what a block does not hold (head, embeddings) or cannot merge (plain LoRA).
     """
 
@@ -53,6 +69,7 @@ class Reconstruction:
     batch_size: Count = 2
     warmup: Finite = 0.1
     seed: Seed = 0
+    reference: Flag = field(default=False, metadata={"since": "later"})
 
     needs_windows: ClassVar[bool] = True
 
@@ -61,7 +78,8 @@ class Reconstruction:
 
     @property
     def schedule(self) -> Schedule:
-        return Schedule(self.steps, self.learning_rate, self.batch_size, self.warmup)
+        rounded = self.warmup if self.warmup >= 1 or not self.reference else math.floor(self.steps * self.warmup)
+        return Schedule(self.steps, self.learning_rate, self.batch_size, rounded)
 
     def start(
         self, model: Any, method: Any, windows: Int[Tensor, "count length"], folder: Path | None = None
@@ -108,17 +126,19 @@ class Rebuilder(Keeper):
         attached = self.settings.trainable.attach_to_block(block, self.settings.seed)
         try:
             self._train(block, attached, passage)
+            unmerged = self._finite(block, passage.error(block)) if self.settings.reference else None
         except BaseException:
             attached.detach()
             raise
         attached.merge()
-        final = passage.error(block)
+        final = passage.error(block) if unmerged is None else unmerged
         lower = final <= initial
-        if not lower:
+        if not lower and unmerged is None:
             for name, p in block.module.named_parameters():
                 p.data.copy_(pruned[name])
+            final = initial
         seconds = round(time.perf_counter() - started, 3)
-        self.blocks.append(Rebuilt(block.name, initial, final if lower else initial, lower, seconds))
+        self.blocks.append(Rebuilt(block.name, initial, final, lower, seconds))
 
     @torch.enable_grad()
     def _train(self, block: Block, attached: Attached, passage: Passage) -> None:
@@ -127,19 +147,26 @@ class Rebuilder(Keeper):
         schedule, count = self.settings.schedule, len(passage.inputs)
         precision = precision_for(None, self.dtype, passage.inputs.device)
         optimizer = schedule.optimizer(attached.tensors)
-        for step in range(schedule.steps):
-            rows = torch.arange(step * self.rebuild_batch, (step + 1) * self.rebuild_batch) % count
-            with autocast(precision, passage.inputs.device):
-                outputs = passage.run(block, passage.inputs[rows])
-            loss = F.mse_loss(outputs.float(), passage.targets[rows].float())
-            if not loss.isfinite():
-                raise Diverged(
-                    f"Reconstruction of {block.name} diverged at step {step + 1} of {schedule.steps}: error "
-                    f"{loss.item():.4g}, learning rate {schedule.learning_rate:g}. Use a lower one."
-                )
-            loss.backward()
-            attached.mask_gradients()
-            schedule.step(optimizer, step)
+        with _dropping_out(block, self.settings.seed) if self.settings.reference else nullcontext():
+            for step in range(schedule.steps):
+                rows = torch.arange(step * self.rebuild_batch, (step + 1) * self.rebuild_batch) % count
+                with autocast(precision, passage.inputs.device):
+                    outputs = passage.run(block, passage.inputs[rows])
+                loss = F.mse_loss(outputs.float(), passage.targets[rows].float())
+                self._finite(block, loss.item(), step)
+                loss.backward()
+                attached.mask_gradients()
+                schedule.step(optimizer, step)
+
+    def _finite(self, block: Block, error: float, step: int | None = None) -> float:
+        """The error before `step`, or after all of them; raises Diverged for one that is none."""
+        steps, at = self.settings.steps, "after all" if step is None else f"at step {step + 1} of"
+        if not math.isfinite(error):
+            raise Diverged(
+                f"Reconstruction of {block.name} diverged {at} {steps} steps: error {error:.4g}, learning rate "
+                f"{self.settings.learning_rate:g}. Use a lower one."
+            )
+        return error
 
     def keep(self, block: Block) -> None:
         path = self._path(block)
@@ -152,3 +179,15 @@ class Rebuilder(Keeper):
 
     def _path(self, block: Block) -> Path | None:
         return Path(self.folder) / f"block_{block.index:03}.safetensors" if self.folder else None
+
+
+@contextmanager
+def _dropping_out(block: Block, seed: int) -> Iterator[None]:
+    """The block's own dropout on for a while, drawn by `seed` and the block's place."""
+    device = next(block.module.parameters()).device
+    with seeded(device, seed, block.index):
+        block.module.train()
+        try:
+            yield
+        finally:
+            block.module.eval()

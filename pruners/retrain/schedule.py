@@ -1,7 +1,8 @@
-"""How long and how fast is trained, and in which number format."""
+"""How long and how fast is trained, in which number format, and by which draws."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +40,16 @@ class Schedule:
                 f"A schedule of {self.steps} steps stops after 1 to {self.steps} of them; got stop={stop}."
             )
         return stop or self.steps
+
+    def micro_batch_size(self, asked: int | None, reference: bool) -> int:
+        """Examples that go through the model at once; ValueError where a `reference` step is no whole ones."""
+        size = asked or self.batch_size
+        if reference and self.batch_size % size:
+            raise ValueError(
+                f"With reference=True a step is whole micro-batches; a batch_size of {self.batch_size} is no multiple "
+                f"of the micro_batch_size of {size}."
+            )
+        return size
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0; the first one is 0 where there is a warm-up."""
@@ -78,4 +89,12 @@ def precision_for(asked: str | None, model_dtype: torch.dtype, device: torch.dev
 @contextmanager
 def autocast(precision: torch.dtype | None, device: torch.device) -> Iterator[None]:
     with torch.autocast(device.type, dtype=precision, enabled=precision is not None):
+        yield
+
+
+@contextmanager
+def seeded(device: torch.device, *numbers: int) -> Iterator[None]:
+    """What is dropped out depends on these numbers alone; the global generators are left as they were."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7], "big"))
         yield

@@ -6,7 +6,7 @@ Zimmer et al. 2023, arXiv:2312.15230 (PERP): on OPT-2.7B to 30B, biases are 0.03
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 import torch
@@ -20,7 +20,8 @@ from pruners.retrain.masks import BitMask
 from pruners.suggest import unknown
 
 ADAPTERS = "pruners.retrain.LoRA, LoRAPrune, ScaleLoRA or MaskLoRA with its rank"
-HEAD = LoRA(rank=16, alpha=32, dropout=0.0, merge=True)  # the released code's
+SHARED = ("rank", "alpha", "dropout")  # one setting for the head and the blocks
+HEAD = LoRA(rank=16, alpha=32, dropout=0.0, merge=True)  # PERP's released defaults
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,10 @@ class Trainable:
     """What is trained; the rest is frozen.
 
     `biases`: those of linear layers and of layer norms.  `norms`: weights and biases of every norm.  `head`: plain
-    LoRA of rank 16 beside the output matrix.  `embeddings`: tokens and positions, and with them a head that is tied.
-    `adapters`: LoRA, LoRAPrune, ScaleLoRA or MaskLoRA in the decoder blocks.  `weights`: those of all linear layers,
-    pruned ones held at zero.  Raises ValueError where adapters would sit on weights that are trained anyway.
+    LoRA on the output matrix, of the adapters' rank and alpha, or of 16 and 32 without adapters.  `embeddings`: tokens
+    and positions, and with them a head that is tied.  `adapters`: LoRA, LoRAPrune, ScaleLoRA or MaskLoRA in the decoder
+    blocks.  `weights`: those of all linear layers, pruned ones held at zero.  Raises ValueError where adapters would
+    sit on weights that are trained anyway.
     """
 
     biases: Flag = False
@@ -50,13 +52,15 @@ class Trainable:
         """Every parameter, under the mask."""
         return cls(biases=True, norms=True, embeddings=True, weights=True)
 
-    def attach(self, model: nn.Module, seed: int = 0) -> Attached:
+    def attach(self, model: nn.Module, seed: int = 0, untie: bool = True) -> Attached:
         """Freeze `model` but for what is selected, adapters in place; `seed` starts the adapters.
 
+        With `untie`, a head that shares the embeddings' matrix gets one of its own when its adapter merges.
         Raises ValueError where nothing is selected, a projection does not exist or a rank is too large.
         """
         linears = {f"{b.name}.{name}": linear for b in anatomy.blocks(model) for name, linear in b.linears().items()}
         attached = self._attach(model, linears, seed, "")
+        attached.unties = untie
         if not attached.tensors:
             attached.detach()
             raise ValueError(
@@ -90,8 +94,12 @@ class Trainable:
         ]
         if self.head:
             head: Any = root.get_output_embeddings()  # type: ignore[operator]
-            adapters.append(HEAD.attach("head", head, BitMask.of(head.weight.data), seed))
+            adapters.append(self._on_head().attach("head", head, BitMask.of(head.weight.data), seed))
         return Attached(root, _selected(self, root), adapters, masks, required)
+
+    def _on_head(self) -> LoRA:
+        given = {name: getattr(self.adapters, name) for name in SHARED if hasattr(self.adapters, name)}
+        return replace(HEAD, **given)
 
     def _targets(self, linears: Mapping[str, nn.Linear]) -> Iterator[tuple[str, nn.Linear]]:
         wanted = self.adapters.targets if self.adapters else None
@@ -118,6 +126,7 @@ class Attached:
     adapters: list[Adapter]
     masks: dict[str, BitMask]
     required: dict[nn.Parameter, bool]
+    unties: bool = True
     untied: bool = False
     _dtypes: dict[nn.Parameter, torch.dtype] = field(default_factory=dict)
 
@@ -157,7 +166,7 @@ class Attached:
     @property
     def keeps_sparsity(self) -> bool:
         """Whether pruned weights stay zero; plain LoRA that merges fills them."""
-        return all(a.kind.keeps_sparsity or a.kind is HEAD or not _merges(a) for a in self.adapters)
+        return all(a.kind.keeps_sparsity or a.on_head or not _merges(a) for a in self.adapters)
 
     def mask_gradients(self) -> None:
         """No gradient, hence no step, for pruned weights."""
@@ -179,7 +188,7 @@ class Attached:
         """
         for adapter in filter(_merges, self.adapters):
             _replace(self.root, adapter.module, adapter.linear)
-            if adapter.kind is HEAD:  # what is merged into the head must not reach the embeddings
+            if adapter.on_head and self.unties:  # what is merged into the head must not reach the embeddings
                 self.untied = untie(self.root)
             adapter.merge()
         self._restore()
