@@ -70,6 +70,11 @@ class Retraining:
         schedule.micro_batch_size(self.micro_batch_size, self.reference)
 
     @property
+    def shared(self) -> int:
+        """How many parts of a batch processes can share: examples, or by `reference` whole micro-batches."""
+        return self.batch_size // (self.micro_batch_size or self.batch_size) if self.reference else self.batch_size
+
+    @property
     def taken(self) -> int:
         """Steps that are really taken."""
         return self.stop or self.steps

@@ -86,12 +86,13 @@ class Group:
     def refuse_uneven(self, chosen: Sequence[Cell]) -> None:
         """ValueError for cells whose batches these processes cannot share, before any of them is pruned."""
         trained = [(cell, cell.run.recovery) for cell in chosen if isinstance(cell.run.recovery, Retraining)]
-        if uneven := [(cell, recovery) for cell, recovery in trained if recovery.batch_size % self.count]:
+        if uneven := [(cell, recovery) for cell, recovery in trained if recovery.shared % self.count]:
             (cell, recovery), *others = uneven
             more = f" and {len(others)} more cells" if others else ""
+            parts = f" in micro-batches of {recovery.batch_size // recovery.shared}" if recovery.reference else ""
             raise ValueError(
-                f"{self.count} processes cannot share a batch of {recovery.batch_size} evenly, as {cell.label}{more} "
-                "would need; launch a number that divides the batch, or choose cells with --only."
+                f"{self.count} processes cannot share a batch of {recovery.batch_size}{parts} evenly, as "
+                f"{cell.label}{more} would need; launch a number that divides the batch, or choose cells with --only."
             )
 
     def end(self) -> None:

@@ -45,6 +45,24 @@ def language_model(model: Any, reads_weights: bool = True) -> PreTrainedModel:
     Raises TypeError for what is no model of transformers with a head, ValueError for one without blocks or usable
     weights; weights on the meta device pass where the values do not matter.
     """
+    model = _with_head(model)
+    anatomy.family(model)
+    if not anatomy.blocks(model):
+        raise ValueError(f"This {type(model).__name__} has no decoder blocks (num_hidden_layers is 0): nothing to do.")
+    for name, weight in model.named_parameters():
+        _check_weight(model, name, weight, reads_weights)
+    return model
+
+
+def predicting_model(model: Any) -> PreTrainedModel:
+    """The same for a model that is only to predict: of any family, with or without adapters."""
+    model = _with_head(model)
+    for name, weight in model.named_parameters():
+        _check_weight(model, name, weight, True)
+    return model
+
+
+def _with_head(model: Any) -> PreTrainedModel:
     model = getattr(model, "_orig_mod", model)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"The model is a transformers.PreTrainedModel; got {described(model)}")
@@ -54,11 +72,6 @@ def language_model(model: Any, reads_weights: bool = True) -> PreTrainedModel:
             f"Pruning needs a {re.sub(r'(Model|For[A-Za-z]+)$', 'ForCausalLM', kind)}; got a {kind}, which has no head "
             "that predicts the next token. Load it with transformers.AutoModelForCausalLM."
         )
-    anatomy.family(model)
-    if not anatomy.blocks(model):
-        raise ValueError(f"This {type(model).__name__} has no decoder blocks (num_hidden_layers is 0): nothing to do.")
-    for name, weight in model.named_parameters():
-        _check_weight(model, name, weight, reads_weights)
     return model
 
 

@@ -313,6 +313,14 @@ def test_the_held_out_loss_weighs_tokens_not_batches(kind, windows):
     assert held_out_loss(model, records) == held_out_loss(model, records)
 
 
+def test_the_held_out_loss_of_a_model_whose_adapters_stay(kind, windows):
+    model = pruned(kind)
+    finetune(model, Trainable(adapters=LoRA(rank=2)), windows, steps=8, learning_rate=1e-2)
+    with torch.no_grad():
+        expected = model(input_ids=windows, labels=windows).loss
+    assert held_out_loss(model, windows)[0] == pytest.approx(float(expected), rel=1e-5)
+
+
 def test_a_held_out_loss_that_is_not_finite_is_refused_at_once(windows):
     model, batches = pruned("opt"), []
     model.lm_head.weight.data.fill_(math.inf)

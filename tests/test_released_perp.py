@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,10 +18,13 @@ from torch.testing import assert_close
 from transformers import PreTrainedModel
 
 import pruners
+from experiments.cells import Cell
 from experiments.recovery import Retraining
-from experiments.spec import Windows, describe
+from experiments.spec import Run, Windows, describe
+from experiments.together import Group
 from pruners import anatomy
 from pruners.retrain import LoRAPrune, MaskLoRA, Reconstruction, ScaleLoRA, Trainable, finetune, iterate, magnitudes
+from pruners.retrain.peers import Peers
 from pruners.retrain.trainable import Attached
 
 TRAINED = {
@@ -212,6 +216,17 @@ def test_two_processes_share_whole_micro_batches():
     together = [[float(value) for value in process.communicate(timeout=120)[0].split()] for process in ranks]
     assert together[0] == together[1]
     assert_close(together[0], alone["RESULT"])
+
+
+def test_micro_batches_that_processes_cannot_share_are_refused():
+    with pytest.raises(ValueError, match="A batch of 4 cannot be shared evenly by 2 processes in micro-batches of 4"):
+        Peers(0, 2).share([[1, 2, 3, 4]], 4)
+    recovery = Retraining(Trainable(norms=True), Windows("c4/train", 4, 8), 2, 1e-3, 4, reference=True)
+    cell = Cell(Run("smollm2-135m", None, None, (), recovery=recovery), "0", "the row")
+    with pytest.raises(ValueError, match="a batch of 4 in micro-batches of 4 evenly, as the row would"):
+        Group(0, 2, None).refuse_uneven([cell])
+    halves = replace(cell, run=replace(cell.run, recovery=replace(recovery, micro_batch_size=2)))
+    Group(0, 2, None).refuse_uneven([halves])
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from pruners.retrain.adapters import LoRA, LoRAPrune, MaskLoRA, ScaleLoRA
 from pruners.retrain.cycles import Cycle, iterate, magnitudes
 from pruners.retrain.finetune import Diverged, Retrained, finetune
 from pruners.retrain.held_out import held_out_loss
+from pruners.retrain.rates import RateChoice, choose_rate
 from pruners.retrain.reconstruct import Reconstruction
 from pruners.retrain.trainable import Trainable
 
@@ -15,10 +16,12 @@ __all__ = [
     "LoRA",
     "LoRAPrune",
     "MaskLoRA",
+    "RateChoice",
     "Reconstruction",
     "Retrained",
     "ScaleLoRA",
     "Trainable",
+    "choose_rate",
     "finetune",
     "held_out_loss",
     "iterate",

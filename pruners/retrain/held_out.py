@@ -14,6 +14,10 @@ from pruners.checks import Count
 from pruners.retrain.batches import Batches
 
 
+class NotFiniteError(ValueError):
+    """A loss is infinite or no number."""
+
+
 @checks.arguments
 @torch.no_grad()
 def held_out_loss(
@@ -21,10 +25,10 @@ def held_out_loss(
 ) -> tuple[float, int]:
     """Mean loss of `examples` (as for `finetune`) in nats a predicted token, and how many are predicted; no dropout.
 
-    Every token counts the same, whatever its example's length; `batch_size` moves rounding alone.  Raises ValueError as
-    soon as the loss is not finite.
+    Every token counts the same, whatever its example's length; `batch_size` moves rounding alone.  Raises
+    NotFiniteError, a ValueError, as soon as the loss is not finite.
     """
-    model = inputs.language_model(model)
+    model = inputs.predicting_model(model)
     batches = Batches(examples, batch_size, seed=0, config=model.config)
     order = sorted(range(len(batches.examples)), key=lambda index: len(batches.examples[index][0]))  # little padding
     tokens, total, training = batches.predicted(order), 0.0, model.training
@@ -35,7 +39,7 @@ def held_out_loss(
             total += float(model(**batch, use_cache=False, num_items_in_batch=tokens).loss)
             done = min(start + batch_size, len(order))
             if not math.isfinite(total):
-                raise ValueError(
+                raise NotFiniteError(
                     f"The held-out loss is {total} after {done} of {len(order)} examples: the model overflows; use "
                     "bfloat16 or float32."
                 )
