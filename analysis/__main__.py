@@ -20,7 +20,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments import arguments, catalogue
+from analysis.claims import statements
+from analysis.figures import masks, perplexity, structure, sweeps
+from analysis.pages import comparisons, generation, readme, report, speed
+from analysis.tables import markdown
+from experiments import cli
+from experiments.models import catalogue
+from experiments.store import atomic
 
 if TYPE_CHECKING:
     from analysis.rows import Row
@@ -30,25 +36,25 @@ MEASURED = ("perplexity", "masks")  # kinds of figure that show one protocol
 
 def main(words: Sequence[str] | None = None) -> int:
     """The exit status."""
-    return arguments.carry_out(parser().parse_args(words), "Stopped.")
+    return cli.carry_out(parser().parse_args(words), "Stopped.")
 
 
 def parser() -> argparse.ArgumentParser:
-    top = arguments.Parser(prog="python -m analysis", description=(__doc__ or "").splitlines()[0])
+    top = cli.Parser(prog="python -m analysis", description=(__doc__ or "").splitlines()[0])
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     table = commands.add_parser("table", help="print Markdown; write .md, .csv and .tex under the results folder")
     table.set_defaults(command=_table)
     figure = commands.add_parser("figure", help="perplexity by method, as .svg and .png under the results folder")
     figure.set_defaults(command=_figure)
     figure.add_argument(
-        "--measure", type=arguments.word, metavar="KEY", help="the protocol key to show, where several were measured"
+        "--measure", type=cli.word, metavar="KEY", help="the protocol key to show, where several were measured"
     )
     kinds = ("perplexity", "sparsity", "paper", "cost", "kept", "losses", "parameters", "steps", "masks")
     figure.add_argument("--kind", choices=kinds, default=kinds[0], help="default: perplexity by method")
     compare = commands.add_parser("compare", help="every cell against one of them, paired, with intervals and tests")
     compare.set_defaults(command=_compare)
     compare.add_argument(
-        "--baseline", type=arguments.word, metavar="LABEL", help="the cell to compare with (default: the dense model)"
+        "--baseline", type=cli.word, metavar="LABEL", help="the cell to compare with (default: the dense model)"
     )
     generation = commands.add_parser("generation", help="what the models write, side by side")
     generation.set_defaults(command=_generation)
@@ -61,17 +67,17 @@ def parser() -> argparse.ArgumentParser:
     readme = commands.add_parser("readme", help="README's results, their report and figures, from the kept records")
     readme.set_defaults(command=_readme)
     for command in (table, figure, compare, generation, speed):
-        arguments.add_table(command)
+        cli.add_table(command)
         command.add_argument(
             "--data-dir",
-            type=arguments.path,
+            type=cli.path,
             default=os.environ.get("PRUNING_DATA_DIR"),
             help="withhold numbers of other texts than lie there (default: $PRUNING_DATA_DIR, otherwise all are shown)",
         )
     frame = commands.add_parser("frame", help="every record of several results folders as one tidy table")
     frame.set_defaults(command=_frame)
     frame.add_argument(
-        "--out", type=arguments.path, metavar="FILE", help="a .csv or .parquet file (default: CSV to the screen)"
+        "--out", type=cli.path, metavar="FILE", help="a .csv or .parquet file (default: CSV to the screen)"
     )
     for command in commands.choices.values():
         several = {"nargs": "+", "default": [Path("results")]} if command is frame else {"default": Path("results")}
@@ -81,50 +87,48 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _folder(text: str) -> Path:
-    folder = arguments.path(text)
+    folder = cli.path(text)
     if not folder.is_dir():
         raise argparse.ArgumentTypeError(f"{text} is no folder; name the one that the cells were run with")
     return folder
 
 
 def _table(asked: argparse.Namespace) -> None:
-    from analysis import written
-    from experiments.tables import find
+    from experiments.papers import find
 
     table, made = find(asked.table), _rows(asked)
-    again = arguments.same_cells(asked, asked.data_dir)
-    paths = written.write(table, made, asked.results / _stem(asked), again)
-    print(written.markdown(table, made, again))
+    again = cli.same_cells(asked, asked.data_dir)
+    paths = markdown.write(table, made, asked.results / _stem(asked), again)
+    print(markdown.markdown(table, made, again))
     print(f"Written: {', '.join(map(str, paths))}", file=sys.stderr)
 
 
 def _figure(asked: argparse.Namespace) -> None:
-    from analysis import charts, figures, inside, patterns, verdicts
-    from experiments.tables import find
+    from analysis import compare
+    from experiments.papers import find
     from pruners.suggest import UsageError
 
     if asked.measure and asked.kind not in MEASURED:
         raise UsageError(f"--measure chooses among {' and '.join(MEASURED)}; --kind {asked.kind} draws what it finds.")
     table, made, path = find(asked.table), _rows(asked), asked.results / _stem(asked)
     draw = {
-        "perplexity": lambda: figures.perplexity(table, made, asked.measure),
-        "sparsity": lambda: charts.by_sparsity(table, verdicts.cells(table, made)),
-        "paper": lambda: charts.against_paper(table, verdicts.cells(table, made)),
-        "cost": lambda: charts.cost(table, made),
-        "kept": lambda: inside.kept(table, made),
-        "losses": lambda: inside.losses(table, made),
-        "steps": lambda: inside.steps(table, made),
-        "masks": lambda: patterns.masks(table, made, asked.measure),
-        "parameters": lambda: inside.by_parameters(table, verdicts.cells(table, made)),
+        "perplexity": lambda: perplexity.perplexity(table, made, asked.measure),
+        "sparsity": lambda: sweeps.by_sparsity(table, compare.cells(table, made)),
+        "paper": lambda: sweeps.against_paper(table, compare.cells(table, made)),
+        "cost": lambda: sweeps.cost(table, made),
+        "kept": lambda: structure.kept(table, made),
+        "losses": lambda: structure.losses(table, made),
+        "steps": lambda: structure.steps(table, made),
+        "masks": lambda: masks.masks(table, made, asked.measure),
+        "parameters": lambda: structure.by_parameters(table, compare.cells(table, made)),
     }[asked.kind]
     if asked.kind != "perplexity":
         path = path.with_name(f"{path.name}.{asked.kind}")
-    print(f"Written: {', '.join(map(str, figures.save(draw(), path)))}", file=sys.stderr)
+    print(f"Written: {', '.join(map(str, perplexity.save(draw(), path)))}", file=sys.stderr)
 
 
 def _compare(asked: argparse.Namespace) -> None:
-    from analysis import comparisons
-    from experiments.tables import find
+    from experiments.papers import find
 
     table, made = find(asked.table), _rows(asked)
     against = comparisons.baselines(made, asked.baseline)
@@ -132,38 +136,31 @@ def _compare(asked: argparse.Namespace) -> None:
 
 
 def _generation(asked: argparse.Namespace) -> None:
-    from analysis import generation
 
     _write(generation.page(generation.continuations(_rows(asked))), asked, "generation")
 
 
 def _speed(asked: argparse.Namespace) -> None:
-    from analysis import speed
-    from experiments.tables import find
+    from experiments.papers import find
 
     _write(speed.page(find(asked.table), _rows(asked)), asked, "speed")
 
 
 def _claims(asked: argparse.Namespace) -> None:
-    from analysis import claims
-    from experiments import files
 
-    made = claims.frame(asked.results)
-    files.write(asked.results / "claims.csv", made.to_csv(index=False))
+    made = statements.frame(asked.results)
+    atomic.write(asked.results / "claims.csv", made.to_csv(index=False))
     print(made.to_markdown(index=False))
 
 
 def _report(asked: argparse.Namespace) -> None:
-    from analysis import report
-    from experiments import files
 
     path = asked.results / "report.html"
-    files.write(path, report.html(asked.results))
+    atomic.write(path, report.html(asked.results))
     print(f"Written: {path}", file=sys.stderr)
 
 
 def _readme(asked: argparse.Namespace) -> None:
-    from analysis import readme
 
     print(f"Written: {', '.join(map(str, readme.write(asked.results)))}", file=sys.stderr)
 
@@ -181,20 +178,19 @@ def _frame(asked: argparse.Namespace) -> None:
 
 
 def _write(text: str, asked: argparse.Namespace, ending: str) -> None:
-    from experiments import files
 
     path = asked.results / f"{_stem(asked)}.{ending}.md"
-    files.write(path, text)
+    atomic.write(path, text)
     print(text)
     print(f"Written: {path}", file=sys.stderr)
 
 
 def _rows(asked: argparse.Namespace) -> list[Row]:
     from analysis.rows import rows
-    from experiments.tables import find
+    from experiments.papers import find
 
-    arguments.refuse_unknown(asked.tasks)
-    arguments.refuse_absent(asked.data_dir)
+    cli.refuse_unknown(asked.tasks)
+    cli.refuse_absent(asked.data_dir)
     return rows(find(asked.table), asked.results, asked.model, asked.dtype, asked.limit, asked.tasks, asked.data_dir)
 
 

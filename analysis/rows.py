@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from experiments import arguments, code, found, models, records, tables
-from experiments.catalogue import CATALOGUE, split
-from experiments.fingerprints import fingerprint
+from experiments import cli, models, papers
 from experiments.labels import full, labels
-from experiments.records import Failure, Record
+from experiments.models.catalogue import CATALOGUE, split
+from experiments.models.fingerprint import fingerprint
 from experiments.spec import Run, Table, digest
+from experiments.store import code, found, records
+from experiments.store.records import Failure, Record
 from pruners.suggest import UsageError
 
 logger = logging.getLogger(__name__)
@@ -95,11 +96,11 @@ def rows(
 
     With `data_dir` a record that was made from other texts than lie there is withheld.
     """
-    made = declared(table, root, tables.runs(table, model, dtype, limit, tasks))
+    made = declared(table, root, papers.runs(table, model, dtype, limit, tasks))
     if data_dir:
         made = [_of_these_texts(row, data_dir) for row in made]
     if all(row.state == "missing" and not row.withheld for row in made):
-        again = arguments.selection(table.name, root, model, dtype, limit, tasks, data_dir)
+        again = cli.selection(table.name, root, model, dtype, limit, tasks, data_dir)
         raise NoRecordsError(_nothing(table, root, [row.run for row in made], again))
     return made
 

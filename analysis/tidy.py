@@ -15,10 +15,11 @@ from typing import Any
 import pandas as pd
 
 from analysis.rows import run_key, stable_key
-from analysis.tables import QUANTITIES
-from experiments import records, tables
+from analysis.tables.frames import QUANTITIES
+from experiments import papers
 from experiments.labels import labels
-from experiments.records import Record
+from experiments.store import records
+from experiments.store.records import Record
 from pruners.suggest import UsageError
 
 Labels = Mapping[str, tuple[str, str]]
@@ -65,7 +66,7 @@ def _folder(root: Path) -> Iterator[dict[str, Any]]:
 
 def _labels(table: str) -> Labels:
     """By `stable_key` what a reader calls each declared cell of the table; empty for a table of another project."""
-    declared = tables.TABLES.get(table)
+    declared = papers.TABLES.get(table)
     if declared is None:
         return {}
     runs = declared.runs()

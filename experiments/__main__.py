@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
-from experiments import arguments
+from experiments import cli
+from experiments.data import corpora
+from experiments.store import records
 
 if TYPE_CHECKING:
     from experiments.cells import Cell
@@ -26,13 +28,13 @@ if TYPE_CHECKING:
 
 def main(words: Sequence[str] | None = None) -> int:
     """The exit status."""
-    return arguments.carry_out(
+    return cli.carry_out(
         parser().parse_args(words), "Stopped. Finished cells are kept; the same command continues with the others."
     )
 
 
 def parser() -> argparse.ArgumentParser:
-    top = arguments.Parser(prog="python -m experiments", description=(__doc__ or "").splitlines()[0])
+    top = cli.Parser(prog="python -m experiments", description=(__doc__ or "").splitlines()[0])
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     listing = commands.add_parser("list", help="tables, models, methods and corpora")
     listing.set_defaults(command=_list)
@@ -41,9 +43,9 @@ def parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run the cells that have no record yet")
     run.set_defaults(command=_run)
     for command in (show, run):
-        arguments.add_selection(command)
-    arguments.add_running(run)
-    arguments.add_data(show)
+        cli.add_selection(command)
+    cli.add_running(run)
+    cli.add_data(show)
     for command in (listing, show, run):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return top
@@ -51,8 +53,8 @@ def parser() -> argparse.ArgumentParser:
 
 def _list(asked: argparse.Namespace) -> int:
     import pruners
-    from experiments import corpora, models, protocols
-    from experiments.tables import TABLES
+    from experiments import models, protocols
+    from experiments.papers import TABLES
 
     print(tabulate([(t.name, len(t.runs()), t.title) for t in TABLES.values()], ("table", "cells", "title")))
     known: dict[str, Iterable[str]] = {
@@ -68,13 +70,16 @@ def _list(asked: argparse.Namespace) -> int:
 
 
 def _show(asked: argparse.Namespace) -> int:
-    from experiments import estimate, records, tables
+    from experiments import estimate, papers
 
-    if missing := tables.find(asked.table).missing:
+    if missing := papers.find(asked.table).missing:
         print(f"{asked.table} cannot run yet. It needs {missing}.")
         return 0
-    done, failed = records.load(asked.results, asked.table), records.load_failures(asked.results, asked.table)
-    chosen, rows = arguments.chosen(asked), []
+    done, failed = (
+        records.load(asked.results, asked.table),
+        records.load_failures(asked.results, asked.table),
+    )
+    chosen, rows = cli.chosen(asked), []
     for cell in chosen:
         state = "done" if cell.id in done else "failed" if cell.id in failed else "missing"
         cost = (f"{estimate.gpu_gb(cell):.1f}", _hours(estimate.gpu_hours(cell)))
@@ -118,23 +123,23 @@ def _hours(hours: float) -> str:
 
 
 def _run(asked: argparse.Namespace) -> int:
-    from experiments import resuming, together
+    from experiments import distributed, resume
     from experiments.batch import run_table
 
-    settings = arguments.settings(asked)
-    with together.joined() as group:
+    settings = cli.settings(asked)
+    with distributed.joined() as group:
         if group and group.rank > 0:
-            group.follow(lambda: arguments.chosen(asked), settings)
+            group.follow(lambda: cli.chosen(asked), settings)
             return 0
-        chosen, watchers = arguments.chosen(asked), arguments.watchers(asked)
+        chosen, watchers = cli.chosen(asked), cli.watchers(asked)
         if group:
             group.refuse_uneven(chosen)
-            arguments.say(_shares(chosen, group.count))
+            cli.say(_shares(chosen, group.count))
         outcome = run_table(asked.table, chosen, replace(settings, group=group), watchers)
-        resuming.tidy(asked.results, asked.table, arguments.chosen(_whole(asked)))
+        resume.tidy(asked.results, asked.table, cli.chosen(_whole(asked)))
     counts = f"{len(outcome.done)} done now, {len(outcome.found)} before, {len(outcome.failed)} failed"
-    print(f"{asked.table}: {counts}; python -m analysis table {arguments.same_cells(asked)}", file=sys.stderr)
-    return arguments.EXIT_FAILED if outcome.failed else 0
+    print(f"{asked.table}: {counts}; python -m analysis table {cli.same_cells(asked)}", file=sys.stderr)
+    return cli.EXIT_FAILED if outcome.failed else 0
 
 
 def _whole(asked: argparse.Namespace) -> argparse.Namespace:

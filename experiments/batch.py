@@ -10,14 +10,15 @@ from dataclasses import dataclass, field
 
 from filelock import Timeout
 
-from experiments import failures, files, found, models, records
+from experiments import errors, models
+from experiments.callbacks import Watcher, Watchers
 from experiments.cells import Cell, ordered
-from experiments.locks import lock
 from experiments.progress import Board, duration
-from experiments.records import Failure, Record
-from experiments.resuming import unfinished
+from experiments.resume import unfinished
 from experiments.run import Settings, execute
-from experiments.watchers import Watcher, Watchers
+from experiments.store import atomic, found, records
+from experiments.store.locks import lock
+from experiments.store.records import Failure, Record
 
 
 @dataclass
@@ -37,7 +38,7 @@ def run_table(table: str, chosen: Sequence[Cell], settings: Settings, watchers: 
     Two processes may run the same table: each cell is done by one of them.  Raises StorageError before any work where
     the results folder cannot be written.
     """
-    files.check_writable(records.folder(settings.root, table))
+    atomic.check_writable(records.folder(settings.root, table))
     known = records.load(settings.root, table)
     recorded = [(cell, known[cell.id]) for cell in chosen if cell.id in known]
     finished = {cell.id: record for cell, record in recorded if _stands(cell, record, settings)}
@@ -90,7 +91,7 @@ class _Worker:
         except Exception as error:  # whatever it was, the other cells go on and the table shows it
             self.outcome.failed.append(cell.label)
             self._keep_failure(cell, error)
-            self.board.finish(cell.work, f"{cell.label}: failed: {failures.sentence(error)}")
+            self.board.finish(cell.work, f"{cell.label}: failed: {errors.sentence(error)}")
             if self.settings.group and self.settings.group.broken:
                 raise  # the processes that train along are lost, and this one with them
         else:
@@ -104,12 +105,12 @@ class _Worker:
     def _started(self, cell: Cell, *, wait: bool) -> Iterator[int]:
         """Hold the cell; yields how often it was started before and broken off."""
         place = self.settings.root / ".cache" / "started" / self.table
-        with files.explained(place):
+        with atomic.explained(place):
             place.mkdir(parents=True, exist_ok=True)
         with lock(place / f"{cell.id}.lock", timeout=-1 if wait else 0):
             marker = place / cell.id
             before = len(marker.read_text()) if marker.exists() else 0
-            files.write(marker, "." * (before + 1))
+            atomic.write(marker, "." * (before + 1))
             yield before
             marker.unlink()
 
@@ -118,14 +119,14 @@ class _Worker:
             id=cell.id,
             table=self.table,
             spec=cell.run.spec(models.identity(cell.run.model)),
-            message=failures.sentence(error),
-            traceback=failures.last_lines(error),
+            message=errors.sentence(error),
+            traceback=errors.last_lines(error),
             at=records.now(),
         )
         self.watcher.failed(failure)
         try:
             records.write_failure(failure, self.settings.root)
-        except files.StorageError as second:
+        except atomic.StorageError as second:
             self.board.say(str(second))
 
 

@@ -16,10 +16,12 @@ from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 
-from experiments import accuracy, gate, measures, models, wheels
+from experiments import measures, models
 from experiments.cells import Cell
+from experiments.data import wheels
+from experiments.data.sources import SOURCES
+from experiments.measures import dense_gate, zero_shot
 from experiments.recovery import Retraining, schedule, training_tokens
-from experiments.sources import SOURCES
 from experiments.spec import Run, ZeroShot
 
 SUSTAINED_FLOPS = 156e12
@@ -74,13 +76,13 @@ def lacking(run: Run, data_dir: Path | None = None) -> list[str]:
 
     Documents that the Hub would give are not told: a task fetches them once it is asked.
     """
-    gated = gate.asked(run.measures, models.find(run.model))
+    gated = dense_gate.asked(run.measures, models.find(run.model))
     corpora = [name for what in (*run.measures, *gated) for name in measures.corpora_of(what)]
     if run.windows and run.calibrates:
         corpora.append(run.windows.corpus)
     if isinstance(run.recovery, Retraining):
         corpora.append(run.recovery.text.corpus)
-    folder = accuracy.folder(data_dir)
+    folder = zero_shot.folder(data_dir)
     texts = (text for name in dict.fromkeys(corpora) for text in _corpus(name, folder))
     tasks = (text for what in run.measures if isinstance(what, ZeroShot) for text in _documents(what, folder))
     return [*_model(run.model), *texts, *tasks]
@@ -113,7 +115,7 @@ def _corpus(name: str, folder: Path | None) -> Iterator[str]:
 
 
 def _documents(what: ZeroShot, folder: Path | None) -> Iterator[str]:
-    _, missing = accuracy.documents([task for task, _ in what.metrics], folder, what.examples)
+    _, missing = zero_shot.documents([task for task, _ in what.metrics], folder, what.examples)
     if missing:
         yield f"documents of {', '.join(missing)} ({f'not in {folder}' if folder else 'the Hub cannot be reached'})"
 

@@ -9,7 +9,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from experiments.watchers import Watcher
+from experiments.callbacks import Watcher
 
 Callback = Callable[[int, int], None]
 

@@ -13,28 +13,16 @@ import torch
 
 import pruners
 from eval.perplexity import token_sha256
-from experiments import (
-    accuracy,
-    cache,
-    code,
-    corpora,
-    cost,
-    gate,
-    measures,
-    models,
-    pruned,
-    records,
-    resuming,
-    retraining,
-    together,
-    tokens,
-)
+from experiments import distributed, measures, models, provenance, recover, resume
+from experiments.data import corpora, tokens
+from experiments.data.tokens import Tokenizer
+from experiments.measures import dense_gate, zero_shot
 from experiments.progress import Board
-from experiments.records import Record
 from experiments.recovery import Retraining, work_tokens
 from experiments.spec import Perplexity, Run, describe, digest
-from experiments.stages import PrunedBlocks
-from experiments.tokens import Tokenizer
+from experiments.store import cache, code, pruned_weights, records
+from experiments.store.blocks import PrunedBlocks
+from experiments.store.records import Record
 from pruners import checks, retrain
 from pruners.checks import Count, Flag, Folder, Text
 from pruners.retrain import Reconstruction
@@ -56,7 +44,7 @@ class Settings:
     data_dir: Folder | None = None
     dense_gate: Flag = True
     again: Flag = False
-    group: together.Group | None = field(default=None, repr=False)
+    group: distributed.Group | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         checks.fields(self)
@@ -67,7 +55,7 @@ class Settings:
 
 def execute(run: Run, table: str, settings: Settings, board: Board | None = None, resumed: int = 0) -> Record:
     """One cell from its model to its record, which is not stored yet."""
-    board, stages = board or Board(), cost.Stages()
+    board, stages = board or Board(), provenance.Stages()
     identity = models.identity(run.model)
     board.stage("loading")
     with stages("load"):
@@ -76,13 +64,13 @@ def execute(run: Run, table: str, settings: Settings, board: Board | None = None
         raise ValueError(f"{run.model} changed while it was loaded; run again, so that the record is of one model.")
     tokenizer = Tokenizer(digest(identity), inner)
     id = run.id(identity)
-    place = accuracy.Place(records.folder(settings.root, table) / id, resuming.answers(run, id, table, settings))
+    place = zero_shot.Place(records.folder(settings.root, table) / id, resume.answers(run, id, table, settings))
     subject = measures.Subject(model, tokenizer, settings.batch_size, settings.data_dir, place, identity)
     passed = _dense_gate(run, subject, settings, board, stages)
-    begun = resuming.begun(run, id, table, settings)
+    begun = resume.begun(run, id, table, settings)
     achieved = _prune(run, subject, settings, board, stages, begun / "pruned")
     if isinstance(run.recovery, Retraining):
-        kept = resuming.steps(run, id, table, settings)
+        kept = resume.steps(run, id, table, settings)
         achieved["recovery"] = _retrain(run.recovery, id, subject, settings, board, stages, kept)
     return Record(
         id=id,
@@ -91,8 +79,8 @@ def execute(run: Run, table: str, settings: Settings, board: Board | None = None
         achieved=achieved,
         measures=_measure(run, subject, settings, board, stages),
         dense_gate=passed,
-        data={name: corpora.provenance(name, settings.data_dir) for name in resuming.read_by(run)},
-        cost=records.Cost(seconds=stages.finished(), peak_bytes=cost.peak_bytes(model.device)),
+        data={name: corpora.provenance(name, settings.data_dir) for name in resume.read_by(run)},
+        cost=records.Cost(seconds=stages.finished(), peak_bytes=provenance.peak_bytes(model.device)),
         made_by=_made_by(run, identity, model.device, settings),
         resumed=resumed,
         code=code.of(run),
@@ -102,21 +90,23 @@ def execute(run: Run, table: str, settings: Settings, board: Board | None = None
 def _device(asked: str | None) -> str:
     """Raises ValueError, listing what there is, for a device that torch does not know or does not have."""
     found = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-    name = f"cuda:{together.local_rank()}" if asked == "cuda" or (asked is None and len(found) > 1) else asked or "cpu"
+    name = (
+        f"cuda:{distributed.local_rank()}" if asked == "cuda" or (asked is None and len(found) > 1) else asked or "cpu"
+    )
     if name not in found:
         raise ValueError(
             f"There is no device {name!r} here; found {', '.join(found)}."
-            + (" Launch one process for each GPU at most." if together.local_rank() else "")
+            + (" Launch one process for each GPU at most." if distributed.local_rank() else "")
         )
-    if asked == name != "cpu" and together.count() > 1:
+    if asked == name != "cpu" and distributed.count() > 1:
         raise ValueError(
-            f"{together.count()} processes cannot train together on {name}; leave --device out, or say cpu."
+            f"{distributed.count()} processes cannot train together on {name}; leave --device out, or say cpu."
         )
     return name
 
 
 def _prune(
-    run: Run, subject: measures.Subject, settings: Settings, board: Board, stages: cost.Stages, begun: Path
+    run: Run, subject: measures.Subject, settings: Settings, board: Board, stages: provenance.Stages, begun: Path
 ) -> dict[str, Any]:
     """Prune in place, going on from what lies in `begun`; returns what was achieved."""
     if run.method is None:
@@ -143,9 +133,11 @@ def _prune(
     )
     with stages("prune"):
         if _retrains(run) and run.calibrates and isinstance(run.method, Unstructured):
-            report = pruned.shared(settings.root, {**key, "pruned": describe(run.method)}, model, run.method, prune)
+            report = pruned_weights.shared(
+                settings.root, {**key, "pruned": describe(run.method)}, model, run.method, prune
+            )
         else:
-            report = retraining.own_state(begun, prune)
+            report = recover.own_state(begun, prune)
     told = report.to_dict()
     stages.seconds |= {f"prune/{stage}": round(seconds, 3) for stage, seconds in told.pop("seconds").items()}
     return {"sparsity": told.pop("achieved"), **told}
@@ -161,10 +153,10 @@ def _retrain(
     subject: measures.Subject,
     settings: Settings,
     board: Board,
-    stages: cost.Stages,
+    stages: provenance.Stages,
     begun: Path,
 ) -> dict[str, Any]:
-    kept_back = retraining.held_out(recovery.text, subject.tokenizer, settings.data_dir)
+    kept_back = recover.held_out(recovery.text, subject.tokenizer, settings.data_dir)
     before = _held_out(kept_back, subject, board, stages)
     progress = board.stage("retraining", work_tokens(recovery, None))
 
@@ -173,16 +165,18 @@ def _retrain(
 
     model, tokenizer, group = subject.model, subject.tokenizer, settings.group
     with stages("retrain"):
-        text = retraining.examples(recovery.text, tokenizer, settings.data_dir)
+        text = recover.examples(recovery.text, tokenizer, settings.data_dir)
         with group.training(id, model, tokenizer.inner, begun) if group else nullcontext():
-            report = retraining.retrained(model, recovery, text, begun, progress, watch)
+            report = recover.retrained(model, recovery, text, begun, progress, watch)
     stages.seconds["retrain"] += report.resumed_seconds  # steps that another process took are this cell's cost, too
     stages.started -= report.resumed_seconds
     held_out = {"held_out": {"before": before, "after": _held_out(kept_back, subject, board, stages)}}
     return report.to_dict() | (held_out if kept_back else {})
 
 
-def _held_out(kept_back: list[Any], subject: measures.Subject, board: Board, stages: cost.Stages) -> dict[str, Any]:
+def _held_out(
+    kept_back: list[Any], subject: measures.Subject, board: Board, stages: provenance.Stages
+) -> dict[str, Any]:
     """The loss on these records, in nats a predicted token; empty without records."""
     if not kept_back:
         return {}
@@ -206,7 +200,7 @@ def _calibration_key(run: Run, subject: measures.Subject, windows: Any) -> dict[
 
 
 def _statistics(
-    run: Run, model: Any, windows: Any, key: dict[str, Any], settings: Settings, board: Board, stages: cost.Stages
+    run: Run, model: Any, windows: Any, key: dict[str, Any], settings: Settings, board: Board, stages: provenance.Stages
 ) -> dict[str, torch.Tensor] | None:
     """The dense statistics that other cells share, from the cache or computed for it; None where there are none."""
     if run.method.statistics_key is None or run.windows is None:
@@ -221,18 +215,18 @@ def _statistics(
 
 
 def _dense_gate(
-    run: Run, subject: measures.Subject, settings: Settings, board: Board, stages: cost.Stages
+    run: Run, subject: measures.Subject, settings: Settings, board: Board, stages: provenance.Stages
 ) -> dict[str, Any]:
     """By protocol key what the dense model met; empty where nothing is published for it."""
     model = models.find(run.model)
-    asked = gate.asked(run.measures, model)
+    asked = dense_gate.asked(run.measures, model)
     if not settings.dense_gate:
         return {what.key: {"skipped": "--no-dense-gate"} for what in asked}
     for what in asked:
         if what not in run.measures:
-            gate.check_readable(what, model, partial(corpora.provenance, what.corpus, settings.data_dir))
+            dense_gate.check_readable(what, model, partial(corpora.provenance, what.corpus, settings.data_dir))
     with stages("dense gate"):
-        return {what.key: gate.check(what, model, _dense(what, run, subject, settings, board)) for what in asked}
+        return {what.key: dense_gate.check(what, model, _dense(what, run, subject, settings, board)) for what in asked}
 
 
 def _dense(
@@ -242,18 +236,18 @@ def _dense(
     key = {
         "model": subject.identity,
         "dtype": run.dtype,
-        "device": cost.device_name(subject.model.device),
+        "device": provenance.device_name(subject.model.device),
         "measure": describe(what),
         "tokens": token_sha256(tokens.stream(what.corpus, subject.tokenizer, settings.data_dir)),
         "code": code.measure(what),
         "packages": code.packages(),
     }
     progress = board.stage(f"dense {what.key}", measures.work_tokens(what))
-    return gate.dense(settings.root, key, lambda: measures.measure(what, subject, progress))
+    return dense_gate.dense(settings.root, key, lambda: measures.measure(what, subject, progress))
 
 
 def _measure(
-    run: Run, subject: measures.Subject, settings: Settings, board: Board, stages: cost.Stages
+    run: Run, subject: measures.Subject, settings: Settings, board: Board, stages: provenance.Stages
 ) -> dict[str, dict[str, Any]]:
     values: dict[str, dict[str, Any]] = {}
     with stages("measure"):
@@ -267,14 +261,14 @@ def _measure(
 
 
 def _made_by(run: Run, identity: dict[str, str], device: torch.device, settings: Settings) -> records.MadeBy:
-    commit, dirty = cost.commit()
+    commit, dirty = provenance.commit()
     return records.MadeBy(
         commit=commit,
         dirty=dirty,
         model_commit=identity.get("revision"),
-        device=cost.device_name(device),
+        device=provenance.device_name(device),
         dtype=run.dtype,
-        packages=cost.packages(),
+        packages=provenance.packages(),
         python=platform.python_version(),
         seed=run.windows.seed if run.windows else None,
         batch_size=settings.batch_size,

@@ -13,7 +13,7 @@ from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass, r
 from typing import Annotated, Any
 
 import pruners
-from experiments import catalogue
+from experiments.models import catalogue
 from pruners import checks
 from pruners.checks import Count, Counts, Flag, Number, Rule, Seed, Text
 

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
-from experiments import arguments, catalogue
+from experiments import cli
+from experiments.models import catalogue
 
 if TYPE_CHECKING:
     from experiments.cells import Cell
@@ -32,27 +33,27 @@ def main(words: Sequence[str] | None = None) -> int:
     """The exit status."""
     asked = parser().parse_args(words)
     asked.results = asked.results.resolve()  # jobs may run in another folder
-    return arguments.carry_out(asked, "Stopped. What was sent is in the queue; the same command sends the rest.")
+    return cli.carry_out(asked, "Stopped. What was sent is in the queue; the same command sends the rest.")
 
 
 def parser() -> argparse.ArgumentParser:
-    top = arguments.Parser(prog="python -m slurm", description=(__doc__ or "").splitlines()[0])
+    top = cli.Parser(prog="python -m slurm", description=(__doc__ or "").splitlines()[0])
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     submit = commands.add_parser("submit", help="send the cells that have no record and are not queued")
     retry = commands.add_parser("retry", help="send the cells that failed once more")
     retry.add_argument("--failed", action="store_true", required=True, help="which cells: those that failed")
     for command in (submit, retry):
-        arguments.add_selection(command)
-        arguments.add_running(command)
+        cli.add_selection(command)
+        cli.add_running(command)
         _add_sending(command)
     status = commands.add_parser("status", help="how the cells and jobs of a table stand")
     cancel = commands.add_parser("cancel", help="stop every job of a table")
     for command in (status, cancel):
-        command.add_argument("table", type=arguments.word, metavar="TABLE")
+        command.add_argument("table", type=cli.word, metavar="TABLE")
     logs = commands.add_parser("logs", help="what the last job with a cell said")
-    logs.add_argument("cell", type=arguments.word, metavar="CELL", help="its id or label")
+    logs.add_argument("cell", type=cli.word, metavar="CELL", help="its id or label")
     for command in (status, cancel, logs):
-        arguments.add_results(command)
+        cli.add_results(command)
     actions = {submit: _submit, retry: _retry, status: _status, cancel: _cancel, logs: _logs}
     for command, action in actions.items():
         command.set_defaults(command=action)
@@ -62,23 +63,23 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_sending(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--profile", type=arguments.word, default="processors", metavar="NAME|FILE", help="default: processors"
+        "--profile", type=cli.word, default="processors", metavar="NAME|FILE", help="default: processors"
     )
     command.add_argument("--executor", choices=("slurm", "local", "debug"), default="slurm", help="default: slurm")
     command.add_argument(
-        "--memory-gb", type=arguments.gigabytes, metavar="GB", help="ask for this much instead of the estimate"
+        "--memory-gb", type=cli.gigabytes, metavar="GB", help="ask for this much instead of the estimate"
     )
     command.add_argument("--dry-run", action="store_true", help="show the jobs and their script, send nothing")
 
 
 def _submit(asked: argparse.Namespace) -> int:
-    return _launch(asked, arguments.chosen(asked))
+    return _launch(asked, cli.chosen(asked))
 
 
 def _retry(asked: argparse.Namespace) -> int:
     from slurm import state
 
-    cells = {cell.id: cell for cell in arguments.chosen(asked)}
+    cells = {cell.id: cell for cell in cli.chosen(asked)}
     labels = {id: cell.label for id, cell in cells.items()}
     failed = [cell.id for cell in state.cells(asked.results, asked.table, labels) if cell.state == "failed"]
     return _launch(asked, [cells[id] for id in failed])
@@ -103,7 +104,7 @@ def _launch(asked: argparse.Namespace, cells: Sequence[Cell]) -> int:
             print(f"{job.id}: {', '.join(job.cells.values())}", flush=True)
     print(
         f"{asked.table}: cells sent: {sent}, done or queued already: {len(cells) - sent}; "
-        f"python -m slurm status {arguments.same_table(asked)}",
+        f"python -m slurm status {cli.same_table(asked)}",
         file=sys.stderr,
     )
     return 0
@@ -147,10 +148,10 @@ def _show(array: Array) -> None:
 
 
 def _status(asked: argparse.Namespace) -> int:
-    from experiments import cells, tables
+    from experiments import cells, papers
     from slurm import state
 
-    table = tables.find(asked.table)
+    table = papers.find(asked.table)
     labels, models = state.labels(asked.results, asked.table), state.models(asked.results, asked.table)
     if not labels:
         declared = cells.cells(table.runs(), table.label)
@@ -165,7 +166,7 @@ def _status(asked: argparse.Namespace) -> int:
         print(f"\n{tabulate(queued, ('job', 'state', 'node', 'time left'), disable_numparse=True)}")
     counts = Counter(cell.state for cell in found)
     print(f"\n{asked.table}: {', '.join(f'{count} {name}' for name, count in counts.items())}")
-    return arguments.EXIT_FAILED if counts["failed"] else 0
+    return cli.EXIT_FAILED if counts["failed"] else 0
 
 
 def _print_cells(found: Sequence[CellState], models: Mapping[str, str]) -> None:
@@ -186,10 +187,10 @@ def _print_failures(found: Sequence[CellState]) -> None:
 
 
 def _cancel(asked: argparse.Namespace) -> int:
-    from experiments import tables
+    from experiments import papers
     from slurm import ledger, state
 
-    tables.find(asked.table)
+    papers.find(asked.table)
     with ledger.launching(asked.results, asked.table):
         stopped = state.cancel(state.jobs(asked.results, asked.table))
     print(f"{asked.table}: jobs cancelled: {len(stopped)}; what they had finished is kept", file=sys.stderr)
@@ -197,7 +198,7 @@ def _cancel(asked: argparse.Namespace) -> int:
 
 
 def _logs(asked: argparse.Namespace) -> int:
-    from experiments.redaction import redacted
+    from experiments.store.redaction import redacted
     from slurm import state
 
     job = state.find(asked.results, asked.cell)[-1]

@@ -23,8 +23,8 @@ from submitit.core.utils import FailedJobError
 from submitit.helpers import clean_env
 from submitit.slurm.slurm import _make_sbatch_string  # the only way to see the script without sending it
 
-from experiments import records
 from experiments.cells import Cell
+from experiments.store import records
 from slurm import jobs, ledger, queue, state
 from slurm.jobs import Array
 from slurm.ledger import Entry

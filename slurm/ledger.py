@@ -17,9 +17,9 @@ from pathlib import Path
 
 from filelock import Timeout
 
-from experiments import files, records, sealed
-from experiments.locks import lock
 from experiments.spec import digest
+from experiments.store import atomic, checksummed_json, records
+from experiments.store.locks import lock
 from slurm.jobs import Array
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ def new(root: Path, table: str, executor: str, array: Array) -> Entry:
 
 
 def write(entry: Entry) -> None:
-    files.write(entry.folder / "entry.json", sealed.dumps(asdict(entry)))
+    atomic.write(entry.folder / "entry.json", checksummed_json.dumps(asdict(entry)))
 
 
 def remove(entry: Entry) -> None:
@@ -92,7 +92,7 @@ def load(root: Path, table: str) -> list[Entry]:
     found = []
     for path in place(root, table).glob("*/entry.json"):
         try:
-            content = sealed.loads(path.read_text(encoding="utf-8"))
+            content = checksummed_json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             logger.warning("Ignoring %s: %s.", path, error)
             continue
@@ -111,7 +111,7 @@ def tables(root: Path) -> list[str]:
 def launching(root: Path, table: str) -> Iterator[None]:
     """One launcher at a time; raises TimeoutError while another is at it."""
     folder = place(root, table)
-    with files.explained(folder):
+    with atomic.explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
     try:
         with lock(folder / "launching.lock", timeout=10):

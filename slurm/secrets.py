@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from experiments.redaction import HARMLESS, NAME, TOKENS
+from experiments.store.redaction import HARMLESS, NAME, TOKENS
 
 REFERENCE = re.compile(
     r"['\"]?(?:\$\w+|\$\{\w+\}|\$\((?:cat\s|<)[^()]*\)|`cat\s[^`]*`|\*+)?['\"]?"

@@ -12,9 +12,10 @@ from pathlib import Path
 import psutil
 from submitit.core.utils import JobPaths
 
-from experiments import records, watchers
-from experiments.records import Failure, Record
-from experiments.redaction import redacted
+from experiments import callbacks
+from experiments.store import records
+from experiments.store.records import Failure, Record
+from experiments.store.redaction import redacted
 from pruners.suggest import UsageError
 from slurm import ledger, queue
 from slurm.ledger import Entry, Sent
@@ -64,7 +65,7 @@ class Job:
     @property
     def current(self) -> str:
         """The id of the cell that it is at, or was at in the end."""
-        told = [event for event in watchers.read(self.entry.events(self.index)) if event["cell"]]
+        told = [event for event in callbacks.read(self.entry.events(self.index)) if event["cell"]]
         return told[-1]["cell"] if told and told[-1]["event"] not in ("finished", "failed") else ""
 
     @property
@@ -76,7 +77,7 @@ class Job:
     @property
     def death(self) -> str:
         """One sentence on why it ended before its cells were finished; empty if it did not."""
-        of_job = [e for e in watchers.read(self.entry.events(self.index)) if e["event"].startswith("job ")]
+        of_job = [e for e in callbacks.read(self.entry.events(self.index)) if e["event"].startswith("job ")]
         if of_job and of_job[-1]["event"] in ("job finished", "job gave up"):
             return str(of_job[-1].get("message", ""))
         state = self.queued.state if self.queued else ""

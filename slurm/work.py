@@ -15,8 +15,9 @@ from typing import Any
 from submitit import JobEnvironment
 from submitit.core.utils import DelayedSubmission
 
-from experiments import arguments, redaction
-from experiments.watchers import Events
+from experiments import cli
+from experiments.callbacks import Events
+from experiments.store import redaction
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,9 @@ class Work:
         with redaction.quiet_logs():
             outcome = batch.run_table(
                 asked.table,
-                arguments.chosen(asked),
-                arguments.settings(asked),
-                [self._events, *arguments.watchers(asked)],
+                cli.chosen(asked),
+                cli.settings(asked),
+                [self._events, *cli.watchers(asked)],
             )
         self._events.write("job finished", found=outcome.found, done=outcome.done, failed=outcome.failed)
         return {"found": outcome.found, "done": outcome.done, "failed": outcome.failed}
@@ -78,8 +79,8 @@ class Work:
     def asked(self) -> Namespace:
         """As a command line gives it, for these cells; options that are younger than the job are at their defaults."""
         parser = ArgumentParser()
-        arguments.add_selection(parser)
-        arguments.add_running(parser)
+        cli.add_selection(parser)
+        cli.add_running(parser)
         defaults = vars(parser.parse_args([self.table]))
         paths = {name: Path(value) for name in ("results", "data_dir") if (value := self.arguments[name])}
         return Namespace(**{**defaults, **self.arguments, **paths, "only": list(self.cells)})

@@ -22,9 +22,10 @@ import torch
 from tabulate import tabulate
 
 import pruners
-from experiments import corpora, cost, models
-from experiments.records import now
+from experiments import models, provenance
+from experiments.data import corpora
 from experiments.spec import Windows
+from experiments.store.records import now
 from pruners import anatomy
 
 WINDOWS = Windows("embedded/c4", count=16, length=512, sampling="first")
@@ -117,7 +118,7 @@ def _row(name: str, figures: dict[str, tuple[float, float]]) -> tuple[Any, ...]:
 
 
 def _keep(figures: dict[str, tuple[float, float]], folder: Path) -> None:
-    commit, dirty = cost.commit()
+    commit, dirty = provenance.commit()
     told = {
         "model": MODEL,
         "windows": [WINDOWS.count, WINDOWS.length],
@@ -126,7 +127,7 @@ def _keep(figures: dict[str, tuple[float, float]], folder: Path) -> None:
         "made_by": {
             "commit": commit,
             "dirty": dirty,
-            "device": cost.device_name(torch.device("cpu")),
+            "device": provenance.device_name(torch.device("cpu")),
             "at": str(now()),
         },
     }

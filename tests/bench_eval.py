@@ -24,7 +24,9 @@ from tabulate import tabulate
 from eval.perplexity import perplexity
 from eval.tasks import load
 from eval.zero_shot import zero_shot
-from experiments import accuracy, corpora, models, protocols
+from experiments import models, protocols
+from experiments.data import corpora
+from experiments.measures import zero_shot as measure
 
 MODEL, CORPUS, WINDOW, WINDOWS = "smollm2-135m", "embedded/wiki", 512, 8
 DOCUMENTS = 10  # of each task
@@ -59,7 +61,7 @@ def fastest(work: Callable[[], Any]) -> tuple[float, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data-dir", type=Path)
-    sources, missing = accuracy.documents(dict(protocols.zero_shot("llm_pruner").metrics), parser.parse_args().data_dir)
+    sources, missing = measure.documents(dict(protocols.zero_shot("llm_pruner").metrics), parser.parse_args().data_dir)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     model, tokenizer = models.load(MODEL)
     tokens = corpora.token_ids(CORPUS, tokenizer)[: WINDOWS * WINDOW]

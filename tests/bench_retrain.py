@@ -22,9 +22,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import pruners
-from experiments import corpora, cost, models
-from experiments.records import now
+from experiments import models, provenance
+from experiments.data import corpora
 from experiments.spec import Windows
+from experiments.store.records import now
 from pruners.retrain import LoRA, MaskLoRA, ScaleLoRA, Trainable, finetune
 from pruners.retrain.masks import BitMask
 
@@ -99,7 +100,7 @@ def _work(name: str, where: str, steps: int) -> dict[str, float]:
 
 
 def _keep(figures: dict[str, Any], asked: argparse.Namespace) -> None:
-    commit, dirty = cost.commit()
+    commit, dirty = provenance.commit()
     told = {
         "model": asked.model,
         "steps": asked.steps,
@@ -109,7 +110,7 @@ def _keep(figures: dict[str, Any], asked: argparse.Namespace) -> None:
         "made_by": {
             "commit": commit,
             "dirty": dirty,
-            "device": cost.device_name(torch.device("cpu")),
+            "device": provenance.device_name(torch.device("cpu")),
             "at": str(now()),
         },
     }

@@ -12,10 +12,6 @@ from typing import Any
 import pytest
 import torch
 from jaxtyping import install_import_hook
-
-with install_import_hook(["pruners", "eval"], "beartype.beartype"):  # shapes in signatures hold, in tests
-    import pruners  # noqa: F401
-
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -28,6 +24,9 @@ from transformers import (
 )
 
 from pruners import anatomy, apply
+
+with install_import_hook(["pruners", "eval"], "beartype.beartype"):  # shapes in signatures hold, in tests
+    import pruners  # noqa: F401
 
 DROPPED = re.compile(r"deprecat|will be removed|no longer be supported", re.IGNORECASE)
 
@@ -81,7 +80,7 @@ def no_hub(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
     """Nothing was ever downloaded and the Hub is not asked, so that ids are the same on every machine."""
     from huggingface_hub import constants
 
-    from experiments import hub
+    from experiments.models import hub
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path_factory.getbasetemp() / "no-hub"))
     monkeypatch.setattr(hub, "reachable", lambda: False)

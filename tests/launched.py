@@ -17,7 +17,7 @@ from typing import Any
 import small_table as small
 
 import pruners
-from experiments import tables, together
+from experiments import distributed, papers
 from experiments.__main__ import main
 from experiments.recovery import Retraining
 from experiments.spec import Table
@@ -67,8 +67,8 @@ def load_slowly(seconds: float) -> None:
 
 if __name__ == "__main__":
     words = sys.argv[1:]
-    tables.TABLES["retrained"] = table()
-    together.PATIENCE_SECONDS = 3.0
+    papers.TABLES["retrained"] = table()
+    distributed.PATIENCE_SECONDS = 3.0
     if os.environ["RANK"] == "1":
         load_slowly(4.0)
     if "--lose" in words:

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from experiments.store import blocks
+
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).parent)]
 PAUSES, GREEDY = "TEST_PAUSES", "TEST_GREEDY_GB"
 
@@ -22,13 +24,13 @@ def prepare() -> None:
 
     import pruners
     from eval import perplexity
-    from experiments import stages, tables
+    from experiments import papers
     from pruners import retrain
     from pruners.retrain.schedule import Schedule
     from pruners.unstructured import Unstructured
 
-    tables.TABLES |= {"tiny": small.table(), "retrained": small.retrained()}
-    stages.SECONDS_BETWEEN = 0.0
+    papers.TABLES |= {"tiny": small.table(), "retrained": small.retrained()}
+    blocks.SECONDS_BETWEEN = 0.0
     retrain.finetune.__kwdefaults__["save_every"] = 2
     for place, name in ((Unstructured, "remove"), (Schedule, "step"), (perplexity, "_nll")):
         setattr(place, name, pausing(name, getattr(place, name)))
@@ -64,13 +66,13 @@ def eat(gigabytes: int) -> None:
 if __name__ == "__main__":
     from submitit.core.submission import process_job
 
-    from experiments import arguments
+    from experiments import cli
 
-    chosen = arguments.chosen
+    chosen = cli.chosen
 
     def with_the_table(asked):
         prepare()
         return chosen(asked)
 
-    arguments.chosen = with_the_table
+    cli.chosen = with_the_table
     process_job(sys.argv[-1])

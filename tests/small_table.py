@@ -12,11 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pruners
-from experiments import cells, records
+from experiments import cells
 from experiments.batch import Outcome, run_table
 from experiments.recovery import Retraining
 from experiments.run import Settings
 from experiments.spec import Perplexity, Run, Table, Windows, digest
+from experiments.store import records
 from pruners.retrain import Trainable
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"

@@ -12,10 +12,12 @@ import small_table as small
 from PIL import Image
 
 import pruners
-from analysis import figures, rows, tables, written
-from experiments import records
-from experiments.fingerprints import fingerprint
+from analysis import rows
+from analysis.figures import perplexity
+from analysis.tables import frames, markdown
+from experiments.models.fingerprint import fingerprint
 from experiments.spec import Perplexity, Run, Table, Windows
+from experiments.store import records
 
 METHODS = (
     None,
@@ -50,7 +52,7 @@ def made(tmp_path) -> list[rows.Row]:
 
 
 def test_numbers_are_unrounded_and_gaps_are_empty(made):
-    frame = pd.read_csv(io.StringIO(tables.numbers(made).to_csv(index=False)))
+    frame = pd.read_csv(io.StringIO(frames.numbers(made).to_csv(index=False)))
     assert list(frame.state) == ["done", "done", "failed", "done", "missing"]
     assert list(frame[f"perplexity {KEY}"][[0, 1, 3]]) == [25.0, 1234.5, 40.126]
     assert math.isnan(frame[f"perplexity {KEY}"][2])
@@ -59,7 +61,7 @@ def test_numbers_are_unrounded_and_gaps_are_empty(made):
 
 
 def test_markdown_shows_protocol_spread_gaps_and_failures(made):
-    text = written.markdown(table(), made)
+    text = markdown.markdown(table(), made)
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
     assert lines[0] == ["Method", "Setting", "Sparsity", f"perplexity {KEY}"]
     assert lines[2:] == [
@@ -76,7 +78,7 @@ def test_markdown_shows_protocol_spread_gaps_and_failures(made):
 
 
 def test_latex_is_booktabs_with_everything_escaped(made):
-    text = written.tex(table(), made)
+    text = markdown.tex(table(), made)
     assert all(rule in text for rule in (r"\toprule", r"\midrule", r"\bottomrule"))
     assert r"Magnitude & 50 \% & 50.00 \% & 1,234 $\pm$ 2 \\" in text
     assert r"less\_of \& it" in text
@@ -85,15 +87,15 @@ def test_latex_is_booktabs_with_everything_escaped(made):
 def test_a_single_window_has_no_spread(tmp_path):
     store(tmp_path, table().runs()[0], perplexity=7.0, standard_error=None)
     made = rows.rows(table(), tmp_path)
-    assert tables.text(made)[f"perplexity {KEY}"][0] == "7.00"
-    assert "standard error" not in written.markdown(table(), made)
+    assert frames.text(made)[f"perplexity {KEY}"][0] == "7.00"
+    assert "standard error" not in markdown.markdown(table(), made)
 
 
 def test_other_protocols_have_their_own_column(tmp_path):
     both = table(measures=(small.PPL, Perplexity("ptb/test", window=128)))
     for run in both.runs():
         store(tmp_path, run)
-    assert list(tables.text(rows.rows(both, tmp_path)).columns[3:]) == [f"perplexity {KEY}", "perplexity ptb/test@128"]
+    assert list(frames.text(rows.rows(both, tmp_path)).columns[3:]) == [f"perplexity {KEY}", "perplexity ptb/test@128"]
 
 
 def test_the_same_key_on_other_tokens_is_refused(tmp_path):
@@ -101,7 +103,7 @@ def test_the_same_key_on_other_tokens_is_refused(tmp_path):
     store(tmp_path, dense, token_sha256="a" * 64)
     store(tmp_path, magnitude, token_sha256="b" * 64)
     with pytest.raises(ValueError, match=r"Magnitude 50 % was measured on other tokens .* \(bbbbbbbbbbbb and aaaa"):
-        tables.columns(rows.rows(table(), tmp_path))
+        frames.columns(rows.rows(table(), tmp_path))
 
 
 def test_records_of_another_protocol_are_named_and_not_shown(tmp_path):
@@ -151,12 +153,12 @@ def test_seeds_that_nothing_draws_by_make_one_cell():
 def test_partial_data_is_noted(tmp_path):
     run = table().runs()[0]
     records.write(small.record(run, data={"ptb/test": {"complete": False}}), tmp_path)
-    assert "ptb/test was only a part of the data set." in written.markdown(table(), rows.rows(table(), tmp_path))
+    assert "ptb/test was only a part of the data set." in markdown.markdown(table(), rows.rows(table(), tmp_path))
 
 
 def test_all_files_are_written(made, tmp_path):
-    paths = written.write(table(), made, tmp_path / "tiny") + figures.save(
-        figures.perplexity(table(), made), tmp_path / "tiny"
+    paths = markdown.write(table(), made, tmp_path / "tiny") + perplexity.save(
+        perplexity.perplexity(table(), made), tmp_path / "tiny"
     )
     assert [path.name for path in paths] == ["tiny.md", "tiny.csv", "tiny.tex", "tiny.svg", "tiny.png"]
     assert Image.open(paths[-1]).size[0] > 1000
@@ -164,7 +166,7 @@ def test_all_files_are_written(made, tmp_path):
 
 
 def test_the_figure_draws_every_measured_cell_and_its_error(made):
-    (axes,) = figures.perplexity(table(), made).axes
+    (axes,) = perplexity.perplexity(table(), made).axes
     points = {container.get_label(): container[0].get_xdata().tolist() for container in axes.containers}
     assert points == {"50 %": [1234.5, 40.126]}
     assert axes.get_xscale() == "log"
@@ -177,14 +179,14 @@ def test_a_figure_of_several_protocols_asks_which(tmp_path):
     store(tmp_path, both.runs()[1])
     made = rows.rows(both, tmp_path)
     with pytest.raises(ValueError, match=r"choose with --measure one of: ptb/test@64\[:4\], ptb/test@128"):
-        figures.perplexity(both, made)
-    assert figures.perplexity(both, made, "ptb/test@128").axes
+        perplexity.perplexity(both, made)
+    assert perplexity.perplexity(both, made, "ptb/test@128").axes
     with pytest.raises(LookupError, match="Did you mean"):
-        figures.perplexity(both, made, "ptb/test@1280")
+        perplexity.perplexity(both, made, "ptb/test@1280")
 
 
 def test_every_model_has_its_panel(tmp_path):
     two = table(models=("smollm2-135m", "opt-125m"))
     for run in two.runs():
         store(tmp_path, run)
-    assert len(figures.perplexity(two, rows.rows(two, tmp_path)).axes) == 2
+    assert len(perplexity.perplexity(two, rows.rows(two, tmp_path)).axes) == 2

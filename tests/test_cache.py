@@ -15,7 +15,7 @@ import torch
 from small_table import full_disk
 from torch.testing import assert_close
 
-from experiments import cache, locks, room
+from experiments.store import cache, locks, room
 
 KEY = {"model": "m", "statistics": "norms"}
 

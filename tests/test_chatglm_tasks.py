@@ -16,7 +16,7 @@ from eval.marks import begun, prefixed, text_prefix
 from eval.perplexity import perplexity
 from eval.scorer import fingerprint
 from eval.zero_shot import zero_shot
-from experiments import task_data
+from experiments.data import eval_tasks
 from pruners.chatglm import ChatGLMTokenizer
 from tests.chatglm import GOLDEN, golden, odd, prompts, sentencepiece_file
 from tests.conftest import SHARED, needs_shared, tiny
@@ -102,7 +102,7 @@ def test_speed_and_counts_are_measured():
 def test_a_task_is_asked_in_either_way(released, tokenizer):
     model, data = odd(max_sequence_length=2048), SHARED / "data"
     (document,) = map(json.loads, (data / "tasks/openbookqa_test.jsonl").read_text().splitlines()[:1])
-    sources = {"openbookqa": task_data.changes("openbookqa", data)}
+    sources = {"openbookqa": eval_tasks.changes("openbookqa", data)}
     found = zero_shot(model, tokenizer, sources, limit=1, released_marks=released)
     before = tokenizer.encode(document["question_stem"])  # ends in the marks
     for choice, answer in zip(document["choices"]["text"], found.samples[0]["answers"], strict=True):

@@ -6,15 +6,18 @@ import numpy as np
 import pytest
 import small_table as small
 
-from analysis import claims, evidence, papers, rows, verdicts
-from analysis.evidence import Better, Claim, Ours, Place, on_ours, on_paper
+from analysis import compare, published, rows
+from analysis.claims import judge, statements
+from analysis.claims.judge import Better, Claim, Ours, Place, on_ours, on_paper
 from analysis.rows import COST
-from experiments import gblm, headlines, perp, records, tables
+from experiments import papers
 from experiments.labels import labels
+from experiments.papers import gblm, headlines, perp
+from experiments.store import records
 
 WANDA = Better(("GBLM-Pruner (l1)", "50 %"), ("Wanda", "50 %"))
 AT = Place("gblm.perplexity", ("llama-7b",), "wikitext2/test@2048")
-CLAIM = Claim("c", "GBLM-Pruner", "GBLM below Wanda.", (WANDA,), (AT,), claims.stand_in("gblm"))
+CLAIM = Claim("c", "GBLM-Pruner", "GBLM below Wanda.", (WANDA,), (AT,), statements.stand_in("gblm"))
 
 
 def store(root, table, words, windows, seed=None, token_sha256="a" * 64):
@@ -49,7 +52,9 @@ def test_without_records_there_are_no_numbers(tmp_path):
 
 def test_a_sentence_of_which_a_part_was_run_holds_so_far(tmp_path):
     """What no table of ours declares, as 4:8 here, is never asked for."""
-    both = Claim("b", "", "", claims.over("Wanda", "Magnitude", "50 %", "2:4", "4:8"), (), claims.stand_in("gblm"))
+    both = Claim(
+        "b", "", "", statements.over("Wanda", "Magnitude", "50 %", "2:4", "4:8"), (), statements.stand_in("gblm")
+    )
     store(tmp_path, headlines.gblm, ("Magnitude", "50 %"), [2.5, 2.5])
     for seed in range(3):
         store(tmp_path, headlines.gblm, ("Wanda", "50 %"), [2.0, 2.0 + 0.01 * seed], seed)
@@ -68,16 +73,16 @@ def test_what_the_paper_does_not_print_is_counted_beside_its_answer():
 @pytest.mark.parametrize(("gains", "sign"), [((0.02, 0.021, 0.019), 1), ((0.02, -0.03, 0.02), 0)])
 def test_three_seeds_of_an_accuracy_are_paired(gains, sign):
     left, right = (scores(values) for values in ([0.5 + gain for gain in gains], [0.5] * 3))
-    low, high = evidence.difference(left, right, 1.0)
+    low, high = judge.difference(left, right, 1.0)
     assert (low > 0) - (high < 0) == sign
 
 
 def scores(values):
     """A cell with these accuracies and a standard error over documents that would hide any gap between them."""
-    run = next(run for run in tables.find("gblm.zero_shot").runs() if run.method is not None)
+    run = next(run for run in papers.find("gblm.zero_shot").runs() if run.method is not None)
     measured = [{"k": {"score": value, "standard_error": 0.1}} for value in values]
     found = [rows.Row("m", "s", run, small.record(run, measures=one), None) for one in measured]
-    return verdicts.Cell("llama-7b", "m", "s", "k", "score", tuple(found))
+    return compare.Cell("llama-7b", "m", "s", "k", "score", tuple(found))
 
 
 def test_a_gap_far_beyond_the_noise_holds(tmp_path):
@@ -136,25 +141,25 @@ def test_hours_are_those_of_the_retraining_alone_of_all_processes(tmp_path, reco
     achieved = {"sparsity": 0.5, "recovery": recovery}
     record = small.record(run).model_copy(update={"table": "perp.magnitude", "achieved": achieved})
     records.write(record, tmp_path)
-    claim = next(claim for claim in claims.CLAIMS if claim.name == "perp-minutes")
+    claim = next(claim for claim in statements.CLAIMS if claim.name == "perp-minutes")
     assert on_ours(claim, Ours(tmp_path)).verdict == on_ours(claim, Ours(tmp_path), noise=True).verdict == verdict
 
 
 def test_there_are_25_claims_at_least_each_with_its_own_name_and_places():
-    assert len(claims.CLAIMS) >= 25
-    assert len({claim.name for claim in claims.CLAIMS}) == len(claims.CLAIMS)
-    for claim in claims.CLAIMS:
+    assert len(statements.CLAIMS) >= 25
+    assert len({claim.name for claim in statements.CLAIMS}) == len(statements.CLAIMS)
+    for claim in statements.CLAIMS:
         for place in (*claim.places, *claim.stand_in):
-            assert papers.of(place.published) if place.published else tables.find(place.table)
+            assert published.of(place.published) if place.published else papers.find(place.table)
 
 
-@pytest.mark.parametrize("claim", claims.CLAIMS, ids=lambda claim: claim.name)
+@pytest.mark.parametrize("claim", statements.CLAIMS, ids=lambda claim: claim.name)
 def test_our_side_of_every_claim_is_declared(claim):
     """A misspelt method or key would read as 'no numbers' for ever."""
-    for places, comparisons in evidence.scopes(claim):
+    for places, comparisons in judge.scopes(claim):
         for place in places:
             if place.table and place.key:
-                known = declared(tables.find(place.table))
+                known = declared(papers.find(place.table))
                 for model in place.models:
                     wanted = {(model, *side.left, place.key) for side in comparisons}
                     assert wanted & known or claim.name in PRINTED_ONLY
@@ -171,7 +176,7 @@ def declared(table):
 
 
 def test_the_frame_has_the_three_answers(tmp_path):
-    found = claims.frame(tmp_path).set_index("Claim")
+    found = statements.frame(tmp_path).set_index("Claim")
     assert found.loc["pruner-keeps", "Paper's numbers"] == "holds (1 of 1)"
     assert found.loc["flap-accuracy-wanda", "Paper's numbers"].startswith("fails (1 of 2")
     assert set(found["Ours"]) == set(found["Ours with noise"]) == {"no numbers"}

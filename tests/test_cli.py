@@ -16,9 +16,11 @@ import small_table as small
 
 import analysis.__main__ as analysis
 import pruners
-from experiments import records, tables, task_data
+from experiments import papers
 from experiments.__main__ import main, parser
+from experiments.data import eval_tasks
 from experiments.spec import Run
+from experiments.store import records
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND = re.compile(r"(?:python3?|\$\(RUN\)) -m (experiments|analysis) (.+)")
@@ -28,7 +30,7 @@ DENSE = Run("smollm2-135m", None, small.WINDOWS, (small.PPL,))
 @pytest.fixture
 def tiny(monkeypatch):
     table = small.table((None, pruners.Magnitude(sparsity=0.5)))
-    monkeypatch.setitem(tables.TABLES, "tiny", table)
+    monkeypatch.setitem(papers.TABLES, "tiny", table)
     return table
 
 
@@ -100,7 +102,7 @@ def test_show_tells_which_tasks_it_has_no_documents_of(capsys, tmp_path, monkeyp
     assert f"documents of boolq (not in {tmp_path})" in shown
     assert "rte.acc@0shot, boolq.acc@0shot" in shown
     monkeypatch.delenv("PRUNING_DATA_DIR", raising=False)
-    monkeypatch.setattr(task_data, "hub_reachable", lambda: False)
+    monkeypatch.setattr(eval_tasks, "hub_reachable", lambda: False)
     main(words)
     assert "documents of rte, boolq (the Hub cannot be reached)" in capsys.readouterr().out
 
@@ -153,7 +155,7 @@ def test_a_fault_of_a_table_is_no_complaint_about_what_was_asked(tiny, tmp_path,
     def faulty(run):
         return {"wanda": ("Wanda", "")}[run.model]
 
-    monkeypatch.setitem(tables.TABLES, "tiny", replace(tiny, label=faulty))
+    monkeypatch.setitem(papers.TABLES, "tiny", replace(tiny, label=faulty))
     assert main(["show", "tiny", "--results", str(tmp_path)]) == 1
     assert re.search(r"^KeyError: .*\(this is a bug in tests/test_cli\.py, line \d+\)\n$", capsys.readouterr().err)
 
@@ -162,7 +164,7 @@ def test_the_report_does_not_leave_a_faulty_table_out(tiny, tmp_path, capsys, mo
     if not small.MODEL.is_dir():
         pytest.skip(f"{small.MODEL} is absent")
     main(["run", "tiny", "--results", str(tmp_path), "--only", "dense", "--data-dir", str(small.data(tmp_path / "d"))])
-    monkeypatch.setattr("analysis.verdicts.cells", lambda *_: {}["a method that its words do not know"])
+    monkeypatch.setattr("analysis.compare.cells", lambda *_: {}["a method that its words do not know"])
     assert analysis.main(["report", "--results", str(tmp_path)]) == 1
     assert "KeyError: a method that its words do not know (this is a bug in " in capsys.readouterr().err
 
@@ -277,7 +279,7 @@ def documented() -> list[tuple[str, str]]:
 def test_documented_commands_are_real_ones(program, line):
     asked = {"experiments": parser, "analysis": analysis.parser}[program]().parse_args(shlex.split(line))
     if hasattr(asked, "table"):
-        tables.find(asked.table)
+        papers.find(asked.table)
 
 
 def test_help_is_quick_to_ask_for():

@@ -11,10 +11,11 @@ import small_table as small
 
 import pruners
 from eval import perplexity as module_of_perplexity
-from experiments import cells, code, measures, records, recovery
+from experiments import cells, measures, recovery
 from experiments.batch import run_table
 from experiments.run import Settings
 from experiments.spec import Efficiency, Generation, MaskPatterns, Perplexity, Run, Table, ZeroShot
+from experiments.store import code, records
 from pruners.calibrate import Moments
 from pruners.retrain import Reconstruction, Trainable
 from pruners.unstructured import Unstructured
@@ -200,7 +201,7 @@ def test_a_record_says_of_which_code_it_is(tmp_path, data):
 
 
 def test_unfinished_work_of_other_code_is_left_alone(tree, tmp_path):
-    from experiments import resuming
+    from experiments import resume
 
     run, settings = Run(str(small.MODEL), pruners.Magnitude(sparsity=0.5), None, (small.PPL,)), Settings(tmp_path)
     places = []
@@ -209,10 +210,10 @@ def test_unfinished_work_of_other_code_is_left_alone(tree, tmp_path):
         ("pruners/magnitude.py", ".abs()", ""),
         ("eval/perplexity.py", ".mean(1)", ".sum(1)"),
     ):
-        places.append((resuming.begun(run, "id", "tiny", settings), resuming.answers(run, "id", "tiny", settings)))
+        places.append((resume.begun(run, "id", "tiny", settings), resume.answers(run, "id", "tiny", settings)))
         small.edit(tree / file, old, new)
         forget()
-    places.append((resuming.begun(run, "id", "tiny", settings), resuming.answers(run, "id", "tiny", settings)))
+    places.append((resume.begun(run, "id", "tiny", settings), resume.answers(run, "id", "tiny", settings)))
     pruned, answers = zip(*places, strict=True)
     assert [pruned[0] == place for place in pruned] == [True, True, False, False]
     assert [answers[0] == place for place in answers] == [True, True, True, False]

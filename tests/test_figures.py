@@ -12,9 +12,10 @@ import small_table as small
 from PIL import Image
 
 import pruners
-from analysis import charts, figures, inside, rows, verdicts
-from experiments import records
+from analysis import compare, rows
+from analysis.figures import perplexity, structure, sweeps
 from experiments.spec import Run, Table, needs_windows
+from experiments.store import records
 
 METHODS = (None, pruners.Magnitude, pruners.Wanda, pruners.SparseGPT)
 SEEDS, SPARSITIES = (0, 1, 2), (0.4, 0.5)
@@ -49,7 +50,7 @@ def drawn(figure) -> np.ndarray:
 
 
 def test_seeds_are_one_mark_at_their_mean_with_a_t_interval(tmp_path):
-    (axes,) = figures.perplexity(table(), fill(table(), tmp_path)).axes
+    (axes,) = perplexity.perplexity(table(), fill(table(), tmp_path)).axes
     low, high = (container for container in axes.containers)
     assert [low.get_label(), high.get_label()] == ["40 %", "50 %"]
     assert low[0].get_xdata().tolist() == [14.0, 11.0, 15.0]  # magnitude has one run
@@ -61,12 +62,12 @@ def test_seeds_are_one_mark_at_their_mean_with_a_t_interval(tmp_path):
 
 def test_the_dense_model_alone_is_drawn_without_a_warning(tmp_path, recwarn):
     made = [row for row in fill(table(), tmp_path) if row.run.method is None]
-    figures.perplexity(table(), made)
+    perplexity.perplexity(table(), made)
     assert [str(one.message) for one in recwarn] == []
 
 
 def test_the_bars_are_told_apart_in_words(tmp_path):
-    (legend,) = figures.perplexity(table(), fill(table(), tmp_path)).legends
+    (legend,) = perplexity.perplexity(table(), fill(table(), tmp_path)).legends
     told = legend.get_title().get_text().replace("\n", " ")
     assert told == (
         "several seeds: mean and its 95 % interval, each seed below it; one run: ± 1 standard error over windows"
@@ -77,13 +78,13 @@ def test_an_interval_that_reaches_below_zero_does_not_stretch_a_logarithmic_axis
     made = fill(table(), tmp_path)
     for row, value in zip((row for row in made if row.method == "Wanda"), (1.0, 2.0, 300.0), strict=False):
         row.record.measures[small.PPL.key].update(perplexity=value)
-    (axes,) = figures.perplexity(table(), made).axes
+    (axes,) = perplexity.perplexity(table(), made).axes
     assert axes.get_xscale() == "log"
     assert axes.get_xlim()[0] > 0.5
 
 
 def test_no_two_of_forty_nine_methods_look_alike():
-    looks = [figures.look(index) for index in range(49)]
+    looks = [perplexity.look(index) for index in range(49)]
     assert len({(one["color"], one["marker"]) for one in looks}) == 49
     assert len({(one["color"], one["linestyle"]) for one in looks[:28]}) == 28
 
@@ -92,11 +93,11 @@ def test_no_two_of_forty_nine_methods_look_alike():
 def test_nothing_reaches_the_edge_of_a_figure(tmp_path, models):
     declared = table(models)
     made = fill(declared, tmp_path)
-    found = verdicts.cells(declared, made)
+    found = compare.cells(declared, made)
     for figure in (
-        figures.perplexity(declared, made),
-        charts.by_sparsity(declared, found),
-        charts.cost(declared, made),
+        perplexity.perplexity(declared, made),
+        sweeps.by_sparsity(declared, found),
+        sweeps.cost(declared, made),
     ):
         picture = drawn(figure)
         edges = (picture[0], picture[-1], picture[:, 0], picture[:, -1])
@@ -106,7 +107,7 @@ def test_nothing_reaches_the_edge_of_a_figure(tmp_path, models):
 
 def test_every_model_and_every_method_has_its_bar(tmp_path):
     declared = table(("opt-125m", "opt-1.3b"))
-    (left,) = charts.cost(declared, fill(declared, tmp_path)).axes
+    (left,) = sweeps.cost(declared, fill(declared, tmp_path)).axes
     names = [label.get_text() for label in left.get_yticklabels()]
     assert names == [
         f"{method}, {model}" for method in ("Magnitude", "Wanda", "SparseGPT") for model in ("opt-125m", "opt-1.3b")
@@ -123,7 +124,7 @@ def test_statistics_from_the_cache_cost_what_they_took_and_memory_is_the_acceler
         made_by = record.made_by.model_copy(update={"device": "cuda (A card)"})
         records.write(record.model_copy(update={"made_by": made_by}), tmp_path)
     declared = Table("tiny", "", tuple(runs), (("opt-125m",),), lambda run, model: run)
-    left, right = charts.cost(declared, rows.rows(declared, tmp_path)).axes
+    left, right = sweeps.cost(declared, rows.rows(declared, tmp_path)).axes
     assert [bar.get_width() for bar in left.patches] == [110.0]
     assert [point for line in left.lines for point in line.get_xdata()] == [110.0, 110.0]
     assert right.get_xlabel() == "peak memory of the cell, GiB"
@@ -133,6 +134,6 @@ def test_retraining_curves_have_a_panel_a_setting(tmp_path):
     made = fill(table(), tmp_path)
     for row in made:
         row.record.achieved["recovery"] = {"losses": [3.0, 2.0]} if row.run.method else {}
-    panels = inside.losses(table(), made).axes
+    panels = structure.losses(table(), made).axes
     assert [axes.get_title("left") for axes in panels] == ["40 %", "50 %"]
     assert [len(axes.lines) for axes in panels] == [3, 3]  # of three seeds the first

@@ -12,8 +12,9 @@ import torch
 from conftest import CONFIGS, tiny
 from safetensors.torch import load_file, save_file
 
-from experiments import digests, models
-from experiments.fingerprints import fingerprint
+from experiments import models
+from experiments.models import digests
+from experiments.models.fingerprint import fingerprint
 from pruners import checkpoint
 
 WEIGHTS = "model.safetensors"

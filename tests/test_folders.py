@@ -16,25 +16,14 @@ from test_models import config_of
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import pruners
-from analysis import rows, verdicts
-from experiments import (
-    baselines,
-    catalogue,
-    cells,
-    embedded,
-    estimate,
-    flap,
-    headlines,
-    llm_pruner,
-    models,
-    perp,
-    protocols,
-    records,
-    tables,
-)
+from analysis import compare, rows
+from experiments import cells, estimate, models, papers, protocols
 from experiments.__main__ import main
-from experiments.catalogue import CATALOGUE
+from experiments.models import catalogue
+from experiments.models.catalogue import CATALOGUE
+from experiments.papers import embedded, flap, headlines, llm_pruner, perp, wanda_sparsegpt
 from experiments.spec import Table, digest
+from experiments.store import records
 from slurm.__main__ import main as slurm
 
 needs_shared = pytest.mark.skipif(not small.MODEL.is_dir(), reason=f"needs the trained model in {small.MODEL}")
@@ -108,17 +97,17 @@ def test_llm_pruner_spares_blocks_at_both_ends_of_any_model(name, at_20, at_50, 
 
 def test_depth_is_the_folders_own_whatever_it_is_called(shallow):
     assert blocks(shallow("llama-7b", 40)) == (4, 38)
-    table = tables.find("llm_pruner.llama_13b")
+    table = papers.find("llm_pruner.llama_13b")
     (run,) = (run for run in table.runs(shallow("llama-13b", 60)) if getattr(run.method, "seed", 0) and not run.recovery
               and run.method.importance == "element1" and run.method.granularity == "block")  # fmt: skip
     assert run.method.attention_blocks == run.method.mlp_blocks == (4, 58)
 
 
 def test_tables_of_single_blocks_have_the_models_own(shallow):
-    assert len(tables.find("llm_pruner.layer_sensitivity").runs(shallow("deep", 34))) == 34
+    assert len(papers.find("llm_pruner.layer_sensitivity").runs(shallow("deep", 34))) == 34
     with pytest.raises(ValueError, match="has 130 blocks and this table rows for 128"):
-        tables.find("llm_pruner.layer_sensitivity").runs(shallow("deeper", 130))
-    (run,) = tables.find("llm_pruner.stablelm").runs(shallow("middle", 12))
+        papers.find("llm_pruner.layer_sensitivity").runs(shallow("deeper", 130))
+    (run,) = papers.find("llm_pruner.stablelm").runs(shallow("middle", 12))
     assert run.method.attention_blocks == (3, 11)
 
 
@@ -152,9 +141,9 @@ def test_flap_removes_the_released_share_of_the_models_own_heads(published_shape
 def test_a_folder_of_65b_is_asked_as_many_documents_and_has_as_many_cells(published_shape):
     folder = published_shape("llama-65b", "large")
     for table in ("baselines.zero_shot", "perp.zero_shot"):
-        keys = {run.measures[0].key for run in tables.find(table).runs(folder)}
+        keys = {run.measures[0].key for run in papers.find(table).runs(folder)}
         assert keys == {f"mean.{table.partition('.')[0].replace('baselines', 'wanda')}@0shot[:2000]"}
-    asked = tables.runs(tables.find("baselines.perplexity"), folder, tasks=["wanda"])
+    asked = papers.runs(papers.find("baselines.perplexity"), folder, tasks=["wanda"])
     assert {run.measures[-1].key for run in asked} == {"mean.wanda@0shot[:2000]"}
     of_catalogue = [run for run in flap.perplexity.runs() if run.model == "llama-65b"]
     assert len(flap.perplexity.runs(folder)) == len(of_catalogue) == 13
@@ -171,7 +160,7 @@ def test_a_folder_of_65b_is_asked_as_many_documents_and_has_as_many_cells(publis
 )  # fmt: skip
 def test_the_context_length_is_the_folders_own_by_one_rule(copy, change, length):
     folder = str(copy(change))
-    assert baselines.windows(folder).length == protocols.length(folder) == length
+    assert wanda_sparsegpt.windows(folder).length == protocols.length(folder) == length
     (run,) = {run.windows.length for run in perp.llama.runs(folder) if run.windows}
     assert run == length
 
@@ -180,7 +169,7 @@ def test_the_context_length_is_the_folders_own_by_one_rule(copy, change, length)
 def test_a_folder_that_tells_no_context_length_is_asked_for_it_where_it_is_needed(copy):
     folder = copy(lambda config: config.pop("max_position_embeddings"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": int(1e30)}))
-    for asked in (baselines.windows, baselines.read, protocols.length):
+    for asked in (wanda_sparsegpt.windows, wanda_sparsegpt.read, protocols.length):
         with pytest.raises(
             ValueError, match=r"tells no context length.*set max_position_embeddings in its config\.json"
         ):
@@ -277,7 +266,7 @@ def test_a_named_folder_has_the_gate_and_limits_of_its_model(published_shape):
     named = f"llama-65b={published_shape('llama-65b', 'here')}"
     found, real = models.find(named), CATALOGUE["llama-65b"]
     assert (found.dense, found.tolerance, found.positions) == (real.dense, real.tolerance, real.positions)
-    table = tables.find("baselines.zero_shot")
+    table = papers.find("baselines.zero_shot")
     assert {run.measures for run in table.runs(named)} == {run.measures for run in table.runs("llama-65b")}
 
 
@@ -328,12 +317,12 @@ def made(table: Table, model: str, root: Path, identity: dict[str, str], value: 
 
 def shown(table: Table, root: Path, model: str | None = None) -> set[tuple[float | None, bool]]:
     """Our perplexities of LLaMA-7B's dense cell and whether the paper's stands beside each."""
-    found = verdicts.cells(table, rows.rows(table, root, model))
+    found = compare.cells(table, rows.rows(table, root, model))
     return {(cell.ours, cell.published is not None) for cell in found if cell.model == "llama-7b" and cell.is_dense}
 
 
 def test_a_named_folder_stands_in_the_papers_column_and_a_plain_one_never(tmp_path, published_shape):
-    table, folder = tables.find("gblm.perplexity"), published_shape("llama-7b")
+    table, folder = papers.find("gblm.perplexity"), published_shape("llama-7b")
     plain = models.identity(folder)
     made(table, folder, tmp_path / "r", plain, 5.0)
     with pytest.raises(LookupError):
@@ -348,7 +337,7 @@ def test_a_named_folder_stands_in_the_papers_column_and_a_plain_one_never(tmp_pa
 
 
 def test_two_folders_that_are_one_model_are_told_apart_by_their_folder(tmp_path, published_shape):
-    table, folder = tables.find("gblm.perplexity"), published_shape("llama-7b")
+    table, folder = papers.find("gblm.perplexity"), published_shape("llama-7b")
     for print, value in (("a" * 64, 5.0), ("b" * 64, 6.0)):
         made(table, f"llama-7b={folder}", tmp_path / "r", {"fingerprint": print, "catalogue": "llama-7b"}, value)
     with pytest.raises(ValueError, match=r"2 models that are called llama-7b; say which .*--model llama-7b=FOLDER"):
@@ -357,7 +346,7 @@ def test_two_folders_that_are_one_model_are_told_apart_by_their_folder(tmp_path,
 
 @needs_shared
 def test_commands_take_a_named_folder(toy, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(tables.TABLES, "tiny", small.table())
+    monkeypatch.setitem(papers.TABLES, "tiny", small.table())
     data, named = small.data(tmp_path / "data"), f"toy={small.MODEL}"
     words = ["tiny", "--model", named, "--dtype", "float32", "--results", str(tmp_path / "r")]
     assert main(["show", *words]) == 0
@@ -371,7 +360,7 @@ def test_commands_take_a_named_folder(toy, tmp_path, monkeypatch, capsys):
 
 @needs_shared
 def test_a_job_takes_the_folder_with_its_whole_path(toy, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(tables.TABLES, "tiny", small.table())
+    monkeypatch.setitem(papers.TABLES, "tiny", small.table())
     monkeypatch.chdir(small.MODEL.parent)
     data, found = small.data(tmp_path / "data"), []
     from slurm import launch
@@ -386,5 +375,5 @@ def test_a_job_takes_the_folder_with_its_whole_path(toy, tmp_path, monkeypatch, 
 def test_a_cell_on_another_model_has_the_words_of_its_row(published_shape):
     folder = published_shape("llama-13b", "thirteen")
     for name in ("flap.perplexity", "llm_pruner.llama_13b", "flap.structures"):
-        table = tables.find(name)
+        table = papers.find(name)
         assert all(cell.label for cell in cells.cells(table.runs(folder), table.label))

@@ -13,11 +13,12 @@ import small_table as small
 
 import pruners
 from analysis.__main__ import main as analysis
-from experiments import cells, code, found, records
+from experiments import cells
 from experiments.__main__ import main
 from experiments.batch import run_table
 from experiments.run import Settings
 from experiments.spec import ZeroShot
+from experiments.store import code, found, records
 
 pytestmark = pytest.mark.skipif(not small.MODEL.is_dir(), reason=f"{small.MODEL} is absent")
 METHODS = (None, pruners.Magnitude(sparsity=0.5))
@@ -132,9 +133,9 @@ def test_what_makes_two_origins_one(one, other, equal):
 
 @pytest.fixture
 def tiny_table(monkeypatch):
-    from experiments import tables
+    from experiments import papers
 
-    monkeypatch.setitem(tables.TABLES, "tiny", small.table(METHODS))
+    monkeypatch.setitem(papers.TABLES, "tiny", small.table(METHODS))
 
 
 def of_other_code(root: Path, table: str, change: dict) -> None:

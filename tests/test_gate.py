@@ -13,12 +13,15 @@ import small_table as small
 import torch
 
 import pruners
-from analysis import papers
-from experiments import catalogue, cells, estimate, gate, models, records, tables
+from analysis import published
+from experiments import cells, estimate, models, papers
 from experiments.batch import run_table
-from experiments.catalogue import CATALOGUE
+from experiments.measures import dense_gate
+from experiments.models import catalogue
+from experiments.models.catalogue import CATALOGUE
 from experiments.run import Settings
 from experiments.spec import Efficiency, Perplexity
+from experiments.store import records
 
 needs_shared = pytest.mark.skipif(not small.MODEL.is_dir(), reason=f"needs the trained model in {small.MODEL}")
 COUNTS = small.table((pruners.Magnitude(sparsity=0.5),), measures=(Efficiency((), ()),))
@@ -47,12 +50,12 @@ def run(table, root, data, **changes):
 
 
 def gated(runs) -> int:
-    return sum(bool(gate.asked(run.measures, models.find(run.model))) for run in runs)
+    return sum(bool(dense_gate.asked(run.measures, models.find(run.model))) for run in runs)
 
 
 def test_every_cell_of_a_model_with_a_known_dense_value_is_gated():
-    runs = [run for name, table in tables.TABLES.items() if not name.startswith("embedded.") for run in table.runs()]
-    without = Counter(run.model for run in runs if not gate.asked(run.measures, models.find(run.model)))
+    runs = [run for name, table in papers.TABLES.items() if not name.startswith("embedded.") for run in table.runs()]
+    without = Counter(run.model for run in runs if not dense_gate.asked(run.measures, models.find(run.model)))
     assert set(without) == {name for name, model in CATALOGUE.items() if not model.dense} - {"vicuna-13b"}
     assert (len(runs), gated(runs)) == (1835, 1835 - without.total())
 
@@ -60,19 +63,19 @@ def test_every_cell_of_a_model_with_a_known_dense_value_is_gated():
 def test_every_model_with_a_dense_value_of_the_papers_has_one_in_the_catalogue():
     printed = {
         cell.model
-        for paper in papers.papers()
-        for cell in papers.read(paper)
+        for paper in published.papers()
+        for cell in published.read(paper)
         if cell.method == "Dense" and cell.metric in ("perplexity", "score") and cell.protocol and not cell.caveat
     }
     assert {name for name in printed if name in CATALOGUE and not CATALOGUE[name].dense} == set()
     assert len(printed & set(CATALOGUE)) > 15
 
 
-@pytest.mark.parametrize("name", [name for name, table in tables.TABLES.items() if name.startswith("embedded.")])
+@pytest.mark.parametrize("name", [name for name, table in papers.TABLES.items() if name.startswith("embedded.")])
 def test_embedded_cells_are_gated_by_embedded_text(name):
-    runs = tables.find(name).runs()
+    runs = papers.find(name).runs()
     assert gated(runs) == len(runs)
-    asked = {what for run in runs for what in gate.asked(run.measures, models.find(run.model))}
+    asked = {what for run in runs for what in dense_gate.asked(run.measures, models.find(run.model))}
     assert asked == {Perplexity("embedded/wiki", 512, 8)}
 
 
@@ -89,9 +92,9 @@ def test_a_key_of_another_form_is_refused():
 def test_a_cell_is_gated_by_its_own_perplexities_first():
     llama = CATALOGUE["llama-7b"]
     own = (Perplexity("wikitext2/test", 128), Efficiency(), Perplexity("wikitext2/test", 128, 3))
-    assert gate.asked(own, llama) == [own[0]]
-    assert gate.asked(own[1:], llama) == [Perplexity("wikitext2/test", 2048)]
-    assert gate.asked(own, CATALOGUE["mistral-7b"]) == []
+    assert dense_gate.asked(own, llama) == [own[0]]
+    assert dense_gate.asked(own[1:], llama) == [Perplexity("wikitext2/test", 2048)]
+    assert dense_gate.asked(own, CATALOGUE["mistral-7b"]) == []
 
 
 @needs_shared
@@ -131,7 +134,7 @@ def test_the_embedded_models_value_is_that_of_the_kept_dense_record():
     model, kept = CATALOGUE["smollm2-135m"], Path(__file__).parents[1] / "results"
     (dense,) = (one for one in records.load(kept, "embedded.gblm").values() if one.spec["method"] is None)
     windows = dense.measures["embedded/wiki@512[:128]"]["nll_per_window"][:8]
-    (what,) = gate.asked((), model)
+    (what,) = dense_gate.asked((), model)
     measured = {what.key: {"perplexity": math.exp(statistics.fmean(windows))}}
-    found = gate.check(what, model, measured)
+    found = dense_gate.check(what, model, measured)
     assert found["found"] == pytest.approx(found["expected"], rel=2e-3)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from analysis.generation import page
+from analysis.pages.generation import page
 from eval.generation import Sampling, distinct, generate, repeated
 
 STORIES = Path(__file__).resolve().parents[1].parent / "shared/data/models/stories260K/hf"

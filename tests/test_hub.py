@@ -13,11 +13,13 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 import pruners
-from experiments import cells, hub, models, records
+from experiments import cells, models
 from experiments.batch import run_table
-from experiments.catalogue import CATALOGUE, Model
+from experiments.models import hub
+from experiments.models.catalogue import CATALOGUE, Model
 from experiments.run import Settings
 from experiments.spec import Run
+from experiments.store import records
 
 needs_model = pytest.mark.skipif(not small.MODEL.is_dir(), reason=f"{small.MODEL} is absent")
 NAME, REPOSITORY = "tiny-on-the-hub", "made-up/tiny"

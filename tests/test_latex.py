@@ -12,9 +12,11 @@ import pytest
 import small_table as small
 
 import pruners
-from analysis import best, latex, rows, verdicts, written
-from experiments import records, tables
+from analysis import compare, rows, significance
+from analysis.tables import latex, markdown
+from experiments import papers
 from experiments.spec import Run, Table, needs_windows
+from experiments.store import records
 
 PDFLATEX = shutil.which("pdflatex")
 PAGE = (
@@ -46,55 +48,55 @@ def marked(root, declared, shifts, noise=0.001):
         for found in record.measures.values():
             found.update(nll_per_window=nll.tolist(), perplexity=float(np.exp(nll.mean())))
         records.write(record, root)
-    return verdicts.cells(declared, rows.rows(declared, root))
+    return compare.cells(declared, rows.rows(declared, root))
 
 
 def test_the_best_is_marked_though_its_interval_alone_overlaps_the_others(tmp_path):
     shifts = {"NoneType": -1.0, "Magnitude": 0.3, "Wanda": 0.1, "SparseGPT": 0.2}
     found = marked(tmp_path, table(), shifts)
-    assert {name[1] for name in best.best(found)} == {"Wanda"}
+    assert {name[1] for name in significance.best(found)} == {"Wanda"}
     made = rows.rows(table(), tmp_path)
-    assert written.markdown(table(), made).count("**") == 4  # the heading and one value
-    assert written.tex(table(), made).count(r"\textbf") == 1
+    assert markdown.markdown(table(), made).count("**") == 4  # the heading and one value
+    assert markdown.tex(table(), made).count(r"\textbf") == 1
 
 
 def test_two_that_cannot_be_told_apart_leave_nothing_in_bold(tmp_path):
     shifts = {"NoneType": -1.0, "Magnitude": 0.3, "Wanda": 0.1, "SparseGPT": 0.101}
-    assert best.best(marked(tmp_path, table(), shifts, noise=0.5)) == set()
+    assert significance.best(marked(tmp_path, table(), shifts, noise=0.5)) == set()
 
 
 def test_over_seeds_the_mean_is_marked_where_every_draw_agrees(tmp_path):
     draws = table(seeds=(0, 1, 2))
     shifts = {"NoneType": -1.0, "Magnitude": 0.5, "Wanda": [0.1, 0.12, 0.08], "SparseGPT": [0.2, 0.22, 0.19]}
     found = marked(tmp_path, draws, shifts)
-    assert {name[1] for name in best.best(found)} == {"Wanda"}
-    assert written.tex(draws, rows.rows(draws, tmp_path)).count(r"\textbf") == 1  # not each of its seeds
+    assert {name[1] for name in significance.best(found)} == {"Wanda"}
+    assert markdown.tex(draws, rows.rows(draws, tmp_path)).count(r"\textbf") == 1  # not each of its seeds
 
 
 def test_over_seeds_a_lucky_draw_marks_nothing(tmp_path):
     shifts = {"NoneType": -1.0, "Magnitude": 0.5, "Wanda": [0.1, 0.3, 0.2], "SparseGPT": [0.2, 0.15, 0.3]}
-    assert best.best(marked(tmp_path, table(seeds=(0, 1, 2)), shifts)) == set()
+    assert significance.best(marked(tmp_path, table(seeds=(0, 1, 2)), shifts)) == set()
 
 
 def test_one_method_alone_is_not_the_best_of_anything(tmp_path):
     run = table().runs()[2]
     records.write(small.record(run), tmp_path)
-    found = verdicts.cells(table(), rows.rows(table(), tmp_path))
-    assert best.best(found) == set()
-    assert not best.competes(found)
+    found = compare.cells(table(), rows.rows(table(), tmp_path))
+    assert significance.best(found) == set()
+    assert not significance.competes(found)
 
 
 def test_a_method_that_was_not_measured_leaves_nothing_in_bold(tmp_path):
     shifts = {"NoneType": -1.0, "Magnitude": 0.3, "Wanda": 0.1, "SparseGPT": 0.2}
     found = marked(tmp_path, table(), shifts)
     unmeasured = [replace(cell, rows=(replace(cell.rows[0], record=None),)) for cell in found[-1:]]
-    assert best.best([*found[:-1], *unmeasured]) == set()
+    assert significance.best([*found[:-1], *unmeasured]) == set()
 
 
 def test_higher_accuracy_is_better(tmp_path):
-    declared = tables.find("flap.zero_shot")
+    declared = papers.find("flap.zero_shot")
     found = fill(declared, tmp_path)
-    names = {name[-1]: name[1] for name in best.best(found) if name[2] == "20 %"}
+    names = {name[-1]: name[1] for name in significance.best(found) if name[2] == "20 %"}
     ranked = {cell.method: cell.ours for cell in found if cell.setting == "20 %" and cell.key.startswith("mean")}
     assert names["score"] == max(ranked, key=ranked.get)
 
@@ -109,7 +111,7 @@ def fill(declared, root):
             score = {"score": 0.3 + 0.02 * index, "standard_error": 0.001}
             record.measures[key] = value if "@0shot" not in key else score
         records.write(record, root)
-    return verdicts.cells(declared, rows.rows(declared, root))
+    return compare.cells(declared, rows.rows(declared, root))
 
 
 @pytest.fixture(scope="module")
@@ -122,8 +124,8 @@ def texts(tmp_path_factory):
     ]
     for name in DECLARED:
         root = tmp_path_factory.mktemp(name)
-        fill(tables.find(name), root)
-        made.append(written.tex(tables.find(name), rows.rows(tables.find(name), root)))
+        fill(papers.find(name), root)
+        made.append(markdown.tex(papers.find(name), rows.rows(papers.find(name), root)))
     return made
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from filelock import Timeout
 
-from experiments import locks
+from experiments.store import locks
 
 
 def hold(path: Path, held, flock: bool) -> None:

@@ -11,11 +11,13 @@ from PIL import Image
 from torch import nn
 
 import pruners
-from analysis import patterns, rows
+from analysis import rows
 from analysis.__main__ import main
+from analysis.figures import masks
 from eval.patterns import mask_patterns
-from experiments import records, tables
+from experiments import papers
 from experiments.spec import MaskPatterns, Run, Table
+from experiments.store import records
 
 METHODS = (None, pruners.Magnitude(sparsity=0.5), pruners.Wanda(sparsity=0.5), pruners.Wanda(sparsity=0.6))
 
@@ -46,7 +48,7 @@ def fill(root, blocks=(0,), declared=None) -> list[rows.Row]:
 
 
 def test_every_pruned_cell_has_a_line_and_every_matrix_a_column(tmp_path):
-    *panels, bar = patterns.masks(table(), fill(tmp_path)).axes
+    *panels, bar = masks.masks(table(), fill(tmp_path)).axes
     assert [axes.get_title() for axes in panels[:2]] == ["q_proj", "down_proj"]
     assert [axes.get_ylabel() for axes in panels[::2]] == ["Magnitude\n50 %", "Wanda\n50 %", "Wanda\n60 %"]
     assert bar.get_ylabel() == "weights kept, %"
@@ -54,7 +56,7 @@ def test_every_pruned_cell_has_a_line_and_every_matrix_a_column(tmp_path):
 
 
 def test_the_maps_are_what_was_recorded_and_dark_is_what_went(tmp_path):
-    column, random, *_ = patterns.masks(table(), fill(tmp_path)).axes
+    column, random, *_ = masks.masks(table(), fill(tmp_path)).axes
     drawn = column.images[0].get_array()
     assert drawn.shape == (20, 20)
     assert np.array_equal(drawn, np.repeat([[0.0] * 10 + [99.0] * 10], 20, axis=0))
@@ -63,7 +65,7 @@ def test_the_maps_are_what_was_recorded_and_dark_is_what_went(tmp_path):
 
 
 def test_the_overdispersion_below_a_map_is_that_of_its_block(tmp_path):
-    column, random, *_ = patterns.masks(table(), fill(tmp_path)).axes
+    column, random, *_ = masks.masks(table(), fill(tmp_path)).axes
     told = measured(0.5)["matrices"]
     assert column.get_xlabel() == f"rows 0.0\ncolumns {told['q_proj']['columns'][0]:.1f}"
     assert (
@@ -74,12 +76,12 @@ def test_the_overdispersion_below_a_map_is_that_of_its_block(tmp_path):
 def test_a_matrix_that_nothing_is_left_of_has_no_map(tmp_path, monkeypatch):
     cut = {0.5: hollow("opt", "nothing"), 0.4: hollow("opt", "no head, no channel")}
     monkeypatch.setitem(globals(), "measured", lambda share, block: mask_patterns(cut[round(share, 1)], block))
-    *panels, _ = patterns.masks(table(), fill(tmp_path)).axes
+    *panels, _ = masks.masks(table(), fill(tmp_path)).axes
     assert [axes.get_title() for axes in panels[:2]] == ["fc1", "fc2"]
     assert [np.isnan(axes.images[0].get_array().filled(np.nan)).all() for axes in panels] == [True] * 4 + [False] * 2
     cut[0.4] = cut[0.5]
     with pytest.raises(ValueError, match="Nothing is left of that block"):
-        patterns.masks(table(), fill(tmp_path / "again"))
+        masks.masks(table(), fill(tmp_path / "again"))
 
 
 def test_masks_of_several_blocks_ask_which(tmp_path):
@@ -87,8 +89,8 @@ def test_masks_of_several_blocks_ask_which(tmp_path):
     with pytest.raises(
         ValueError, match="choose with --measure one of: mask patterns, block 0, mask patterns, block 1"
     ):
-        patterns.masks(table((0, 1)), made)
-    assert patterns.masks(table((0, 1)), made, "mask patterns, block 1").axes
+        masks.masks(table((0, 1)), made)
+    assert masks.masks(table((0, 1)), made, "mask patterns, block 1").axes
 
 
 def test_without_masks_there_is_nothing_to_draw(tmp_path):
@@ -96,17 +98,17 @@ def test_without_masks_there_is_nothing_to_draw(tmp_path):
     for run in plain.runs("opt-125m"):
         records.write(small.record(run), tmp_path)
     with pytest.raises(ValueError, match="No maps in any record"):
-        patterns.masks(plain, rows.rows(plain, tmp_path, "opt-125m"))
+        masks.masks(plain, rows.rows(plain, tmp_path, "opt-125m"))
 
 
 @pytest.mark.parametrize("lines", [["0099", "00"], ["00xx", "0000"], ["009"], []])
 def test_a_broken_map_is_refused(lines):
     with pytest.raises(ValueError, match="two-digit percentages"):
-        patterns.grey(lines)
+        masks.grey(lines)
 
 
 def test_the_command_writes_both_files(tmp_path):
-    fill(tmp_path, declared=tables.find("gblm.patterns"))
+    fill(tmp_path, declared=papers.find("gblm.patterns"))
     assert main(["figure", "gblm.patterns", "--kind", "masks", "--results", str(tmp_path)]) == 0
     assert Image.open(tmp_path / "gblm.patterns.masks.png").size[0] > 1000
     assert (tmp_path / "gblm.patterns.masks.svg").exists()

@@ -19,15 +19,21 @@ import torch
 from scipy import stats
 
 import pruners
-from analysis import comparisons, generation, rows, speed, tables, written
+from analysis import rows
+from analysis.pages import comparisons, generation, speed
+from analysis.tables import frames, markdown
 from eval.answers import read_samples
-from experiments import accuracy, catalogue, cells, gate, measures, models, protocols, records, task_data
+from experiments import cells, measures, models, protocols
 from experiments import tables as all_tables
 from experiments.__main__ import main
 from experiments.batch import run_table
+from experiments.data import eval_tasks
+from experiments.measures import dense_gate, zero_shot
+from experiments.models import catalogue
 from experiments.recovery import Retraining
 from experiments.run import Settings
 from experiments.spec import Efficiency, Generation, Perplexity, Table, ZeroShot
+from experiments.store import records
 from pruners.retrain import Trainable
 
 pytestmark = pytest.mark.skipif(not small.MODEL.is_dir(), reason=f"{small.MODEL} is absent")
@@ -79,11 +85,11 @@ def test_a_record_holds_both_accuracies_and_every_document(scored):
 def test_a_mean_lacking_a_task_is_missing_and_says_why(scored):
     table, root = scored
     made = rows.rows(table, root)
-    text = written.markdown(table, made)
+    text = markdown.markdown(table, made)
     assert "score" not in cell(table, root).measures["mean.short@0shot[:12]"]
     assert "mean.short@0shot[:12], %" not in text
     assert "lacks rte: there is no tasks/rte_validation.jsonl" in text
-    assert [c.title for c in tables.shown(made)][1:] == ["piqa.acc@0shot[:12], %", "winogrande.acc@0shot[:12], %"]
+    assert [c.title for c in frames.shown(made)][1:] == ["piqa.acc@0shot[:12], %", "winogrande.acc@0shot[:12], %"]
 
 
 def test_a_task_whose_documents_turn_up_is_run_then(scored, data, tmp_path):
@@ -101,8 +107,8 @@ def test_a_task_whose_documents_turn_up_is_run_then(scored, data, tmp_path):
 
 
 def test_without_the_hub_and_a_folder_the_table_says_how_to_get_accuracy(tmp_path, data, monkeypatch):
-    monkeypatch.setattr(task_data, "hub_reachable", lambda: False)
-    values = accuracy.measure(SHORT, None, None, None, accuracy.Place(tmp_path / "id", tmp_path))
+    monkeypatch.setattr(eval_tasks, "hub_reachable", lambda: False)
+    values = zero_shot.measure(SHORT, None, None, None, zero_shot.Place(tmp_path / "id", tmp_path))
     assert all(
         "with their documents in a --data-dir" in task["reason"] for task in values[SHORT.key]["missing"].values()
     )
@@ -164,8 +170,8 @@ def test_cost_and_text_are_measured_and_shown(tmp_path, data):
     assert dense["parameters"] == pruned["parameters"] == 260_032
     assert pruned["nonzero_parameters"] < dense["nonzero_parameters"]
     assert dense["decode_bound_s"] < dense["decode_s"]
-    shown = written.markdown(table, made)
-    assert {"parameters, M", "MACs, G", "decode, ms/token", "its bound, ms"} <= set(tables.text(made).columns)
+    shown = markdown.markdown(table, made)
+    assert {"parameters, M", "MACs, G", "decode, ms/token", "its bound, ms"} <= set(frames.text(made).columns)
     assert "Magnitude 50 %: Unstructured: no speed-up expected." in shown
     assert "2:4 kernels were not timed: semi-structured kernels need a CUDA device" in shown
     lines = [line.split("|")[1:4] for line in speed.page(table, made).splitlines() if "| 16 " in line]
@@ -255,15 +261,15 @@ def test_a_retrained_unpruned_model_is_no_dense_model(tmp_path, data):
 
 def test_a_damaged_dense_value_is_evaluated_again(tmp_path, caplog):
     values = {"a@1": {"perplexity": 7.0}}
-    assert gate.dense(tmp_path, {"model": "m"}, lambda: values) == values
-    assert gate.dense(tmp_path, {"model": "m"}, lambda: pytest.fail("it is kept")) == values
+    assert dense_gate.dense(tmp_path, {"model": "m"}, lambda: values) == values
+    assert dense_gate.dense(tmp_path, {"model": "m"}, lambda: pytest.fail("it is kept")) == values
     small.edit(next(tmp_path.rglob("*.json")), "7.0", "8.0")
-    assert gate.dense(tmp_path, {"model": "m"}, lambda: values) == values
+    assert dense_gate.dense(tmp_path, {"model": "m"}, lambda: values) == values
     assert "Evaluating again" in caplog.text
 
 
 def test_a_published_value_holds_for_its_own_protocol_only():
     llama = models.find("llama-7b")
-    assert gate.published(Perplexity("wikitext2/test", 2048), llama)
-    assert not gate.published(Perplexity("wikitext2/test", 2048, limit=10), llama)
-    assert not gate.published(SHORT, llama)
+    assert dense_gate.published(Perplexity("wikitext2/test", 2048), llama)
+    assert not dense_gate.published(Perplexity("wikitext2/test", 2048, limit=10), llama)
+    assert not dense_gate.published(SHORT, llama)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments import corpora, protocols, task_data
+from experiments import protocols
+from experiments.data import corpora, eval_tasks
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 needs_data = pytest.mark.skipif(not (SHARED / "data").exists(), reason="../shared/data is absent")
@@ -89,18 +90,18 @@ def rows(path: Path, *contents: dict) -> None:
 
 def test_a_folder_swaps_only_the_documents(tmp_path):
     rows(tmp_path / "tasks/piqa_validation.jsonl", {"goal": "", "sol1": "", "sol2": "", "label": 0})
-    swapped = task_data.changes("piqa", tmp_path)
+    swapped = eval_tasks.changes("piqa", tmp_path)
     assert set(swapped) == {"dataset_path", "dataset_name", "dataset_kwargs", "training_split"}
-    assert task_data.changes("piqa", None) == {}
-    assert list(task_data.provenance("piqa", tmp_path)["sha256"]) == ["piqa_validation.jsonl"]
+    assert eval_tasks.changes("piqa", None) == {}
+    assert list(eval_tasks.provenance("piqa", tmp_path)["sha256"]) == ["piqa_validation.jsonl"]
 
 
 def test_a_missing_file_and_a_missing_column_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no tasks/rte_validation\.jsonl"):
-        task_data.changes("rte", tmp_path)
+        eval_tasks.changes("rte", tmp_path)
     rows(tmp_path / "tasks/rte_validation.jsonl", {"premise": "", "label": 0})
     with pytest.raises(ValueError, match="columns label, premise; the task needs sentence1, sentence2"):
-        task_data.changes("rte", tmp_path)
+        eval_tasks.changes("rte", tmp_path)
 
 
 def test_the_hub_is_reachable_where_something_answers(monkeypatch):
@@ -109,13 +110,13 @@ def test_the_hub_is_reachable_where_something_answers(monkeypatch):
     address = f"http://127.0.0.1:{server.server_port}"
     for endpoint, reachable in ((address, True), ("http://127.0.0.1:9", False)):
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
-        task_data.hub_reachable.cache_clear()
-        assert task_data.hub_reachable() is reachable
-    task_data.hub_reachable.cache_clear()
+        eval_tasks.hub_reachable.cache_clear()
+        assert eval_tasks.hub_reachable() is reachable
+    eval_tasks.hub_reachable.cache_clear()
     server.server_close()
 
 
 @needs_data
 def test_hellaswag_reads_all_documents_where_they_are():
-    files = task_data.changes("hellaswag", SHARED / "data")["dataset_kwargs"]["data_files"]
+    files = eval_tasks.changes("hellaswag", SHARED / "data")["dataset_kwargs"]["data_files"]
     assert files["validation"].endswith("hellaswag_validation_full_reconstructed.jsonl.gz")

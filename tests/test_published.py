@@ -8,12 +8,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from analysis import papers, publish
-from experiments import catalogue
+from analysis import published
+from experiments.models import catalogue
+from tools import import_published
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "published"
 needs_source = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/published is absent")
-ROW = dict.fromkeys(publish.SOURCE, "") | {"table": "Table 1 (x)", "model": "LLaMA-1-7B", "method": "Wanda"}
+ROW = dict.fromkeys(import_published.SOURCE, "") | {"table": "Table 1 (x)", "model": "LLaMA-1-7B", "method": "Wanda"}
 ROW |= {"setting": "unstructured 50%", "dataset": "WikiText-2", "metric": "perplexity", "value": "7.26", "unit": "ppl"}
 ROW |= {"seq_len": "2048", "confidence": "high"}
 
@@ -21,21 +22,21 @@ ROW |= {"seq_len": "2048", "confidence": "high"}
 def tidy(tmp_path: Path, *changes: dict[str, str], **columns: str) -> pd.DataFrame:
     path = tmp_path / "wanda.csv"
     pd.DataFrame([ROW | change | columns for change in changes]).to_csv(path, index=False)
-    return publish.tidy(path, "wanda")
+    return import_published.tidy(path, "wanda")
 
 
-def found(paper: str, table: str, model: str, method: str, setting: str, protocol: str) -> papers.Published:
+def found(paper: str, table: str, model: str, method: str, setting: str, protocol: str) -> published.Published:
     key = (table, model, method, setting, protocol)
-    (cell,) = (c for c in papers.read(paper) if (c.table, c.model, c.method, c.setting, c.protocol) == key)
+    (cell,) = (c for c in published.read(paper) if (c.table, c.model, c.method, c.setting, c.protocol) == key)
     return cell
 
 
 @needs_source
 def test_the_tables_are_what_the_script_makes_of_their_source(tmp_path):
-    assert publish.main([str(SHARED), "--target", str(tmp_path)]) == 0
+    assert import_published.main([str(SHARED), "--target", str(tmp_path)]) == 0
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == sorted(path.name for path in papers.FOLDER.glob("*.csv"))
-    assert filecmp.cmpfiles(tmp_path, papers.FOLDER, names, shallow=False)[0] == names
+    assert names == sorted(path.name for path in published.FOLDER.glob("*.csv"))
+    assert filecmp.cmpfiles(tmp_path, published.FOLDER, names, shallow=False)[0] == names
 
 
 def test_known_cells_have_their_value_protocol_and_precision():
@@ -53,11 +54,13 @@ def test_copied_and_presumed_cells_say_so():
     copied = found("flap", "table 1", "llama-7b", "LLM-Pruner", "20 %", "wikitext2/test@128")
     assert copied.caveat == "FLAP copied it from LLM-Pruner's paper"
     assert "Vicuna v0" in found("llm_pruner", "table 4", "vicuna-7b", "L2", "20 %", "wikitext2/test@128").caveat
-    assert all(cell.caveat for cell in papers.read("llm_pruner") if "superseded" in cell.table)
+    assert all(cell.caveat for cell in published.read("llm_pruner") if "superseded" in cell.table)
 
 
 def test_dense_values_agree_with_the_catalogue():
-    dense = [c for p in ("gblm", "wanda", "sparsegpt") for c in papers.read(p) if c.method == "Dense" and not c.caveat]
+    dense = [
+        c for p in ("gblm", "wanda", "sparsegpt") for c in published.read(p) if c.method == "Dense" and not c.caveat
+    ]
     for cell in dense:
         known = catalogue.CATALOGUE[cell.model].dense if cell.model in catalogue.CATALOGUE else {}
         if cell.protocol in known:
@@ -83,7 +86,7 @@ def test_a_cell_printed_twice_is_refused(tmp_path):
 def test_a_tidy_table_that_was_edited_is_refused(tmp_path):
     tidy(tmp_path, {}).assign(extra=1).to_csv(tmp_path / "odd.csv", index=False)
     with pytest.raises(ValueError, match=r"other columns .*\(extra\)"):
-        papers.read("odd", tmp_path)
+        published.read("odd", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -95,11 +98,11 @@ def test_a_broken_line_is_named(tmp_path, column, value, said):
     frame.loc[1, column] = value
     frame.to_csv(tmp_path / "odd.csv", index=False)
     with pytest.raises(ValueError, match=rf"odd\.csv, line 3:? {said}"):
-        papers.read("odd", tmp_path)
+        published.read("odd", tmp_path)
 
 
 def test_unknown_papers_and_tables_get_the_nearest_names():
     with pytest.raises(LookupError, match="wanda"):
-        papers.read("wander")
+        published.read("wander")
     with pytest.raises(LookupError, match="table 23"):
-        papers.of("wanda: table 2, table 230")
+        published.of("wanda: table 2, table 230")

@@ -9,10 +9,13 @@ import matplotlib
 import pytest
 import small_table as small
 
-from analysis import claims, readme, summary
 from analysis.__main__ import main
-from analysis.evidence import Answer
-from experiments import records, tables
+from analysis.claims import statements
+from analysis.claims.judge import Answer
+from analysis.pages import readme
+from analysis.tables import grid
+from experiments import papers
+from experiments.store import records
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 DRIFTED = (
@@ -42,7 +45,7 @@ def root(tmp_path):
 
 def store(root, table, method, perplexities):
     """One record a seed of this method at 50 %."""
-    runs = [run for run in tables.find(table).runs() if tables.find(table).label(run) == (method, "50 %")]
+    runs = [run for run in papers.find(table).runs() if papers.find(table).label(run) == (method, "50 %")]
     for run, value in zip(runs, perplexities, strict=True):
         record = small.record(run).model_copy(update={"table": table})
         for measured in record.measures.values():
@@ -83,7 +86,7 @@ def test_a_mean_its_interval_and_a_sentence_stand_there(root):
 def test_other_tables_move_nothing_and_a_changed_number_does(root):
     store(root, "embedded.gblm", "Wanda", [20.0, 21.0, 22.0])
     before = readme.written(root)
-    other = tables.find("embedded.demo").runs()[0]
+    other = papers.find("embedded.demo").runs()[0]
     records.write(small.record(other).model_copy(update={"table": "embedded.demo"}), root)
     assert readme.written(root) == before
     store(root, "embedded.gblm", "Wanda", [20.0, 21.0, 22.1])
@@ -107,7 +110,7 @@ def test_without_a_readme_one_sentence_says_so(root, capsys):
 
 
 def test_a_failure_alone_is_no_record_yet(root):
-    failure = small.failure(tables.find("embedded.gblm").runs()[0], "no memory")
+    failure = small.failure(papers.find("embedded.gblm").runs()[0], "no memory")
     records.write_failure(failure.model_copy(update={"table": "embedded.gblm"}), root)
     readme.write(root)
     assert (root.parent / "README.md").read_text().count("no records yet") == 4
@@ -116,16 +119,16 @@ def test_a_failure_alone_is_no_record_yet(root):
 def test_a_table_is_told_the_sentences_that_it_answers(root):
     store(root, "embedded.gblm", "Wanda", [20.0, 21.0, 22.0])
     store(root, "embedded.gblm", "Magnitude", [19.0])
-    judged = summary.judged(claims.CLAIMS, root)
-    told = {one.claim.name: one for one in summary.about("embedded.gblm", judged)}
+    judged = grid.judged(statements.CLAIMS, root)
+    told = {one.claim.name: one for one in grid.about("embedded.gblm", judged)}
     assert list(told) == ["wanda-magnitude"]
     assert told["wanda-magnitude"].noisy.verdict == "undecided"
     assert told["wanda-magnitude"].ours.verdict == "fails"
-    assert summary.about("embedded.flap", judged) == []
+    assert grid.about("embedded.flap", judged) == []
 
 
 def test_what_does_not_hold_is_named_once_for_the_model():
     one = Answer("fails", held=1, of=2, against=["smollm2-135m FLAP 20 %"], where="smollm2-135m")
-    assert summary.against(one) == "1 of 2; against it: FLAP 20 %"
-    assert summary.against(Answer("holds", held=1, of=1)) == ""
-    assert summary.against(Answer("holds so far", held=1, of=1, without=1)) == "1 of 1; 1 of 2 not measured"
+    assert grid.against(one) == "1 of 2; against it: FLAP 20 %"
+    assert grid.against(Answer("holds", held=1, of=1)) == ""
+    assert grid.against(Answer("holds so far", held=1, of=1, without=1)) == "1 of 1; 1 of 2 not measured"

@@ -10,8 +10,8 @@ import pytest
 import small_table as small
 
 import pruners
-from experiments import files, records
 from experiments.spec import Run
+from experiments.store import atomic, checksummed_json, records
 
 RUN = Run("smollm2-135m", pruners.Wanda(sparsity=0.5), small.WINDOWS, (small.PPL,))
 
@@ -63,7 +63,7 @@ def test_a_hand_edited_record_is_reported_and_ignored(path, tmp_path, caplog, ol
 )
 def test_even_a_sealed_record_must_fit_the_schema_and_its_own_spec(path, changes, reason):
     content = {**records.read(path).model_dump(exclude={"sha256"}), **changes}
-    path.write_text(records.sealed.dumps(content))
+    path.write_text(checksummed_json.dumps(content))
     with pytest.raises(records.BadRecordError, match=reason):
         records.read(path)
 
@@ -89,7 +89,7 @@ def test_a_file_that_cannot_be_trusted_is_kept_aside_when_its_cell_runs_again(pa
 
 def test_a_full_disk_leaves_the_old_record_and_nothing_half_written(path, tmp_path):
     before = path.read_bytes()
-    with small.full_disk(), pytest.raises(files.StorageError, match=r"Cannot write .*file too large.*--results"):
+    with small.full_disk(), pytest.raises(atomic.StorageError, match=r"Cannot write .*file too large.*--results"):
         records.write(small.record(RUN), tmp_path)
     assert path.read_bytes() == before
     assert [p.name for p in path.parent.iterdir()] == [path.name]
@@ -101,8 +101,8 @@ def test_a_results_folder_without_permission_is_one_sentence(tmp_path):
     try:
         if as_root:
             os.seteuid(65534)
-        with pytest.raises(files.StorageError, match=r"permission denied; allow yourself to write there, or choose"):
-            files.check_writable(tmp_path / "runs")
+        with pytest.raises(atomic.StorageError, match=r"permission denied; allow yourself to write there, or choose"):
+            atomic.check_writable(tmp_path / "runs")
     finally:
         if as_root:
             os.seteuid(0)

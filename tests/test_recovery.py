@@ -14,15 +14,17 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 import pruners
-from experiments import cells, corpora, cost, estimate, records, resuming, tables
+from experiments import cells, estimate, papers, provenance, resume
 from experiments.__main__ import main
 from experiments.batch import run_table
+from experiments.data import corpora
+from experiments.data.sources import SOURCES
+from experiments.data.tokens import Tokenizer
+from experiments.recover import examples, held_out
 from experiments.recovery import MORE_DATA, POST_TRAINING, Documents, Instructions, Retraining, label, work_tokens
-from experiments.retraining import examples, held_out
 from experiments.run import Settings
-from experiments.sources import SOURCES
 from experiments.spec import Run, Windows
-from experiments.tokens import Tokenizer
+from experiments.store import records
 from pruners.retrain import MaskLoRA, Reconstruction, Trainable
 
 TEXT = Windows("c4/train", count=4, length=32, seed=1)
@@ -76,7 +78,7 @@ def test_the_state_that_cells_share_goes_when_all_of_the_table_are_done(tmp_path
     recoveries = tuple(replace(NORMS, stop=stop) for stop in (1, 2))
     plain = small_table.table(recoveries)
     stopped = replace(plain, run=lambda recovery, model: replace(RUN, model=model, recovery=recovery))
-    monkeypatch.setitem(tables.TABLES, "tiny", stopped)
+    monkeypatch.setitem(papers.TABLES, "tiny", stopped)
     words = ["run", "tiny", "--results", str(tmp_path), "--data-dir", str(small_table.data(tmp_path / "data"))]
     first, _ = (cell.id for cell in cells.cells(stopped.runs()))
     assert main([*words, "--only", first]) == 0
@@ -89,10 +91,10 @@ def test_the_state_that_cells_share_goes_when_all_of_the_table_are_done(tmp_path
 def test_a_state_is_gone_on_with_only_where_it_was_made(tmp_path, monkeypatch):
     run = replace(RUN, model=str(small_table.MODEL), recovery=replace(NORMS, stop=2))
     settings = Settings(tmp_path, device="cpu", data_dir=small_table.data(tmp_path / "data"))
-    here = resuming.steps(run, "id", "tiny", settings)
-    assert resuming.steps(replace(run, recovery=replace(NORMS, stop=1)), "other", "tiny", settings) == here
-    monkeypatch.setattr(cost, "device_name", lambda device: "cuda (another)")
-    assert resuming.steps(run, "id", "tiny", settings) != here
+    here = resume.steps(run, "id", "tiny", settings)
+    assert resume.steps(replace(run, recovery=replace(NORMS, stop=1)), "other", "tiny", settings) == here
+    monkeypatch.setattr(provenance, "device_name", lambda device: "cuda (another)")
+    assert resume.steps(run, "id", "tiny", settings) != here
 
 
 def test_steps_that_cells_share_are_estimated_once():

@@ -13,7 +13,8 @@ import pytest
 import small_table as small
 
 import analysis.__main__ as analysis
-from experiments import arguments, failures, records, redaction, sealed, tables
+from experiments import cli, errors, papers
+from experiments.store import checksummed_json, records, redaction
 
 ROOT = Path(__file__).resolve().parents[1]
 SECRET = "Pa55word"
@@ -83,23 +84,25 @@ def test_logs_are_without_secrets(caplog):
 def test_an_error_is_told_and_kept_without_secrets():
     with pytest.raises(OSError, match="403") as caught:
         raise OSError(f"403 Client Error for url: {FORMS[0]}")
-    assert failures.sentence(caught.value) == "403 Client Error for url: https://***@mirror.example.org/path"
-    assert SECRET not in "".join(failures.last_lines(caught.value))
+    assert errors.sentence(caught.value) == "403 Client Error for url: https://***@mirror.example.org/path"
+    assert SECRET not in "".join(errors.last_lines(caught.value))
 
 
 def test_sealed_files_are_without_secrets_and_stay_whole():
-    text = sealed.dumps({"measures": {"a": [{"missing": {"piqa": FORMS[0]}}]}, "data": FORMS[9], "n": 1.5})
+    text = checksummed_json.dumps({"measures": {"a": [{"missing": {"piqa": FORMS[0]}}]}, "data": FORMS[9], "n": 1.5})
     assert SECRET not in text
-    assert sealed.loads(text)["measures"]["a"][0]["missing"]["piqa"] == "https://***@mirror.example.org/path"
+    assert checksummed_json.loads(text)["measures"]["a"][0]["missing"]["piqa"] == "https://***@mirror.example.org/path"
 
 
 def test_a_failure_of_an_earlier_version_is_shown_without_secrets(tmp_path, monkeypatch, capsys):
     table = small.table()
-    monkeypatch.setitem(tables.TABLES, "tiny", table)
+    monkeypatch.setitem(papers.TABLES, "tiny", table)
     failure = small.failure(table.runs()[0], "refused").model_dump() | {"message": f"refused: {FORMS[0]}"}
     path = records.folder(tmp_path, "tiny") / f"{failure['id']}.error.json"
     path.parent.mkdir(parents=True)
-    path.write_text(json.dumps({**failure, "sha256": sealed.seal(failure)}, indent=1, ensure_ascii=False) + "\n")
+    path.write_text(
+        json.dumps({**failure, "sha256": checksummed_json.seal(failure)}, indent=1, ensure_ascii=False) + "\n"
+    )
     (found,) = records.load_failures(tmp_path, "tiny").values()
     assert found.message == "refused: https://***@mirror.example.org/path"
 
@@ -113,7 +116,7 @@ def test_a_password_in_the_hubs_address_goes_nowhere(tmp_path):
         [sys.executable, *command, "--results", str(tmp_path / "results"), "--debug"],
         cwd=ROOT, env={**os.environ, **told}, capture_output=True, text=True,
     )  # fmt: skip
-    assert ran.returncode == arguments.EXIT_FAILED
+    assert ran.returncode == cli.EXIT_FAILED
     assert list(tmp_path.rglob("*.error.json"))
     assert analysis.main(["table", "embedded.demo", "--model", "opt-125m", "--results", str(tmp_path / "results")]) == 0
     assert "SECRETPASS" not in ran.stdout + ran.stderr

@@ -13,11 +13,16 @@ import pytest
 import small_table as small
 
 import pruners
-from analysis import charts, figures, inside, origins, report, rows, summary, verdicts
+from analysis import compare, rows
 from analysis.__main__ import main
-from experiments import gblm, records, tables
+from analysis.figures import perplexity, structure, sweeps
+from analysis.pages import provenance, report
+from analysis.tables import grid
+from experiments import papers
+from experiments.papers import gblm
 from experiments.recovery import Retraining
 from experiments.spec import Run, Table
+from experiments.store import records
 from pruners.retrain import Trainable
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -102,11 +107,11 @@ def test_every_kind_of_figure_is_written(root):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("draw", [charts.by_sparsity, charts.against_paper])
+@pytest.mark.parametrize("draw", [sweeps.by_sparsity, sweeps.against_paper])
 def test_a_figure_of_one_point_is_refused(draw, tmp_path):
     run = gblm.perplexity.runs()[0]
     records.write(small.record(run).model_copy(update={"table": "gblm.perplexity"}), tmp_path)
-    found = verdicts.cells(gblm.perplexity, rows.rows(gblm.perplexity, tmp_path))
+    found = compare.cells(gblm.perplexity, rows.rows(gblm.perplexity, tmp_path))
     with pytest.raises(ValueError, match=r"needs two .* at least and there (is 1|are 0); run more"):
         draw(gblm.perplexity, found)
 
@@ -118,24 +123,24 @@ def test_one_sparsity_that_methods_reach_more_or_less_is_no_sweep(tmp_path):
         records.write(record, tmp_path)
     table = replace(gblm.zero_shot, run=lambda *column: replace(gblm.zero_shot.run(*column), measures=gblm.PPL))
     with pytest.raises(ValueError, match="needs two sparsities at least and there is 1"):
-        charts.by_sparsity(table, verdicts.cells(table, rows.rows(table, tmp_path)))
+        sweeps.by_sparsity(table, compare.cells(table, rows.rows(table, tmp_path)))
 
 
 def test_the_sweep_has_a_line_a_method(tmp_path):
-    table = tables.find("gblm.sparsity")
+    table = papers.find("gblm.sparsity")
     for run in table.runs():
         if run.method is not None and run.model == "llama-30b":
             record = small.record(run).model_copy(update={"table": table.name})
             record.achieved["sparsity"] = run.method.sparsity
             records.write(record, tmp_path)
-    (axes,) = charts.by_sparsity(table, verdicts.cells(table, rows.rows(table, tmp_path))).axes
+    (axes,) = sweeps.by_sparsity(table, compare.cells(table, rows.rows(table, tmp_path))).axes
     assert {line.get_label(): len(line.get_xdata()) for line in axes.lines} == {
         "Magnitude": 6, "SparseGPT": 6, "Wanda": 6, "GBLM-Pruner (l1)": 6,
     }  # fmt: skip
 
 
 def test_what_is_kept_and_the_losses_are_drawn_by_block_and_step(tmp_path):
-    table = tables.find("flap.perplexity")
+    table = papers.find("flap.perplexity")
     run = next(run for run in table.runs() if run.method is not None)
     blocks = {
         "before": [{"heads": 8, "channels": 100}] * 3,
@@ -145,24 +150,24 @@ def test_what_is_kept_and_the_losses_are_drawn_by_block_and_step(tmp_path):
     achieved = {"sparsity": 0.2, "structure": structure, "recovery": {"losses": [3.0, 2.5, 2.25]}}
     records.write(small.record(run, achieved=achieved).model_copy(update={"table": table.name}), tmp_path)
     made = rows.rows(table, tmp_path)
-    heads, channels = inside.kept(table, made).axes
+    heads, channels = structure.kept(table, made).axes
     assert heads.lines[0].get_ydata().tolist() == [100, 75, 50]
     assert channels.lines[0].get_ydata().tolist() == [50, 50, 50]
-    assert inside.losses(table, made).axes[0].lines[0].get_ydata().tolist() == [3.0, 2.5, 2.25]
+    assert structure.losses(table, made).axes[0].lines[0].get_ydata().tolist() == [3.0, 2.5, 2.25]
     with pytest.raises(ValueError, match="two mean accuracies"):
-        inside.by_parameters(table, verdicts.cells(table, made))
+        structure.by_parameters(table, compare.cells(table, made))
 
 
 def test_perplexity_by_step_has_a_line_a_corpus(tmp_path):
-    table = tables.find("llm_pruner.tuning_steps")
+    table = papers.find("llm_pruner.tuning_steps")
     for step, run in enumerate(table.runs()):
         measured = {what.key: {"perplexity": 20.0 + 10 * i - step} for i, what in enumerate(run.measures[:2])}
         record = small.record(run, measures=measured).model_copy(update={"table": table.name})
         records.write(record, tmp_path)
         if step == 0:
             with pytest.raises(ValueError, match="two steps of retraining at least and there are 0"):
-                inside.steps(table, rows.rows(table, tmp_path))
-    (axes,) = inside.steps(table, rows.rows(table, tmp_path)).axes
+                structure.steps(table, rows.rows(table, tmp_path))
+    (axes,) = structure.steps(table, rows.rows(table, tmp_path)).axes
     wikitext, ptb = axes.lines
     assert wikitext.get_xdata().tolist() == list(range(0, 1600, 200))
     assert wikitext.get_ydata().tolist() == [20.0 - step for step in range(8)]
@@ -187,21 +192,21 @@ SCHEDULE = Retraining(Trainable(norms=True), small.WINDOWS, steps=8, learning_ra
 def test_a_line_of_steps_is_of_one_sparsity_one_schedule_and_one_seed(tmp_path):
     others = (replace(SCHEDULE, seed=1), replace(SCHEDULE, learning_rate=1e-2))
     table, made = stopped(tmp_path, (0.5, 0.6), (None, replace(SCHEDULE, stop=4), SCHEDULE, *others))
-    (line,) = inside.steps(table, made).axes[0].lines
+    (line,) = structure.steps(table, made).axes[0].lines
     assert line.get_xdata().tolist() == [0, 4, 8]
 
 
 def test_two_cells_at_one_step_are_no_line(tmp_path):
     table, made = stopped(tmp_path, (0.5,), (None, replace(SCHEDULE, stop=4), replace(SCHEDULE, stop=8), SCHEDULE))
-    with pytest.raises(figures.UndrawableError, match="Several cells of tiny stand at step 8"):
-        inside.steps(table, made)
+    with pytest.raises(perplexity.UndrawableError, match="Several cells of tiny stand at step 8"):
+        structure.steps(table, made)
 
 
 def test_only_a_figure_that_lacks_numbers_is_left_out(root, monkeypatch):
     def broken(*_):
         raise ValueError("broken")
 
-    monkeypatch.setattr(charts, "cost", broken)
+    monkeypatch.setattr(sweeps, "cost", broken)
     with pytest.raises(ValueError, match="broken"):
         report.html(root)
 
@@ -242,12 +247,12 @@ def test_it_fits_the_screen(told):
 
 
 def test_the_dense_model_stands_in_every_column_and_half_a_mean_is_none(tmp_path):
-    table = tables.find("embedded.gblm")
+    table = papers.find("embedded.gblm")
     for run in table.runs():
         if run.method is None or (table.label(run)[0] == "Wanda" and run.windows.seed < 2):
             records.write(small.record(run).model_copy(update={"table": table.name}), tmp_path)
-    pivot = summary.pivots(verdicts.cells(table, rows.rows(table, tmp_path)))[0]
-    lines = {method: [summary.value(cell) for cell in cells] for method, cells in pivot.lines}
+    pivot = grid.pivots(compare.cells(table, rows.rows(table, tmp_path)))[0]
+    lines = {method: [grid.value(cell) for cell in cells] for method, cells in pivot.lines}
     assert pivot.heads == ["50 %", "2:4"]
     assert lines["Dense"] == ["25.00", "25.00"]
     assert lines["Wanda"] == ["2 of 3 runs"] * 2
@@ -255,12 +260,12 @@ def test_the_dense_model_stands_in_every_column_and_half_a_mean_is_none(tmp_path
 
 
 def test_seeds_are_told_apart_and_a_failure_is_told(tmp_path):
-    table = tables.find("embedded.gblm")
+    table = papers.find("embedded.gblm")
     wanda = [run for run in table.runs() if table.label(run) == ("Wanda", "50 %")]
     for run in wanda[:2]:
         records.write(small.record(run).model_copy(update={"table": table.name}), tmp_path)
     records.write_failure(small.failure(wanda[2], "no memory").model_copy(update={"table": table.name}), tmp_path)
     made = [row for row in rows.rows(table, tmp_path) if row.state != "missing"]
-    told = list(origins.origins(made).values())
+    told = list(provenance.origins(made).values())
     assert [one["cell"] for one in told] == ["Wanda 50 %, seed 0", "Wanda 50 %, seed 1", "Wanda 50 %, seed 2"]
     assert told[2]["Failed"]["reason"] == "no memory"

@@ -15,11 +15,12 @@ import small_table as small
 import torch
 
 import pruners
-from experiments import cells, failures, labels, measures, models, records
+from experiments import cells, errors, labels, measures, models
 from experiments.batch import run_table
 from experiments.progress import Board, duration
 from experiments.run import Settings
 from experiments.spec import Perplexity
+from experiments.store import records
 
 needs_model = pytest.mark.skipif(not small.MODEL.is_dir(), reason=f"{small.MODEL} is absent")
 
@@ -175,15 +176,15 @@ def test_a_measure_that_cannot_be_taken_is_one_sentence(tmp_path, data, windows,
     ],
 )
 def test_running_out_of_memory_names_the_knobs(error):
-    sentence = failures.sentence(error)
+    sentence = errors.sentence(error)
     assert all(knob in sentence for knob in ("--batch-size", "--dtype", "--device", "windows"))
     assert "\n" not in sentence
 
 
 def test_other_errors_keep_their_own_words():
-    assert failures.sentence(ValueError("no such thing")) == "no such thing"
-    assert failures.sentence(KeyError("weight")) == "KeyError: weight"
-    assert failures.sentence(RuntimeError("bad\nworse")) == "RuntimeError: bad"
+    assert errors.sentence(ValueError("no such thing")) == "no such thing"
+    assert errors.sentence(KeyError("weight")) == "KeyError: weight"
+    assert errors.sentence(RuntimeError("bad\nworse")) == "RuntimeError: bad"
 
 
 @needs_model

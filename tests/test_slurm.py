@@ -14,9 +14,10 @@ import pytest
 import small_table as small
 
 import pruners
-from experiments import cells, records, tables, watchers
+from experiments import callbacks, cells, papers
 from experiments.cells import Cell
 from experiments.spec import Perplexity, Run, Windows, digest
+from experiments.store import records
 from slurm import estimate, jobs, launch, ledger, profile, queue, state
 from slurm.__main__ import main
 from slurm.profile import Profile
@@ -46,7 +47,7 @@ def tiny(monkeypatch, tmp_path) -> list[str]:
     """Words that choose a table on a small real model and a results folder."""
     if not small.MODEL.is_dir():
         pytest.skip(f"{small.MODEL} is absent")
-    monkeypatch.setitem(tables.TABLES, "tiny", small.table())
+    monkeypatch.setitem(papers.TABLES, "tiny", small.table())
     data = small.data(tmp_path / "data")
     return ["tiny", "--results", str(tmp_path / "results"), "--data-dir", str(data)]
 
@@ -80,7 +81,7 @@ def test_shared_statistics_are_counted_once():
 
 
 def test_shared_steps_of_retraining_are_counted_once():
-    runs = [cell.run for cell in cells.cells(tables.find("llm_pruner.tuning_steps").runs()) if cell.run.recovery]
+    runs = [cell.run for cell in cells.cells(papers.find("llm_pruner.tuning_steps").runs()) if cell.run.recovery]
     stopped = cells.cells(runs)
     statistics, trained = 6 * 3 * 10 * 64, 3 * 64 * 256 * sum(range(200, 1400, 200))
     apart = sum(estimate.seconds([cell], GPU) for cell in stopped)
@@ -149,7 +150,7 @@ def test_a_job_that_a_killed_launcher_never_completed_is_forgotten_and_sent_agai
 
 def test_a_failed_cell_shows_its_last_lines_and_is_retried_alone(tiny, tmp_path, monkeypatch, capsys):
     methods = (None, pruners.Wanda(pattern="3:7"))
-    monkeypatch.setitem(tables.TABLES, "tiny", small.table(methods))
+    monkeypatch.setitem(papers.TABLES, "tiny", small.table(methods))
     main(["submit", *tiny, "--executor", "debug"])
     capsys.readouterr()
     assert status(tiny) == 1
@@ -204,7 +205,7 @@ def test_a_job_gives_up_after_it_went_back_too_often_without_a_finished_cell(tmp
     (tmp_path / "runs/flap.perplexity").mkdir(parents=True)
     (tmp_path / "runs/flap.perplexity/ab.json").touch()
     assert job.checkpoint().function.stalled == 0
-    assert [event["event"] for event in watchers.read(tmp_path / "e.jsonl")] == [
+    assert [event["event"] for event in callbacks.read(tmp_path / "e.jsonl")] == [
         "job requeued", "job gave up", "job requeued",
     ]  # fmt: skip
 

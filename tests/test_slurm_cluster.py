@@ -16,8 +16,9 @@ import pytest
 import slurm_driver
 import small_table as small
 
-from experiments import batch, cells, records, tables, watchers
+from experiments import batch, callbacks, cells, papers
 from experiments.run import Settings
+from experiments.store import records
 from slurm import ledger, queue, state
 from slurm.__main__ import main
 
@@ -50,8 +51,8 @@ def cluster(tmp_path_factory) -> Iterator[Callable[[str], None]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
         patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setitem(tables.TABLES, "tiny", small.table())
-        patch.setitem(tables.TABLES, "retrained", small.retrained())
+        patch.setitem(papers.TABLES, "tiny", small.table())
+        patch.setitem(papers.TABLES, "retrained", small.retrained())
         do("start")
         try:
             yield do
@@ -123,7 +124,7 @@ class Site:
 
     def kill(self) -> None:
         """The process of the last job, as the kernel does it, and wait for the end of the job."""
-        os.kill(watchers.read(self.jobs[-1].entry.events(0))[-1]["process"], signal.SIGKILL)
+        os.kill(callbacks.read(self.jobs[-1].entry.events(0))[-1]["process"], signal.SIGKILL)
         self.wait_for_the_end()
 
 
@@ -148,7 +149,7 @@ def test_a_job_at_its_time_limit_goes_back_into_the_queue_and_on_from_its_block(
     site.wait_for_the_end()
     assert results(site.root)[site.record.id] == undisturbed[site.record.id]
     assert site.record.resumed == 1
-    told = [event["event"] for event in watchers.read(site.jobs[0].entry.events(0))]
+    told = [event["event"] for event in callbacks.read(site.jobs[0].entry.events(0))]
     assert "job requeued" in told
     assert len(ledger.load(site.root, "tiny")) == 1
 
@@ -227,5 +228,5 @@ def test_a_launcher_that_is_killed_loses_no_cell_and_sends_none_twice(cluster, t
     (entry,) = ledger.load(site.root.resolve(), "tiny")
     site.wait_for_the_end()
     assert results(site.root) == {id: result for id, result in undisturbed.items() if id in entry.cells}
-    told = [event for index in range(2) for event in watchers.read(entry.events(index))]
+    told = [event for index in range(2) for event in callbacks.read(entry.events(index))]
     assert sorted(event["cell"] for event in told if event["event"] == "started") == sorted(entry.cells)

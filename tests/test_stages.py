@@ -7,8 +7,8 @@ import torch
 from conftest import tiny
 
 import pruners
-from experiments import cache, stages
-from experiments.stages import PrunedBlocks
+from experiments.store import blocks, cache
+from experiments.store.blocks import PrunedBlocks
 from pruners.unstructured import Unstructured
 
 METHODS = (pruners.Wanda(sparsity=0.5), pruners.SparseGPT(sparsity=0.5), pruners.GBLM(pattern="2:4"))
@@ -20,7 +20,7 @@ class Killed(BaseException):
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch):
-    monkeypatch.setattr(stages, "SECONDS_BETWEEN", 0.0)
+    monkeypatch.setattr(blocks, "SECONDS_BETWEEN", 0.0)
 
 
 def break_off(model, method, windows, folder, monkeypatch, calls: int) -> None:
@@ -70,7 +70,7 @@ def test_a_damaged_block_is_reported_and_pruned_again(tmp_path, windows, monkeyp
 
 
 def test_a_quick_pruning_writes_nothing(tmp_path, windows, monkeypatch):
-    monkeypatch.setattr(stages, "SECONDS_BETWEEN", 30.0)
+    monkeypatch.setattr(blocks, "SECONDS_BETWEEN", 30.0)
     pruners.prune(tiny("opt"), METHODS[0], windows, keeper=PrunedBlocks(tmp_path / "kept"))
     assert not (tmp_path / "kept").exists()
 

@@ -17,8 +17,9 @@ from small_table import full_disk
 
 import pruners
 from eval.answers import AnswerStore
-from experiments import cache, files, gate, records, sealed
+from experiments.measures import dense_gate
 from experiments.spec import Run
+from experiments.store import atomic, cache, checksummed_json, records
 from pruners import storage
 from pruners.retrain import state
 
@@ -42,9 +43,9 @@ def statistics(root: Path) -> tuple[Path, Callable[[], object]]:
 
 
 def dense(root: Path) -> tuple[Path, Callable[[], object]]:
-    gate.dense(root, KEY, lambda: {"a@1": {"perplexity": 0.1 + 0.2}})
+    dense_gate.dense(root, KEY, lambda: {"a@1": {"perplexity": 0.1 + 0.2}})
     (path,) = root.rglob("*.json")
-    return path, lambda: gate.dense(root, KEY, recompute)
+    return path, lambda: dense_gate.dense(root, KEY, recompute)
 
 
 def retraining(root: Path) -> tuple[Path, Callable[[], object]]:
@@ -108,11 +109,11 @@ def test_a_state_under_another_name_is_noticed(tmp_path, caplog):
 def test_a_dense_value_in_another_place_is_noticed(tmp_path, caplog):
     path, _ = dense(tmp_path)
     other = {"model": "another"}
-    gate.dense(tmp_path, other, lambda: {"a@1": {"perplexity": 9.0}})
+    dense_gate.dense(tmp_path, other, lambda: {"a@1": {"perplexity": 9.0}})
     (target,) = (found for found in path.parent.glob("*.json") if found != path)
     path.rename(target)
     with pytest.raises(Recomputed):
-        gate.dense(tmp_path, other, recompute)
+        dense_gate.dense(tmp_path, other, recompute)
     assert "belongs to another place" in caplog.text
 
 
@@ -144,31 +145,31 @@ def test_a_full_disk_is_told_with_the_path_also_by_safetensors(tmp_path):
     ],
 )
 def test_no_space_is_one_sentence_whichever_library_says_it(error):
-    with pytest.raises(files.StorageError) as told, files.explained(Path("/r/x")):
+    with pytest.raises(atomic.StorageError) as told, atomic.explained(Path("/r/x")):
         raise error
     sentence = "no space left on device; free some space on that disk, or choose another folder with --results."
     assert str(told.value) == f"Cannot write /r/x: {sentence}"
 
 
 def test_other_errors_pass():
-    with pytest.raises(KeyError), files.explained(Path("/r/x")):
+    with pytest.raises(KeyError), atomic.explained(Path("/r/x")):
         raise KeyError("x")
 
 
 def test_a_nul_in_a_path_is_one_sentence(tmp_path):
-    with pytest.raises(files.StorageError, match=r"Cannot write .*a\\x00b': embedded null byte; check that path"):
-        files.check_writable(tmp_path / "a\0b")
+    with pytest.raises(atomic.StorageError, match=r"Cannot write .*a\\x00b': embedded null byte; check that path"):
+        atomic.check_writable(tmp_path / "a\0b")
 
 
 def test_whether_a_folder_takes_a_file_is_tried_with_bytes(tmp_path):
-    files.check_writable(tmp_path)
+    atomic.check_writable(tmp_path)
     assert not list(tmp_path.iterdir())
-    with full_disk(), pytest.raises(files.StorageError, match="file too large"):
-        files.check_writable(tmp_path)
+    with full_disk(), pytest.raises(atomic.StorageError, match="file too large"):
+        atomic.check_writable(tmp_path)
 
 
 def test_files_keep_the_mode_of_the_umask_while_threads_write(tmp_path):
-    threads = [threading.Thread(target=files.write, args=(tmp_path / str(n), "x")) for n in range(20)]
+    threads = [threading.Thread(target=atomic.write, args=(tmp_path / str(n), "x")) for n in range(20)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -179,9 +180,9 @@ def test_files_keep_the_mode_of_the_umask_while_threads_write(tmp_path):
 @pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
 def test_sealed_numbers_are_finite(number):
     content = json.loads(f'{{"a": {number}}}')
-    text = json.dumps({**content, "sha256": sealed.seal(content)}, indent=1) + "\n"
+    text = json.dumps({**content, "sha256": checksummed_json.seal(content)}, indent=1) + "\n"
     with pytest.raises(ValueError, match=r"it holds -?(NaN|Infinity), which is no result"):
-        sealed.loads(text)
+        checksummed_json.loads(text)
 
 
 def test_answers_that_a_disk_refuses_stay_in_memory(tmp_path, caplog):

@@ -21,16 +21,17 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import pruners
-from analysis import papers, unmatched
-from experiments import cells, llm_pruner, models, protocols, tables
+from analysis import coverage, published
+from experiments import cells, models, papers, protocols
 from experiments.labels import labels
+from experiments.papers import llm_pruner
 from experiments.spec import Table, digest
 
 SNAPSHOT = Path(__file__).with_name("snapshot.json")
-PAPERS = {name: table for name, table in tables.TABLES.items() if not name.startswith("embedded.")}
+PAPERS = {name: table for name, table in papers.TABLES.items() if not name.startswith("embedded.")}
 RUNNABLE = [table for table in PAPERS.values() if not table.missing]
 named = pytest.mark.parametrize("table", RUNNABLE, ids=lambda table: table.name)
-EMBEDDED = [table for name, table in tables.TABLES.items() if name not in PAPERS]
+EMBEDDED = [table for name, table in papers.TABLES.items() if name not in PAPERS]
 
 
 def ids(table: Table) -> list[str]:
@@ -93,8 +94,8 @@ def test_the_pruned_model_beside_stablelm_keeps_the_published_parameters():
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config)
     pruners.prune(empty, replace(llm_pruner.to_3_6b("llama-7b"), importance="random"), None)
-    (printed,) = (cell for cell in papers.read("llm_pruner") if cell.table == "table 9" and cell.metric == "parameters"
-                  and cell.model == "llama-7b")  # fmt: skip
+    asked = ("table 9", "parameters", "llama-7b")
+    printed = next(c for c in published.read("llm_pruner") if (c.table, c.metric, c.model) == asked)
     assert empty.num_parameters() == pytest.approx(printed.value, abs=printed.rounding)
 
 
@@ -102,8 +103,8 @@ def test_the_pruned_model_beside_stablelm_keeps_the_published_parameters():
     ("name", "cells"), [("baselines.mmlu", 16), ("llm_pruner.more_data", 24), ("llm_pruner.stablelm", 9)]
 )
 def test_these_tables_claim_every_number_that_has_a_protocol(name, cells):
-    claimed = unmatched.claimed([tables.find(name)])
-    printed = papers.of(tables.find(name).published)
+    claimed = coverage.claimed([papers.find(name)])
+    printed = published.of(papers.find(name).published)
     left = [cell for cell in printed if not claimed[cell] and cell.protocol]
     assert sum(map(bool, claimed.values())) == cells
     assert all("StableLM" in cell.method for cell in left)
@@ -118,12 +119,12 @@ def test_ids_are_the_same_in_another_process():
     environment = {**os.environ, "PYTHONHASHSEED": "7"}
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment,
                           cwd=SNAPSHOT.parents[1])  # fmt: skip
-    assert told.stdout.split() == ids(tables.find("gblm.alpha"))
+    assert told.stdout.split() == ids(papers.find("gblm.alpha"))
 
 
 def test_every_printed_cell_has_one_place_or_a_reason():
-    claimed, left = unmatched.claimed(PAPERS.values()), unmatched.unmatched(PAPERS.values())
-    assert len(claimed) == sum(len(papers.read(paper)) for paper in papers.papers())
+    claimed, left = coverage.claimed(PAPERS.values()), coverage.unmatched(PAPERS.values())
+    assert len(claimed) == sum(len(published.read(paper)) for paper in published.papers())
     assert {tuple(names) for names in claimed.values() if len(names) > 1} == set()
     assert Counter(cell.place for cell, reason in left.items() if not reason) == {}
     assert sum(bool(names) for names in claimed.values()) > 1800
@@ -131,12 +132,12 @@ def test_every_printed_cell_has_one_place_or_a_reason():
 
 @pytest.mark.parametrize("place", ["gblm: table 2", "wanda: table 3", "flap: table 1", "llm_pruner: table 1"])
 def test_the_headline_tables_are_claimed_but_for_what_is_named(place):
-    left = {cell for cell in unmatched.unmatched(PAPERS.values()) if cell.place == place}
+    left = {cell for cell in coverage.unmatched(PAPERS.values()) if cell.place == place}
     assert {cell.method for cell in left} <= {"Wanda minus GBLM-Pruner (l1)", "Dense (numbers of the LLaMA paper)"}
 
 
 def test_a_key_of_another_protocol_is_never_claimed():
-    claimed = unmatched.claimed([tables.find("gblm.perplexity")])
+    claimed = coverage.claimed([papers.find("gblm.perplexity")])
     assert {cell.protocol for cell, names in claimed.items() if names} == {protocols.perplexity("gblm")[0].key}
 
 

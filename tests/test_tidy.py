@@ -10,7 +10,7 @@ import pytest
 import analysis
 from analysis import tidy
 from analysis.__main__ import main
-from experiments import records
+from experiments.store import records
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 

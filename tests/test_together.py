@@ -16,11 +16,12 @@ from conftest import needs_shared
 from torch.distributed import HashStore
 from torch.testing import assert_close
 
-from experiments import cells, records, tables, together
+from experiments import cells, distributed, papers
 from experiments.__main__ import main
 from experiments.batch import run_table
+from experiments.distributed import Group
 from experiments.run import Settings
-from experiments.together import Group
+from experiments.store import records
 from pruners.retrain.peers import PeerLostError
 
 SCRIPT = Path(__file__).with_name("launched.py")
@@ -73,9 +74,9 @@ def test_a_process_that_is_lost_ends_all_with_its_sentence(tmp_path):
 
 @needs_shared
 def test_batches_that_do_not_divide_are_refused_before_any_work(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(together, "PATIENCE_SECONDS", 0.0)
-    monkeypatch.setattr(together, "joined", lambda: nullcontext(Group(0, 4, HashStore())))
-    monkeypatch.setitem(tables.TABLES, "retrained", launched.table())
+    monkeypatch.setattr(distributed, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(distributed, "joined", lambda: nullcontext(Group(0, 4, HashStore())))
+    monkeypatch.setitem(papers.TABLES, "retrained", launched.table())
     assert main(["run", "retrained", "--results", str(tmp_path / "results"), "--device", "cpu"]) == 1
     assert "4 processes cannot share a batch of 2 evenly, as " in (told := capsys.readouterr().err)
     assert "and 1 more cells would need" in told
@@ -84,11 +85,11 @@ def test_batches_that_do_not_divide_are_refused_before_any_work(tmp_path, monkey
 
 
 def test_process_0_waits_until_all_are_ready_and_is_told_why_one_is_not(monkeypatch):
-    monkeypatch.setattr(together, "LOADING_SECONDS", 0.0)
+    monkeypatch.setattr(distributed, "LOADING_SECONDS", 0.0)
     one, other = (Group(rank, 2, store, calls=1) for store in [HashStore()] for rank in (0, 1))
     with pytest.raises(PeerLostError, match="Process 1 is not ready to train along after 0 s"):
         one._wait_until_loaded()
-    monkeypatch.setattr(together, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(distributed, "PATIENCE_SECONDS", 0.0)
     other._lost(ValueError("No such file."))
     with pytest.raises(ConnectionError, match=r"Process 1 cannot train along\. No such file"):
         one._wait_until_loaded()
@@ -108,8 +109,8 @@ def test_process_0_waits_until_all_are_ready_and_is_told_why_one_is_not(monkeypa
 def test_an_environment_that_is_left_over_is_one_sentence(environment, says, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises((ValueError, ConnectionError), match=says), together.joined():
-        together.local_rank()
+    with pytest.raises((ValueError, ConnectionError), match=says), distributed.joined():
+        distributed.local_rank()
 
 
 @needs_shared
@@ -126,14 +127,14 @@ def test_without_a_launcher_the_process_that_keeps_the_store_leaves_last(tmp_pat
 
 
 def test_the_others_are_let_go_without_a_word_whatever_ends_process_0(monkeypatch):
-    monkeypatch.setattr(together, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(distributed, "PATIENCE_SECONDS", 0.0)
     store = HashStore()
     Group(0, 2, store).end()
     Group(1, 2, store).follow(lambda: pytest.fail("there was nothing to train"), Settings(device="cpu"))
 
 
 def test_an_error_that_all_meet_is_told_from_one_that_keeps_somebody_waiting(monkeypatch):
-    monkeypatch.setattr(together, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(distributed, "PATIENCE_SECONDS", 0.0)
     store = HashStore()
     one, other = Group(0, 2, store, calls=1), Group(1, 2, store, calls=1)
     assert one._lost(ValueError())  # the other has met none yet

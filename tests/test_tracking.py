@@ -14,10 +14,11 @@ import small_table as small
 import wandb
 
 import pruners
-from experiments import batch, cells, records, watchers
+from experiments import batch, callbacks, cells
+from experiments.callbacks import Events, Watcher, Watchers
 from experiments.run import Settings
-from experiments.tracking import Wandb
-from experiments.watchers import Events, Watcher, Watchers
+from experiments.store import records
+from experiments.wandb_callback import Wandb
 
 METHODS = (None, pruners.Magnitude(sparsity=0.5), pruners.Wanda(pattern="3:7"))  # the last one fails: no groups of 7
 
@@ -111,7 +112,7 @@ def test_a_watcher_that_breaks_is_told_nothing_more_and_the_others_are(caplog):
 
 def test_events_say_which_cell_does_what(tmp_path, data):
     run(tmp_path, data, Events(tmp_path / "events.jsonl", job="7_0"))
-    told = watchers.read(tmp_path / "events.jsonl")
+    told = callbacks.read(tmp_path / "events.jsonl")
     assert [e["event"] for e in told if e["event"] != "stage"] == ["started", "finished", "started", "finished",
                                                                  "started", "failed"]  # fmt: skip
     assert {e["cell"] for e in told} == {cell.id for cell in cells.cells(small.table(METHODS).runs())}
@@ -124,7 +125,7 @@ def test_an_event_that_a_kill_cut_short_costs_that_event_alone(tmp_path):
     Events(path).write("first")
     path.write_bytes(path.read_bytes() + b'{"at": "2026-')
     Events(path).write("second")
-    assert [event["event"] for event in watchers.read(path)] == ["first", "second"]
+    assert [event["event"] for event in callbacks.read(path)] == ["first", "second"]
 
 
 def test_a_record_is_the_same_watched_or_not(tmp_path, data):

@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import small_table as small
 
-from analysis import rows, summary, verdicts, written
-from experiments import gblm, headlines, records, tables
+from analysis import compare, rows
+from analysis.tables import grid, markdown
+from experiments import papers
+from experiments.papers import gblm, headlines
+from experiments.store import records
 
 
 def made(tmp_path, table, values, **changes):
@@ -21,7 +24,7 @@ def made(tmp_path, table, values, **changes):
             for measured in record.measures.values():
                 measured["perplexity"] = number
             records.write(record, tmp_path)
-    return {(c.model, c.method, c.setting, c.fold): c for c in verdicts.cells(table, rows.rows(table, tmp_path))}
+    return {(c.model, c.method, c.setting, c.fold): c for c in compare.cells(table, rows.rows(table, tmp_path))}
 
 
 @pytest.fixture
@@ -56,7 +59,7 @@ def test_a_failure_is_told(tmp_path):
     run = gblm.perplexity.runs()[0]
     failed = small.failure(run, "Out of memory.").model_copy(update={"table": "gblm.perplexity"})
     records.write_failure(failed, tmp_path)
-    cell = verdicts.cells(gblm.perplexity, rows.rows(gblm.perplexity, tmp_path))[0]
+    cell = compare.cells(gblm.perplexity, rows.rows(gblm.perplexity, tmp_path))[0]
     assert cell.verdict == "missing: Out of memory."
 
 
@@ -69,7 +72,7 @@ def test_partial_data_cannot_be_compared(tmp_path):
 
 
 def test_a_caveat_of_the_paper_is_the_reason(tmp_path):
-    found = made(tmp_path, tables.find("baselines.perplexity"), {("llama-30b", "Dense", ""): 4.10})
+    found = made(tmp_path, papers.find("baselines.perplexity"), {("llama-30b", "Dense", ""): 4.10})
     assert found["llama-30b", "Dense", "", "mean"].verdict == "not comparable: 4.10 elsewhere: a slip"
 
 
@@ -79,28 +82,28 @@ def test_seeds_make_a_mean_an_interval_and_extremes(tmp_path):
     low, high = (found[(*next(iter(values)), fold)] for fold in ("minimum", "maximum"))
     assert (low.ours, high.ours) == (6.86, 6.89)
     assert low.verdict.startswith("not comparable")
-    assert "(5 seeds)" in verdicts.text([low])["Ours"][0]
+    assert "(5 seeds)" in compare.text([low])["Ours"][0]
 
 
 def test_the_interval_of_seeds_is_that_of_one_more_draw(tmp_path):
-    table = tables.find("baselines.calibration_seeds")
+    table = papers.find("baselines.calibration_seeds")
     found = made(tmp_path, table, {("llama-7b", "Wanda", "50 %"): [7.25, 7.26, 7.27, 7.25, 7.27]})
     mean = found["llama-7b", "Wanda", "50 %", "mean"]
     assert mean.ours == pytest.approx(7.26)
     assert mean.half_width == pytest.approx(2.776 * 0.01 * (1 / 5 + 1 / 5) ** 0.5, rel=1e-3)
     assert mean.half_width_of_mean == pytest.approx(2.776 * 0.01 / 5**0.5, rel=1e-3)
-    assert (verdicts.text([mean])["Ours"][0], summary.value(mean)) == ("7.26 ± 0.02 (5 seeds)", "7.26 ± 0.01")
+    assert (compare.text([mean])["Ours"][0], grid.value(mean)) == ("7.26 ± 0.02 (5 seeds)", "7.26 ± 0.01")
     assert found["llama-7b", "Wanda", "50 %", "std"].ours == pytest.approx(0.01)
 
 
 def test_a_missing_seed_leaves_no_mean(tmp_path):
     values = {("llama-7b", "Wanda", "50 %"): [7.25, 7.26, 7.27, 7.25, None]}
-    found = made(tmp_path, tables.find("baselines.calibration_seeds"), values | {})
+    found = made(tmp_path, papers.find("baselines.calibration_seeds"), values | {})
     assert found["llama-7b", "Wanda", "50 %", "mean"].verdict == "missing"
 
 
 def test_the_text_has_the_papers_digits(found):
-    text = verdicts.text([found["llama-7b", "Wanda", "50 %", "mean"]]).iloc[0]
+    text = compare.text([found["llama-7b", "Wanda", "50 %", "mean"]]).iloc[0]
     assert text.to_list() == ["Wanda", "50 %", "wikitext2/test@2048", "7.30 ± 0.07", "7.26", "+0.04", "matches"]
 
 
@@ -108,8 +111,8 @@ def test_seeds_without_a_paper_stand_as_their_mean(tmp_path):
     found = made(tmp_path, headlines.flap, {("smollm2-135m", "Wanda-sp", "20 %"): [40.0, 41.0, 42.0]})
     mean = found["smollm2-135m", "Wanda-sp", "20 %", "mean"]
     assert mean.half_width == pytest.approx(4.303 / 3**0.5, rel=1e-3)
-    assert verdicts.text([mean]).iloc[0]["Ours"] == "41.00 ± 2.48 (3 seeds)"
-    assert "Verdict" not in verdicts.text([mean]).columns
-    text = written.markdown(headlines.flap, rows.rows(headlines.flap, tmp_path))
+    assert compare.text([mean]).iloc[0]["Ours"] == "41.00 ± 2.48 (3 seeds)"
+    assert "Verdict" not in compare.text([mean]).columns
+    text = markdown.markdown(headlines.flap, rows.rows(headlines.flap, tmp_path))
     grid = next(line for line in text.splitlines() if line.startswith("| Wanda-sp"))
     assert [value.strip() for value in grid.strip("|").split("|")] == ["Wanda-sp", "41.00 ± 2.48", "—"]

@@ -15,7 +15,8 @@ import pruners
 from eval import zero_shot as zs
 from eval.answers import AnswerStore, read_samples, write_samples
 from eval.scorer import Scorer
-from experiments import models, protocols, task_data
+from experiments import models, protocols
+from experiments.data import eval_tasks
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 DATA = SHARED / "data"
@@ -24,7 +25,7 @@ SEVEN = tuple(dict(protocols.zero_shot("llm_pruner").metrics))
 
 
 def sources(*tasks: str) -> dict:
-    return {task: task_data.changes(task, DATA) for task in tasks}
+    return {task: eval_tasks.changes(task, DATA) for task in tasks}
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +138,7 @@ def piqa(folder: Path, content: bytes) -> dict:
     """Where the documents of piqa come from, with these bytes as their file."""
     (folder / "tasks").mkdir(exist_ok=True)
     (folder / "tasks/piqa_validation.jsonl").write_bytes(content)
-    return {"piqa": task_data.changes("piqa", folder)}
+    return {"piqa": eval_tasks.changes("piqa", folder)}
 
 
 def lines(*records: object) -> bytes:

@@ -1,0 +1,91 @@
+"""Published cells that no table of ours claims, each with the reason."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from analysis import published
+from analysis.compare import quantities
+from analysis.published import Key, Published
+from experiments.labels import labels
+from experiments.models.catalogue import CATALOGUE
+from experiments.spec import Table
+
+# Why a printed table, or the rows of it named by a word of their method or setting, has no cell here.
+REASONS: tuple[tuple[str, str, str], ...] = (
+    ("reruns", "", "another group's rerun, kept for its spread"),
+    ("perp: Abstract", "", "a statement of the abstract, checked as a claim"),
+    ("perp: (v1", "", "a reader's note, no cell"),
+    ("perp: derived", "", "arithmetic on public configurations, checked by the tests of what is trained"),
+    ("flap: README", "", "a statement of the README, no cell"),
+    ("llm_pruner: Section", "", "a statement of the text, checked as a claim"),
+    ("llm_pruner: Appendix", "", "a statement of the text, checked as a claim"),
+    ("llm_pruner: README", "", "repeats tables 3 and 10 with numbers of the first arXiv version"),
+    ("wanda: Section", "", "a statement of the text, no table"),
+    ("wanda: issue", "", "of a GitHub issue, no table"),
+    ("sparsegpt: issue", "", "of a GitHub issue, no table"),
+    ("wanda: table 4", "", "seconds on an A6000 for the metric alone, which no run here times"),
+    ("wanda: table 6", "fine-tuning", "recovery after Wanda on data and budgets that the paper gives in part"),
+    ("wanda: table 7", "(input", "no method here compares weights within input columns"),
+    ("wanda: table 7", "(output,128)", "no method here compares weights within 128 outputs"),
+    ("wanda: table 7", "SparseGPT metric", "SparseGPT without its weight update is no method here"),
+    ("wanda: table 8", "", "weight updates for magnitude and Wanda are no methods here"),
+    ("llm_pruner: table 6", "w/o dependency", "every method here prunes coupled weights together"),
+    ("llm_pruner: table 9", "StableLM", "StableLM-tuned-alpha is a GPT-NeoX, no family of pruners.anatomy"),
+    ("llm_pruner: table 8", "DistilBERT", "leaving out every second block is no method here"),
+    ("gblm: table 4", "sum of raw gradients", "raw summed gradients are no method here"),
+    ("gblm: table 2", "minus", "a difference of two other cells"),
+    ("sparsegpt: ", "AdaPrune", "AdaPrune is no method here"),
+)
+
+
+def expected(table: Table) -> list[tuple[Key, str]]:
+    """(key, name of the run) of every number that the table declares."""
+    runs = table.runs()
+    named = zip(runs, labels(runs, table.label), strict=True)
+    keys = {(run.model, *label, key, metric) for run, label in named for key, metric in quantities(run)}
+    return [(key, table.name) for key in sorted(keys)]
+
+
+def claimed(tables: Iterable[Table]) -> dict[Published, list[str]]:
+    """The names of the tables that have a cell for each published value."""
+    found: dict[Published, list[str]] = {cell: [] for paper in published.papers() for cell in published.read(paper)}
+    for table in tables:
+        keys = {key for key, _ in expected(table)} if table.rows else set()
+        for cell in published.of(table.published):
+            if _base(cell) in keys:
+                found[cell].append(table.name)
+    return found
+
+
+def unmatched(tables: Iterable[Table]) -> dict[Published, str]:
+    """Why each value that no table claims is left out; empty where nobody knows."""
+    tables = list(tables)
+    lacking = {place: table for table in tables if table.missing for place in _places(table)}
+    return {cell: _reason(cell, lacking) for cell, names in claimed(tables).items() if not names}
+
+
+def summary(left: dict[Published, str]) -> list[tuple[str, int]]:
+    """(reason, number of cells), the most frequent first."""
+    return Counter(left.values()).most_common()
+
+
+def _reason(cell: Published, lacking: dict[str, Table]) -> str:
+    if cell.place in lacking:
+        return f"{lacking[cell.place].name} cannot run: {lacking[cell.place].missing}"
+    if cell.caveat.startswith(("superseded", "LLM-Pruner copied", "time and memory")) and "table 1 " not in cell.place:
+        return cell.caveat
+    for place, word, reason in REASONS:
+        if cell.place.startswith(place) and word in f"{cell.method} {cell.setting}":
+            return reason
+    return f"{cell.model} is not in the catalogue" if cell.model not in CATALOGUE else ""
+
+
+def _places(table: Table) -> list[str]:
+    paper, _, names = (table.published or "").partition(": ")
+    return [f"{paper}: {name}" for name in names.split(", ")]
+
+
+def _base(cell: Published) -> Key:
+    return (*cell.key[:-1], cell.metric.partition(",")[0])

@@ -1,0 +1,169 @@
+"""Every cell of a table against one of them, on the same documents and windows, so that noise is not read as a gap.
+
+Means and perplexities: the difference with a paired bootstrap interval.  Tasks: how many documents only one of the two
+models gets right, and McNemar's exact test, its p-values corrected by Holm's method for all tests of the table.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from analysis.rows import Row
+from analysis.tables.frames import columns
+from eval.answers import read_samples
+from eval.intervals import Interval, holm, mcnemar, mean_difference, perplexity_difference
+from experiments.spec import Perplexity, Table, ZeroShot
+from experiments.store import records
+from pruners.suggest import UsageError, unknown
+
+
+@dataclass(frozen=True)
+class TaskTest:
+    """One task of one row against the baseline; `p` after Holm's correction over the table."""
+
+    label: str
+    key: str
+    difference: float
+    only_here: int
+    only_baseline: int
+    p: float
+
+
+def baselines(rows: Sequence[Row], label: str | None = None) -> dict[str, Row]:
+    """By model the row of that label, by default the dense one; UsageError where none has a record."""
+    named = [row for row in rows if (row.is_dense if label is None else row.label.lower() == label.lower())]
+    if not named:
+        raise UsageError(unknown("baseline", label or "Dense", [row.label for row in rows]))
+    found = {row.run.model: row for row in named if row.record}
+    if not found:
+        raise UsageError(
+            f"{named[0].label} has no record yet, so nothing can be compared with it; run that cell first."
+        )
+    return found
+
+
+def page(table: Table, rows: Sequence[Row], against: Mapping[str, Row], root: Path) -> str:
+    """Markdown of the differences and the tests.
+
+    Raises UsageError where no other row was measured, ValueError where two rows were measured on other texts or a
+    file of answers is not the one of its record.
+    """
+    columns(rows)  # refuses other texts under one key
+    pairs = _pairs(rows, against)
+    frame, tests = differences(table, pairs, root), task_tests(table, pairs, root)
+    parts = [
+        f"**{table.title}: every cell minus {pairs[0][1].label}** (`{table.name}`)",
+        frame.to_markdown(index=False),
+    ]
+    parts.append("In brackets: 95 % interval of a paired bootstrap over windows or documents.")
+    if tests:
+        parts += [_tests_frame(tests).to_markdown(index=False, disable_numparse=True), _tests_note(tests)]
+    return "\n\n".join(parts) + "\n"
+
+
+Pair = tuple[Row, Row]  # a cell and its baseline
+
+
+def differences(table: Table, pairs: Sequence[Pair], root: Path) -> pd.DataFrame:
+    """Cell minus baseline with its interval, one column a perplexity or mean; a dash where one was not measured."""
+    lines = []
+    several = len({row.seed for row, _ in pairs} - {None}) > 1
+    for row, base in pairs:
+        values = {"Method": row.method, "Setting": row.setting, "Model": row.run.model_name}
+        if several:
+            values["Seed"] = "—" if row.seed is None else str(row.seed)
+        for what in row.run.measures:
+            if (interval := _difference(table, what, row, base, root)) is not None:
+                values[_head(what)] = _text(interval, 100 if isinstance(what, ZeroShot) else 1)
+        lines.append(values)
+    return pd.DataFrame(lines).fillna("—")
+
+
+def task_tests(table: Table, pairs: Sequence[Pair], root: Path) -> list[TaskTest]:
+    """Every task of every cell, tested against the baseline."""
+    found = []
+    for row, base in pairs:
+        for what in (what for what in row.run.measures if isinstance(what, ZeroShot)):
+            here, there = _scores(table, what, row, root), _scores(table, what, base, root)
+            for task, metric in what.metrics:
+                if task in here and task in there:
+                    found.append(_test(row.label, what.task_key(task, metric), here[task], there[task]))
+    return [replace(test, p=p) for test, p in zip(found, holm([test.p for test in found]), strict=True)]
+
+
+def _pairs(rows: Sequence[Row], against: Mapping[str, Row]) -> list[Pair]:
+    found = [(row, against[row.run.model]) for row in rows if row.record and row.run.model in against]
+    found = [(row, base) for row, base in found if row is not base]
+    if not found:
+        raise UsageError("No other cell of the table has a record, so there is nothing to compare.")
+    return found
+
+
+def _difference(table: Table, what: Any, row: Row, base: Row, root: Path) -> Interval | None:
+    here, there = row.measure(what.key), base.measure(what.key)
+    if here is None or there is None:
+        return None
+    if isinstance(what, Perplexity):
+        return perplexity_difference(here["nll_per_window"], there["nll_per_window"])
+    if isinstance(what, ZeroShot) and "score" in here and "score" in there:
+        return mean_difference(_scores(table, what, row, root), _scores(table, what, base, root))
+    return None
+
+
+def _scores(table: Table, what: ZeroShot, row: Row, root: Path) -> dict[str, list[float]]:
+    """Each task's scores of the shown metric, by document in order; the file must be the one of the record."""
+    measured = row.measure(what.key) or {}
+    if "samples" not in measured:
+        return {}
+    path = records.folder(root, table.name) / measured["samples"]["file"]
+    if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != measured["samples"]["sha256"]:
+        raise ValueError(
+            f"{path}, the answers of {row.label}, is missing or was changed since; delete its record and run it again."
+        )
+    metrics = dict(what.metrics)
+    scores: dict[str, list[float]] = {}
+    for sample in read_samples(path):
+        score = sample.get(metrics.get(sample["task"], ""))
+        if isinstance(score, int | float):  # a perplexity task has no score of one document
+            scores.setdefault(sample["task"], []).append(score)
+    return scores
+
+
+def _test(label: str, key: str, here: Sequence[float], there: Sequence[float]) -> TaskTest:
+    result = mcnemar(here, there)
+    difference = (sum(here) - sum(there)) / len(here)
+    return TaskTest(label, key, difference, result.only_first, result.only_second, result.pvalue)
+
+
+def _head(what: Any) -> str:
+    return f"{what.key}, points" if isinstance(what, ZeroShot) else f"perplexity {what.key}"
+
+
+def _text(interval: Interval, scale: float) -> str:
+    value = f"{scale * interval.value:+,.2f}"
+    if interval.low is None or interval.high is None:
+        return f"{value} ({interval.note})"
+    return f"{value} [{scale * interval.low:+,.2f}, {scale * interval.high:+,.2f}]"
+
+
+def _tests_frame(tests: Sequence[TaskTest]) -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "Cell": [test.label for test in tests],
+            "Task": [test.key for test in tests],
+            "Points": [f"{100 * test.difference:+.1f}" for test in tests],
+            "Only here right": [str(test.only_here) for test in tests],
+            "Only baseline right": [str(test.only_baseline) for test in tests],
+            "p (Holm)": [f"{test.p:.3g}" for test in tests],
+        }
+    )
+
+
+def _tests_note(tests: Sequence[TaskTest]) -> str:
+    return f"p: McNemar's exact test, two-sided, corrected by Holm's method for the {len(tests)} tests of this table."

@@ -1,0 +1,171 @@
+"""All results as one HTML page that needs nothing else: tables, verdicts, figures, claims, origin of every number."""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import matplotlib
+import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib.figure import Figure
+
+from analysis import compare, coverage
+from analysis.claims import statements
+from analysis.compare import Cell
+from analysis.figures import masks, perplexity, structure, sweeps
+from analysis.pages import provenance
+from analysis.rows import NoRecordsError, Row, keys, rows
+from analysis.tables import frames, grid
+from analysis.tables.grid import Pivot, Verdict
+from analysis.tables.notes import notes, title
+from experiments import cli, papers
+from experiments.spec import Table
+
+TEMPLATE = "report.html"
+
+
+@dataclass(frozen=True)
+class Section:
+    """One table that has records; `done` counts them, `made` are its rows."""
+
+    name: str
+    title: str
+    published: str | None
+    done: int
+    counts: str
+    pivots: list[Pivot]
+    claims: list[Verdict]
+    beside: Grid | None
+    own: Grid
+    notes: list[str]
+    figures: list[Drawn]
+    made: list[Row]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A figure as a data URL, and how wide it must stay for its letters to be read."""
+
+    caption: str
+    image: str
+    inches: float
+
+
+@dataclass(frozen=True)
+class Grid:
+    """`origins` holds, a line, the ids of the records behind it."""
+
+    heads: list[str]
+    lines: list[list[str]]
+    origins: list[list[str]]
+
+
+def html(root: Path, known_as: Path | None = None) -> str:
+    """The page; NoRecordsError where there is no record at all.  Its hints name `root` as a reader knows it."""
+    place = known_as or root
+    sections = [section for table in papers.TABLES.values() if (section := _section(table, root, place))]
+    if not sections:
+        raise NoRecordsError(f"No record of any table under {root}. Run `python -m experiments run TABLE` first.")
+    answered_first = sorted(grid.judged(statements.CLAIMS, root), key=lambda one: not one.ours.of)
+    shown = {section.name for section in sections}
+    return _environment().get_template(TEMPLATE).render(
+        sections=[replace(section, claims=grid.about(section.name, answered_first)) for section in sections],
+        claims=answered_first,
+        methods=_methods(section.made for section in sections),
+        provenance={id: told for section in sections for id, told in provenance.origins(section.made).items()},
+        left=[_left(table) for table in papers.TABLES.values() if table.name not in shown],
+        coverage=coverage.summary(coverage.unmatched(papers.TABLES.values())),
+    )  # fmt: skip
+
+
+def _environment() -> Environment:
+    made = Environment(loader=PackageLoader("analysis.pages", "."), autoescape=True, undefined=StrictUndefined,
+                       trim_blocks=True, lstrip_blocks=True)  # fmt: skip
+    # origins are told in a reader's order
+    made.policies["json.dumps_kwargs"] = {"sort_keys": False, "separators": (",", ":")}
+    made.globals.update(value=grid.value, against=grid.against, ids=provenance.ids, printed=compare.printed)
+    return made
+
+
+def _section(table: Table, root: Path, known_as: Path) -> Section | None:
+    try:
+        made = rows(table, root)
+    except NoRecordsError:
+        return None
+    found = compare.cells(table, made)
+    return Section(
+        name=table.name,
+        title=title(table, made),
+        published=table.published,
+        done=sum(row.record is not None for row in made),
+        counts=compare.counts(found) if table.published else "",
+        pivots=grid.pivots(found),
+        claims=[],
+        beside=_grid(compare.text(found), [provenance.ids(cell.rows) for cell in found]) if table.published else None,
+        own=_grid(frames.text(made), [provenance.ids([row]) for row in made]),
+        notes=notes(table, made, cli.selection(table.name, known_as)),
+        figures=list(_figures(table, made, found)),
+        made=made,
+    )
+
+
+def _grid(frame: pd.DataFrame, behind: list[list[str]]) -> Grid:
+    lines = [[str(value) for value in line] for line in frame.itertuples(index=False)]
+    return Grid([str(head) for head in frame.columns], lines, behind)
+
+
+def _methods(sections: Iterator[list[Row]]) -> list[str]:
+    """What each method does, in the first sentence of its own file."""
+    kinds = {type(row.run.method): None for made in sections for row in made if not row.is_dense}
+    said = {(sys.modules[kind.__module__].__doc__ or "").splitlines()[0]: None for kind in kinds}
+    return list(said)
+
+
+def _left(table: Table) -> dict[str, Any]:
+    return {"name": table.name, "title": table.title, "count": len(table.runs()), "missing": table.missing}
+
+
+def _figures(table: Table, made: list[Row], found: list[Cell]) -> Iterator[Drawn]:
+    """Every figure that there are enough numbers for."""
+    texts = dict.fromkeys(cell.key for cell in found if cell.metric == "perplexity" and cell.ours is not None)
+    mapped = [key for key in keys(made) if any("maps" in (row.measure(key) or {}) for row in made)]
+    drawings: list[tuple[str, Callable[[], Figure]]] = [
+        (f"Perplexity by method, {key}", partial(perplexity.perplexity, table, made, key)) for key in texts
+    ]
+    drawings += [
+        ("Perplexity by sparsity", lambda: sweeps.by_sparsity(table, found)),
+        ("Ours against the paper's", lambda: sweeps.against_paper(table, found)),
+        ("Heads and channels kept in each block", lambda: structure.kept(table, made)),
+        ("Loss while retraining", lambda: structure.losses(table, made)),
+        ("Perplexity by step of retraining", lambda: structure.steps(table, made)),
+        ("Mean accuracy by parameters", lambda: structure.by_parameters(table, found)),
+        ("Time, and on accelerators memory", lambda: sweeps.cost(table, made)),
+        *((key.capitalize(), partial(masks.masks, table, made, key)) for key in mapped),
+    ]
+    for caption, draw in drawings:
+        try:
+            figure = draw()
+            yield Drawn(caption, _data_url(figure), float(figure.get_figwidth()))
+        except perplexity.UndrawableError:  # too few numbers yet, which the table shows better
+            continue
+
+
+def svg(figure: Figure) -> str:
+    """The same text for the same numbers; letters as letters, not as outlines, and hundredths of a point: small."""
+    drawn = io.StringIO()
+    with matplotlib.rc_context({**perplexity.STYLE, "svg.fonttype": "none"}):
+        figure.savefig(drawn, format="svg", metadata={"Date": None})
+    return re.sub(r"(\.\d\d)\d+", r"\1", drawn.getvalue())
+
+
+def _data_url(figure: Figure) -> str:
+    """Percent-encoded: a third shorter than base64, above all where the SVG holds pictures in base64 itself."""
+    return "data:image/svg+xml," + quote(svg(figure).replace("\n", " "), safe=" !()*,-./:;=?@[]_{|}~+")

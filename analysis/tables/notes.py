@@ -1,0 +1,86 @@
+"""What stands below a table: protocol, calibration, where the numbers were made, failures and what is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from analysis.rows import Row, keys
+from analysis.tables import measured_notes
+from analysis.tables.frames import OTHER_CODE
+from experiments.spec import Table
+from experiments.store.records import Record
+
+
+def title(table: Table, rows: Sequence[Row]) -> str:
+    """The table's title with its models, e.g. `Unstructured pruning without retraining: smollm2-135m`."""
+    return f"{table.title}: {', '.join(dict.fromkeys(row.run.model_name for row in rows))}"
+
+
+def notes(table: Table, rows: Sequence[Row], again: str = "") -> list[str]:
+    """One sentence a note, plain text; `again` are the arguments of `python -m experiments run` for the same cells."""
+    done = [row.record for row in rows if row.record]
+    return [
+        *(_protocol(key, rows) for key in keys(rows) if any("perplexity" in (row.measure(key) or {}) for row in rows)),
+        *measured_notes.notes(table, rows),
+        *_distinct(_calibration(record) for record in done),
+        *_distinct(_origin(record) for record in done),
+        *_distinct(f"{name} was only a part of the data set." for row in rows for name in row.partial),
+        *(f"{row.label} failed: {row.failure.message}" for row in rows if row.failure and not row.record),
+        *_withheld(rows),
+        *_of_other_code(rows, again or table.name),
+        *_missing(rows, again or table.name),
+    ]
+
+
+def _protocol(key: str, rows: Sequence[Row]) -> str:
+    measured = next(found for row in rows if (found := row.measure(key)) is not None)
+    counts = ""
+    if "windows" in measured and "tokens" in measured:
+        counts = f": {measured['windows']:,} windows, {measured['tokens']:,} tokens"
+    spread = "; ± one standard error over windows" if measured.get("standard_error") is not None else ""
+    stream = f"; tokens {measured['token_sha256'][:12]}" if "token_sha256" in measured else ""
+    return f"{key}{counts}{spread}{stream}."
+
+
+def _calibration(record: Record) -> str | None:
+    windows = record.spec["windows"]
+    if windows is None:
+        return None
+    seed = "" if windows["sampling"] == "first" else f", seed {windows['seed']}"
+    return (
+        f"Calibration: {windows['count']:,} x {windows['length']:,} tokens of {windows['corpus']} "
+        f"({windows['sampling']}{seed})."
+    )
+
+
+def _origin(record: Record) -> str:
+    made = record.made_by
+    commit = f"commit {made.commit[:10]}{' with local changes' if made.dirty else ''}" if made.commit else "no commit"
+    model = Path(record.spec["model"]["name"]).name
+    if "hub" in record.spec["model"] and made.model_commit:
+        model += f" at {made.model_commit[:10]}"
+    return f"{model} in {made.dtype} on {made.device}, {commit}, torch {made.packages['torch']}."
+
+
+def _withheld(rows: Sequence[Row]) -> Iterator[str]:
+    for text in dict.fromkeys(text for row in rows for text in row.withheld):
+        labels = ", ".join(dict.fromkeys(row.label for row in rows if text in row.withheld))
+        yield f"Not shown, for their records were made from another {text} than lies there: {labels}."
+
+
+def _of_other_code(rows: Sequence[Row], again: str) -> Iterator[str]:
+    if labels := list(dict.fromkeys(row.label for row in rows if row.code == "other")):
+        yield (
+            f"{OTHER_CODE} made by other code of the method or measures than is here: {', '.join(labels)}; "
+            f"python -m experiments run {again} --again makes them again."
+        )
+
+
+def _missing(rows: Sequence[Row], again: str) -> list[str]:
+    missing = sum(row.state == "missing" for row in rows)
+    return [f"{missing} of {len(rows)} cells are missing: python -m experiments run {again}"] if missing else []
+
+
+def _distinct(sentences: Iterable[str | None]) -> list[str]:
+    return [sentence for sentence in dict.fromkeys(sentences) if sentence]

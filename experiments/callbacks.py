@@ -1,0 +1,119 @@
+"""Whoever wants to know how a cell goes: a log of events, an experiment tracker.  None of them can fail a cell."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # a job must be able to say that it goes back into the queue before torch is there
+    from experiments.cells import Cell
+    from experiments.store.records import Failure, Record
+
+logger = logging.getLogger(__name__)
+
+
+class Watcher:
+    """Told of every step of one cell after the other; what it does not care for it leaves out."""
+
+    def started(self, cell: Cell, resumed: int) -> None: ...
+
+    def stage(self, name: str) -> None: ...
+
+    def progress(self, done: int, total: int) -> None: ...
+
+    def finished(self, record: Record, path: Path) -> None: ...
+
+    def failed(self, failure: Failure) -> None: ...
+
+
+class Watchers(Watcher):
+    """Passes everything on; a watcher that raises is reported once and told nothing more."""
+
+    def __init__(self, watchers: Sequence[Watcher] = ()) -> None:
+        self.watchers = list(watchers)
+
+    def started(self, cell: Cell, resumed: int) -> None:
+        self._tell("started", cell, resumed)
+
+    def stage(self, name: str) -> None:
+        self._tell("stage", name)
+
+    def progress(self, done: int, total: int) -> None:
+        self._tell("progress", done, total)
+
+    def finished(self, record: Record, path: Path) -> None:
+        self._tell("finished", record, path)
+
+    def failed(self, failure: Failure) -> None:
+        self._tell("failed", failure)
+
+    def _tell(self, what: str, *arguments: Any) -> None:
+        for watcher in list(self.watchers):
+            try:
+                getattr(watcher, what)(*arguments)
+            except Exception as error:  # noqa: BLE001  (the record is the truth; a watcher's trouble is only reported)
+                from experiments import errors
+
+                self.watchers.remove(watcher)
+                name = type(watcher).__name__
+                logger.warning("%s is out of service, cells go on: %s", name, errors.sentence(error))
+
+
+class Events(Watcher):
+    """One JSON line an event, appended to `path`: time (UTC), process, machine, cell, and what happened.
+
+    A line that a kill cut short is no JSON; `read` leaves it out.  `context` stands on every line.
+    """
+
+    def __init__(self, path: Path, **context: Any) -> None:
+        self.path, self.cell = path, ""
+        self.context = {"host": socket.gethostname(), "process": os.getpid(), **context}
+
+    def started(self, cell: Cell, resumed: int) -> None:
+        self.cell = cell.id
+        self.write("started", label=cell.label, resumed=resumed)
+
+    def stage(self, name: str) -> None:
+        self.write("stage", name=name)
+
+    def finished(self, record: Record, path: Path) -> None:
+        self.write("finished", seconds=record.cost.seconds["total"], peak_bytes=record.cost.peak_bytes)
+
+    def failed(self, failure: Failure) -> None:
+        self.write("failed", message=failure.message)
+
+    def write(self, event: str, **details: Any) -> None:
+        line = {
+            "at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            **self.context,
+            "cell": self.cell,
+            "event": event,
+            **details,
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab") as file:
+            torn = file.tell() > 0 and not _ends_a_line(self.path)
+            file.write(b"\n" * torn + json.dumps(line).encode() + b"\n")
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The events at `path`, oldest first; none where there is no such file."""
+    events = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+        try:
+            events.append(json.loads(line))
+        except json.JSONDecodeError:  # cut short by a kill
+            continue
+    return events
+
+
+def _ends_a_line(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"

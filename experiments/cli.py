@@ -1,0 +1,303 @@
+"""What `python -m experiments run` can be told, for every command line that runs cells; and what was meant by it."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import math
+import os
+import re
+import select
+import shlex
+import signal
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from experiments.data import eval_tasks, sources
+from experiments.measures import zero_shot
+from experiments.store import redaction
+
+if TYPE_CHECKING:
+    from experiments.callbacks import Watcher
+    from experiments.cells import Cell
+    from experiments.run import Settings
+
+
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_PIPE, EXIT_TERMINATED = 1, 2, 130, 141, 143
+RESULTS = Path("results")
+LARGEST_GB = 100_000
+LARGEST = 10**9  # documents or windows: more than any data set has
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Complains in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USAGE, f"{self.prog}: {' '.join(message.split())}; --help lists what there is.\n")
+
+
+def carry_out(asked: argparse.Namespace, stopped: str) -> int:
+    """Run the asked command and return its exit status; an error becomes one sentence without secrets.
+
+    0 all well, 1 something failed, 2 asked for something unknown; 130 interrupted and 143 terminated, for which
+    `stopped` is said; 141 where nobody reads on, such as `head`.
+    """
+
+    _printable()
+    try:  # commands import what they need: torch takes seconds, and --help should not
+        with _terminable(), redaction.quiet_logs():
+            status = int(asked.command(asked) or 0)
+            sys.stdout.flush()
+            return status
+    except KeyboardInterrupt as error:
+        say(stopped)
+        return EXIT_TERMINATED if isinstance(error, Terminated) else EXIT_INTERRUPTED
+    except Exception as error:  # noqa: BLE001  (the one place where an error becomes a sentence and an exit status)
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return EXIT_PIPE
+        from experiments.errors import sentence
+        from pruners.suggest import UsageError
+
+        if asked.debug:
+            say(redaction.redacted(traceback.format_exc()))
+        say(sentence(error))
+        return EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED
+
+
+def _printable() -> None:
+    """Signs that the screen's encoding lacks (an ASCII locale) become ?; files and pipes then are UTF-8."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and "utf" not in stream.encoding.lower():
+            if stream.isatty():
+                stream.reconfigure(errors="replace")
+            else:
+                stream.reconfigure(encoding="utf-8")
+
+
+def _nobody_reads() -> bool:
+    """Whether the reader of this command's output is gone; what is left of it is then thrown away."""
+    output = sys.stdout.fileno()
+    asked = select.poll()
+    asked.register(output, 0)  # an error is told without being asked for
+    if not any(told & select.POLLERR for _, told in asked.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)  # or Python complains at its end
+    return True
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM raises Terminated meanwhile; not under torchrun, which ends processes by it that wait for lost ones."""
+    if "RANK" in os.environ:
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(*_: Any) -> None:
+    raise Terminated
+
+
+def say(sentence: str) -> None:
+    """To the user, naming the process where several were launched together."""
+    rank = os.environ.get("RANK", "0")
+    print(f"Process {rank}: {sentence}" if rank != "0" else sentence, file=sys.stderr)
+
+
+def add_selection(command: argparse.ArgumentParser) -> None:
+    """Which cells of which table, and where their records lie."""
+    add_table(command)
+    command.add_argument(
+        "--method", nargs="+", type=word, default=[], metavar="NAME", help="only these methods (or: dense)"
+    )
+    command.add_argument("--only", nargs="+", type=word, default=[], metavar="ID|LABEL", help="only these cells")
+    add_results(command)
+
+
+def add_results(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--results", type=path, default=RESULTS, metavar="DIR", help="default: results")
+
+
+def add_data(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--data-dir", type=path, metavar="DIR", help="local data sets (default: $PRUNING_DATA_DIR, otherwise the Hub)"
+    )
+
+
+def add_table(command: argparse.ArgumentParser) -> None:
+    """A table, and what its cells are beyond what it declares."""
+    command.add_argument("table", type=word, metavar="TABLE")
+    command.add_argument(
+        "--model",
+        type=word,
+        metavar="NAME|FOLDER|NAME=FOLDER",
+        help="the same table on another model; NAME=FOLDER: a folder that is that model of the catalogue",
+    )
+    command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="number format of the model")
+    command.add_argument(
+        "--limit", type=positive, metavar="N", help="only the first N documents of each zero-shot task"
+    )
+    command.add_argument(
+        "--tasks",
+        nargs="+",
+        type=word,
+        default=[],
+        metavar="NAME",
+        help="measure these, too: a convention or tasks of lm-eval",
+    )
+
+
+def selection(
+    table: str,
+    results: Path,
+    model: str | None = None,
+    dtype: str | None = None,
+    limit: int | None = None,
+    tasks: Sequence[str] = (),
+    data_dir: Path | None = None,
+) -> str:
+    """The arguments, quoted for a shell, by which any command finds the same cells again, the table first."""
+    told = {"--model": model, "--dtype": dtype, "--limit": limit, "--data-dir": data_dir}
+    options = [word for name, value in told.items() if value for word in (name, str(value))]
+    asked = ["--tasks", *tasks] if tasks else []
+    return shlex.join([table, *options, *asked, *_results(results)])
+
+
+def same_cells(asked: argparse.Namespace, data_dir: Path | None = None) -> str:
+    """As `selection`, of the cells of this command."""
+    return selection(asked.table, asked.results, asked.model, asked.dtype, asked.limit, asked.tasks, data_dir)
+
+
+def same_table(asked: argparse.Namespace) -> str:
+    """The arguments by which another command finds the table's records."""
+    return selection(asked.table, asked.results)
+
+
+def _results(folder: Path) -> list[str]:
+    return [] if folder.resolve() == RESULTS.resolve() else ["--results", str(folder)]
+
+
+def add_running(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--device", type=device, help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    command.add_argument(
+        "--batch-size", type=positive, default=8, help="windows at once; changes no number (default: 8)"
+    )
+    add_data(command)
+    command.add_argument(
+        "--again", action="store_true", help="make records again that other code of their method or measures made"
+    )
+    command.add_argument(
+        "--no-dense-gate", action="store_true", help="prune even a model that misses its published dense perplexity"
+    )
+    command.add_argument(
+        "--wandb",
+        nargs="?",
+        type=word,
+        const="llm-pruning",
+        metavar="PROJECT",
+        help="log cells to Weights & Biases as well",
+    )
+
+
+def chosen(asked: argparse.Namespace) -> list[Cell]:
+    from experiments import cells, papers
+
+    table = papers.find(asked.table)
+    if table.missing:
+        raise ValueError(f"{table.name} cannot run yet. It needs {table.missing}.")
+    refuse_absent(asked.data_dir)
+    refuse_unknown(asked.tasks)
+    runs = papers.runs(table, asked.model, asked.dtype, asked.limit, asked.tasks)
+    return cells.choose(cells.cells(runs, table.label), asked.method, asked.only)
+
+
+def settings(asked: argparse.Namespace) -> Settings:
+    from experiments.run import Settings
+
+    return Settings(asked.results, asked.device, asked.batch_size, asked.data_dir, not asked.no_dense_gate, asked.again)
+
+
+def watchers(asked: argparse.Namespace) -> list[Watcher]:
+    if asked.wandb is None:
+        return []
+    from experiments.wandb_callback import Wandb  # wandb takes a second to import
+
+    return [Wandb(asked.wandb, asked.table, asked.results)]
+
+
+def refuse_absent(data_dir: Path | None) -> None:
+    """UsageError for a data folder that is not there, before every cell would meet that."""
+    from pruners.suggest import UsageError
+
+    folder = zero_shot.folder(data_dir)
+    if folder and not folder.is_dir():
+        name = "--data-dir" if data_dir else sources.DATA_DIR
+        raise UsageError(f"{name} {folder} is no folder; name one that is, or leave it out to read from the Hub.")
+
+
+def refuse_unknown(tasks: Sequence[str]) -> None:
+    """UsageError with the nearest names, before any work; lm-eval's index is read only for names that it may know."""
+    from experiments import protocols
+
+    if not tasks:
+        return
+    protocols.named(tasks)
+    if unfamiliar := [name for name in tasks if name not in protocols.CONVENTIONS and name not in eval_tasks.SOURCES]:
+        from eval.tasks import check_names
+
+        check_names(unfamiliar)
+
+
+def word(text: str) -> str:
+    """A name that asks for something; an unset variable of a shell leaves it empty."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty (an unset variable?); give a name, or leave the option out")
+    if not text.isprintable():
+        raise argparse.ArgumentTypeError(f"{text!r} holds a control character, which no name has")
+    return text
+
+
+def path(text: str) -> Path:
+    """A file or folder."""
+    return Path(word(text))
+
+
+def device(text: str) -> str:
+    """By its form alone: a job's machine may have what this one has not."""
+    if not re.fullmatch(r"cpu|cuda(:\d{1,4})?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no device; cpu, cuda and cuda:1 are some")
+    return text
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on."""
+    if not text.isdecimal() or len(text) > len(str(LARGEST)) or not 1 <= int(text) <= LARGEST:
+        raise argparse.ArgumentTypeError(f"{shorten(text)} is no whole number from 1 on (to {LARGEST:,})")
+    return int(text)
+
+
+def shorten(text: str) -> str:
+    return repr(text if len(text) <= 40 else f"{text[:40]}...")
+
+
+def gigabytes(text: str) -> float:
+    """More than nothing and finite: to Slurm no memory is all that a node has."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not 0 < found <= LARGEST_GB:
+        raise argparse.ArgumentTypeError(f"{shorten(text)} is no number of gigabytes above 0 (to {LARGEST_GB:,})")
+    return found

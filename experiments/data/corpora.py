@@ -1,0 +1,216 @@
+"""Corpora by name, as texts, as the token stream of an evaluation, and as calibration windows.
+
+Tokens come from one call of the model's own tokenizer per text, which puts BOS where it does by itself: once, at the
+start.  The papers used slow tokenizers; the fast ones give the same stream on WikiText-2 and differ in a few C4
+documents that have runs of blanks.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from jaxtyping import Int64
+from torch import Tensor
+
+from experiments.data import sources
+from experiments.data.sources import DATA_DIR, SOURCES, Source
+from experiments.spec import Windows
+from pruners.suggest import unknown
+
+MOST_DRAWS = 10_000  # for one window; the released code of PERP gives up there, the others never do
+
+Folder = str | Path | None
+Tokens = Int64[Tensor, " tokens"]
+
+
+def rows(name: str, data_dir: Folder = None) -> Sequence[str]:
+    """The texts of the corpus `name` ("corpus/split"), in order; those from the Hub are read as they are asked for.
+
+    Its place is its package, the folder `data_dir` (or the environment variable PRUNING_DATA_DIR) or else the Hub.
+    Raises ValueError for an unknown corpus; `sources.read` says what else can fail.
+    """
+    source = _source(name)
+    holds_texts = source.column or source.package
+    records: Any = _records(name, data_dir).rows if holds_texts else instructions(name, data_dir)
+    if not records:
+        raise ValueError(f"{name} is empty; fetch it again.")
+    if source.package:
+        return records
+    if isinstance(records, Dataset) and source.column:
+        return records[source.column]
+    if source.column:
+        return [record[source.column] for record in records]
+    return [alpaca_prompt(record) + record["output"] for record in records]
+
+
+def instructions(name: str, data_dir: Folder = None) -> Sequence[Mapping[str, str]]:
+    """The records of an instruction corpus: `instruction`, `input` and `output`.  ValueError for any other corpus."""
+    source = _source(name)
+    if source.column or source.package:
+        raise ValueError(f"{name} holds texts, not instructions; alpaca/train does.")
+    records = _records(name, data_dir).rows
+    return records if source.answer == "output" else _without_input(records, source.answer)
+
+
+def _without_input(records: Sequence[Any] | Dataset, answer: str) -> Sequence[Mapping[str, str]]:
+    """Records of an `instruction` and an answer as if their input were empty; a data set's stay where they are."""
+    if isinstance(records, Dataset):
+        kept = records.select_columns(["instruction", answer]).rename_column(answer, "output")
+        return kept.add_column("input", [""] * len(kept))
+    return [{"instruction": record["instruction"], "input": "", "output": record[answer]} for record in records]
+
+
+def provenance(name: str, data_dir: Folder = None) -> dict[str, Any]:
+    """Where the texts came from: data set and commit, or files and their SHA-256; and whether the split is complete."""
+    records = _records(name, data_dir)
+    return {**records.origin, "rows": len(records.rows), "complete": len(records.rows) == _source(name).rows}
+
+
+def token_ids(name: str, tokenizer: Any, data_dir: Folder = None) -> Tokens:
+    """The corpus as one stream, joined the way the papers evaluate on it (C4: the first 1,100 documents)."""
+    source = _source(name)
+    return _tokenize(tokenizer, source.join.join(rows(name, data_dir)[: source.head]))
+
+
+def calibration(windows: Windows, tokenizer: Any, data_dir: Folder = None) -> Int64[Tensor, "count length"]:
+    """Windows of tokens, drawn as the released code draws them; `random.Random(seed)` gives its very sequence.
+
+    Raises ValueError where the corpus is too short for them, saying what there is and what was asked.
+    """
+    if windows.sampling not in SAMPLINGS:
+        raise ValueError(unknown("sampling", windows.sampling, SAMPLINGS))
+    if windows.count < 1 or windows.length < 1:
+        raise ValueError(f"Calibration needs at least one window of one token; got {windows.count} x {windows.length}.")
+    return SAMPLINGS[windows.sampling](windows, tokenizer, data_dir)
+
+
+def _documents(windows: Windows, tokenizer: Any, data_dir: Folder) -> Tensor:
+    """Wanda, SparseGPT, GBLM-Pruner and PERP: a random window of a random document longer than the window."""
+    return _from_rows(windows, tokenizer, data_dir, shortest=windows.length + 1, once=False)
+
+
+def _sentences(windows: Windows, tokenizer: Any, data_dir: Folder) -> Tensor:
+    """LLM-Pruner: a random window of a random row that is long enough and was not taken before."""
+    return _from_rows(windows, tokenizer, data_dir, shortest=windows.length, once=True)
+
+
+def _from_rows(windows: Windows, tokenizer: Any, data_dir: Folder, shortest: int, once: bool) -> Tensor:
+    texts, draw = rows(windows.corpus, data_dir), random.Random(windows.seed)
+    tokens = lru_cache(maxsize=None)(lambda row: _tokenize(tokenizer, texts[row]))
+    taken: set[int] = set()
+
+    def window() -> Tensor:
+        row = _long_row(windows, draw, len(texts), lambda row: len(tokens(row)), shortest, taken if once else set())
+        taken.add(row)
+        start = draw.randint(0, len(tokens(row)) - shortest)
+        return tokens(row)[start : start + windows.length]
+
+    return torch.stack([window() for _ in range(windows.count)])
+
+
+def _long_row(
+    windows: Windows, draw: random.Random, count: int, length: Callable[[int], int], shortest: int, barred: set[int]
+) -> int:
+    longest = 0
+    for _ in range(MOST_DRAWS):
+        row = draw.randint(0, count - 1)
+        if row not in barred and length(row) >= shortest:
+            return row
+        longest = max(longest, 0 if row in barred else length(row))
+    besides = f" besides the {len(barred)} taken already" if barred else ""
+    raise ValueError(
+        f"{windows.corpus} has no text of {shortest:,} tokens or more{besides}: {MOST_DRAWS:,} draws found {longest:,} "
+        f"tokens at most. Ask for shorter windows than {windows.length:,}, for fewer, or for another corpus."
+    )
+
+
+def _stream(windows: Windows, tokenizer: Any, data_dir: Folder) -> Tensor:
+    """FLAP: random windows of all texts joined with blanks."""
+    tokens, draw = _tokenize(tokenizer, " ".join(rows(windows.corpus, data_dir))), random.Random(windows.seed)
+    _need(windows, len(tokens), windows.length + 1)
+    starts = [draw.randint(0, len(tokens) - windows.length - 1) for _ in range(windows.count)]
+    return torch.stack([tokens[start : start + windows.length] for start in starts])
+
+
+def _first(windows: Windows, tokenizer: Any, data_dir: Folder) -> Tensor:
+    """The head of the evaluation stream, cut into windows."""
+    tokens, needed = token_ids(windows.corpus, tokenizer, data_dir), windows.count * windows.length
+    _need(windows, len(tokens), needed)
+    return tokens[:needed].view(windows.count, windows.length)
+
+
+SAMPLINGS: dict[str, Callable[[Windows, Any, Folder], Tensor]] = {
+    "documents": _documents,
+    "sentences": _sentences,
+    "stream": _stream,
+    "first": _first,
+}
+
+
+def _need(windows: Windows, found: int, needed: int) -> None:
+    if found < needed:
+        raise ValueError(
+            f"{windows.count} windows of {windows.length} tokens ({windows.sampling}) need {needed:,} tokens; "
+            f"{windows.corpus} has {found:,}. Ask for fewer or shorter windows, or another corpus."
+        )
+
+
+def _tokenize(tokenizer: Any, text: str) -> Tokens:
+    # verbose=False: a stream longer than the model's window is meant, and no reason to warn.
+    return tokenizer(text, return_tensors="pt", verbose=False).input_ids[0].long()
+
+
+def _source(name: str) -> Source:
+    if name not in SOURCES:
+        raise ValueError(unknown("corpus", name, SOURCES))
+    return SOURCES[name]
+
+
+def origin(name: str, data_dir: Folder = None) -> dict[str, Any]:
+    """Where the texts would come from, as `provenance` tells it, without reading them.
+
+    Raises FileNotFoundError, or ModuleNotFoundError for a package, where they cannot be had here.
+    """
+    return sources.origin(name, _source(name), folder(data_dir))
+
+
+def version(name: str, data_dir: Folder = None) -> str | None:
+    """What changes with the local file that the texts are read from; None for packages and the Hub."""
+    return sources.version(name, _source(name), folder(data_dir))
+
+
+def folder(data_dir: Folder = None) -> str | None:
+    """The data folder that was asked for, or the environment's; None is the Hub."""
+    asked = data_dir or os.environ.get(DATA_DIR)
+    return str(asked) if asked else None
+
+
+@lru_cache(maxsize=8)
+def _read(name: str, folder: str | None, version: str | None) -> sources.Records:
+    return sources.read(name, SOURCES[name], folder)
+
+
+def _records(name: str, data_dir: Folder) -> sources.Records:
+    """Cached: a table asks for the same few corpora in every cell."""
+    return _read(name, folder(data_dir), version(name, data_dir))
+
+
+def alpaca_prompt(record: Mapping[str, str]) -> str:
+    """The prompt of Stanford Alpaca for a record's `instruction` and `input`, up to where the answer begins."""
+    task = "Below is an instruction that describes a task"
+    if record.get("input"):
+        context = f"{task}, paired with an input that provides further context."
+        given = f"### Input:\n{record['input']}\n\n"
+    else:
+        context, given = f"{task}.", ""
+    return (
+        f"{context} Write a response that appropriately completes the request.\n\n"
+        f"### Instruction:\n{record['instruction']}\n\n{given}### Response:\n"
+    )

@@ -1,0 +1,228 @@
+"""Where each corpus lies, on the Hub, in a local folder or in an installed package, and how its records are read.
+
+Every Hub source is a plain data file of a pinned commit or branch, so no loading script is needed (`datasets` refuses
+them since version 4): WikiText-2 and C4 at a commit; PTB and BookCorpus, whose repositories hold scripts, on the
+branch `refs/convert/parquet` where the Hub keeps its own conversion; Alpaca-cleaned and LaMini at `main`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+from datasets import Dataset, load_dataset
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+from eval import json_lines
+from experiments.data import wheels
+from experiments.models import digests, hub
+
+DATA_DIR = "PRUNING_DATA_DIR"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One corpus: `rows` texts in full; `join` stands between them, and `head` limits them, in an evaluation stream.
+
+    `column` holds the text of a record (None: the record is an instruction, whose answer is in the column `answer`).
+    `local` names the files looked for in a data folder, each plain or gzipped, the first found wins; `hub` is (data
+    set, revision, files).  A text `file` in a `package` is cut into documents after every `end`, which stays with its
+    document.
+    """
+
+    rows: int
+    join: str
+    local: tuple[str, ...] = ()
+    hub: tuple[str, str, tuple[str, ...]] | None = None
+    column: str | None = "text"
+    head: int | None = None
+    package: str | None = None
+    file: str = ""
+    end: str = ""
+    answer: str = "output"
+
+
+def _wikitext2(split: str, rows: int, *local: str) -> Source:
+    files = (f"wikitext-2-raw-v1/{split}-00000-of-00001.parquet",)
+    return Source(rows, "\n\n", local, ("Salesforce/wikitext", "b08601e04326c79dfdd32d625aee71d232d685c3", files))
+
+
+def _ptb(split: str, rows: int, join: str, local: str) -> Source:
+    files = (f"penn_treebank/{split}/0000.parquet",)
+    return Source(rows, join, (local,), ("ptb-text-only/ptb_text_only", "refs/convert/parquet", files), "sentence")
+
+
+def _c4(shard: str, rows: int, head: int | None, *local: str) -> Source:
+    hub = ("allenai/c4", "1588ec454efa1a09f29cd18ddd04fe05fc8653a2", (f"en/{shard}.json.gz",))
+    return Source(rows, " ", (f"c4/{shard}.json", *local), hub, head=head)
+
+
+SOURCES: dict[str, Source] = {
+    "wikitext2/train": _wikitext2("train", 36_718, "wikitext2/rows_train.jsonl", "wikitext2/rows_train_part.jsonl"),
+    "wikitext2/validation": _wikitext2("validation", 3_760, "wikitext2/rows_validation.jsonl"),
+    "wikitext2/test": _wikitext2("test", 4_358, "wikitext2/rows_test.jsonl"),
+    # LLM-Pruner joins PTB's validation split with blank lines, SparseGPT its train and test splits with blanks.
+    "ptb/train": _ptb("train", 42_068, " ", "ptb/ptb_train.jsonl"),
+    "ptb/validation": _ptb("validation", 3_370, "\n\n", "ptb/ptb_valid.jsonl"),
+    "ptb/test": _ptb("test", 3_761, " ", "ptb/ptb_test.jsonl"),
+    "c4/train": _c4("c4-train.00000-of-01024", 356_317, None, "c4/c4_en_train_docs_0000-0799.jsonl"),
+    # Documents of the train split that stand in where the validation shard is out of reach, under their own name.
+    "c4/heldout": Source(200, " ", ("c4/c4_en_train_docs_0800-0999_heldout.jsonl",)),
+    "c4/validation": _c4("c4-validation.00000-of-00008", 45_576, 1_100),
+    "bookcorpus/train": Source(
+        74_004_228,
+        " ",
+        ("bookcorpus/bookcorpus_train.jsonl",),
+        (
+            "bookcorpus/bookcorpus",
+            "refs/convert/parquet",
+            tuple(f"plain_text/train/{part:04}.parquet" for part in range(10)),
+        ),
+    ),
+    "alpaca/train": Source(
+        51_760,
+        "\n\n",
+        ("alpaca/alpaca_data_cleaned.jsonl", "alpaca/alpaca_2000.jsonl"),
+        ("yahma/alpaca-cleaned", "main", ("alpaca_data_cleaned.json",)),
+        column=None,
+    ),
+    "lamini/train": Source(
+        2_585_615,
+        "\n\n",
+        ("lamini/lamini_instruction.jsonl",),
+        (
+            "MBZUAI/LaMini-instruction",
+            "main",
+            tuple(
+                f"data/train-0000{part}-of-00003-{digest}.parquet"
+                for part, digest in enumerate(("929c6c373c0473cd", "1f823c156c353d51", "752db5e1576f5089"))
+            ),
+        ),
+        column=None,
+        answer="response",
+    ),
+    "embedded/c4": Source(584, "", package="exllamav3", file="standard_cal_data/c4.utf8", end="\n"),
+    "embedded/wiki": Source(2_349, "", package="exllamav3", file="standard_cal_data/wiki.utf8", end="</doc>\n"),
+}
+
+
+@dataclass(frozen=True)
+class Records:
+    """A corpus as read: its records (each a mapping, or a text) and where they came from, as plain JSON."""
+
+    rows: Sequence[Any] | Dataset
+    origin: dict[str, Any]
+
+
+def read(name: str, source: Source, folder: str | Path | None = None) -> Records:
+    """The records of a corpus: from its package, else from the data folder where one is given, else from the Hub.
+
+    Raises FileNotFoundError for what the folder lacks, OSError if the Hub refuses, ValueError for damaged files.
+    """
+    if source.package:
+        return _from_package(source, source.package)
+    if folder:
+        return _from_folder(name, source, Path(folder).expanduser())
+    return _from_hub(name, source)
+
+
+def origin(name: str, source: Source, folder: str | Path | None = None) -> dict[str, Any]:
+    """Where `read` would take the corpus from, as it tells that itself, without reading or downloading it.
+
+    Raises FileNotFoundError for what is not here and cannot be downloaded.
+    """
+    if source.package:
+        path = wheels.file(source.package, source.file)
+        return {
+            "package": source.package,
+            "version": wheels.version(source.package),
+            "files": _digests(path, path.name),
+        }
+    if folder:
+        path = _local(name, source, Path(folder).expanduser())
+        return {"files": _digests(path, str(path.relative_to(Path(folder).expanduser())))}
+    if source.hub is None:
+        raise FileNotFoundError(f"{name} is not on the Hub; name a data folder that holds {source.local[0]}.")
+    repository, revision, files = source.hub
+    commit = hub.data_commit(repository, revision)
+    here = commit and all(
+        isinstance(try_to_load_from_cache(repository, file, revision=commit, repo_type="dataset"), str)
+        for file in files
+    )
+    if commit is None or not (here or hub.reachable()):
+        raise FileNotFoundError(f"{name} ({repository}) was not downloaded and the Hub does not answer.")
+    return {"dataset": repository, "revision": commit, "files": list(files)}
+
+
+def version(name: str, source: Source, folder: str | Path | None) -> str | None:
+    """What changes with the content of the local file that `read` reads; None for packages and the Hub."""
+    return digests.sha256(_local(name, source, Path(folder).expanduser())) if folder and not source.package else None
+
+
+def _digests(path: Path, name: str) -> dict[str, str]:
+    return {name: digests.sha256(path)}
+
+
+def _from_package(source: Source, package: str) -> Records:
+    path = wheels.file(package, source.file)
+    documents = re.split(f"(?<={re.escape(source.end)})", path.read_bytes().decode())
+    told = {"package": package, "version": wheels.version(package), "files": _digests(path, path.name)}
+    return Records(tuple(document for document in documents if document), told)
+
+
+def _from_folder(name: str, source: Source, folder: Path) -> Records:
+    path = _local(name, source, folder)
+    optional = () if source.column else ("input",)
+    read = json_lines.read(path, _texts(source), optional)
+    return Records(read, {"files": _digests(path, str(path.relative_to(folder)))})
+
+
+def _local(name: str, source: Source, folder: Path) -> Path:
+    paths = [folder / f"{file}{zipped}" for file in source.local for zipped in ("", ".gz")]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        looked_for = " or ".join(f"{file}[.gz]" for file in source.local)
+        raise FileNotFoundError(
+            f"{name} is not in the data folder {folder}: looked for {looked_for}. Put it there, or leave the folder "
+            f"out (--data-dir, {DATA_DIR}) to fetch it from the Hub."
+        )
+    return path
+
+
+def _texts(source: Source) -> tuple[str, ...]:
+    """The columns that hold text in every record; an instruction's `input` may be empty."""
+    return (source.column,) if source.column else ("instruction", source.answer)
+
+
+def _from_hub(name: str, source: Source) -> Records:
+    if source.hub is None:
+        raise FileNotFoundError(f"{name} is not on the Hub; name a data folder that holds {source.local[0]}.")
+    repository, revision, files = source.hub
+    try:
+        commit = hub.data_commit(repository, revision) or revision
+        paths = [hf_hub_download(repository, file, repo_type="dataset", revision=commit) for file in files]
+    except OSError as error:
+        raise OSError(
+            f"{name} ({repository}) did not come from the Hub: {shorten(str(error), 200)} Check the connection, or "
+            f"name a folder that holds {source.local[0]} (--data-dir or {DATA_DIR})."
+        ) from error
+    kind = "parquet" if files[0].endswith(".parquet") else "json"
+    commit = Path(paths[0]).parents[len(Path(files[0]).parts) - 1].name
+    data = load_dataset(kind, data_files=paths, split="train")
+    _refuse_gaps(name, data, _texts(source))
+    return Records(data, {"dataset": repository, "revision": commit, "files": list(files)})
+
+
+def _refuse_gaps(name: str, data: Dataset, texts: tuple[str, ...]) -> None:
+    """ValueError where a record of a data set has no text."""
+    for column in texts:
+        if column not in data.column_names:
+            raise ValueError(f"{name} has no column {column!r}, only {', '.join(data.column_names)}.")
+        if data.features[column].dtype not in ("string", "large_string"):
+            raise ValueError(f"{name} holds {data.features[column].dtype} in {column!r}, where a text must be.")
+        if gaps := data.data.column(column).null_count:
+            raise ValueError(f"{name} has {gaps:,} records without a text in {column!r}; fetch it again.")

@@ -1,0 +1,151 @@
+"""How a ZeroShot measure is taken: documents found, tasks run, every document's answer kept beside the record."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eval.answers import write_samples
+from eval.intervals import mean_over_tasks
+from experiments.data import eval_tasks
+from experiments.data.sources import DATA_DIR
+from experiments.models import hub
+from experiments.spec import ZeroShot, describe, digest
+from experiments.store import atomic
+
+Progress = Callable[[int, int], None]
+Values = dict[str, dict[str, Any]]
+UNREACHABLE = (
+    "the Hub cannot be reached; run again with their documents in a --data-dir, or with HF_HUB_OFFLINE=1 where they "
+    "were downloaded before"
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """`beside`: the record's path without its ending, where every document's answers go; `unfinished`: a folder for
+    what a killed evaluation resumes from, to be removed once the record is written."""
+
+    beside: Path
+    unfinished: Path
+
+
+def measure(
+    what: ZeroShot, model: Any, tokenizer: Any, data_dir: Path | None, place: Place, progress: Progress | None = None
+) -> Values:
+    """Scores by protocol key; under `what.key` the mean over all its tasks, and which tasks are missing and why."""
+    found, missing = documents([task for task, _ in what.metrics], data_dir, what.examples)
+    values: Values = {what.key: {"missing": missing, **({"examples": what.examples} if what.examples else {})}}
+    if not found:
+        return values
+    from eval import zero_shot  # lm-eval takes seconds to import, and its index of tasks more
+
+    store = place.unfinished / f"{_name(what)}.answers"
+    result = zero_shot.zero_shot(
+        model, tokenizer, found, what.limit, resume=store, progress=progress, examples=what.examples
+    )
+    missing |= {task: {"reason": reason, "tried": _source(data_dir)} for task, reason in result.missing.items()}
+    for task, score in result.tasks.items():
+        values |= _task(what, task, score)
+    values[what.key] |= {
+        **_mean(what, {task: score.per_document for task, score in result.tasks.items()}),
+        "lm_eval": result.lm_eval,
+        "samples": _keep(result.samples, what, place),
+        "data": {task: provenance(task, folder(data_dir)) for task in found if task not in missing},
+    }
+    return values
+
+
+def documents(
+    tasks: Iterable[str], data_dir: Path | None, examples: int = 0
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Where each task's documents come from, as changes of its configuration (of a group by its tasks); and why the
+    others have none."""
+    place = folder(data_dir)
+    if place is None and not eval_tasks.hub_reachable():
+        return {}, {task: {"reason": UNREACHABLE, "tried": None} for task in tasks}
+    found, missing = {}, {}
+    for task in tasks:
+        try:
+            found[task] = _changes(task, place, examples)
+        except (FileNotFoundError, ValueError) as error:
+            missing[task] = {"reason": str(error), "tried": None}
+    return found, missing
+
+
+def obtainable(measured: Mapping[str, Any], data_dir: Path | None) -> bool:
+    """Whether a task that a record lacks has documents now, from where they were not tried before."""
+    missing = measured.get("missing", {})
+    found = documents(missing, data_dir, measured.get("examples", 0))[0] if missing else {}
+    return any(missing[task]["tried"] != _source(data_dir) for task in found)
+
+
+def downloadable() -> bool:
+    """Whether documents that are not here can be had from the Hub."""
+    return hub.reachable()
+
+
+def _changes(task: str, place: Path | None, examples: int) -> dict[str, Any]:
+    if place is None or not eval_tasks.is_group(task):
+        return eval_tasks.changes(task, place, examples=examples)
+    return {part: eval_tasks.changes(task, place, part, examples) for part in _parts(task)}
+
+
+def provenance(task: str, place: Path | None) -> dict[str, Any]:
+    """Where a task's documents come from; FileNotFoundError or ValueError where the folder has none that fit."""
+    return eval_tasks.provenance(task, place, _parts(task) if place and eval_tasks.is_group(task) else ("",))
+
+
+def _parts(task: str) -> tuple[str, ...]:
+    from eval import tasks  # lm-eval takes seconds to import
+
+    return tasks.parts(task)
+
+
+def folder(data_dir: Path | None) -> Path | None:
+    """The folder of local documents: the one that was asked for, or the environment's; None is the Hub."""
+    asked = data_dir or os.environ.get(DATA_DIR)
+    return Path(asked).expanduser() if asked else None
+
+
+def _source(data_dir: Path | None) -> str:
+    return "hub" if folder(data_dir) is None else "folder"
+
+
+def _name(what: ZeroShot) -> str:
+    """Tells one run's evaluations apart."""
+    return digest(describe(what) or {})
+
+
+def _task(what: ZeroShot, task: str, score: Any) -> Values:
+    about = {
+        "documents": score.documents,
+        "documents_sha256": score.documents_sha256,
+        "truncated": score.truncated,
+        "version": score.version,
+        "revision": score.revision,
+    }
+    return {
+        what.task_key(task, metric): {"score": value, "standard_error": score.standard_errors.get(metric), **about}
+        for metric, value in score.metrics.items()
+    }
+
+
+def _mean(what: ZeroShot, scores: Mapping[str, Mapping[str, list[float]]]) -> dict[str, Any]:
+    """The convention's mean with its interval; nothing where a task is missing, since another mean is no such mean."""
+    if not what.convention or any(task not in scores for task, _ in what.metrics):
+        return {}
+    interval = mean_over_tasks({task: scores[task][metric] for task, metric in what.metrics}).to_dict()
+    return {"score": interval.pop("value"), **interval}
+
+
+def _keep(samples: Sequence[Mapping[str, Any]], what: ZeroShot, place: Place) -> dict[str, str]:
+    """Every document's answers and scores, gzipped JSON lines."""
+    path = place.beside.with_name(f"{place.beside.name}.{_name(what)}.jsonl.gz")
+    with atomic.replacing(path) as temporary:
+        write_samples(samples, temporary)
+    return {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}

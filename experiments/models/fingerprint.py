@@ -1,0 +1,45 @@
+"""What tells the model in a folder from any other: every byte of its weights, and of the small files beside them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from experiments.models import digests
+from pruners.modeling_pruned import check_shards
+
+SMALL = (
+    "config.json", "generation_config.json", "adapter_config.json", "*.safetensors.index.json", "tokenizer*", "*.model",
+    "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+)  # fmt: skip
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files of a model folder, sorted.
+
+    Raises ValueError where there is nothing in safetensors format or where two sets of weights lie side by side, and
+    FileNotFoundError for a shard that its index names and that is not there.
+    """
+    check_shards(folder)
+    weights = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
+    if weights:
+        return weights
+    pickled = sorted(path.name for ending in ("bin", "pt", "pth", "ckpt") for path in folder.glob(f"*.{ending}"))
+    found = f"only pickled weights ({pickled[0]}), which can run code" if pickled else "none"
+    raise ValueError(f"{folder} needs weights as *.safetensors and has {found}; save the model as safetensors there.")
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 of names and contents of the weight files and of what else moves a number: configuration and tokenizer.
+
+    Two folders that differ in one byte of these have two fingerprints.  Raises what `weight_files` raises.
+    """
+    paths = sorted({*_small_files(folder), *weight_files(folder)})
+    lines = [f"{path.name}\0{digest}\n" for path, digest in zip(paths, digests.all_of(paths), strict=True)]
+    return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
+
+
+def _small_files(folder: Path) -> Iterator[Path]:
+    """The configuration and what makes tokens, both of which move a number as surely as weights do."""
+    yield from (path for pattern in SMALL for path in folder.glob(pattern) if path.is_file())

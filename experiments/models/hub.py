@@ -1,0 +1,115 @@
+"""Which commit of a Hub repository a name such as `main` stands for: that commit is loaded and recorded.
+
+What was downloaded before stays what the name stands for until it is downloaded anew or removed: a table that is half
+done goes on with the same weights whatever was pushed since.  Only for a repository that was never downloaded is the
+Hub asked.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import httpx
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.file_download import repo_folder_name
+from transformers.safetensors_conversion import previous_pr
+
+from experiments.data import eval_tasks
+
+TIMEOUT_S = 10
+CONVERSION = "Adding `safetensors` variant of this model"  # the title of the Hub's own conversions
+CONVERTER = "SFconvertbot"
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def model_commit(repository: str, revision: str = "main") -> str | None:
+    """The commit that holds the weights as safetensors: that of the name, or of the Hub's conversion of it.
+
+    None where it was never downloaded and the Hub does not answer.
+    """
+    if COMMIT.fullmatch(revision):
+        return revision
+    return (
+        _downloaded_weights(repository, revision)
+        or _asked_weights(repository, revision)
+        or _downloaded("model", repository, revision)
+    )
+
+
+def data_commit(repository: str, revision: str) -> str | None:
+    """The commit of a data set's branch; None where it was never downloaded and the Hub does not answer."""
+    if COMMIT.fullmatch(revision):
+        return revision
+    return _downloaded("dataset", repository, revision) or _asked_data(repository, revision)
+
+
+def reachable() -> bool:
+    """Whether anything new can be downloaded."""
+    return not constants.HF_HUB_OFFLINE and eval_tasks.hub_reachable()
+
+
+def _place(kind: str, repository: str) -> Path:
+    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type=kind)
+
+
+def _downloaded(kind: str, repository: str, revision: str) -> str | None:
+    try:
+        found = (_place(kind, repository) / "refs" / revision).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return None
+    return found if COMMIT.fullmatch(found) else None
+
+
+def _downloaded_weights(repository: str, revision: str) -> str | None:
+    """Of the name itself, else the only conversion that is here with its configuration."""
+    snapshots = _place("model", repository) / "snapshots"
+    commit = _downloaded("model", repository, revision)
+    if commit and _has_weights(snapshots / commit):
+        return commit
+    converted = {found for found in _conversions(repository) if _has_weights(snapshots / found)}
+    whole = {found for found in converted if (snapshots / found / "config.json").is_file()}
+    return whole.pop() if len(whole) == 1 else None
+
+
+def _conversions(repository: str) -> Iterator[str]:
+    requests = _place("model", repository) / "refs" / "refs" / "pr"
+    for path in requests.glob("*"):
+        if found := _downloaded("model", repository, f"refs/pr/{path.name}"):
+            yield found
+
+
+def _has_weights(snapshot: Path) -> bool:
+    return any((snapshot / name).is_file() for name in WEIGHTS)
+
+
+@cache
+def _asked_weights(repository: str, revision: str) -> str | None:
+    """As the Hub tells now, asked once a process."""
+    if not reachable():
+        return None
+    api = HfApi()
+    try:
+        info = api.model_info(repository, revision=revision, timeout=TIMEOUT_S)
+        if revision != "main" or any(file.rfilename in WEIGHTS for file in info.siblings or ()):
+            return info.sha
+        request = previous_pr(api, repository, CONVERSION, token=None)  # type: ignore[arg-type]  # the saved login
+        if request is None or request.author != CONVERTER:
+            return info.sha
+        return api.model_info(repository, revision=request.git_reference, timeout=TIMEOUT_S).sha
+    except (HfHubHTTPError, httpx.HTTPError, OSError):
+        return None
+
+
+@cache
+def _asked_data(repository: str, revision: str) -> str | None:
+    if not reachable():
+        return None
+    try:
+        return HfApi().dataset_info(repository, revision=revision, timeout=TIMEOUT_S).sha
+    except (HfHubHTTPError, httpx.HTTPError, OSError):
+        return None

@@ -1,0 +1,55 @@
+"""Every table by name; a paper's file adds its module here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from experiments import models, protocols
+from experiments.papers import embedded, flap, gblm, headlines, llm_pruner, perp, wanda_sparsegpt
+from experiments.spec import Run, Table, ZeroShot
+from pruners.suggest import UsageError, unknown
+
+MODULES = (embedded, headlines, flap, gblm, perp, llm_pruner, wanda_sparsegpt)
+TABLES = {thing.name: thing for module in MODULES for thing in vars(module).values() if isinstance(thing, Table)}
+
+
+def find(name: str) -> Table:
+    """Raises UsageError with the nearest names."""
+    if name not in TABLES:
+        raise UsageError(unknown("table", name, TABLES))
+    return TABLES[name]
+
+
+def runs(
+    table: Table,
+    model: str | None = None,
+    dtype: str | None = None,
+    limit: int | None = None,
+    tasks: Sequence[str] = (),
+) -> list[Run]:
+    """The table's runs in reading order, on another model or in another number format where asked.
+
+    `limit` cuts zero-shot tasks to their first so many documents, which gives them protocol keys of their own; `tasks`,
+    a convention or tasks of lm-eval, are measured besides.  UsageError for a model that is not there, and for a `limit`
+    where there is no such task.
+    """
+    if model is not None:
+        models.check(model)
+    asked = table.runs(model)
+    if limit and not tasks and not any(isinstance(what, ZeroShot) for run in asked for what in run.measures):
+        raise UsageError(f"{table.name} has no zero-shot task whose documents --limit could cut; leave it out.")
+    if dtype:
+        asked = [replace(run, dtype=dtype) for run in asked]
+    if tasks:
+        asked = [replace(run, measures=(*run.measures, _named(tasks, run))) for run in asked]
+    return [replace(run, measures=_limited(run.measures, limit)) for run in asked] if limit else asked
+
+
+def _named(tasks: Sequence[str], run: Run) -> ZeroShot:
+    return protocols.named(tasks, protocols.parameters(run.model))
+
+
+def _limited(measures: tuple[Any, ...], limit: int) -> tuple[Any, ...]:
+    return tuple(replace(what, limit=limit) if isinstance(what, ZeroShot) else what for what in measures)

@@ -1,0 +1,94 @@
+"""Quick tables on the embedded SmolLM2-135M: no hub, two CPU cores.  The papers' headline tables are in `headlines`.
+
+python -m experiments run embedded.demo       about 7 min on two idle cores
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pruners
+from experiments import labels, recovery
+from experiments.papers import llm_pruner
+from experiments.recovery import Retraining
+from experiments.spec import Efficiency, Generation, Perplexity, Run, Table, Windows, ZeroShot
+from pruners.retrain import MaskLoRA, Trainable
+
+MODEL = "smollm2-135m"
+WINDOWS = Windows("embedded/c4", count=16, length=256, sampling="first")
+SENTENCES = Windows("embedded/c4", count=10, length=64, sampling="first")  # LLM-Pruner needs no more
+QUICK = Perplexity("embedded/wiki", window=512, limit=8)
+COST = Efficiency(new_tokens=4, repetitions=3)
+SPEED = Efficiency(batch_sizes=(1, 4), lengths=(64, 256), new_tokens=16, repetitions=5, semi_structured=True)
+# A few documents of the tasks with short ones: enough to see a model break, not to rank two that work.
+TASKS = ZeroShot(
+    "short", (("piqa", "acc"), ("winogrande", "acc"), ("arc_easy", "acc"), ("openbookqa", "acc_norm")),
+    limit=16, detail=False,
+)  # fmt: skip
+
+# As the headline table `embedded.perp`, with fewer steps: a minute.
+TEXT = Windows("embedded/c4", count=24, length=128, sampling="first")
+RETRAINING = Retraining(Trainable(norms=True, adapters=MaskLoRA(rank=16)), TEXT, steps=12, learning_rate=3e-3)
+
+
+MIDDLE = partial(llm_pruner.sparing, 4, 4, target_parameters=0.2, importance="element1")
+
+
+def sampled(row: Any, model: str) -> Run:
+    """`row` is a method, how it is made for a model, or a method and its recovery stage."""
+    method, recovery = row if isinstance(row, tuple) else (row, None)
+    method = method(model) if callable(method) else method
+    windows = SENTENCES if isinstance(method, pruners.LLMPruner) else WINDOWS
+    return Run(model, method, windows, (QUICK, COST, TASKS), recovery=recovery)
+
+
+def label(run: Run) -> tuple[str, str]:
+    method = run.method
+    name = {pruners.Flap: "FLAP", pruners.WandaSP: "Wanda-sp", pruners.LLMPruner: "LLM-Pruner element1"}.get(
+        type(method)
+    )
+    norm = f" {method.norm}" if isinstance(method, pruners.GBLM) else ""
+    plain = type(method).__name__ if method else "Dense"
+    return (name or plain) + norm + recovery.label(run.recovery), labels.setting(method)
+
+
+demo = Table(
+    name="embedded.demo",
+    title="Pruning the embedded model",
+    rows=(
+        None,
+        pruners.Magnitude(sparsity=0.5),
+        (pruners.Magnitude(sparsity=0.5), RETRAINING),
+        pruners.Wanda(sparsity=0.5),
+        pruners.SparseGPT(sparsity=0.5),
+        pruners.GBLM(sparsity=0.5, norm="l1"),
+        pruners.GBLM(sparsity=0.5, norm="l2"),
+        pruners.Magnitude(pattern="2:4"),
+        pruners.Wanda(pattern="2:4"),
+        pruners.SparseGPT(pattern="2:4"),
+        pruners.GBLM(pattern="2:4", norm="l1"),
+        pruners.Flap(target_parameters=0.2),
+        pruners.WandaSP(target_parameters=0.2),
+        MIDDLE,
+    ),
+    columns=((MODEL,),),
+    run=sampled,
+    label=label,
+)
+
+speed = Table(
+    name="embedded.speed",
+    title="Speed by batch size and prompt length",
+    rows=(None, pruners.Magnitude(sparsity=0.5), pruners.Magnitude(pattern="2:4")),
+    columns=((MODEL,),),
+    run=lambda method, model: Run(model, method, WINDOWS, (SPEED,)),
+)
+
+generation = Table(
+    name="embedded.generation",
+    title="What pruned models write",
+    rows=(None, pruners.Magnitude(sparsity=0.5), pruners.Wanda(sparsity=0.5), pruners.SparseGPT(sparsity=0.5)),
+    columns=((MODEL,),),
+    run=lambda method, model: Run(model, method, WINDOWS, (Generation(),)),
+)

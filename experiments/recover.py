@@ -1,0 +1,135 @@
+"""Carries out a Retraining: its text as examples, the training, and what it leaves in the record."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from datasets import Dataset
+
+from experiments.data import corpora, tokens
+from experiments.data.tokens import Tokenizer
+from experiments.recovery import Documents, Instructions, Retraining
+from experiments.spec import Windows
+from pruners import retrain, storage
+from pruners.calibrate import Progress
+from pruners.retrain import Retrained
+from pruners.retrain.batches import IGNORED
+from pruners.retrain.finetune import Watch
+from pruners.retrain.state import OtherRunError
+
+Record = dict[str, list[int]]
+Result = TypeVar("Result")
+logger = logging.getLogger(__name__)
+
+
+def retrained(
+    model: Any,
+    recovery: Retraining,
+    examples: Any,
+    folder: Path,
+    progress: Progress | None = None,
+    watch: Watch | None = None,
+) -> Retrained:
+    """Retrain `model` in place on its text's `examples`; what a killed process had reached lies in `folder`.
+
+    A state there that is another run's, which only a file in a wrong place can be, is begun anew.  On a GPU blocks
+    recompute their activations, so that memory is left for the weights.
+    """
+    train = partial(
+        retrain.finetune,
+        model,
+        recovery.trainable,
+        examples,
+        steps=recovery.steps,
+        learning_rate=recovery.learning_rate,
+        batch_size=recovery.batch_size,
+        warmup=recovery.warmup,
+        seed=recovery.seed,
+        micro_batch_size=recovery.micro_batch_size,
+        checkpointing=model.device.type == "cuda",
+        stop=recovery.stop,
+        reference=recovery.reference,
+        folder=folder,
+        progress=progress,
+        watch=watch,
+    )
+    return own_state(folder, train)
+
+
+def own_state(folder: Path, work: Callable[[], Result]) -> Result:
+    """What `work` returns, which keeps its state in this folder of its own; another run's state is removed first."""
+    try:
+        return work()
+    except OtherRunError as error:
+        logger.warning("Beginning again: %s", error)
+        storage.remove(folder)
+        return work()
+
+
+def examples(text: Windows | Documents | Instructions, tokenizer: Tokenizer, data_dir: Path | None) -> Any:
+    """Packed windows [count, length], or records of `input_ids` and `labels`; those of instructions are made as they
+    are read, for there are millions of them."""
+    if isinstance(text, Windows):
+        return tokens.calibration(text, tokenizer, data_dir)
+    if isinstance(text, Documents):
+        return _documents(text, tokenizer.inner, data_dir)
+    return _instructions(text, tokenizer.inner, data_dir, "train")
+
+
+def held_out(text: Windows | Documents | Instructions, tokenizer: Tokenizer, data_dir: Path | None) -> list[Record]:
+    """The records that are kept back from training; none of windows and documents."""
+    return list(_instructions(text, tokenizer.inner, data_dir, "test")) if isinstance(text, Instructions) else []
+
+
+def _documents(text: Documents, tokenizer: Any, data_dir: Path | None) -> list[Record]:
+    documents = corpora.rows(text.corpus, data_dir)[: text.count]
+    found = [_cut(tokenizer, document, text.length) for document in documents]
+    kept = [{"input_ids": ids} for ids in found if len(ids) > 1]
+    if len(kept) < text.count:
+        raise ValueError(f"{text.corpus} has {len(kept):,} documents of two tokens or more; {text.count:,} were asked.")
+    return kept
+
+
+@dataclass(frozen=True)
+class _Answered:
+    """The records of these `rows` as prompt and answer, made anew every time they are read."""
+
+    records: Sequence[Any]
+    rows: Sequence[int]
+    tokenizer: Any
+    length: int
+
+    def __iter__(self) -> Iterator[Record]:
+        made = (_answered(self.tokenizer, self.records[row], self.length) for row in self.rows)
+        return (record for record in made if record["labels"][-1] != IGNORED)  # a prompt that fills it has no answer
+
+
+def _instructions(text: Instructions, tokenizer: Any, data_dir: Path | None, part: str) -> _Answered:
+    """`part` is `train` or `test`, which is held out."""
+    records = corpora.instructions(text.corpus, data_dir)
+    if len(records) <= text.held_out:
+        raise ValueError(
+            f"{text.corpus} has {len(records):,} records here, of which {text.held_out:,} are held out: nothing is "
+            "left to train on. Hold out fewer, or fetch the whole corpus."
+        )
+    numbers = Dataset.from_dict({"row": range(len(records))})
+    split = numbers.train_test_split(test_size=text.held_out, shuffle=True, seed=text.seed)
+    return _Answered(records, split[part]["row"][:], tokenizer, text.length)
+
+
+def _answered(tokenizer: Any, record: Any, length: int) -> Record:
+    """Prompt and answer, ended where they fit; loss on the answer alone."""
+    prompt = corpora.alpaca_prompt(record)
+    asked, ids = _cut(tokenizer, prompt, length), _cut(tokenizer, prompt + record["output"], length)
+    if len(ids) < length and ids[-1] != tokenizer.eos_token_id:
+        ids = [*ids, tokenizer.eos_token_id]
+    return {"input_ids": ids, "labels": [IGNORED] * min(len(asked), len(ids)) + ids[len(asked) :]}
+
+
+def _cut(tokenizer: Any, text: str, length: int) -> list[int]:
+    return tokenizer(text, truncation=True, max_length=length).input_ids

@@ -1,0 +1,73 @@
+"""Finished blocks of a pruning that is still going on, so that a killed run goes on at the block after them.
+
+They are written every half minute at most: a quick pruning writes nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+from experiments.store import atomic, cache, room
+from pruners.anatomy import Block
+from pruners.calibrate import Keeper
+
+SECONDS_BETWEEN = 30.0
+logger = logging.getLogger(__name__)
+
+
+class PrunedBlocks(Keeper):
+    """The weights of one pruning's blocks, a file each in `folder`, verified by checksum when read.
+
+    `root` is the results folder whose cache makes room for them.  Once they exceed its limit, or the disk refuses, the
+    later ones are not kept.
+    """
+
+    def __init__(self, folder: Path, root: Path | None = None) -> None:
+        self.folder, self.root = folder, root
+        self.pending: list[Block] = []
+        self.bytes, self.written, self.refused = 0, time.monotonic(), False
+
+    def restore(self, block: Block) -> bool:
+        tensors = cache.read(self._path(block), self._key(block))
+        if tensors is None:
+            return False
+        for name, linear in block.linears().items():
+            linear.weight.data.copy_(tensors[name])
+            self.bytes += linear.weight.nbytes
+        return True
+
+    def keep(self, block: Block) -> None:
+        self.pending.append(block)
+        if time.monotonic() - self.written >= SECONDS_BETWEEN:
+            for finished in self.pending:
+                self._write(finished)
+            self.pending, self.written = [], time.monotonic()
+
+    def _write(self, block: Block) -> None:
+        if self.refused:
+            return
+        tensors = {name: linear.weight.data for name, linear in block.linears().items()}
+        size, limit = sum(tensor.nbytes for tensor in tensors.values()), cache.limit_bytes()
+        self.bytes += size
+        if self.bytes > limit:
+            self._refuse(f"Pruned blocks beyond {limit / 1e9:.1f} GB", f"set {cache.LIMIT_VARIABLE} to raise that.")
+            return
+        if self.root:
+            room.make_room(self.root, size)
+        try:
+            cache.write(self._path(block), tensors, self._key(block))
+        except atomic.StorageError as error:
+            self._refuse("Further pruned blocks", str(error))
+
+    def _refuse(self, what: str, why: str) -> None:
+        self.refused = True
+        logger.warning("%s are not kept for a run that is killed; %s", what, why)
+
+    def _path(self, block: Block) -> Path:
+        return self.folder / f"{block.index:03}.safetensors"
+
+    def _key(self, block: Block) -> str:
+        """Cell, origin and block: a file of another place is noticed, wherever the results folder lies."""
+        return "/".join(self._path(block).absolute().parts[-4:])

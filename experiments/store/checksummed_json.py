@@ -1,0 +1,69 @@
+"""JSON with a checksum of its own content, so that an edited or damaged file is noticed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from experiments.store.redaction import cleaned
+
+FOUND_BY = ("id", "spec", "key")
+
+
+def dumps(content: dict[str, Any]) -> str:
+    """`content` as JSON with its seal under `sha256`, without secrets; ValueError for a number that is not finite."""
+    where = next(_not_finite(content), None)
+    if where is not None:
+        raise ValueError(f"{where} is not finite and cannot be recorded; the model no longer computes.")
+    plain = json.loads(json.dumps({key: _open(key, value) for key, value in content.items()}))
+    return _text({**plain, "sha256": seal(plain)})
+
+
+def _open(key: str, value: Any) -> Any:
+    """Without secrets, but for what a file is found again by, whose every letter counts."""
+    return value if key in FOUND_BY else cleaned(value)
+
+
+def loads(text: str) -> dict[str, Any]:
+    """The content of sealed JSON, its seal included; raises ValueError saying what is wrong with it.
+
+    It must be what `dumps` wrote to the byte: other digits of the same number, another blank or a key that stands
+    there twice would leave the seal as it is.
+    """
+    try:
+        content = json.loads(text, parse_constant=_refuse)
+        if not isinstance(content, dict):
+            raise ValueError("it is not a JSON object")
+        if content.get("sha256") != seal(content) or _text(content) != text:
+            raise ValueError("its checksum does not match, so it was edited or damaged")
+    except (json.JSONDecodeError, RecursionError) as error:  # the latter of text that is nested without end
+        raise ValueError("it is not whole JSON, so it was truncated or damaged") from error
+    return content
+
+
+def seal(content: dict[str, Any]) -> str:
+    """SHA-256 of the canonical JSON of everything but `sha256`."""
+    covered = {key: value for key, value in content.items() if key != "sha256"}
+    text = json.dumps(covered, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"it holds {constant}, which is no result")
+
+
+def _text(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+
+
+def _not_finite(value: Any, where: str = "") -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _not_finite(item, f"{where}.{key}".lstrip("."))
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _not_finite(item, f"{where}[{index}]")
+    elif isinstance(value, float) and value - value != 0:
+        yield where

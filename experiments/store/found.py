@@ -1,0 +1,104 @@
+"""Whether a record is the number that the run at hand would make: of the same texts, by the same code."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments import measures
+from experiments.cells import Cell
+from experiments.data import corpora
+from experiments.measures import zero_shot
+from experiments.spec import Run
+from experiments.store import code
+from experiments.store.records import Record
+
+ABSENT = (FileNotFoundError, ModuleNotFoundError)
+
+
+def stands(record: Record, run: Run, data_dir: Path | None, again: bool = False) -> bool:
+    """Whether the record is to be kept: it lacks nothing that can be measured now and was made from the texts that the
+    run would read; with `again` also by the code that the run would use."""
+    if measures.lacking(record.measures, data_dir) or other_data(record, data_dir):
+        return False
+    return not again or code.made_by(record.code, run) == "same"
+
+
+def lines(recorded: Sequence[tuple[Cell, Record]], data_dir: Path | None, again: bool = False) -> list[str]:
+    """What a user is told of the records of these cells: which were made from other texts, how many by other code."""
+    other: dict[str, list[str]] = {}
+    makers: Counter[str] = Counter()
+    for cell, record in recorded:
+        texts = other_data(record, data_dir)
+        for text in texts:
+            other.setdefault(text, []).append(cell.label)
+        if not texts:
+            makers[code.made_by(record.code, cell.run)] += 1
+    return [*(_from_other(text, labels) for text, labels in other.items()), *_by_other(makers, again)]
+
+
+def _from_other(text: str, labels: Sequence[str]) -> str:
+    whose = labels[0] if len(labels) == 1 else f"{labels[0]} and {len(labels) - 1} more"
+    return f"{text} is not what the record of {whose} was made from: made again."
+
+
+def _by_other(makers: Mapping[str, int], again: bool) -> list[str]:
+    told = {
+        "other": "by other code of their method or measures than is here",
+        "unknown": "before records kept the code of their method and measures",
+    }
+    made = [f"{makers[kind]} made {words}" for kind, words in told.items() if makers[kind]]
+    way = "made again" if again else "--again makes them again"
+    return [f"Of the records found, {' and '.join(made)}: {way}."] if made else []
+
+
+def other_data(record: Record, data_dir: Path | None) -> list[str]:
+    """The texts that a run would read now and that the record was not made from, each with its file.
+
+    What cannot be had here is not told: nothing else could be read in its place.
+    """
+    return [*_other_corpora(record, data_dir), *_other_tasks(record, data_dir)]
+
+
+def _other_corpora(record: Record, data_dir: Path | None) -> Iterator[str]:
+    for name, made_from in record.data.items():
+        try:
+            now = corpora.origin(name, data_dir)
+        except ABSENT:
+            continue
+        if not _equal(now, made_from):
+            yield f"{name} ({_named(now)})"
+
+
+def _other_tasks(record: Record, data_dir: Path | None) -> Iterator[str]:
+    place = zero_shot.folder(data_dir)
+    for measured in record.measures.values():
+        for task, made_from in measured.get("data", {}).items():
+            if place is None and (made_from["source"] == "hub" or not zero_shot.downloadable()):
+                continue
+            try:
+                now = zero_shot.provenance(task, place)
+            except (FileNotFoundError, ValueError):
+                continue
+            if not _equal(now, made_from):
+                yield f"{task} ({_named(now)})"
+
+
+def _equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """By the digests of files, wherever one file lies, or by the files of a commit."""
+    files, others = _files(one), _files(other)
+    if isinstance(files, dict) and isinstance(others, dict):
+        return files == others or (len(files) == len(others) == 1 and [*files.values()] == [*others.values()])
+    return all(one.get(part) == other.get(part) for part in ("source", "dataset", "revision", "files", "sha256"))
+
+
+def _files(origin: dict[str, Any]) -> Any:
+    return origin.get("sha256") or origin.get("files")
+
+
+def _named(origin: dict[str, Any]) -> str:
+    files = _files(origin) or ()
+    place = f"{origin['dataset']} at {origin['revision'][:10]}" if "dataset" in origin else ", ".join(files)
+    return place or "the Hub"

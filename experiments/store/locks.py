@@ -1,0 +1,62 @@
+"""Locks between processes, of one machine or of several that share a file system.
+
+Where the file system has flock, the kernel or the file server lets go of it when its holder dies.  Where it has not, a
+lease: a marker file that the holder touches again and again, and that others may take once they have not seen it
+touched for LEASE_SECONDS of their own clocks.  A holder that was merely asleep then does its work twice, which costs
+time and no result: whatever is locked here is written whole, and equal work gives equal bits.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from pathlib import Path
+
+from filelock import BaseFileLock, FileLock, SoftFileLease, Timeout
+
+from experiments.store import atomic
+
+LEASE_SECONDS = 180.0
+NO_FLOCK = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
+
+
+@contextmanager
+def held(path: Path, timeout: float = -1) -> Iterator[None]:
+    """The lock is held within the block; its folder is made where it is not there.
+
+    Raises filelock.Timeout after `timeout` seconds (0: at once, -1: never), StorageError where no lock can be made.
+    """
+    with atomic.explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        taken = lock(path, timeout)
+        with suppress(Timeout):  # an OSError, and no fault of the disk
+            taken.acquire()
+    if not taken.is_locked:
+        raise Timeout(str(path))
+    try:
+        yield
+    finally:
+        taken.release()
+
+
+def lock(path: Path, timeout: float = -1) -> BaseFileLock:
+    """Not acquired yet; `timeout` in seconds, 0 not to wait and -1 for ever, after which filelock.Timeout is raised."""
+    if _has_flock(path.parent):
+        return FileLock(path, timeout=timeout)
+    return SoftFileLease(f"{path}.lease", lease_duration=LEASE_SECONDS, timeout=timeout)
+
+
+@lru_cache
+def _has_flock(folder: Path) -> bool:
+    with tempfile.TemporaryFile(dir=folder) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in NO_FLOCK:
+                return False
+            raise
+    return True

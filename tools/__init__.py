@@ -1,0 +1,1 @@
+"""What makes the repository's own data; no part of the product."""
