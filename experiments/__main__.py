@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -135,7 +134,7 @@ def _run(asked: argparse.Namespace) -> int:
         if group:
             group.refuse_uneven(chosen)
             cli.say(_shares(chosen, group.count))
-        outcome = run_table(asked.table, chosen, replace(settings, group=group), watchers)
+        outcome = run_table(asked.table, chosen, settings, watchers, group)
         resume.tidy(asked.results, asked.table, cli.chosen(_whole(asked)))
     counts = f"{len(outcome.done)} done now, {len(outcome.found)} before, {len(outcome.failed)} failed"
     print(f"{asked.table}: {counts}; python -m analysis table {cli.same_cells(asked)}", file=sys.stderr)

@@ -13,9 +13,11 @@ from filelock import Timeout
 from experiments import errors, models
 from experiments.callbacks import Watcher, Watchers
 from experiments.cells import Cell, ordered
+from experiments.distributed import Group
 from experiments.progress import Board, duration
 from experiments.resume import unfinished
-from experiments.run import Settings, execute
+from experiments.run import execute
+from experiments.settings import Settings
 from experiments.store import atomic, found, records
 from experiments.store.locks import lock
 from experiments.store.records import Failure, Record
@@ -30,12 +32,19 @@ class Outcome:
     failed: list[str] = field(default_factory=list)
 
 
-def run_table(table: str, chosen: Sequence[Cell], settings: Settings, watchers: Sequence[Watcher] = ()) -> Outcome:
+def run_table(
+    table: str,
+    chosen: Sequence[Cell],
+    settings: Settings,
+    watchers: Sequence[Watcher] = (),
+    group: Group | None = None,
+) -> Outcome:
     """Run the chosen cells that have no record; one that fails does not stop the others, nor does a watcher.
 
     A record that lacks tasks whose documents have turned up since, or that was made from other texts than this run
     would read, is made again, and with `settings.again` one that other code of its method or measures made.
-    Two processes may run the same table: each cell is done by one of them.  Raises StorageError before any work where
+    Two processes may run the same table: each cell is done by one of them; the ranks of `group` retrain together.
+    Raises StorageError before any work where
     the results folder cannot be written.
     """
     atomic.check_writable(records.folder(settings.root, table))
@@ -47,7 +56,7 @@ def run_table(table: str, chosen: Sequence[Cell], settings: Settings, watchers: 
     with Board([cell.work for cell in todo], _pace(chosen, finished), watcher) as board:
         for line in found.lines(recorded, settings.data_dir, settings.again):
             board.say(line)
-        worker = _Worker(table, settings, board, outcome, watcher)
+        worker = _Worker(table, settings, board, outcome, watcher, group)
         busy = [cell for cell in todo if not worker.attempt(cell, wait=False)]
         for cell in busy:
             board.say(f"Waiting for another process that is at {cell.label}.")
@@ -62,6 +71,7 @@ class _Worker:
     board: Board
     outcome: Outcome
     watcher: Watcher
+    group: Group | None = None
 
     def attempt(self, cell: Cell, *, wait: bool) -> bool:
         """False if another process is at this cell."""
@@ -86,13 +96,13 @@ class _Worker:
         self.board.begin(cell.label)
         self.watcher.started(cell, resumed)
         try:
-            record = execute(cell.run, self.table, self.settings, self.board, resumed)
+            record = execute(cell.run, self.table, self.settings, self.board, resumed, self.group)
             path = records.write(record, self.settings.root)
         except Exception as error:  # whatever it was, the other cells go on and the table shows it
             self.outcome.failed.append(cell.label)
             self._keep_failure(cell, error)
             self.board.finish(cell.work, f"{cell.label}: failed: {errors.sentence(error)}")
-            if self.settings.group and self.settings.group.broken:
+            if self.group and self.group.broken:
                 raise  # the processes that train along are lost, and this one with them
         else:
             shutil.rmtree(unfinished(self.settings.root, self.table, cell.id), ignore_errors=True)

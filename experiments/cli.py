@@ -24,7 +24,7 @@ from experiments.store import redaction
 if TYPE_CHECKING:
     from experiments.callbacks import Watcher
     from experiments.cells import Cell
-    from experiments.run import Settings
+    from experiments.settings import Settings
 
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_PIPE, EXIT_TERMINATED = 1, 2, 130, 141, 143
@@ -224,7 +224,7 @@ def chosen(asked: argparse.Namespace) -> list[Cell]:
 
 
 def settings(asked: argparse.Namespace) -> Settings:
-    from experiments.run import Settings
+    from experiments.settings import Settings
 
     return Settings(asked.results, asked.device, asked.batch_size, asked.data_dir, not asked.no_dense_gate, asked.again)
 

@@ -24,6 +24,7 @@ from experiments import models, recover
 from experiments.data.tokens import Tokenizer
 from experiments.errors import sentence
 from experiments.models.gguf import quiet
+from experiments.processes import WAY_OUT, count
 from experiments.recovery import Retraining
 from experiments.spec import digest
 from pruners import checkpoint
@@ -31,12 +32,11 @@ from pruners.retrain.peers import PeerLostError
 
 if TYPE_CHECKING:
     from experiments.cells import Cell
-    from experiments.run import Settings
+    from experiments.settings import Settings
 
 POLL_SECONDS = 0.2
 PATIENCE_SECONDS = 30.0  # for the others to meet an error that one process has met, or to leave
 LOADING_SECONDS = 1800.0
-WAY_OUT = "start all of them with torchrun, or unset WORLD_SIZE for one process"
 STARTED = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun says beside WORLD_SIZE
 
 
@@ -152,32 +152,15 @@ def joined() -> Iterator[Group | None]:
     if absent := [name for name in STARTED if name not in os.environ]:
         raise ValueError(f"WORLD_SIZE is {count()} but {', '.join(absent)} is not set; {WAY_OUT}.")
     try:
-        store, rank, processes = next(distributed.rendezvous("env://"))
+        store, rank, size = next(distributed.rendezvous("env://"))
     except (RuntimeError, ValueError) as error:
         first = str(error).partition("\n")[0]
         raise ConnectionError(f"The {count()} processes of WORLD_SIZE do not meet ({first}); {WAY_OUT}.") from error
-    group = Group(rank, processes, distributed.PrefixStore("experiments", store))
+    group = Group(rank, size, distributed.PrefixStore("experiments", store))
     try:
         yield group
     finally:
         group.end()
-
-
-def count() -> int:
-    """How many processes were launched together; ValueError for a WORLD_SIZE that is no such number."""
-    return _number("WORLD_SIZE", "1", least=1)
-
-
-def local_rank() -> int:
-    """Which of the processes of this machine this is, from 0."""
-    return _number("LOCAL_RANK", "0", least=0)
-
-
-def _number(name: str, default: str, least: int) -> int:
-    said = os.environ.get(name, default)
-    if not said.isdecimal() or int(said) < least:
-        raise ValueError(f"{name} is {said!r}, not a number from {least} on; {WAY_OUT}.")
-    return int(said)
 
 
 def _train_along(call: dict[str, str], chosen: Sequence[Cell], settings: Settings, loaded: Callable[[], None]) -> None:

@@ -34,6 +34,11 @@ class Stages:
             torch.cuda.synchronize()
         self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - started, 3)
 
+    def add(self, name: str, seconds: float) -> None:
+        """Seconds of that stage that another process has spent."""
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        self.started -= seconds
+
     def finished(self) -> dict[str, float]:
         return {**self.seconds, "total": round(time.perf_counter() - self.started, 3)}
 

@@ -17,7 +17,7 @@ from experiments.store import code, records
 
 if TYPE_CHECKING:
     from experiments.cells import Cell
-    from experiments.run import Settings
+    from experiments.settings import Settings
 
 
 def unfinished(root: Path, table: str, id: str) -> Path:

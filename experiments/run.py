@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,108 +17,100 @@ from experiments import distributed, measures, models, provenance, recover, resu
 from experiments.data import corpora, tokens
 from experiments.data.tokens import Tokenizer
 from experiments.measures import dense_gate, zero_shot
+from experiments.measures.zero_shot import Values
 from experiments.progress import Board
 from experiments.recovery import Retraining, work_tokens
+from experiments.settings import Settings
 from experiments.spec import Perplexity, Run, describe, digest
 from experiments.store import cache, code, pruned_weights, records
 from experiments.store.blocks import PrunedBlocks
 from experiments.store.records import Record
-from pruners import checks, retrain
-from pruners.checks import Count, Flag, Folder, Text
+from pruners import retrain
 from pruners.retrain import Reconstruction
 from pruners.unstructured import Unstructured
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Where and how cells run; nothing here moves a number.
+class Session:
+    """One cell on its way: what is asked, the model as it is by now, where it goes and who watches.
 
-    `root` is the results folder; `device` None is CUDA where there is some, of several processes launched together each
-    its own.  ValueError for a device that is not there.  `again` makes records again that other code of their
-    method or measures made, or that do not tell.  `group` is those processes.
+    `begun` is the folder of its unfinished work, `steps` that of its retraining, which other cells may share.
     """
 
-    root: Folder = Path("results")
-    device: Text | None = None
-    batch_size: Count = 8
-    data_dir: Folder | None = None
-    dense_gate: Flag = True
-    again: Flag = False
-    group: distributed.Group | None = field(default=None, repr=False)
+    run: Run
+    id: str
+    subject: measures.Subject
+    settings: Settings
+    board: Board
+    stages: provenance.Stages
+    begun: Path
+    steps: Path
+    group: distributed.Group | None
 
-    def __post_init__(self) -> None:
-        checks.fields(self)
-        object.__setattr__(self, "root", Path(self.root))
-        object.__setattr__(self, "data_dir", None if self.data_dir is None else Path(self.data_dir))
-        object.__setattr__(self, "device", _device(self.device))
+    @property
+    def retrains(self) -> bool:
+        return isinstance(self.run.recovery, Retraining)
 
 
-def execute(run: Run, table: str, settings: Settings, board: Board | None = None, resumed: int = 0) -> Record:
-    """One cell from its model to its record, which is not stored yet."""
-    board, stages = board or Board(), provenance.Stages()
-    identity = models.identity(run.model)
-    board.stage("loading")
-    with stages("load"):
-        model, inner = models.load(run.model, run.dtype, settings.device)
-    if models.identity(run.model) != identity:
-        raise ValueError(f"{run.model} changed while it was loaded; run again, so that the record is of one model.")
-    tokenizer = Tokenizer(digest(identity), inner)
-    id = run.id(identity)
-    place = zero_shot.Place(records.folder(settings.root, table) / id, resume.answers(run, id, table, settings))
-    subject = measures.Subject(model, tokenizer, settings.batch_size, settings.data_dir, place, identity)
-    passed = _dense_gate(run, subject, settings, board, stages)
-    begun = resume.begun(run, id, table, settings)
-    achieved = _prune(run, subject, settings, board, stages, begun / "pruned")
-    if isinstance(run.recovery, Retraining):
-        kept = resume.steps(run, id, table, settings)
-        achieved["recovery"] = _retrain(run.recovery, id, subject, settings, board, stages, kept)
+def execute(
+    run: Run,
+    table: str,
+    settings: Settings,
+    board: Board | None = None,
+    resumed: int = 0,
+    group: distributed.Group | None = None,
+) -> Record:
+    """One cell from its model to its record, which is not stored yet; the ranks of `group` retrain it together."""
+    session = _open(run, table, settings, board or Board(), group)
+    passed = _dense_gate(session)
+    achieved = _prune(session)
+    if session.retrains:
+        achieved["recovery"] = _retrain(session)
+    identity = dict(session.subject.identity)
     return Record(
-        id=id,
+        id=session.id,
         table=table,
         spec=run.spec(identity),
         achieved=achieved,
-        measures=_measure(run, subject, settings, board, stages),
+        measures=_measure(session),
         dense_gate=passed,
         data={name: corpora.provenance(name, settings.data_dir) for name in resume.read_by(run)},
-        cost=records.Cost(seconds=stages.finished(), peak_bytes=provenance.peak_bytes(model.device)),
-        made_by=_made_by(run, identity, model.device, settings),
+        cost=_cost(session),
+        made_by=_made_by(session),
         resumed=resumed,
         code=code.of(run),
     )
 
 
-def _device(asked: str | None) -> str:
-    """Raises ValueError, listing what there is, for a device that torch does not know or does not have."""
-    found = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-    name = (
-        f"cuda:{distributed.local_rank()}" if asked == "cuda" or (asked is None and len(found) > 1) else asked or "cpu"
-    )
-    if name not in found:
-        raise ValueError(
-            f"There is no device {name!r} here; found {', '.join(found)}."
-            + (" Launch one process for each GPU at most." if distributed.local_rank() else "")
-        )
-    if asked == name != "cpu" and distributed.count() > 1:
-        raise ValueError(
-            f"{distributed.count()} processes cannot train together on {name}; leave --device out, or say cpu."
-        )
-    return name
+def _open(run: Run, table: str, settings: Settings, board: Board, group: distributed.Group | None) -> Session:
+    stages, identity = provenance.Stages(), models.identity(run.model)
+    board.stage("loading")
+    with stages("load"):
+        model, inner = models.load(run.model, run.dtype, settings.device)
+    if models.identity(run.model) != identity:
+        raise ValueError(f"{run.model} changed while it was loaded; run again, so that the record is of one model.")
+    id = run.id(identity)
+    place = zero_shot.Place(records.folder(settings.root, table) / id, resume.answers(run, id, table, settings))
+    tokenizer = Tokenizer(digest(identity), inner)
+    subject = measures.Subject(model, tokenizer, settings.batch_size, settings.data_dir, place, identity)
+    begun, steps = resume.begun(run, id, table, settings), resume.steps(run, id, table, settings)
+    return Session(run, id, subject, settings, board, stages, begun / "pruned", steps, group)
 
 
-def _prune(
-    run: Run, subject: measures.Subject, settings: Settings, board: Board, stages: provenance.Stages, begun: Path
-) -> dict[str, Any]:
-    """Prune in place, going on from what lies in `begun`; returns what was achieved."""
+def _prune(session: Session) -> dict[str, Any]:
+    """Prune in place, going on from what is unfinished; returns what was achieved."""
+    run, settings, model = session.run, session.settings, session.subject.model
     if run.method is None:
         return {"asked": 0.0, "sparsity": 0.0}
-    model, windows, size = subject.model, None, 0
+    windows, size = None, 0
     if run.windows and run.calibrates:
-        board.stage("calibration text")
-        with stages("calibrate"):
-            windows = tokens.calibration(run.windows, subject.tokenizer, settings.data_dir)
+        session.board.stage("calibration text")
+        with session.stages("calibrate"):
+            windows = tokens.calibration(run.windows, session.subject.tokenizer, settings.data_dir)
         size = windows.numel()
-    key = _calibration_key(run, subject, windows)
-    statistics = _statistics(run, model, windows, key, settings, board, stages)
+    key = _calibration_key(session, windows)
+    statistics = _statistics(session, windows, key)
+    work = 2 * size + work_tokens(run.recovery, run.windows) * (not session.retrains)
     prune = partial(
         pruners.prune,
         model,
@@ -127,70 +119,58 @@ def _prune(
         batch_size=settings.batch_size,
         statistics=statistics,
         reconstruct=run.recovery if isinstance(run.recovery, Reconstruction) else None,
-        folder=begun,
-        keeper=PrunedBlocks(begun, settings.root),
-        progress=board.stage("pruning", 2 * size + work_tokens(run.recovery, run.windows) * (not _retrains(run))),
+        folder=session.begun,
+        keeper=PrunedBlocks(session.begun, settings.root),
+        progress=session.board.stage("pruning", work),
     )
-    with stages("prune"):
-        if _retrains(run) and run.calibrates and isinstance(run.method, Unstructured):
-            report = pruned_weights.shared(
-                settings.root, {**key, "pruned": describe(run.method)}, model, run.method, prune
-            )
+    with session.stages("prune"):
+        if session.retrains and run.calibrates and isinstance(run.method, Unstructured):
+            shared = {**key, "pruned": describe(run.method)}
+            report = pruned_weights.shared(settings.root, shared, model, run.method, prune)
         else:
-            report = recover.own_state(begun, prune)
-    told = report.to_dict()
-    stages.seconds |= {f"prune/{stage}": round(seconds, 3) for stage, seconds in told.pop("seconds").items()}
-    return {"sparsity": told.pop("achieved"), **told}
+            report = recover.own_state(session.begun, prune)
+    achieved = report.to_dict()
+    stages = session.stages.seconds
+    stages |= {f"prune/{stage}": round(seconds, 3) for stage, seconds in achieved.pop("seconds").items()}
+    return {"sparsity": achieved.pop("achieved"), **achieved}
 
 
-def _retrains(run: Run) -> bool:
-    return isinstance(run.recovery, Retraining)
-
-
-def _retrain(
-    recovery: Retraining,
-    id: str,
-    subject: measures.Subject,
-    settings: Settings,
-    board: Board,
-    stages: provenance.Stages,
-    begun: Path,
-) -> dict[str, Any]:
-    kept_back = recover.held_out(recovery.text, subject.tokenizer, settings.data_dir)
-    before = _held_out(kept_back, subject, board, stages)
-    progress = board.stage("retraining", work_tokens(recovery, None))
+def _retrain(session: Session) -> dict[str, Any]:
+    recovery, subject, group = session.run.recovery, session.subject, session.group
+    assert isinstance(recovery, Retraining)
+    kept_back = recover.held_out(recovery.text, subject.tokenizer, subject.data_dir)
+    before = _held_out(kept_back, session)
+    progress = session.board.stage("retraining", work_tokens(recovery, None))
 
     def watch(step: int, loss: float, pace: float) -> None:
-        board.note(f"{step}/{recovery.taken}, loss {loss:.3f}, {pace:.0f} tokens/s")
+        session.board.note(f"{step}/{recovery.taken}, loss {loss:.3f}, {pace:.0f} tokens/s")
 
-    model, tokenizer, group = subject.model, subject.tokenizer, settings.group
-    with stages("retrain"):
-        text = recover.examples(recovery.text, tokenizer, settings.data_dir)
-        with group.training(id, model, tokenizer.inner, begun) if group else nullcontext():
-            report = recover.retrained(model, recovery, text, begun, progress, watch)
-    stages.seconds["retrain"] += report.resumed_seconds  # steps that another process took are this cell's cost, too
-    stages.started -= report.resumed_seconds
-    held_out = {"held_out": {"before": before, "after": _held_out(kept_back, subject, board, stages)}}
+    model, inner = subject.model, subject.tokenizer.inner
+    with session.stages("retrain"):
+        text = recover.examples(recovery.text, subject.tokenizer, subject.data_dir)
+        with group.training(session.id, model, inner, session.steps) if group else nullcontext():
+            report = recover.retrained(model, recovery, text, session.steps, progress, watch)
+    session.stages.add("retrain", report.resumed_seconds)  # what another process took is this cell's cost, too
+    held_out = {"held_out": {"before": before, "after": _held_out(kept_back, session)}}
     return report.to_dict() | (held_out if kept_back else {})
 
 
-def _held_out(
-    kept_back: list[Any], subject: measures.Subject, board: Board, stages: provenance.Stages
-) -> dict[str, Any]:
+def _held_out(kept_back: list[Any], session: Session) -> dict[str, Any]:
     """The loss on these records, in nats a predicted token; empty without records."""
     if not kept_back:
         return {}
-    progress = board.stage("held-out loss")
-    with stages("held-out loss"):
+    progress, subject = session.board.stage("held-out loss"), session.subject
+    with session.stages("held-out loss"):
         loss, tokens = retrain.held_out_loss(subject.model, kept_back, batch_size=subject.batch_size, progress=progress)
     return {"loss": loss, "tokens": tokens, "records": len(kept_back)}
 
 
-def _calibration_key(run: Run, subject: measures.Subject, windows: Any) -> dict[str, Any]:
+def _calibration_key(session: Session, windows: Any) -> dict[str, Any]:
     """Everything that can move what a method makes of its calibration text: the text by its tokens, the code by its
     source."""
+    run = session.run
     return {
-        "model": subject.identity,
+        "model": session.subject.identity,
         "dtype": run.dtype,
         "windows": asdict(run.windows) if run.windows else None,
         "tokens": None if windows is None else token_sha256(windows),
@@ -199,25 +179,23 @@ def _calibration_key(run: Run, subject: measures.Subject, windows: Any) -> dict[
     }
 
 
-def _statistics(
-    run: Run, model: Any, windows: Any, key: dict[str, Any], settings: Settings, board: Board, stages: provenance.Stages
-) -> dict[str, torch.Tensor] | None:
+def _statistics(session: Session, windows: Any, key: dict[str, Any]) -> dict[str, torch.Tensor] | None:
     """The dense statistics that other cells share, from the cache or computed for it; None where there are none."""
-    if run.method.statistics_key is None or run.windows is None:
+    method = session.run.method
+    if method.statistics_key is None or session.run.windows is None:
         return None
-    progress = board.stage("statistics", 3 * windows.numel())
-    with stages("statistics"):
+    progress = session.board.stage("statistics", 3 * windows.numel())
+    with session.stages("statistics"):
         return cache.statistics(
-            settings.root,
-            {**key, "statistics": run.method.statistics_key},
-            lambda: pruners.gather(model, run.method, windows, progress=progress),
+            session.settings.root,
+            {**key, "statistics": method.statistics_key},
+            lambda: pruners.gather(session.subject.model, method, windows, progress=progress),
         )
 
 
-def _dense_gate(
-    run: Run, subject: measures.Subject, settings: Settings, board: Board, stages: provenance.Stages
-) -> dict[str, Any]:
+def _dense_gate(session: Session) -> dict[str, Any]:
     """By protocol key what the dense model met; empty where nothing is published for it."""
+    run, settings = session.run, session.settings
     model = models.find(run.model)
     asked = dense_gate.asked(run.measures, model)
     if not settings.dense_gate:
@@ -225,52 +203,56 @@ def _dense_gate(
     for what in asked:
         if what not in run.measures:
             dense_gate.check_readable(what, model, partial(corpora.provenance, what.corpus, settings.data_dir))
-    with stages("dense gate"):
-        return {what.key: dense_gate.check(what, model, _dense(what, run, subject, settings, board)) for what in asked}
+    with session.stages("dense gate"):
+        return {what.key: dense_gate.check(what, model, _dense(what, session)) for what in asked}
 
 
-def _dense(
-    what: Any, run: Run, subject: measures.Subject, settings: Settings, board: Board
-) -> dict[str, dict[str, Any]]:
+def _dense(what: Perplexity, session: Session) -> Values:
     """The dense model's values, from the cache or measured on the model, which is not pruned yet."""
+    subject, settings = session.subject, session.settings
     key = {
         "model": subject.identity,
-        "dtype": run.dtype,
+        "dtype": session.run.dtype,
         "device": provenance.device_name(subject.model.device),
         "measure": describe(what),
         "tokens": token_sha256(tokens.stream(what.corpus, subject.tokenizer, settings.data_dir)),
         "code": code.measure(what),
         "packages": code.packages(),
     }
-    progress = board.stage(f"dense {what.key}", measures.work_tokens(what))
+    progress = session.board.stage(f"dense {what.key}", measures.work_tokens(what))
     return dense_gate.dense(settings.root, key, lambda: measures.measure(what, subject, progress))
 
 
-def _measure(
-    run: Run, subject: measures.Subject, settings: Settings, board: Board, stages: provenance.Stages
-) -> dict[str, dict[str, Any]]:
-    values: dict[str, dict[str, Any]] = {}
-    with stages("measure"):
+def _measure(session: Session) -> Values:
+    run = session.run
+    values: Values = {}
+    with session.stages("measure"):
         for what in run.measures:
             if run.method is None and run.recovery is None and isinstance(what, Perplexity):
-                values |= _dense(what, run, subject, settings, board)
+                values |= _dense(what, session)
                 continue
-            progress = board.stage(f"measuring {what.key}", measures.work_tokens(what))
-            values |= measures.measure(what, subject, progress)
+            progress = session.board.stage(f"measuring {what.key}", measures.work_tokens(what))
+            values |= measures.measure(what, session.subject, progress)
     return values
 
 
-def _made_by(run: Run, identity: dict[str, str], device: torch.device, settings: Settings) -> records.MadeBy:
+def _cost(session: Session) -> records.Cost:
+    peak = provenance.peak_bytes(session.subject.model.device)
+    return records.Cost(seconds=session.stages.finished(), peak_bytes=peak)
+
+
+def _made_by(session: Session) -> records.MadeBy:
+    run, subject = session.run, session.subject
     commit, dirty = provenance.commit()
     return records.MadeBy(
         commit=commit,
         dirty=dirty,
-        model_commit=identity.get("revision"),
-        device=provenance.device_name(device),
+        model_commit=subject.identity.get("revision"),
+        device=provenance.device_name(subject.model.device),
         dtype=run.dtype,
         packages=provenance.packages(),
         python=platform.python_version(),
         seed=run.windows.seed if run.windows else None,
-        batch_size=settings.batch_size,
+        batch_size=session.settings.batch_size,
         at=records.now(),
     )

@@ -15,7 +15,7 @@ import pruners
 from experiments import cells
 from experiments.batch import Outcome, run_table
 from experiments.recovery import Retraining
-from experiments.run import Settings
+from experiments.settings import Settings
 from experiments.spec import Perplexity, Run, Table, Windows, digest
 from experiments.store import records
 from pruners.retrain import Trainable

@@ -13,7 +13,7 @@ import pruners
 from eval import perplexity as module_of_perplexity
 from experiments import cells, measures, recovery
 from experiments.batch import run_table
-from experiments.run import Settings
+from experiments.settings import Settings
 from experiments.spec import Efficiency, Generation, MaskPatterns, Perplexity, Run, Table, ZeroShot
 from experiments.store import code, records
 from pruners.calibrate import Moments

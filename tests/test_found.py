@@ -16,7 +16,7 @@ from analysis.__main__ import main as analysis
 from experiments import cells
 from experiments.__main__ import main
 from experiments.batch import run_table
-from experiments.run import Settings
+from experiments.settings import Settings
 from experiments.spec import ZeroShot
 from experiments.store import code, found, records
 

@@ -19,7 +19,7 @@ from experiments.batch import run_table
 from experiments.measures import dense_gate
 from experiments.models import catalogue
 from experiments.models.catalogue import CATALOGUE
-from experiments.run import Settings
+from experiments.settings import Settings
 from experiments.spec import Efficiency, Perplexity
 from experiments.store import records
 

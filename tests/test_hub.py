@@ -17,7 +17,7 @@ from experiments import cells, models
 from experiments.batch import run_table
 from experiments.models import hub
 from experiments.models.catalogue import CATALOGUE, Model
-from experiments.run import Settings
+from experiments.settings import Settings
 from experiments.spec import Run
 from experiments.store import records
 

@@ -31,7 +31,7 @@ from experiments.data import eval_tasks
 from experiments.measures import dense_gate, zero_shot
 from experiments.models import catalogue
 from experiments.recovery import Retraining
-from experiments.run import Settings
+from experiments.settings import Settings
 from experiments.spec import Efficiency, Generation, Perplexity, Table, ZeroShot
 from experiments.store import records
 from pruners.retrain import Trainable

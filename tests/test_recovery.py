@@ -22,7 +22,7 @@ from experiments.data.sources import SOURCES
 from experiments.data.tokens import Tokenizer
 from experiments.recover import examples, held_out
 from experiments.recovery import MORE_DATA, POST_TRAINING, Documents, Instructions, Retraining, label, work_tokens
-from experiments.run import Settings
+from experiments.settings import Settings
 from experiments.spec import Run, Windows
 from experiments.store import records
 from pruners.retrain import MaskLoRA, Reconstruction, Trainable

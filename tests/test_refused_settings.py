@@ -16,7 +16,7 @@ from eval.perplexity import perplexity
 from eval.zero_shot import zero_shot
 from experiments import spec
 from experiments.recovery import Documents, Instructions, Retraining
-from experiments.run import Settings
+from experiments.settings import Settings
 from pruners.retrain import (
     LoRA,
     LoRAPrune,

@@ -18,7 +18,7 @@ import pruners
 from experiments import cells, errors, labels, measures, models
 from experiments.batch import run_table
 from experiments.progress import Board, duration
-from experiments.run import Settings
+from experiments.settings import Settings
 from experiments.spec import Perplexity
 from experiments.store import records
 

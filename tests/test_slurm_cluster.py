@@ -17,7 +17,7 @@ import slurm_driver
 import small_table as small
 
 from experiments import batch, callbacks, cells, papers
-from experiments.run import Settings
+from experiments.settings import Settings
 from experiments.store import records
 from slurm import ledger, queue, state
 from slurm.__main__ import main

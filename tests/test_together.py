@@ -16,11 +16,11 @@ from conftest import needs_shared
 from torch.distributed import HashStore
 from torch.testing import assert_close
 
-from experiments import cells, distributed, papers
+from experiments import cells, distributed, papers, processes
 from experiments.__main__ import main
 from experiments.batch import run_table
 from experiments.distributed import Group
-from experiments.run import Settings
+from experiments.settings import Settings
 from experiments.store import records
 from pruners.retrain.peers import PeerLostError
 
@@ -110,7 +110,7 @@ def test_an_environment_that_is_left_over_is_one_sentence(environment, says, mon
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises((ValueError, ConnectionError), match=says), distributed.joined():
-        distributed.local_rank()
+        processes.local_rank()
 
 
 @needs_shared

@@ -16,7 +16,7 @@ import wandb
 import pruners
 from experiments import batch, callbacks, cells
 from experiments.callbacks import Events, Watcher, Watchers
-from experiments.run import Settings
+from experiments.settings import Settings
 from experiments.store import records
 from experiments.wandb_callback import Wandb
 

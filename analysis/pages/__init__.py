@@ -1,0 +1,1 @@
+"""Whole pages: the report, the README's results, comparisons, speed, generation."""

@@ -1,0 +1,1 @@
+"""Tables of results, as frames, grids, Markdown and LaTeX, with their notes."""

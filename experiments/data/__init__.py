@@ -1,0 +1,1 @@
+"""Texts and documents: calibration corpora, tokens, evaluation tasks, where each comes from."""

@@ -1,8 +1,8 @@
 """The models of the papers' tables and the embedded one: a line each.
 
 A Hub revision is pinned where a commit is publicly known to hold safetensors weights. The others stand at `main`, for
-which `experiments.models.hub` finds the commit: OPT and Vicuna repositories hold pickled weights only, and the commit is then
-that of the Hub's own safetensors conversion.
+which `hub.py` finds the commit: OPT and Vicuna repositories hold pickled weights only, and the commit is then that of
+the Hub's own safetensors conversion.
 """
 
 from __future__ import annotations

@@ -1,0 +1,51 @@
+"""Where and how cells run; nothing here moves a number."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from experiments import processes
+from pruners import checks
+from pruners.checks import Count, Flag, Folder, Text
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Where and how cells run; nothing here moves a number.
+
+    `root` is the results folder; `device` None is CUDA where there is some, of several processes launched together each
+    its own.  ValueError for a device that is not there.  `again` makes records again that other code of their
+    method or measures made, or that do not tell.
+    """
+
+    root: Folder = Path("results")
+    device: Text | None = None
+    batch_size: Count = 8
+    data_dir: Folder | None = None
+    dense_gate: Flag = True
+    again: Flag = False
+
+    def __post_init__(self) -> None:
+        checks.fields(self)
+        object.__setattr__(self, "root", Path(self.root))
+        object.__setattr__(self, "data_dir", None if self.data_dir is None else Path(self.data_dir))
+        object.__setattr__(self, "device", _device(self.device))
+
+
+def _device(asked: str | None) -> str:
+    """Raises ValueError, listing what there is, for a device that torch does not know or does not have."""
+    import torch
+
+    found = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    name = f"cuda:{processes.local_rank()}" if asked == "cuda" or (asked is None and len(found) > 1) else asked or "cpu"
+    if name not in found:
+        raise ValueError(
+            f"There is no device {name!r} here; found {', '.join(found)}."
+            + (" Launch one process for each GPU at most." if processes.local_rank() else "")
+        )
+    if asked == name != "cpu" and processes.count() > 1:
+        raise ValueError(
+            f"{processes.count()} processes cannot train together on {name}; leave --device out, or say cpu."
+        )
+    return name
