@@ -20,18 +20,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from analysis.claims import statements
-from analysis.figures import masks, perplexity, structure, sweeps
-from analysis.pages import comparisons, generation, readme, report, speed
-from analysis.tables import markdown
+from analysis import figures
 from experiments import cli
 from experiments.models import catalogue
 from experiments.store import atomic
 
 if TYPE_CHECKING:
     from analysis.rows import Row
-
-MEASURED = ("perplexity", "masks")  # kinds of figure that show one protocol
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -49,8 +44,9 @@ def parser() -> argparse.ArgumentParser:
     figure.add_argument(
         "--measure", type=cli.word, metavar="KEY", help="the protocol key to show, where several were measured"
     )
-    kinds = ("perplexity", "sparsity", "paper", "cost", "kept", "losses", "parameters", "steps", "masks")
-    figure.add_argument("--kind", choices=kinds, default=kinds[0], help="default: perplexity by method")
+    figure.add_argument(
+        "--kind", choices=list(figures.KINDS), default="perplexity", help="default: perplexity by method"
+    )
     compare = commands.add_parser("compare", help="every cell against one of them, paired, with intervals and tests")
     compare.set_defaults(command=_compare)
     compare.add_argument(
@@ -94,6 +90,7 @@ def _folder(text: str) -> Path:
 
 
 def _table(asked: argparse.Namespace) -> None:
+    from analysis.tables import markdown
     from experiments.papers import find
 
     table, made = find(asked.table), _rows(asked)
@@ -104,30 +101,18 @@ def _table(asked: argparse.Namespace) -> None:
 
 
 def _figure(asked: argparse.Namespace) -> None:
-    from analysis import compare
+    from analysis.figures import style
     from experiments.papers import find
-    from pruners.suggest import UsageError
 
-    if asked.measure and asked.kind not in MEASURED:
-        raise UsageError(f"--measure chooses among {' and '.join(MEASURED)}; --kind {asked.kind} draws what it finds.")
-    table, made, path = find(asked.table), _rows(asked), asked.results / _stem(asked)
-    draw = {
-        "perplexity": lambda: perplexity.perplexity(table, made, asked.measure),
-        "sparsity": lambda: sweeps.by_sparsity(table, compare.cells(table, made)),
-        "paper": lambda: sweeps.against_paper(table, compare.cells(table, made)),
-        "cost": lambda: sweeps.cost(table, made),
-        "kept": lambda: structure.kept(table, made),
-        "losses": lambda: structure.losses(table, made),
-        "steps": lambda: structure.steps(table, made),
-        "masks": lambda: masks.masks(table, made, asked.measure),
-        "parameters": lambda: structure.by_parameters(table, compare.cells(table, made)),
-    }[asked.kind]
+    path = asked.results / _stem(asked)
     if asked.kind != "perplexity":
         path = path.with_name(f"{path.name}.{asked.kind}")
-    print(f"Written: {', '.join(map(str, perplexity.save(draw(), path)))}", file=sys.stderr)
+    figure = figures.draw(asked.kind, find(asked.table), _rows(asked), asked.measure)
+    print(f"Written: {', '.join(map(str, style.save(figure, path)))}", file=sys.stderr)
 
 
 def _compare(asked: argparse.Namespace) -> None:
+    from analysis.pages import comparisons
     from experiments.papers import find
 
     table, made = find(asked.table), _rows(asked)
@@ -136,17 +121,20 @@ def _compare(asked: argparse.Namespace) -> None:
 
 
 def _generation(asked: argparse.Namespace) -> None:
+    from analysis.pages import generation
 
     _write(generation.page(generation.continuations(_rows(asked))), asked, "generation")
 
 
 def _speed(asked: argparse.Namespace) -> None:
+    from analysis.pages import speed
     from experiments.papers import find
 
     _write(speed.page(find(asked.table), _rows(asked)), asked, "speed")
 
 
 def _claims(asked: argparse.Namespace) -> None:
+    from analysis.claims import statements
 
     made = statements.frame(asked.results)
     atomic.write(asked.results / "claims.csv", made.to_csv(index=False))
@@ -154,6 +142,7 @@ def _claims(asked: argparse.Namespace) -> None:
 
 
 def _report(asked: argparse.Namespace) -> None:
+    from analysis.pages import report
 
     path = asked.results / "report.html"
     atomic.write(path, report.html(asked.results))
@@ -161,6 +150,7 @@ def _report(asked: argparse.Namespace) -> None:
 
 
 def _readme(asked: argparse.Namespace) -> None:
+    from analysis.pages import readme
 
     print(f"Written: {', '.join(map(str, readme.write(asked.results)))}", file=sys.stderr)
 
@@ -178,7 +168,6 @@ def _frame(asked: argparse.Namespace) -> None:
 
 
 def _write(text: str, asked: argparse.Namespace, ending: str) -> None:
-
     path = asked.results / f"{_stem(asked)}.{ending}.md"
     atomic.write(path, text)
     print(text)

@@ -13,9 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
-from statsmodels.stats.contingency_tables import mcnemar as exact_mcnemar
-from statsmodels.stats.multitest import multipletests
+from scipy import special
 
 RESAMPLES = 2_000
 CONFIDENCE = 0.95
@@ -47,6 +45,8 @@ class McNemar:
 
 def standard_error(scores: ArrayLike) -> float | None:
     """Standard error of the mean; None for fewer than two scores, which have none."""
+    from scipy import stats
+
     values = _scores(scores)
     return float(stats.sem(values)) if len(values) > 1 else None
 
@@ -60,12 +60,12 @@ def half_width(values: ArrayLike, draws: float = math.inf) -> float:
     if len(found) < 2 or not draws > 0:
         raise ValueError(f"An interval needs two values or more and draws above 0; got {len(found)} and {draws!r}.")
     spread = float(np.std(found, ddof=1)) * math.sqrt(1 / len(found) + 1 / draws)
-    return float(stats.t.ppf((1 + CONFIDENCE) / 2, len(found) - 1)) * spread
+    return float(special.stdtrit(len(found) - 1, (1 + CONFIDENCE) / 2)) * spread
 
 
 def normal_half_width(error: float) -> float:
     """Half the 95 % interval of a mean with this standard error over many documents."""
-    return float(stats.norm.ppf((1 + CONFIDENCE) / 2)) * error
+    return float(special.ndtri((1 + CONFIDENCE) / 2)) * error
 
 
 def mean_over_tasks(scores: Mapping[str, ArrayLike], seed: int = 0, resamples: int = RESAMPLES) -> Interval:
@@ -96,6 +96,8 @@ def mean_difference(
 def mcnemar(first: ArrayLike, second: ArrayLike) -> McNemar:
     """Exact McNemar test of two models' right and wrong answers to the same documents."""
     a, b = (values > 0.5 for values in _paired(first, second, "McNemar's test"))
+    from statsmodels.stats.contingency_tables import mcnemar as exact_mcnemar
+
     table = [[np.sum(a & b), np.sum(a & ~b)], [np.sum(~a & b), np.sum(~a & ~b)]]
     return McNemar(int(table[0][1]), int(table[1][0]), float(exact_mcnemar(table, exact=True).pvalue))
 
@@ -107,6 +109,8 @@ def holm(pvalues: Sequence[float]) -> list[float]:
     found = _scores(pvalues)
     if found.min() < 0 or found.max() > 1:
         raise ValueError(f"p-values lie in [0, 1]; got {found.min():g} to {found.max():g}.")
+    from statsmodels.stats.multitest import multipletests
+
     return [float(p) for p in multipletests(found, method="holm")[1]]
 
 
@@ -129,6 +133,8 @@ def _bootstrap(
     value = float(statistic(*samples))
     if min(map(len, samples)) < 2:
         return Interval(value, None, None, None, f"no interval: one {unit} has no spread")
+    from scipy import stats
+
     result = stats.bootstrap(
         samples, statistic, n_resamples=resamples, batch=_BATCH, vectorized=True, paired=paired, axis=-1,
         confidence_level=CONFIDENCE, method="percentile", rng=np.random.default_rng(seed),

@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import distributed
-
 from experiments import models, recover
 from experiments.data.tokens import Tokenizer
 from experiments.errors import sentence
@@ -28,6 +26,7 @@ from experiments.processes import WAY_OUT, count
 from experiments.recovery import Retraining
 from experiments.spec import digest
 from pruners import checkpoint
+from pruners.lazy import torch
 from pruners.retrain.peers import PeerLostError
 
 if TYPE_CHECKING:
@@ -100,8 +99,8 @@ class Group:
             return
         if self.rank == 0:
             self.store.set(f"call/{self.calls + 1}", json.dumps(None))
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
         self._reach("gone")
         if self.rank == 0:
             self._all_reached("gone")
@@ -152,11 +151,11 @@ def joined() -> Iterator[Group | None]:
     if absent := [name for name in STARTED if name not in os.environ]:
         raise ValueError(f"WORLD_SIZE is {count()} but {', '.join(absent)} is not set; {WAY_OUT}.")
     try:
-        store, rank, size = next(distributed.rendezvous("env://"))
+        store, rank, size = next(torch.distributed.rendezvous("env://"))
     except (RuntimeError, ValueError) as error:
         first = str(error).partition("\n")[0]
         raise ConnectionError(f"The {count()} processes of WORLD_SIZE do not meet ({first}); {WAY_OUT}.") from error
-    group = Group(rank, size, distributed.PrefixStore("experiments", store))
+    group = Group(rank, size, torch.distributed.PrefixStore("experiments", store))
     try:
         yield group
     finally:

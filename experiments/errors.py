@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import traceback
 from pathlib import Path
-
-import torch
 
 from experiments.store.redaction import redacted
 
@@ -42,7 +41,8 @@ def is_fault(error: BaseException) -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+    torch = sys.modules.get("torch")  # who has not loaded it has not raised its error
+    if isinstance(error, MemoryError) or (torch and isinstance(error, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(phrase in str(error).lower() for phrase in OUT_OF_MEMORY)
 

@@ -14,13 +14,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from huggingface_hub import try_to_load_from_cache
-
 from experiments import measures, models
 from experiments.cells import Cell
 from experiments.data import wheels
 from experiments.data.sources import SOURCES
 from experiments.measures import dense_gate, zero_shot
+from experiments.models import hub
 from experiments.recovery import Retraining, schedule, training_tokens
 from experiments.spec import Run, ZeroShot
 
@@ -90,7 +89,7 @@ def lacking(run: Run, data_dir: Path | None = None) -> list[str]:
 
 def _model(name: str) -> Iterator[str]:
     found = models.find(name)
-    if found.hub and not isinstance(try_to_load_from_cache(found.hub, "config.json", revision=found.revision), str):
+    if found.hub and not hub.is_cached(found.hub, "config.json", found.revision):
         size = f", {2e-9 * found.parameters:.0f} GB" if found.parameters else ""
         yield f"{name} ({found.hub}{size})"
     if found.package and not _installed(found.package):
@@ -109,8 +108,7 @@ def _corpus(name: str, folder: Path | None) -> Iterator[str]:
         yield f"{name} (a data folder)"
     else:
         data, revision, files = source.hub
-        cached = (try_to_load_from_cache(data, file, revision=revision, repo_type="dataset") for file in files)
-        if not all(isinstance(path, str) for path in cached):
+        if not all(hub.is_cached(data, file, revision, "dataset") for file in files):
             yield f"{name} ({data})"
 
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 
-import torch
+from pruners.lazy import torch
 
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "safetensors", "accelerate", "lm-eval")
 REPOSITORY = Path(__file__).resolve().parents[1]

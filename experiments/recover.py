@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from datasets import Dataset
-
 from experiments.data import corpora, tokens
 from experiments.data.tokens import Tokenizer
 from experiments.recovery import Documents, Instructions, Retraining
@@ -117,6 +115,8 @@ def _instructions(text: Instructions, tokenizer: Any, data_dir: Path | None, par
             f"{text.corpus} has {len(records):,} records here, of which {text.held_out:,} are held out: nothing is "
             "left to train on. Hold out fewer, or fetch the whole corpus."
         )
+    from datasets import Dataset
+
     numbers = Dataset.from_dict({"row": range(len(records))})
     split = numbers.train_test_split(test_size=text.held_out, shuffle=True, seed=text.seed)
     return _Answered(records, split[part]["row"][:], tokenizer, text.length)

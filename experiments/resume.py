@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from experiments import measures, models, provenance
 from experiments.data import corpora
 from experiments.recovery import Retraining, schedule
 from experiments.spec import Run, digest
 from experiments.store import code, records
+from pruners.lazy import torch
 
 if TYPE_CHECKING:
     from experiments.cells import Cell

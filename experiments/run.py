@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import pruners
 from eval.perplexity import token_sha256
 from experiments import distributed, measures, models, provenance, recover, resume
@@ -26,6 +24,7 @@ from experiments.store import cache, code, pruned_weights, records
 from experiments.store.blocks import PrunedBlocks
 from experiments.store.records import Record
 from pruners import retrain
+from pruners.lazy import torch
 from pruners.retrain import Reconstruction
 from pruners.unstructured import Unstructured
 

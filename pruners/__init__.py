@@ -6,21 +6,22 @@ report = pruners.prune(model, pruners.Wanda(sparsity=0.5), windows)
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+import wrapt
 
-from pruners import chatglm, checkpoint, checks, inputs
+from pruners import checks, inputs
 from pruners.calibrate import NOTHING, Execution, Keeper, Progress
 from pruners.checks import Count, Flag, Folder
 from pruners.flap import Flap
 from pruners.gblm import GBLM, Gradient
+from pruners.lazy import PreTrainedModel, Tensor, torch
 from pruners.llm_pruner import LLMPruner
 from pruners.magnitude import Magnitude
 from pruners.random_baseline import Random
@@ -30,6 +31,9 @@ from pruners.structured import Structured
 from pruners.structured_baselines import MagnitudeSP, WandaSP
 from pruners.unstructured import Unstructured
 from pruners.wanda import Wanda
+
+if TYPE_CHECKING:
+    from pruners import chatglm, checkpoint
 
 METHODS: dict[str, type[Any]] = {
     "magnitude": Magnitude,
@@ -128,6 +132,8 @@ def prune(
     with inputs.plain_torch(), torch.no_grad():
         check_method(method)
         model = inputs.language_model(model, method.reads_weights)
+        from pruners import checkpoint
+
         checkpoint.check(model)
         windows = _calibration(model, method, windows, needed=method.needs_windows or reconstruct is not None)
         device = _place(model, method, device, walks=method.walks or reconstruct is not None)
@@ -215,3 +221,17 @@ def _rebuilder(reconstruct: Any, model: PreTrainedModel, method: Any, windows: A
     if not isinstance(method, Unstructured):
         raise ValueError(f"Reconstruction keeps single weights at zero; {method!r} does not zero single weights.")
     return reconstruct.start(model, method, windows, folder)
+
+
+def __getattr__(name: str) -> ModuleType:
+    """`pruners.checkpoint` and `pruners.chatglm`, which load transformers, once they are asked for."""
+    if name in ("chatglm", "checkpoint"):
+        return importlib.import_module(f"pruners.{name}")
+    raise AttributeError(f"module 'pruners' has no attribute {name!r}")
+
+
+@wrapt.when_imported("transformers")
+def _register(_: ModuleType) -> None:
+    """Tell transformers' Auto classes of the pruned models and ChatGLM."""
+    importlib.import_module("pruners.checkpoint")
+    importlib.import_module("pruners.chatglm")

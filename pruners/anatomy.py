@@ -9,9 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-from torch.nn.utils.parametrize import is_parametrized
-
+from pruners.lazy import nn
 from pruners.suggest import unknown
 
 
@@ -78,7 +76,7 @@ class Block:
         """TypeError for a layer that is no plain linear one, or whose weight or bias is computed from others."""
         linear, name = self.module.get_submodule(projection), f"{self.name}.{projection}"
         computed = {"weight", "bias"} - linear._parameters.keys() if isinstance(linear, nn.Linear) else set()
-        if computed or is_parametrized(linear):
+        if computed or nn.utils.parametrize.is_parametrized(linear):
             raise TypeError(
                 f"{name} computes its {min(computed, default='weight')} anew in every forward pass, which would undo "
                 "pruning; make it permanent first, with torch.nn.utils.prune.remove, "

@@ -12,20 +12,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from jaxtyping import Bool, Float
-from torch import Tensor, nn
-
-from pruners import anatomy, modeling_pruned
+from pruners import anatomy
 from pruners.anatomy import Block
-from pruners.modeling_pruned import PrunedLlamaForCausalLM, PrunedMistralForCausalLM, PrunedModel, PrunedOPTForCausalLM
+from pruners.lazy import Bool, Float, Tensor, nn, torch
 
 KINDS = ("attention", "mlp")
-CLASSES: dict[str, type[Any]] = {
-    "llama": PrunedLlamaForCausalLM,
-    "mistral": PrunedMistralForCausalLM,
-    "opt": PrunedOPTForCausalLM,
-}
 
 
 @dataclass(frozen=True)
@@ -76,6 +67,8 @@ def cut(block: Block, kept: Kept) -> None:
         linear.out_features, linear.in_features = linear.weight.shape
     kv_heads, channels = int(kept.attention.sum()), int(kept.mlp.sum())
     output = block.family.output.rpartition(".")[2]
+    from pruners import modeling_pruned
+
     modeling_pruned.settle(block.module, output, kv_heads * queries, kv_heads, head_dim, channels)
 
 
@@ -93,10 +86,12 @@ def describe(model: nn.Module) -> None:
 
     From then on `save_pretrained` writes a folder that opens again.  A configuration shared with other models stays.
     """
+    from pruners import modeling_pruned
+
     blocks = anatomy.blocks(model)
     config = _own_config(model)
     kind = _class_for(model)
-    if not isinstance(model, PrunedModel):
+    if not isinstance(model, modeling_pruned.PrunedModel):
         model.__class__, config.__class__ = kind, kind.config_class
         config.pruned_format = modeling_pruned.FORMAT
     config.blocks = [_widths(block) for block in blocks]
@@ -222,6 +217,8 @@ def _config(model: nn.Module) -> Any:
 
 
 def _class_for(model: nn.Module) -> type[Any]:
+    from pruners.modeling_pruned import CLASSES
+
     return CLASSES[_config(model).model_type.removeprefix("pruned_")]
 
 

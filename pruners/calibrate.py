@@ -14,14 +14,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any
 
-import torch
-from accelerate.utils import send_to_device
-from jaxtyping import Float, Int
-from torch import Tensor, nn
-
 from pruners import anatomy, checks, inputs
 from pruners.anatomy import Block
 from pruners.checks import Count, Flag
+from pruners.lazy import Float, Int, Tensor, nn, no_grad, torch
 
 Progress = Annotated[Callable[[int, int], None], checks.FUNCTION]
 
@@ -132,7 +128,7 @@ class Passage:
     batch_size: int
     run: Callable[[Block, Tensor], Tensor]
 
-    @torch.no_grad()
+    @no_grad
     def error(self, block: Block) -> float:
         """Mean squared error of the block's outputs as it is now."""
         total = 0.0
@@ -177,7 +173,7 @@ class Execution:
     """
 
     batch_size: Count = 8
-    device: torch.device | str | None = None
+    device: Any = None  # a torch.device or its name; torch is not loaded for the annotation
     progress: Progress | None = None
     keeper: Keeper = NOTHING
     cut: Flag = True
@@ -254,12 +250,12 @@ class _Stream:
             if not start:
                 self.hidden = hidden.new_empty((len(windows), *hidden.shape[1:]), device=device or hidden.device)
             self.hidden[start : start + len(hidden)] = hidden
-            self.kwargs.setdefault(len(hidden), send_to_device(kwargs, self.hidden.device))
+            self.kwargs.setdefault(len(hidden), _sent(kwargs, self.hidden.device))
         if also:
             _, kwargs = _inputs_of(first, model, windows[:also])
-            self.kwargs.setdefault(also, send_to_device(kwargs, self.hidden.device))
+            self.kwargs.setdefault(also, _sent(kwargs, self.hidden.device))
 
-    @torch.no_grad()
+    @no_grad
     def observe(
         self,
         block: Block,
@@ -293,7 +289,7 @@ class _Stream:
                         outputs[here] = made_here
         return {name: made[which] for which, names in enumerate(groups) for name in names}
 
-    @torch.no_grad()
+    @no_grad
     def advance(self, block: Block) -> None:
         for start in range(0, len(self.hidden), self.batch_size):
             here = slice(start, start + self.batch_size)
@@ -356,3 +352,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(training)
+
+
+def _sent(kwargs: dict[str, Any], device: torch.device) -> Any:
+    from accelerate.utils import send_to_device
+
+    return send_to_device(kwargs, device)

@@ -26,9 +26,8 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from pruners import checks, inputs, peft_targets, storage
-from pruners.apply import CLASSES
 from pruners.checks import Folder, Text
-from pruners.modeling_pruned import PrunedModel, check_complete, check_shards
+from pruners.modeling_pruned import CLASSES, PrunedModel, check_complete, check_shards
 
 logger = logging.getLogger(__name__)
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "ice_text.model")

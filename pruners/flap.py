@@ -28,15 +28,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
-
 from pruners import anatomy, calibrate, checks, select
 from pruners.anatomy import Block
 from pruners.apply import KINDS, Kept
 from pruners.calibrate import PLAIN, Execution, Moments
 from pruners.checks import Flag, Number
+from pruners.lazy import Bool, Float, Int, Tensor, nn, torch
 from pruners.structured import Structured, by_unit, readers
 
 METRICS = ("WIFV", "IFV", "WIFN")

@@ -18,13 +18,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
-
 from pruners import anatomy, checks, gradients
 from pruners.calibrate import PLAIN, Execution, InputNorm, Progress
 from pruners.checks import Finite
+from pruners.lazy import Float, Int, Tensor, nn, torch
 from pruners.unstructured import Unstructured
 
 

@@ -6,13 +6,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
-import torch
-from jaxtyping import Int
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-
 from pruners import anatomy
 from pruners.calibrate import Progress, evaluating
+from pruners.lazy import Int, Tensor, nn, torch
 
 
 def backward(
@@ -120,7 +116,7 @@ def checkpointed(model: nn.Module) -> Iterator[None]:
     """Blocks recompute their activations during backward (transformers' own switch works in training mode only)."""
     modules = list(model.get_submodule(anatomy.family(model).blocks).children())
     for module in modules:
-        module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+        module.forward = partial(torch.utils.checkpoint.checkpoint, module.forward, use_reentrant=False)
     try:
         yield
     finally:

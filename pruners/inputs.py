@@ -7,14 +7,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
-
 from pruners import anatomy
 from pruners.checks import shown, typed
+from pruners.lazy import PreTrainedModel, Tensor, nn, torch
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 WINDOWS = "Calibration windows are a LongTensor [count, length]"
 
 
@@ -98,7 +94,7 @@ def _check_weight(model: nn.Module, name: str, weight: Tensor, read: bool) -> No
             + "; load the model whole, without device_map or offloading. prune(device=...) holds one block at a time "
             "there, which needs less memory."
         )
-    if weight.dtype not in FLOATS:
+    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise ValueError(
             f"{name} is {weight.dtype}: quantised weights cannot be changed one by one. Load the model in float32, "
             "bfloat16 or float16."

@@ -35,15 +35,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
-
 from pruners import anatomy, apply, checks, gradients, select, whole_model
 from pruners.anatomy import Block
 from pruners.apply import KINDS, Kept
 from pruners.calibrate import PLAIN, Execution, Progress
 from pruners.checks import Count, Rule, Seed
+from pruners.lazy import Float, Int, Tensor, nn, torch
 from pruners.report import Report
 from pruners.structured import Scores, Structured
 

@@ -11,10 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jaxtyping import Bool, Float
-from torch import Tensor
-
 from pruners import checks, select
+from pruners.lazy import Bool, Float, Tensor
 from pruners.unstructured import Unstructured
 
 

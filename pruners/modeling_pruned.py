@@ -230,6 +230,13 @@ class PrunedOPTForCausalLM(PrunedModel, OPTForCausalLM):  # type: ignore[misc]
     columns: ClassVar[dict[str, str]] = {"self_attn.out_proj": "heads", "fc2": "channels"}
 
 
+CLASSES: dict[str, Any] = {
+    "llama": PrunedLlamaForCausalLM,
+    "mistral": PrunedMistralForCausalLM,
+    "opt": PrunedOPTForCausalLM,
+}
+
+
 def check_complete(folder, info):
     """ValueError where weights and configuration disagree: transformers would make up or ignore such weights."""
     wrong = {

@@ -7,10 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from pruners.checks import Seed
+from pruners.lazy import Tensor, torch
 from pruners.unstructured import Unstructured
 
 

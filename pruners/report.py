@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torch import nn
-
 from pruners import anatomy
+from pruners.lazy import nn
 
 
 @dataclass(frozen=True)

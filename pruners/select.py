@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
+
+from pruners.lazy import Bool, Float, Int, Tensor, torch
 
 
 @dataclass(frozen=True)

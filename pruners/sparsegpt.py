@@ -16,13 +16,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
-import torch
-from jaxtyping import Bool, Float
-from torch import Tensor, nn
-
 from pruners import select
 from pruners.calibrate import Hessian
 from pruners.checks import Count, Rule
+from pruners.lazy import Bool, Float, Tensor, nn, torch
 from pruners.select import Pattern
 from pruners.unstructured import Unstructured
 

@@ -21,10 +21,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+
+from pruners.lazy import Tensor, torch
 
 OTHERWISE = "choose another folder"
 ADVICE = {
@@ -185,6 +184,8 @@ def write_tensors(
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(about)
     with replacing(path, otherwise) as temporary:
+        from safetensors.torch import save_file
+
         save_file(ready, temporary, metadata={"about": text, "sha256": _checksum(ready, text)})
 
 

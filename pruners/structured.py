@@ -11,15 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
-
 from pruners import anatomy, apply, checks, select
 from pruners.anatomy import Block
 from pruners.apply import KINDS, Kept
 from pruners.calibrate import PLAIN, Execution
 from pruners.checks import Count, Share
+from pruners.lazy import Float, Int, Tensor, nn, torch
 from pruners.report import Report, Size, State, Structure, Widths
 from pruners.unstructured import refuse_non_finite
 

@@ -13,13 +13,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from jaxtyping import Float
-from torch import Tensor, nn
-
 from pruners import anatomy, apply, calibrate
 from pruners.anatomy import Block
 from pruners.apply import KINDS, Kept
 from pruners.calibrate import PLAIN, Execution, InputNorm
+from pruners.lazy import Float, Tensor, nn
 from pruners.structured import Scores, Structured, by_unit, readers
 
 

@@ -7,13 +7,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
-
 from pruners import anatomy, calibrate, checks, select
 from pruners.anatomy import Block
 from pruners.calibrate import PLAIN, Execution, Statistic
 from pruners.checks import Rule, Share
+from pruners.lazy import Bool, Float, Int, Tensor, nn
 from pruners.report import Projection, Report
 from pruners.select import Pattern
 

@@ -11,10 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from jaxtyping import Float
-from torch import Tensor
-
 from pruners.calibrate import InputNorm
+from pruners.lazy import Float, Tensor
 from pruners.magnitude import Grouped
 
 

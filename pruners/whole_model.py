@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
 from pruners import anatomy, apply, select
+from pruners.lazy import Float, Tensor, torch
 from pruners.report import Size, State, Structure
 from pruners.structured import Structured
 

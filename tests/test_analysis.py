@@ -13,7 +13,7 @@ from PIL import Image
 
 import pruners
 from analysis import rows
-from analysis.figures import perplexity
+from analysis.figures import perplexity, style
 from analysis.tables import frames, markdown
 from experiments.models.fingerprint import fingerprint
 from experiments.spec import Perplexity, Run, Table, Windows
@@ -157,7 +157,7 @@ def test_partial_data_is_noted(tmp_path):
 
 
 def test_all_files_are_written(made, tmp_path):
-    paths = markdown.write(table(), made, tmp_path / "tiny") + perplexity.save(
+    paths = markdown.write(table(), made, tmp_path / "tiny") + style.save(
         perplexity.perplexity(table(), made), tmp_path / "tiny"
     )
     assert [path.name for path in paths] == ["tiny.md", "tiny.csv", "tiny.tex", "tiny.svg", "tiny.png"]

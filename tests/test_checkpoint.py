@@ -32,7 +32,8 @@ from transformers import (
 
 import pruners
 from pruners import anatomy, apply, checkpoint
-from pruners.apply import CLASSES, Kept
+from pruners.apply import Kept
+from pruners.modeling_pruned import CLASSES
 from pruners.retrain import LoRA, LoRAPrune, MaskLoRA, ScaleLoRA, Trainable, finetune
 from tests.conftest import CONFIGS, SHARED, tiny
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from experiments.data import corpora, sources
+from experiments.data import corpora
 from experiments.models import gguf
 from experiments.spec import Windows
 
@@ -183,7 +183,7 @@ def test_an_unknown_corpus_is_answered_with_the_nearest_ones():
 
 def test_what_the_data_folder_lacks_is_named_and_not_fetched_elsewhere(tmp_path, monkeypatch):
     monkeypatch.setenv("PRUNING_DATA_DIR", str(tmp_path))
-    monkeypatch.setattr(sources, "hf_hub_download", lambda *_, **__: pytest.fail("asked the Hub"))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: pytest.fail("asked the Hub"))
     with pytest.raises(FileNotFoundError, match=r"looked for wikitext2/rows_test\.jsonl\[\.gz\]"):
         corpora.rows("wikitext2/test")
 
@@ -287,7 +287,7 @@ def test_a_record_of_the_hub_without_text_is_counted(tmp_path, monkeypatch):
         return str(path)
 
     monkeypatch.delenv("PRUNING_DATA_DIR", raising=False)
-    monkeypatch.setattr(sources, "hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     corpora._read.cache_clear()
     with pytest.raises(ValueError, match="ptb/test has 1 records without a text in 'sentence'"):
@@ -312,7 +312,7 @@ def test_the_hub_is_read_without_scripts_and_its_commit_is_kept(tmp_path, monkey
         return str(path)
 
     monkeypatch.delenv("PRUNING_DATA_DIR", raising=False)
-    monkeypatch.setattr(sources, "hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     corpora._read.cache_clear()
     assert list(corpora.rows("ptb/test")) == ["a", "b", "c"]
@@ -338,7 +338,7 @@ def test_instructions_of_another_layout_have_an_empty_input(tmp_path, monkeypatc
         return str(path)
 
     monkeypatch.delenv("PRUNING_DATA_DIR", raising=False)
-    monkeypatch.setattr(sources, "hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     corpora._read.cache_clear()
     write(tmp_path / "lamini/lamini_instruction.jsonl", rows)
@@ -360,7 +360,7 @@ def test_a_hub_that_cannot_be_reached_is_told_with_the_way_out(monkeypatch):
         raise ConnectionError("Name or service not known")
 
     monkeypatch.delenv("PRUNING_DATA_DIR", raising=False)
-    monkeypatch.setattr(sources, "hf_hub_download", fail)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
     corpora._read.cache_clear()
     with pytest.raises(OSError, match=r"c4/validation .*Name or service not known.*--data-dir or PRUNING_DATA_DIR"):
         corpora.rows("c4/validation")

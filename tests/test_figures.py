@@ -12,8 +12,8 @@ import small_table as small
 from PIL import Image
 
 import pruners
-from analysis import compare, rows
-from analysis.figures import perplexity, structure, sweeps
+from analysis import rows
+from analysis.figures import cost, perplexity, sweeps, training
 from experiments.spec import Run, Table, needs_windows
 from experiments.store import records
 
@@ -93,11 +93,10 @@ def test_no_two_of_forty_nine_methods_look_alike():
 def test_nothing_reaches_the_edge_of_a_figure(tmp_path, models):
     declared = table(models)
     made = fill(declared, tmp_path)
-    found = compare.cells(declared, made)
     for figure in (
         perplexity.perplexity(declared, made),
-        sweeps.by_sparsity(declared, found),
-        sweeps.cost(declared, made),
+        sweeps.by_sparsity(declared, made),
+        cost.cost(declared, made),
     ):
         picture = drawn(figure)
         edges = (picture[0], picture[-1], picture[:, 0], picture[:, -1])
@@ -107,7 +106,7 @@ def test_nothing_reaches_the_edge_of_a_figure(tmp_path, models):
 
 def test_every_model_and_every_method_has_its_bar(tmp_path):
     declared = table(("opt-125m", "opt-1.3b"))
-    (left,) = sweeps.cost(declared, fill(declared, tmp_path)).axes
+    (left,) = cost.cost(declared, fill(declared, tmp_path)).axes
     names = [label.get_text() for label in left.get_yticklabels()]
     assert names == [
         f"{method}, {model}" for method in ("Magnitude", "Wanda", "SparseGPT") for model in ("opt-125m", "opt-1.3b")
@@ -124,7 +123,7 @@ def test_statistics_from_the_cache_cost_what_they_took_and_memory_is_the_acceler
         made_by = record.made_by.model_copy(update={"device": "cuda (A card)"})
         records.write(record.model_copy(update={"made_by": made_by}), tmp_path)
     declared = Table("tiny", "", tuple(runs), (("opt-125m",),), lambda run, model: run)
-    left, right = sweeps.cost(declared, rows.rows(declared, tmp_path)).axes
+    left, right = cost.cost(declared, rows.rows(declared, tmp_path)).axes
     assert [bar.get_width() for bar in left.patches] == [110.0]
     assert [point for line in left.lines for point in line.get_xdata()] == [110.0, 110.0]
     assert right.get_xlabel() == "peak memory of the cell, GiB"
@@ -134,6 +133,6 @@ def test_retraining_curves_have_a_panel_a_setting(tmp_path):
     made = fill(table(), tmp_path)
     for row in made:
         row.record.achieved["recovery"] = {"losses": [3.0, 2.0]} if row.run.method else {}
-    panels = structure.losses(table(), made).axes
+    panels = training.losses(table(), made).axes
     assert [axes.get_title("left") for axes in panels] == ["40 %", "50 %"]
     assert [len(axes.lines) for axes in panels] == [3, 3]  # of three seeds the first

@@ -138,7 +138,7 @@ class Api:
 def test_the_hub_is_asked_once_for_what_was_never_downloaded(monkeypatch, files, author, expected):
     request = SimpleNamespace(author=author, git_reference="refs/pr/7") if author else None
     monkeypatch.setattr(hub, "reachable", lambda: True)
-    monkeypatch.setattr(hub, "HfApi", Api)
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
     monkeypatch.setattr(Api, "files", files)
     monkeypatch.setattr(Api, "asked", 0)
     monkeypatch.setattr(hub, "previous_pr", lambda *_, **__: request)
@@ -153,7 +153,7 @@ def test_a_hub_that_refuses_leaves_the_commit_unknown(monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(hub, "reachable", lambda: True)
-    monkeypatch.setattr(hub.HfApi, "model_info", refuse)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", refuse)
     assert models.commit(NAME) is None
 
 

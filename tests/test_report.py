@@ -15,7 +15,7 @@ import small_table as small
 import pruners
 from analysis import compare, rows
 from analysis.__main__ import main
-from analysis.figures import perplexity, structure, sweeps
+from analysis.figures import style, sweeps, training
 from analysis.pages import provenance, report
 from analysis.tables import grid
 from experiments import papers
@@ -123,7 +123,7 @@ def test_one_sparsity_that_methods_reach_more_or_less_is_no_sweep(tmp_path):
         records.write(record, tmp_path)
     table = replace(gblm.zero_shot, run=lambda *column: replace(gblm.zero_shot.run(*column), measures=gblm.PPL))
     with pytest.raises(ValueError, match="needs two sparsities at least and there is 1"):
-        sweeps.by_sparsity(table, compare.cells(table, rows.rows(table, tmp_path)))
+        sweeps.by_sparsity(table, rows.rows(table, tmp_path))
 
 
 def test_the_sweep_has_a_line_a_method(tmp_path):
@@ -133,7 +133,7 @@ def test_the_sweep_has_a_line_a_method(tmp_path):
             record = small.record(run).model_copy(update={"table": table.name})
             record.achieved["sparsity"] = run.method.sparsity
             records.write(record, tmp_path)
-    (axes,) = sweeps.by_sparsity(table, compare.cells(table, rows.rows(table, tmp_path))).axes
+    (axes,) = sweeps.by_sparsity(table, rows.rows(table, tmp_path)).axes
     assert {line.get_label(): len(line.get_xdata()) for line in axes.lines} == {
         "Magnitude": 6, "SparseGPT": 6, "Wanda": 6, "GBLM-Pruner (l1)": 6,
     }  # fmt: skip
@@ -153,9 +153,9 @@ def test_what_is_kept_and_the_losses_are_drawn_by_block_and_step(tmp_path):
     heads, channels = structure.kept(table, made).axes
     assert heads.lines[0].get_ydata().tolist() == [100, 75, 50]
     assert channels.lines[0].get_ydata().tolist() == [50, 50, 50]
-    assert structure.losses(table, made).axes[0].lines[0].get_ydata().tolist() == [3.0, 2.5, 2.25]
+    assert training.losses(table, made).axes[0].lines[0].get_ydata().tolist() == [3.0, 2.5, 2.25]
     with pytest.raises(ValueError, match="two mean accuracies"):
-        structure.by_parameters(table, compare.cells(table, made))
+        structure.by_parameters(table, made)
 
 
 def test_perplexity_by_step_has_a_line_a_corpus(tmp_path):
@@ -166,8 +166,8 @@ def test_perplexity_by_step_has_a_line_a_corpus(tmp_path):
         records.write(record, tmp_path)
         if step == 0:
             with pytest.raises(ValueError, match="two steps of retraining at least and there are 0"):
-                structure.steps(table, rows.rows(table, tmp_path))
-    (axes,) = structure.steps(table, rows.rows(table, tmp_path)).axes
+                training.steps(table, rows.rows(table, tmp_path))
+    (axes,) = training.steps(table, rows.rows(table, tmp_path)).axes
     wikitext, ptb = axes.lines
     assert wikitext.get_xdata().tolist() == list(range(0, 1600, 200))
     assert wikitext.get_ydata().tolist() == [20.0 - step for step in range(8)]
@@ -192,14 +192,14 @@ SCHEDULE = Retraining(Trainable(norms=True), small.WINDOWS, steps=8, learning_ra
 def test_a_line_of_steps_is_of_one_sparsity_one_schedule_and_one_seed(tmp_path):
     others = (replace(SCHEDULE, seed=1), replace(SCHEDULE, learning_rate=1e-2))
     table, made = stopped(tmp_path, (0.5, 0.6), (None, replace(SCHEDULE, stop=4), SCHEDULE, *others))
-    (line,) = structure.steps(table, made).axes[0].lines
+    (line,) = training.steps(table, made).axes[0].lines
     assert line.get_xdata().tolist() == [0, 4, 8]
 
 
 def test_two_cells_at_one_step_are_no_line(tmp_path):
     table, made = stopped(tmp_path, (0.5,), (None, replace(SCHEDULE, stop=4), replace(SCHEDULE, stop=8), SCHEDULE))
-    with pytest.raises(perplexity.UndrawableError, match="Several cells of tiny stand at step 8"):
-        structure.steps(table, made)
+    with pytest.raises(style.UndrawableError, match="Several cells of tiny stand at step 8"):
+        training.steps(table, made)
 
 
 def test_only_a_figure_that_lacks_numbers_is_left_out(root, monkeypatch):

@@ -1,1 +1,59 @@
-"""Figures of results; each kind is registered once."""
+"""Figures of results, each kind registered once: its name, its caption, and the function that draws it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from analysis.rows import Row, keys
+from pruners.suggest import UsageError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from experiments.spec import Table
+
+
+@dataclass(frozen=True)
+class Kind:
+    """`function` of the module `module` here draws it from (table, rows), and where it shows one protocol key from
+    (table, rows, key): `measured` is what a record holds under such keys.  matplotlib is loaded once one is drawn.
+    """
+
+    caption: str
+    module: str
+    function: str
+    measured: str | None = None
+
+    def keys(self, rows: Sequence[Row]) -> list[str | None]:
+        """A figure is drawn for each of these: protocol keys, or None alone where it shows no single one."""
+        if self.measured is None:
+            return [None]
+        return [key for key in keys(rows) if any(self.measured in (row.measure(key) or {}) for row in rows)]
+
+
+KINDS = {
+    "perplexity": Kind("Perplexity by method", "perplexity", "perplexity", measured="perplexity"),
+    "sparsity": Kind("Perplexity by sparsity", "sweeps", "by_sparsity"),
+    "paper": Kind("Ours against the paper's", "sweeps", "against_paper"),
+    "kept": Kind("Heads and channels kept in each block", "structure", "kept"),
+    "losses": Kind("Loss while retraining", "training", "losses"),
+    "steps": Kind("Perplexity by step of retraining", "training", "steps"),
+    "parameters": Kind("Mean accuracy by parameters", "structure", "by_parameters"),
+    "cost": Kind("Time, and on accelerators memory", "cost", "cost"),
+    "masks": Kind("Masks of one block", "masks", "masks", measured="maps"),
+}
+
+
+def draw(kind: str, table: Table, rows: Sequence[Row], key: str | None = None) -> Figure:
+    """The figure; UndrawableError (of `style`) where there is too little for it, UsageError for an idle `key`."""
+    known = KINDS[kind]
+    function = getattr(import_module(f"analysis.figures.{known.module}"), known.function)
+    if known.measured is not None:
+        return function(table, rows, key)
+    if key is not None:
+        keyed = " and ".join(name for name, one in KINDS.items() if one.measured)
+        raise UsageError(f"--measure chooses among {keyed}; --kind {kind} draws what it finds.")
+    return function(table, rows)

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
-from analysis.figures.perplexity import STYLE, UndrawableError, one_key, wrapped
+from analysis.figures.style import STYLE, UndrawableError, one_key, wrapped
 from analysis.rows import Row
 from experiments.spec import Table
 

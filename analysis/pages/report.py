@@ -5,9 +5,8 @@ from __future__ import annotations
 import io
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -17,12 +16,11 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
-from analysis import compare, coverage
+from analysis import compare, coverage, figures
 from analysis.claims import statements
-from analysis.compare import Cell
-from analysis.figures import masks, perplexity, structure, sweeps
+from analysis.figures import style
 from analysis.pages import provenance
-from analysis.rows import NoRecordsError, Row, keys, rows
+from analysis.rows import NoRecordsError, Row, rows
 from analysis.tables import frames, grid
 from analysis.tables.grid import Pivot, Verdict
 from analysis.tables.notes import notes, title
@@ -112,7 +110,7 @@ def _section(table: Table, root: Path, known_as: Path) -> Section | None:
         beside=_grid(compare.text(found), [provenance.ids(cell.rows) for cell in found]) if table.published else None,
         own=_grid(frames.text(made), [provenance.ids([row]) for row in made]),
         notes=notes(table, made, cli.selection(table.name, known_as)),
-        figures=list(_figures(table, made, found)),
+        figures=list(_figures(table, made)),
         made=made,
     )
 
@@ -133,35 +131,23 @@ def _left(table: Table) -> dict[str, Any]:
     return {"name": table.name, "title": table.title, "count": len(table.runs()), "missing": table.missing}
 
 
-def _figures(table: Table, made: list[Row], found: list[Cell]) -> Iterator[Drawn]:
+def _figures(table: Table, made: list[Row]) -> Iterator[Drawn]:
     """Every figure that there are enough numbers for."""
-    texts = dict.fromkeys(cell.key for cell in found if cell.metric == "perplexity" and cell.ours is not None)
-    mapped = [key for key in keys(made) if any("maps" in (row.measure(key) or {}) for row in made)]
-    drawings: list[tuple[str, Callable[[], Figure]]] = [
-        (f"Perplexity by method, {key}", partial(perplexity.perplexity, table, made, key)) for key in texts
-    ]
-    drawings += [
-        ("Perplexity by sparsity", lambda: sweeps.by_sparsity(table, found)),
-        ("Ours against the paper's", lambda: sweeps.against_paper(table, found)),
-        ("Heads and channels kept in each block", lambda: structure.kept(table, made)),
-        ("Loss while retraining", lambda: structure.losses(table, made)),
-        ("Perplexity by step of retraining", lambda: structure.steps(table, made)),
-        ("Mean accuracy by parameters", lambda: structure.by_parameters(table, found)),
-        ("Time, and on accelerators memory", lambda: sweeps.cost(table, made)),
-        *((key.capitalize(), partial(masks.masks, table, made, key)) for key in mapped),
-    ]
-    for caption, draw in drawings:
-        try:
-            figure = draw()
-            yield Drawn(caption, _data_url(figure), float(figure.get_figwidth()))
-        except perplexity.UndrawableError:  # too few numbers yet, which the table shows better
-            continue
+    for name, kind in figures.KINDS.items():
+        for key in kind.keys(made):
+            try:
+                figure = figures.draw(name, table, made, key)
+                yield Drawn(
+                    f"{kind.caption}, {key}" if key else kind.caption, _data_url(figure), float(figure.get_figwidth())
+                )
+            except style.UndrawableError:  # too few numbers yet, which the table shows better
+                continue
 
 
 def svg(figure: Figure) -> str:
     """The same text for the same numbers; letters as letters, not as outlines, and hundredths of a point: small."""
     drawn = io.StringIO()
-    with matplotlib.rc_context({**perplexity.STYLE, "svg.fonttype": "none"}):
+    with matplotlib.rc_context({**style.STYLE, "svg.fonttype": "none"}):
         figure.savefig(drawn, format="svg", metadata={"Date": None})
     return re.sub(r"(\.\d\d)\d+", r"\1", drawn.getvalue())
 

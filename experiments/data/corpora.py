@@ -14,20 +14,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
-from datasets import Dataset
-from jaxtyping import Int64
-from torch import Tensor
-
 from experiments.data import sources
 from experiments.data.sources import DATA_DIR, SOURCES, Source
 from experiments.spec import Windows
+from pruners.lazy import Int, Tensor, torch
 from pruners.suggest import unknown
 
 MOST_DRAWS = 10_000  # for one window; the released code of PERP gives up there, the others never do
 
 Folder = str | Path | None
-Tokens = Int64[Tensor, " tokens"]
 
 
 def rows(name: str, data_dir: Folder = None) -> Sequence[str]:
@@ -43,7 +38,7 @@ def rows(name: str, data_dir: Folder = None) -> Sequence[str]:
         raise ValueError(f"{name} is empty; fetch it again.")
     if source.package:
         return records
-    if isinstance(records, Dataset) and source.column:
+    if sources.is_data_set(records) and source.column:
         return records[source.column]
     if source.column:
         return [record[source.column] for record in records]
@@ -59,9 +54,9 @@ def instructions(name: str, data_dir: Folder = None) -> Sequence[Mapping[str, st
     return records if source.answer == "output" else _without_input(records, source.answer)
 
 
-def _without_input(records: Sequence[Any] | Dataset, answer: str) -> Sequence[Mapping[str, str]]:
+def _without_input(records: Any, answer: str) -> Sequence[Mapping[str, str]]:
     """Records of an `instruction` and an answer as if their input were empty; a data set's stay where they are."""
-    if isinstance(records, Dataset):
+    if sources.is_data_set(records):
         kept = records.select_columns(["instruction", answer]).rename_column(answer, "output")
         return kept.add_column("input", [""] * len(kept))
     return [{"instruction": record["instruction"], "input": "", "output": record[answer]} for record in records]
@@ -73,13 +68,13 @@ def provenance(name: str, data_dir: Folder = None) -> dict[str, Any]:
     return {**records.origin, "rows": len(records.rows), "complete": len(records.rows) == _source(name).rows}
 
 
-def token_ids(name: str, tokenizer: Any, data_dir: Folder = None) -> Tokens:
+def token_ids(name: str, tokenizer: Any, data_dir: Folder = None) -> Int[Tensor, " tokens"]:
     """The corpus as one stream, joined the way the papers evaluate on it (C4: the first 1,100 documents)."""
     source = _source(name)
     return _tokenize(tokenizer, source.join.join(rows(name, data_dir)[: source.head]))
 
 
-def calibration(windows: Windows, tokenizer: Any, data_dir: Folder = None) -> Int64[Tensor, "count length"]:
+def calibration(windows: Windows, tokenizer: Any, data_dir: Folder = None) -> Int[Tensor, "count length"]:
     """Windows of tokens, drawn as the released code draws them; `random.Random(seed)` gives its very sequence.
 
     Raises ValueError where the corpus is too short for them, saying what there is and what was asked.
@@ -162,7 +157,7 @@ def _need(windows: Windows, found: int, needed: int) -> None:
         )
 
 
-def _tokenize(tokenizer: Any, text: str) -> Tokens:
+def _tokenize(tokenizer: Any, text: str) -> Int[Tensor, " tokens"]:
     # verbose=False: a stream longer than the model's window is meant, and no reason to warn.
     return tokenizer(text, return_tensors="pt", verbose=False).input_ids[0].long()
 

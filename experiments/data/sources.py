@@ -8,18 +8,19 @@ branch `refs/convert/parquet` where the Hub keeps its own conversion; Alpaca-cle
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
-
-from datasets import Dataset, load_dataset
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from eval import json_lines
 from experiments.data import wheels
 from experiments.models import digests, hub
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 DATA_DIR = "PRUNING_DATA_DIR"
 
@@ -149,10 +150,7 @@ def origin(name: str, source: Source, folder: str | Path | None = None) -> dict[
         raise FileNotFoundError(f"{name} is not on the Hub; name a data folder that holds {source.local[0]}.")
     repository, revision, files = source.hub
     commit = hub.data_commit(repository, revision)
-    here = commit and all(
-        isinstance(try_to_load_from_cache(repository, file, revision=commit, repo_type="dataset"), str)
-        for file in files
-    )
+    here = commit and all(hub.is_cached(repository, file, commit, "dataset") for file in files)
     if commit is None or not (here or hub.reachable()):
         raise FileNotFoundError(f"{name} ({repository}) was not downloaded and the Hub does not answer.")
     return {"dataset": repository, "revision": commit, "files": list(files)}
@@ -201,6 +199,8 @@ def _texts(source: Source) -> tuple[str, ...]:
 def _from_hub(name: str, source: Source) -> Records:
     if source.hub is None:
         raise FileNotFoundError(f"{name} is not on the Hub; name a data folder that holds {source.local[0]}.")
+    from huggingface_hub import hf_hub_download
+
     repository, revision, files = source.hub
     try:
         commit = hub.data_commit(repository, revision) or revision
@@ -212,9 +212,17 @@ def _from_hub(name: str, source: Source) -> Records:
         ) from error
     kind = "parquet" if files[0].endswith(".parquet") else "json"
     commit = Path(paths[0]).parents[len(Path(files[0]).parts) - 1].name
+    from datasets import load_dataset
+
     data = load_dataset(kind, data_files=paths, split="train")
     _refuse_gaps(name, data, _texts(source))
     return Records(data, {"dataset": repository, "revision": commit, "files": list(files)})
+
+
+def is_data_set(records: Any) -> TypeGuard[Dataset]:
+    """Whether these are a data set of the datasets library rather than plain records."""
+    library = sys.modules.get("datasets")  # what it has made, it has made here
+    return library is not None and isinstance(records, library.Dataset)
 
 
 def _refuse_gaps(name: str, data: Dataset, texts: tuple[str, ...]) -> None:

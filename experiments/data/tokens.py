@@ -7,10 +7,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from experiments.data import corpora
 from experiments.spec import Windows
+from pruners.lazy import Tensor
 
 
 @dataclass(frozen=True)

@@ -8,19 +8,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from torch import Tensor
-
-from eval import semi_structured
-from eval.efficiency import efficiency
-from eval.generation import Sampling, generate
-from eval.intervals import perplexity_interval
-from eval.patterns import mask_patterns
-from eval.perplexity import perplexity
 from experiments.data import tokens
 from experiments.data.tokens import Tokenizer
 from experiments.measures import zero_shot
 from experiments.measures.zero_shot import Values
 from experiments.spec import Efficiency, Generation, MaskPatterns, Perplexity, ZeroShot
+from pruners.lazy import Tensor
 
 Progress = Callable[[int, int], None]
 WHOLE_TEST_SET_TOKENS = 300_000
@@ -70,6 +63,9 @@ def lacking(measured: Mapping[str, Mapping[str, Any]], data_dir: Path | None) ->
 
 
 def _perplexity(what: Perplexity, subject: Subject, progress: Progress | None) -> Values:
+    from eval.intervals import perplexity_interval
+    from eval.perplexity import perplexity
+
     stream = tokens.stream(what.corpus, subject.tokenizer, subject.data_dir)
     if what.limit:
         stream = _head(stream, what)
@@ -108,6 +104,9 @@ def _zero_shot(what: ZeroShot, subject: Subject, progress: Progress | None) -> V
 
 def _efficiency(what: Efficiency, subject: Subject, progress: Progress | None) -> Values:
     """The counts, and the first shape's medians beside them for the table's columns."""
+    from eval import semi_structured
+    from eval.efficiency import efficiency
+
     found = efficiency(
         subject.model, what.batch_sizes, what.lengths, what.new_tokens, what.repetitions, progress=progress
     )
@@ -121,6 +120,8 @@ def _efficiency(what: Efficiency, subject: Subject, progress: Progress | None) -
 
 
 def _generation(what: Generation, subject: Subject, progress: Progress | None) -> Values:
+    from eval.generation import Sampling, generate
+
     model, tokenizer = subject.model, subject.tokenizer.inner
     sampling = Sampling(seed=what.seed)
     rows = [c.to_dict() for c in generate(model, tokenizer, new_tokens=what.new_tokens, sampling=sampling,
@@ -129,6 +130,8 @@ def _generation(what: Generation, subject: Subject, progress: Progress | None) -
 
 
 def _mask_patterns(what: MaskPatterns, subject: Subject, progress: Progress | None) -> Values:
+    from eval.patterns import mask_patterns
+
     return {what.key: mask_patterns(subject.model, what.block)}
 
 

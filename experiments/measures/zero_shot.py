@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from eval.answers import write_samples
-from eval.intervals import mean_over_tasks
 from experiments.data import eval_tasks
 from experiments.data.sources import DATA_DIR
 from experiments.models import hub
@@ -139,6 +138,8 @@ def _mean(what: ZeroShot, scores: Mapping[str, Mapping[str, list[float]]]) -> di
     """The convention's mean with its interval; nothing where a task is missing, since another mean is no such mean."""
     if not what.convention or any(task not in scores for task, _ in what.metrics):
         return {}
+    from eval.intervals import mean_over_tasks
+
     interval = mean_over_tasks({task: scores[task][metric] for task, metric in what.metrics}).to_dict()
     return {"score": interval.pop("value"), **interval}
 

@@ -11,15 +11,14 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from experiments.data import wheels
 from experiments.models import catalogue, folders, hub
 from experiments.models.catalogue import CATALOGUE, Model
 from experiments.models.fingerprint import fingerprint, weight_files
 from experiments.models.gguf import converted, quiet
+from pruners.lazy import torch
 from pruners.suggest import UsageError, unknown
 
 __all__ = ["CATALOGUE", "Model", "check", "commit", "find", "identity", "load", "positions"]
@@ -119,6 +118,8 @@ def load(
     `dtype` is a torch dtype or its name; None takes the catalogue's, or for a folder the one it was saved in.
     Raises ValueError for weights that are missing, left over or damaged, OSError if the Hub refuses.
     """
+    from transformers import AutoModelForCausalLM
+
     found = find(name)
     source = found.folder or (converted(found.package) if found.package else str(found.hub))
     options = {"revision": _commit_to_load(found) if found.hub else MAIN, "trust_remote_code": False}
@@ -149,6 +150,8 @@ def _tokenizer(model: Model, source: str | Path, options: dict[str, Any]) -> Any
             f"{model.folder} has no tokenizer (e.g. tokenizer.json or tokenizer.model); save that of its model there, "
             "too: AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER)."
         )
+    from transformers import AutoTokenizer
+
     try:
         return AutoTokenizer.from_pretrained(source, **options)
     except Exception as error:  # the tokenizers library raises plain Exceptions

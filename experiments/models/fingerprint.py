@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from experiments.models import digests
-from pruners.modeling_pruned import check_shards
 
 SMALL = (
     "config.json", "generation_config.json", "adapter_config.json", "*.safetensors.index.json", "tokenizer*", "*.model",
@@ -21,6 +20,8 @@ def weight_files(folder: Path) -> list[Path]:
     Raises ValueError where there is nothing in safetensors format or where two sets of weights lie side by side, and
     FileNotFoundError for a shard that its index names and that is not there.
     """
+    from pruners.modeling_pruned import check_shards
+
     check_shards(folder)
     weights = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
     if weights:

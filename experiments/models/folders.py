@@ -10,9 +10,6 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
-
 POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length")  # by precedence
 UNLIMITED = 10**9  # transformers writes 1e30 where a tokenizer sets no limit
 DTYPES = ("float32", "float16", "bfloat16", "float64")
@@ -53,6 +50,9 @@ def _tokenizer_bytes(folder: Path) -> bytes:
 @lru_cache(maxsize=64)
 def _shape(folder: Path, config: bytes, tokenizer: bytes) -> Shape:
     """Cached by what was read, as a folder may be written over."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     told = _object(folder, config)
     positions = _positions(folder, told, tokenizer)
     _check_dtype(folder, told)

@@ -16,12 +16,8 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from tempfile import mkdtemp
 
-import torch
 from filelock import FileLock
 from platformdirs import user_cache_path
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
 
 from experiments.data import wheels
 
@@ -73,6 +69,10 @@ def _replace(target: Path, gguf: Path) -> None:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     with quiet(), redirect_stderr(io.StringIO()):  # the GGUF reader's bar cannot be turned off
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
@@ -91,6 +91,8 @@ def _convert(gguf: Path, folder: Path) -> None:
 @contextmanager
 def quiet() -> Iterator[None]:
     """No progress bars of `transformers`, for local files that load in seconds; warnings still come through."""
+    from transformers.utils import logging
+
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

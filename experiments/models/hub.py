@@ -12,11 +12,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-import httpx
-from huggingface_hub import HfApi, constants
-from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.file_download import repo_folder_name
-from transformers.safetensors_conversion import previous_pr
+from huggingface_hub import constants
 
 from experiments.data import eval_tasks
 
@@ -48,12 +44,21 @@ def data_commit(repository: str, revision: str) -> str | None:
     return _downloaded("dataset", repository, revision) or _asked_data(repository, revision)
 
 
+def is_cached(repository: str, file: str, revision: str | None, kind: str = "model") -> bool:
+    """Whether a file of the Hub was downloaded at that commit or branch; `kind` is model or dataset."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(repository, file, revision=revision, repo_type=kind), str)
+
+
 def reachable() -> bool:
     """Whether anything new can be downloaded."""
     return not constants.HF_HUB_OFFLINE and eval_tasks.hub_reachable()
 
 
 def _place(kind: str, repository: str) -> Path:
+    from huggingface_hub.file_download import repo_folder_name
+
     return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type=kind)
 
 
@@ -92,6 +97,10 @@ def _asked_weights(repository: str, revision: str) -> str | None:
     """As the Hub tells now, asked once a process."""
     if not reachable():
         return None
+    import httpx
+    from huggingface_hub import HfApi
+    from transformers.safetensors_conversion import previous_pr
+
     api = HfApi()
     try:
         info = api.model_info(repository, revision=revision, timeout=TIMEOUT_S)
@@ -101,7 +110,7 @@ def _asked_weights(repository: str, revision: str) -> str | None:
         if request is None or request.author != CONVERTER:
             return info.sha
         return api.model_info(repository, revision=request.git_reference, timeout=TIMEOUT_S).sha
-    except (HfHubHTTPError, httpx.HTTPError, OSError):
+    except (httpx.HTTPError, OSError):
         return None
 
 
@@ -109,7 +118,10 @@ def _asked_weights(repository: str, revision: str) -> str | None:
 def _asked_data(repository: str, revision: str) -> str | None:
     if not reachable():
         return None
+    import httpx
+    from huggingface_hub import HfApi
+
     try:
         return HfApi().dataset_info(repository, revision=revision, timeout=TIMEOUT_S).sha
-    except (HfHubHTTPError, httpx.HTTPError, OSError):
+    except (httpx.HTTPError, OSError):
         return None

@@ -15,12 +15,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from experiments.spec import digest
 from experiments.store import atomic, locks, room
 from experiments.store.room import DEFAULT_LIMIT_GB, LIMIT_VARIABLE, limit_bytes
 from pruners import storage
+from pruners.lazy import Tensor
 
 __all__ = ["DEFAULT_LIMIT_GB", "LIMIT_VARIABLE", "folder", "limit_bytes", "read", "statistics", "write"]
 logger = logging.getLogger(__name__)

@@ -20,14 +20,9 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-from jaxtyping import Float
-from peft import LoraConfig, inject_adapter_in_model
-from torch import Tensor, nn
-
 from pruners import checks
 from pruners.checks import Flag, Positive, Probability, Texts, Whole
-from pruners.retrain.fused import FusedLinear
+from pruners.lazy import Float, Tensor, nn, no_grad, torch
 from pruners.retrain.masks import BitMask
 
 
@@ -48,7 +43,7 @@ class Adapter:
         """Whether it sits on the output matrix, which is never pruned, and not in a decoder block."""
         return self.name == "head"
 
-    @torch.no_grad()
+    @no_grad
     def merge(self) -> None:
         """Put what was learned into the linear's weight; raises AssertionError if a pruned weight came back."""
         weight = self.linear.weight
@@ -57,7 +52,7 @@ class Adapter:
         if self.kind.keeps_sparsity:
             self.mask.check(self.name, weight)
 
-    @torch.no_grad()
+    @no_grad
     def dropped(self) -> tuple[float, float]:
         """Squared size of what the merge will lose of s BA, and of s BA."""
         product = self.b.float() @ self.a.float()
@@ -93,6 +88,8 @@ class LowRank:
         return Adapter(name, self, module, linear, mask, a, b)
 
     def make(self, linear: nn.Linear, mask: BitMask) -> tuple[nn.Module, nn.Parameter, nn.Parameter]:
+        from pruners.retrain.fused import FusedLinear
+
         module = FusedLinear(linear, self.rank, self, mask)
         return module, module.a, module.b
 
@@ -176,6 +173,8 @@ def _by_peft(
     linear: nn.Linear, rank: int, alpha: float, dropout: float
 ) -> tuple[nn.Module, nn.Parameter, nn.Parameter]:
     holder = nn.ModuleDict({"linear": linear})
+    from peft import LoraConfig, inject_adapter_in_model
+
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=["linear"])  # type: ignore[arg-type]
     with torch.random.fork_rng(devices=[]):  # peft draws from the global generator; its values are replaced
         inject_adapter_in_model(config, holder)

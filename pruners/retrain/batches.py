@@ -7,16 +7,12 @@ from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-
 from pruners import inputs
 from pruners.checks import shown, typed
+from pruners.lazy import Tensor, nn, torch
 
 IGNORED = -100  # a label that carries no loss
 EXAMPLES = "Examples are a LongTensor [count, length], or records with `input_ids`"
-WHOLE = (torch.int64, torch.int32, torch.int16)
 
 
 class Packed:
@@ -122,7 +118,7 @@ def _row(what: str, value: Any) -> Tensor:
         row = torch.as_tensor(value, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{what} are whole numbers, one a token; got {typed(value)}.") from error
-    if row.ndim != 1 or (row.numel() and row.dtype not in WHOLE):
+    if row.ndim != 1 or (row.numel() and row.dtype not in (torch.int64, torch.int32, torch.int16)):
         raise ValueError(f"{what} are whole numbers, one a token; got {row.dtype} {list(row.shape)}.")
     return row.long()
 
@@ -143,4 +139,4 @@ def _check(index: int, tokens: Tensor, labels: Tensor, config: Any) -> None:
 
 
 def _padded(rows: Sequence[Tensor], value: int) -> Tensor:
-    return pad_sequence(list(rows), batch_first=True, padding_value=value)
+    return nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)

@@ -11,12 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-from transformers import PreTrainedModel
-
 import pruners
 from pruners import anatomy, checks, inputs, select, storage
 from pruners.checks import Share, Whole
+from pruners.lazy import PreTrainedModel, nn
 from pruners.magnitude import Magnitude
 from pruners.retrain import state
 from pruners.retrain.batches import Batches

@@ -27,12 +27,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
-from transformers import PreTrainedModel
-
 from pruners import checks, gradients, inputs
 from pruners.calibrate import Progress
 from pruners.checks import Count, Finite, Flag, Folder, Positive, Seed, Text, Whole
+from pruners.lazy import PreTrainedModel, no_grad, torch
 from pruners.retrain import state
 from pruners.retrain.batches import Batches
 from pruners.retrain.peers import Peers
@@ -271,7 +269,7 @@ class _Loop:
             self.report.resumed_seconds, self.report.resumed_at = about["seconds"], about["step"]
             self.report.seconds = about["seconds"]
 
-    @torch.no_grad()
+    @no_grad
     def merge(self) -> None:
         report, attached = self.report, self.attached
         before = self._last_loss(self.precision) if attached.merges else 0.0

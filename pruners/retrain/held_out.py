@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
-from transformers import PreTrainedModel
-
 from pruners import checks, inputs
 from pruners.calibrate import Progress
 from pruners.checks import Count
+from pruners.lazy import PreTrainedModel, no_grad
 from pruners.retrain.batches import Batches
 
 
@@ -19,7 +17,7 @@ class NotFiniteError(ValueError):
 
 
 @checks.arguments
-@torch.no_grad()
+@no_grad
 def held_out_loss(
     model: PreTrainedModel, examples: Any, *, batch_size: Count = 8, progress: Progress | None = None
 ) -> tuple[float, int]:

@@ -6,9 +6,7 @@ pruned weight.
 
 from __future__ import annotations
 
-import torch
-from jaxtyping import Bool, Float
-from torch import Tensor
+from pruners.lazy import Bool, Float, Tensor, torch
 
 
 class BitMask:

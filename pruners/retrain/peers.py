@@ -13,8 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
-import torch
-from torch import Tensor, distributed, nn
+from pruners.lazy import Tensor, nn, torch
 
 T = TypeVar("T")
 
@@ -32,13 +31,13 @@ class Peers:
     @classmethod
     def here(cls, device: torch.device) -> Peers:
         """Joins the process group that the environment describes, if there is one."""
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized():
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
             on_gpu = device.type == "cuda"
             with _explained():
-                distributed.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
-        if not distributed.is_initialized():
+                torch.distributed.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+        if not torch.distributed.is_initialized():
             return cls()
-        return cls(distributed.get_rank(), distributed.get_world_size(), device)
+        return cls(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
 
     def share(self, batch: Sequence[T], each: int = 1) -> Sequence[T]:
         """This process's part of a batch of examples, or of micro-batches of `each` of them.
@@ -60,8 +59,8 @@ class Peers:
         lowest = torch.tensor(list(hashlib.sha256(what.encode()).digest()), device=self.device)
         highest = lowest.clone()
         with _explained():
-            distributed.all_reduce(lowest, distributed.ReduceOp.MIN)
-            distributed.all_reduce(highest, distributed.ReduceOp.MAX)
+            torch.distributed.all_reduce(lowest, torch.distributed.ReduceOp.MIN)
+            torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX)
         if not torch.equal(lowest, highest):
             raise ValueError(
                 f"The {self.count} processes do not train the same: model, examples, settings or checkpoint differ "
@@ -73,13 +72,13 @@ class Peers:
         if self.count > 1:
             work = [loss, *(p.grad for p in parameters if p.grad is not None)]
             with _explained():
-                for handle in [distributed.all_reduce(tensor, async_op=True) for tensor in work]:
+                for handle in [torch.distributed.all_reduce(tensor, async_op=True) for tensor in work]:
                     handle.wait()
 
     def wait(self) -> None:
         if self.count > 1:
             with _explained():
-                distributed.barrier()
+                torch.distributed.barrier()
 
 
 @contextmanager

@@ -26,15 +26,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-import torch
-from jaxtyping import Int
-from torch import Tensor
-from torch.nn import functional as F
-
 from pruners import checks
 from pruners.anatomy import Block
 from pruners.calibrate import Keeper, Passage
 from pruners.checks import Count, Finite, Flag, Positive, Seed
+from pruners.lazy import F, Int, Tensor, torch
 from pruners.retrain import state
 from pruners.retrain.finetune import Diverged
 from pruners.retrain.schedule import Schedule, autocast, precision_for, seeded
@@ -125,7 +121,8 @@ class Rebuilder(Keeper):
         pruned = {name: p.detach().clone() for name, p in block.module.named_parameters()}
         attached = self.settings.trainable.attach_to_block(block, self.settings.seed)
         try:
-            self._train(block, attached, passage)
+            with torch.enable_grad():
+                self._train(block, attached, passage)
             unmerged = self._finite(block, passage.error(block)) if self.settings.reference else None
         except BaseException:
             attached.detach()
@@ -140,7 +137,6 @@ class Rebuilder(Keeper):
         seconds = round(time.perf_counter() - started, 3)
         self.blocks.append(Rebuilt(block.name, initial, final, lower, seconds))
 
-    @torch.enable_grad()
     def _train(self, block: Block, attached: Attached, passage: Passage) -> None:
         if not attached.tensors:  # structured pruning has left nothing of this block
             return

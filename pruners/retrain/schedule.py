@@ -8,13 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
-from torch import nn
-
 from pruners import checks
 from pruners.checks import Count, Finite, Positive
+from pruners.lazy import nn, torch
 
-FORMATS = {"float32": None, "bfloat16": torch.bfloat16}
+FORMATS = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ def precision_for(asked: str | None, model_dtype: torch.dtype, device: torch.dev
         raise ValueError(f"{device} has no bfloat16; load the model in float32 and train with precision='float32'.")
     if wanted == "float32" and half:
         raise ValueError(f"A model in {model_dtype} cannot train in float32; load it in float32, or drop precision.")
-    return FORMATS[wanted]
+    return None if wanted == "float32" else getattr(torch, wanted)
 
 
 @contextmanager

@@ -13,13 +13,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from pruners import storage
+from pruners.lazy import Tensor, nn, torch
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+BITS = {1: "int8", 2: "int16", 4: "int32", 8: "int64"}
 CHUNK = 2**22  # numbers at a time
 logger = logging.getLogger(__name__)
 
@@ -38,7 +36,7 @@ def _sums(tensor: Tensor) -> tuple[int, int]:
     """Modulo 2^64."""
     plain = weighted = 0
     for index, chunk in enumerate(tensor.contiguous().view(-1).split(CHUNK)):
-        bits = chunk.view(BITS[chunk.element_size()]).long()
+        bits = chunk.view(getattr(torch, BITS[chunk.element_size()])).long()
         places = torch.arange(1, len(bits) + 1, device=bits.device) + index * CHUNK
         plain, weighted = plain + int(bits.sum()), weighted + int((bits * places).sum())
     return plain % 2**64, weighted % 2**64

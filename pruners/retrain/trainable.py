@@ -9,12 +9,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
-import torch
-from torch import nn
-
 from pruners import anatomy, checks
 from pruners.anatomy import Block
 from pruners.checks import Flag
+from pruners.lazy import nn, torch
 from pruners.retrain.adapters import Adapter, LoRA, LoRAPrune, LowRank
 from pruners.retrain.masks import BitMask
 from pruners.suggest import unknown

@@ -1,0 +1,68 @@
+"""What pruning takes: time by method, and memory on accelerators."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from analysis.figures.style import COLOURS, grid, refuse_few
+from analysis.rows import Row
+from experiments.spec import Table
+
+
+def cost(table: Table, rows: Sequence[Row]) -> Figure:
+    """Pruning time by method, the mean of its cells as a bar and each as a mark; on accelerators peak memory, too.
+
+    Statistics that a cell found in the cache count as long as they took the cell that made them.  A CPU's peak is that
+    of a process that ran other cells before, and not shown.  ValueError for fewer than two cells that prune.
+    """
+    done = [row for row in rows if not row.is_dense and row.record]
+    refuse_few(len(done), "pruned cells", table)
+    several = len({row.run.model for row in rows if row.record}) > 1
+    made = _statistics(done)
+    seconds: dict[str, list[float]] = {}
+    memory: dict[str, list[float]] = {}
+    for row, record in ((row, row.record) for row in done if row.record):
+        name = f"{row.method}, {row.run.model_name}" if several else row.method
+        own = sum(record.cost.seconds.get(stage, 0.0) for stage in ("prune", "retrain"))
+        seconds.setdefault(name, []).append(own + made.get(_shared(row), 0.0))
+        if record.made_by.device.startswith("cuda"):
+            memory.setdefault(name, []).append(record.cost.peak_bytes / 2**30)
+    figure, panels = grid(table.title, 1 + bool(memory), (3.2, 0.4 + 0.22 * len(seconds)))
+    unit = 60 if max(map(max, seconds.values())) > 300 else 1
+    _draw_bars(panels[0], {name: [one / unit for one in many] for name, many in seconds.items()}, COLOURS[0])
+    panels[0].set(xlabel=f"statistics, pruning and retraining, {'min' if unit > 1 else 's'}")
+    panels[0].invert_yaxis()
+    if memory:
+        _draw_bars(panels[1], memory, COLOURS[1])
+        panels[1].set(xlabel="peak memory of the cell, GiB")
+    return figure
+
+
+def _draw_bars(axes: Axes, values: dict[str, list[float]], colour: str) -> None:
+    axes.barh(
+        list(values),
+        [statistics.fmean(many) for many in values.values()],
+        color=colour,
+        height=0.7,
+    )
+    axes.margins(y=0.01)
+    marks = [(value, line) for line, many in enumerate(values.values()) if len(many) > 1 for value in many]
+    if marks:
+        axes.plot(*zip(*marks, strict=True), linestyle="none", marker="|", markersize=4, color="0.1", zorder=3)
+
+
+def _statistics(done: Sequence[Row]) -> dict[str, float]:
+    """Seconds that it took to make statistics, which cells share through the cache."""
+    made: dict[str, float] = {}
+    for row in done:
+        took = row.record.cost.seconds.get("statistics", 0.0) if row.record else 0.0
+        made[_shared(row)] = max(made.get(_shared(row), 0.0), took)
+    return made
+
+
+def _shared(row: Row) -> str:
+    return repr((row.run.model, row.run.dtype, row.run.windows, row.run.method.statistics_key))
