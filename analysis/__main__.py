@@ -104,6 +104,7 @@ def _figure(asked: argparse.Namespace) -> None:
     from analysis.figures import style
     from experiments.papers import find
 
+    figures.check_key(asked.kind, asked.measure)
     path = asked.results / _stem(asked)
     if asked.kind != "perplexity":
         path = path.with_name(f"{path.name}.{asked.kind}")

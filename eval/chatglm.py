@@ -16,8 +16,9 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.answers import Answer, AnswerStore
+from eval.checks import Progress
 from eval.marks import text_prefix
-from eval.scorer import Progress, Request, Scorer
+from eval.scorer import Request, Scorer
 
 
 class PromptScorer(Scorer):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Annotated, Any
 
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pruners import checks
 from pruners.checks import typed
+
+Progress = Annotated[Callable[[int, int], None], checks.FUNCTION]
 
 
 def check_model(model: Any, values: bool = True) -> None:

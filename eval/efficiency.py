@@ -16,8 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from eval import latency
-from eval.checks import check_fits, check_model
-from eval.latency import Progress
+from eval.checks import Progress, check_fits, check_model
 from eval.marks import begun
 from pruners import checks
 from pruners.checks import Count

@@ -13,8 +13,7 @@ from typing import Annotated, Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from eval.checks import check_fits, check_model, check_tokenizer
-from eval.latency import Progress
+from eval.checks import Progress, check_fits, check_model, check_tokenizer
 from pruners import checks
 from pruners.checks import Count, Number, Positive, Rule, Seed
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from eval.marks import begun
 from pruners import checks
 from pruners.checks import Count
 
-Progress = Annotated[Callable[[int, int], None], checks.FUNCTION]
 WARM_UP = 2
 COPIED_BYTES = {"cpu": 2**28}  # beyond a CPU's caches
 ACCELERATOR_COPIED_BYTES = 2**30

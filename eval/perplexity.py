@@ -22,8 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from eval.checks import check_model
-from eval.latency import Progress
+from eval.checks import Progress, check_model
 from eval.marks import prefixed, text_prefix
 from pruners import checks, inputs
 from pruners.checks import Count, Whole

@@ -19,8 +19,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.answers import Answer, AnswerStore
-from eval.checks import check_tokenizer
-from eval.latency import Progress
+from eval.checks import Progress, check_tokenizer
 from eval.marks import prefixed
 
 Request = tuple[Any, list[int], list[int]]  # what was asked, the tokens before, the tokens to score

@@ -29,9 +29,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.answers import AnswerStore
 from eval.chatglm import scorer as scorer_of
-from eval.checks import check_model, check_tokenizer
+from eval.checks import Progress, check_model, check_tokenizer
 from eval.intervals import standard_error
-from eval.scorer import Progress, fingerprint
+from eval.scorer import fingerprint
 from eval.tasks import check_names, load, task_manager
 from pruners import checks
 from pruners.checks import Count, PathLike, Whole

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from experiments import processes
 from pruners import checks
-from pruners.checks import Count, Flag, Folder, Text
+from pruners.checks import AnyPath, Count, Flag, Folder, Text
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Settings:
     method or measures made, or that do not tell.
     """
 
-    root: Folder = Path("results")
+    root: AnyPath = Path("results")
     device: Text | None = None
     batch_size: Count = 8
     data_dir: Folder | None = None

@@ -94,6 +94,7 @@ Finite = Annotated[float, Rule("a finite number, 0 or more", (int, float), lambd
 PathLike = Annotated[
     Path, Rule("the path of a file", (str, os.PathLike), lambda path: bool(os.fspath(path)) and not Path(path).is_dir())
 ]
+AnyPath = Annotated[Path, Rule("a path", (str, os.PathLike), lambda path: bool(os.fspath(path)))]
 Folder = Annotated[Path, Rule("the path of a folder, which may be new", (str, os.PathLike), _is_folder)]
 FUNCTION = Rule("a function to be called", (Callable,))  # type: ignore[arg-type]
 

@@ -171,7 +171,7 @@ def test_the_report_does_not_leave_a_faulty_table_out(tiny, tmp_path, capsys, mo
 
 @pytest.mark.parametrize(
     ("environment", "command"),
-    [({"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}, "from experiments import arguments as a")],
+    [({"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}, "from experiments import cli as a")],
 )
 def test_an_ascii_locale_can_be_printed_to(environment, command):
     told = subprocess.run(

@@ -167,7 +167,6 @@ def test_the_seed_alone_decides_which_windows_are_drawn(sampling, llama):
         ("stream", 1, 600, r"need 601 tokens; ptb/validation has 495\."),
         ("documents", 1, 31, r"no text of 32 tokens or more: 10,000 draws found 31 tokens at most"),
         ("sentences", 5, 29, r"no text of 29 tokens or more besides the 3 taken already: .* found 28 tokens"),
-        ("documents", 0, 8, "at least one window"),
         ("document", 1, 8, "Unknown sampling 'document'. Did you mean documents"),
     ],
 )

@@ -11,7 +11,8 @@ from test_finetune import bits
 
 import pruners
 from pruners import anatomy
-from pruners.retrain import LoRA, MaskLoRA, Trainable, iterate, magnitudes
+from pruners.retrain import LoRA, MaskLoRA, Trainable
+from pruners.retrain.cycles import iterate, magnitudes
 
 PEFT = Trainable(biases=True, norms=True, adapters=MaskLoRA(rank=4))
 TRAINING = {"steps": 6, "learning_rate": 2e-3}

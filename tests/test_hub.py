@@ -11,6 +11,7 @@ import small_table as small
 import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
+from transformers import safetensors_conversion
 
 import pruners
 from experiments import cells, models
@@ -141,7 +142,7 @@ def test_the_hub_is_asked_once_for_what_was_never_downloaded(monkeypatch, files,
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
     monkeypatch.setattr(Api, "files", files)
     monkeypatch.setattr(Api, "asked", 0)
-    monkeypatch.setattr(hub, "previous_pr", lambda *_, **__: request)
+    monkeypatch.setattr(safetensors_conversion, "previous_pr", lambda *_, **__: request)
     assert models.identity(NAME)["revision"] == expected
     before = Api.asked
     assert models.commit(NAME) == expected

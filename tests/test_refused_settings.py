@@ -26,9 +26,8 @@ from pruners.retrain import (
     Trainable,
     finetune,
     held_out_loss,
-    iterate,
-    magnitudes,
 )
+from pruners.retrain.cycles import iterate, magnitudes
 from tests.conftest import tiny
 from tests.test_refusals import _without_the_tests_own_checks, refused, unchanged  # noqa: F401  (a fixture)
 

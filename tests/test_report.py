@@ -15,7 +15,7 @@ import small_table as small
 import pruners
 from analysis import compare, rows
 from analysis.__main__ import main
-from analysis.figures import style, sweeps, training
+from analysis.figures import cost, structure, style, sweeps, training
 from analysis.pages import provenance, report
 from analysis.tables import grid
 from experiments import papers
@@ -111,9 +111,9 @@ def test_every_kind_of_figure_is_written(root):
 def test_a_figure_of_one_point_is_refused(draw, tmp_path):
     run = gblm.perplexity.runs()[0]
     records.write(small.record(run).model_copy(update={"table": "gblm.perplexity"}), tmp_path)
-    found = compare.cells(gblm.perplexity, rows.rows(gblm.perplexity, tmp_path))
+    made = rows.rows(gblm.perplexity, tmp_path)
     with pytest.raises(ValueError, match=r"needs two .* at least and there (is 1|are 0); run more"):
-        draw(gblm.perplexity, found)
+        draw(gblm.perplexity, made)
 
 
 def test_one_sparsity_that_methods_reach_more_or_less_is_no_sweep(tmp_path):
@@ -146,8 +146,8 @@ def test_what_is_kept_and_the_losses_are_drawn_by_block_and_step(tmp_path):
         "before": [{"heads": 8, "channels": 100}] * 3,
         "after": [{"heads": 8 - 2 * i, "channels": 50} for i in range(3)],
     }
-    structure = {when: {"blocks": told, "size": {"model": 1}} for when, told in blocks.items()}
-    achieved = {"sparsity": 0.2, "structure": structure, "recovery": {"losses": [3.0, 2.5, 2.25]}}
+    shape = {when: {"blocks": told, "size": {"model": 1}} for when, told in blocks.items()}
+    achieved = {"sparsity": 0.2, "structure": shape, "recovery": {"losses": [3.0, 2.5, 2.25]}}
     records.write(small.record(run, achieved=achieved).model_copy(update={"table": table.name}), tmp_path)
     made = rows.rows(table, tmp_path)
     heads, channels = structure.kept(table, made).axes
@@ -206,7 +206,7 @@ def test_only_a_figure_that_lacks_numbers_is_left_out(root, monkeypatch):
     def broken(*_):
         raise ValueError("broken")
 
-    monkeypatch.setattr(sweeps, "cost", broken)
+    monkeypatch.setattr(cost, "cost", broken)
     with pytest.raises(ValueError, match="broken"):
         report.html(root)
 

@@ -50,10 +50,15 @@ KINDS = {
 def draw(kind: str, table: Table, rows: Sequence[Row], key: str | None = None) -> Figure:
     """The figure; UndrawableError (of `style`) where there is too little for it, UsageError for an idle `key`."""
     known = KINDS[kind]
+    check_key(kind, key)
     function = getattr(import_module(f"analysis.figures.{known.module}"), known.function)
     if known.measured is not None:
         return function(table, rows, key)
-    if key is not None:
+    return function(table, rows)
+
+
+def check_key(kind: str, key: str | None) -> None:
+    """UsageError for a protocol key where the kind shows no single one."""
+    if key is not None and KINDS[kind].measured is None:
         keyed = " and ".join(name for name, one in KINDS.items() if one.measured)
         raise UsageError(f"--measure chooses among {keyed}; --kind {kind} draws what it finds.")
-    return function(table, rows)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pruners.retrain.adapters import LoRA, LoRAPrune, MaskLoRA, ScaleLoRA
-from pruners.retrain.cycles import Cycle, iterate, magnitudes
 from pruners.retrain.finetune import Diverged, Retrained, finetune
 from pruners.retrain.held_out import held_out_loss
 from pruners.retrain.rates import RateChoice, choose_rate
@@ -11,7 +10,6 @@ from pruners.retrain.reconstruct import Reconstruction
 from pruners.retrain.trainable import Trainable
 
 __all__ = [
-    "Cycle",
     "Diverged",
     "LoRA",
     "LoRAPrune",
@@ -24,6 +22,4 @@ __all__ = [
     "choose_rate",
     "finetune",
     "held_out_loss",
-    "iterate",
-    "magnitudes",
 ]
