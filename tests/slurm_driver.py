@@ -5,6 +5,7 @@ A profile's `python` is "python tests/slurm_driver.py"; what follows is submitit
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 import time
@@ -31,7 +32,7 @@ def prepare() -> None:
 
     papers.TABLES |= {"tiny": small.table(), "retrained": small.retrained()}
     blocks.SECONDS_BETWEEN = 0.0
-    retrain.finetune.__wrapped__.__kwdefaults__["save_every"] = 2
+    inspect.unwrap(retrain.finetune).__kwdefaults__["save_every"] = 2
     for place, name in ((Unstructured, "remove"), (Schedule, "step"), (perplexity, "_nll")):
         setattr(place, name, pausing(name, getattr(place, name)))
     if gigabytes := int(os.environ.get(GREEDY, 0)):

@@ -11,13 +11,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
-import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
-
 from pruners import checks, inputs
 from pruners.calibrate import Progress
 from pruners.checks import Count, Rule
+from pruners.lazy import PreTrainedModel, Tensor, nn, torch
 from pruners.retrain.finetune import Diverged
 from pruners.retrain.held_out import NotFiniteError, held_out_loss
 
