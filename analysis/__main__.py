@@ -39,7 +39,9 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     table = commands.add_parser("table", help="print Markdown; write .md, .csv and .tex under the results folder")
     table.set_defaults(command=_table)
-    figure = commands.add_parser("figure", help="perplexity by method, as .svg and .png under the results folder")
+    figure = commands.add_parser(
+        "figure", help="a figure (default: perplexity by method), as .svg and .png under the results folder"
+    )
     figure.set_defaults(command=_figure)
     figure.add_argument(
         "--measure", type=cli.word, metavar="KEY", help="the protocol key to show, where several were measured"
@@ -47,20 +49,20 @@ def parser() -> argparse.ArgumentParser:
     figure.add_argument(
         "--kind", choices=list(figures.KINDS), default="perplexity", help="default: perplexity by method"
     )
-    compare = commands.add_parser("compare", help="every cell against one of them, paired, with intervals and tests")
+    compare = commands.add_parser("compare", help="every cell against a baseline: paired differences, intervals, tests")
     compare.set_defaults(command=_compare)
     compare.add_argument(
         "--baseline", type=cli.word, metavar="LABEL", help="the cell to compare with (default: the dense model)"
     )
-    generation = commands.add_parser("generation", help="what the models write, side by side")
+    generation = commands.add_parser("generation", help="generated text of the models, side by side")
     generation.set_defaults(command=_generation)
-    speed = commands.add_parser("speed", help="prefill and decode at every batch size and length")
+    speed = commands.add_parser("speed", help="prefill and decoding time by batch size and prompt length")
     speed.set_defaults(command=_speed)
-    claims = commands.add_parser("claims", help="the papers' sentences, by their numbers and by ours")
+    claims = commands.add_parser("claims", help="the papers' claims, judged by their numbers and by ours")
     claims.set_defaults(command=_claims)
     report = commands.add_parser("report", help="everything as one HTML page, report.html under the results folder")
     report.set_defaults(command=_report)
-    readme = commands.add_parser("readme", help="README's results, their report and figures, from the kept records")
+    readme = commands.add_parser("readme", help="renew the README's tables and results from the committed records")
     readme.set_defaults(command=_readme)
     for command in (table, figure, compare, generation, speed):
         cli.add_table(command)

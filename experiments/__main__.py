@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     listing = commands.add_parser("list", help="tables, models, methods and corpora")
     listing.set_defaults(command=_list)
-    show = commands.add_parser("show", help="a table's cells, which are done, what the others cost and lack")
+    show = commands.add_parser("show", help="a table's cells: status, estimated cost and missing inputs")
     show.set_defaults(command=_show)
     run = commands.add_parser("run", help="run the cells that have no record yet")
     run.set_defaults(command=_run)
@@ -60,7 +60,7 @@ def _list(asked: argparse.Namespace) -> int:
         "models": models.CATALOGUE,
         "methods": pruners.METHODS,
         "corpora": corpora.SOURCES,
-        "zero-shot conventions (--tasks, as are all tasks of lm-eval)": protocols.CONVENTIONS,
+        "zero-shot task sets (for --tasks, as are all tasks of lm-eval)": protocols.TASK_SETS,
     }
     for kind, names in known.items():
         print(f"\n{kind}: {', '.join(names)}")
@@ -152,7 +152,7 @@ def _shares(chosen: Sequence[Cell], processes: int) -> str:
     retrained = sum(isinstance(cell.run.recovery, Retraining) for cell in chosen)
     shares = f"{processes} processes share the retraining of {retrained} of {len(chosen)} cells"
     hint = "" if retrained else "; several plain commands would share the cells themselves"
-    return f"{shares}. Process 0 does all else alone{hint}."
+    return f"{shares}. Rank 0 does all else alone{hint}."
 
 
 def _keys(run: Run) -> list[str]:

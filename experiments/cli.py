@@ -145,7 +145,7 @@ def add_table(command: argparse.ArgumentParser) -> None:
         metavar="NAME|FOLDER|NAME=FOLDER",
         help="the same table on another model; NAME=FOLDER: a folder that is that model of the catalogue",
     )
-    command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="number format of the model")
+    command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="dtype of the model")
     command.add_argument(
         "--limit", type=positive, metavar="N", help="only the first N documents of each zero-shot task"
     )
@@ -155,7 +155,7 @@ def add_table(command: argparse.ArgumentParser) -> None:
         type=word,
         default=[],
         metavar="NAME",
-        help="measure these, too: a convention or tasks of lm-eval",
+        help="additional zero-shot tasks: a task set, or tasks of lm-eval",
     )
 
 
@@ -254,7 +254,7 @@ def refuse_unknown(tasks: Sequence[str]) -> None:
     if not tasks:
         return
     protocols.named(tasks)
-    if unfamiliar := [name for name in tasks if name not in protocols.CONVENTIONS and name not in eval_tasks.SOURCES]:
+    if unfamiliar := [name for name in tasks if name not in protocols.TASK_SETS and name not in eval_tasks.SOURCES]:
         from eval.tasks import check_names
 
         check_names(unfamiliar)

@@ -1,8 +1,8 @@
 """Several processes at one table, as `torchrun` starts them.
 
-Process 0 runs the cells as if it were alone, but for retraining: it leaves the pruned model on disk and calls the
+Rank 0 runs the cells as if it were alone, but for retraining: it leaves the pruned model on disk and calls the
 others, who load it, take their share of every batch and wait again.  They wait by asking the launcher's key-value
-store, which has no time limit: process 0 may measure for hours.  Process 0 keeps that store where there is no launcher
+store, which has no time limit: rank 0 may measure for hours.  Rank 0 keeps that store where there is no launcher
 to keep it, so it leaves last.
 """
 
@@ -51,7 +51,7 @@ class Group:
 
     @contextmanager
     def training(self, cell: str, model: Any, tokenizer: Any, begun: Path) -> Iterator[None]:
-        """Of process 0: the others retrain the cell of that id with it, from `model` as it is now.
+        """Of rank 0: the others retrain the cell of that id with it, from `model` as it is now.
 
         Raises ConnectionError where one of them cannot load it.
         """
@@ -73,7 +73,7 @@ class Group:
                 shutil.rmtree(pruned)
 
     def follow(self, chosen: Callable[[], Sequence[Cell]], settings: Settings) -> None:
-        """Of the other processes: train along whenever process 0 calls, until it lets them go."""
+        """Of the other ranks: train along whenever rank 0 calls, until it lets them go."""
         while call := self._next():
             try:
                 _train_along(call, chosen(), settings, lambda: self._reach(f"loaded/{self.calls}"))
@@ -141,7 +141,7 @@ class Group:
 
 @contextmanager
 def joined() -> Iterator[Group | None]:
-    """The processes of this launch, None for a process that was started alone; process 0 lets the others go.
+    """The processes of this launch, None for a process that was started alone; rank 0 lets the others go.
 
     Raises ValueError where the environment speaks of others but not of how to meet them.
     """

@@ -36,7 +36,7 @@ _SEVEN = _metrics(
     "boolq piqa hellaswag winogrande arc_easy arc_challenge openbookqa", normalised="hellaswag arc_challenge openbookqa"
 )
 _WITH_RTE = _metrics("boolq rte hellaswag winogrande arc_easy arc_challenge openbookqa")
-CONVENTIONS = {
+TASK_SETS = {
     "llm_pruner": _SEVEN,
     "flap": _SEVEN,
     "wanda": _WITH_RTE,
@@ -63,13 +63,13 @@ def zero_shot(name: str, limit: int | None = None, parameters: int = 0) -> ZeroS
     """The zero-shot tasks of the paper `name`, with the metrics that enter its mean.
 
     `limit` keeps the first so many documents of each task; without one, models of 60e9 `parameters` and more are asked
-    as many as the paper asked them.  Raises ValueError with the nearest names for an unknown convention.
+    as many as the paper asked them.  Raises ValueError with the nearest names for an unknown task set.
     """
-    if name not in CONVENTIONS:
-        raise ValueError(unknown("zero-shot convention", name, CONVENTIONS))
+    if name not in TASK_SETS:
+        raise ValueError(unknown("task set", name, TASK_SETS))
     if limit is None and parameters >= LARGE_PARAMETERS:
         limit = LARGE_LIMITS.get(name)
-    return ZeroShot(name, CONVENTIONS[name], limit)
+    return ZeroShot(name, TASK_SETS[name], limit)
 
 
 def tasks(*names: str, limit: int | None = None, examples: int = 0) -> ZeroShot:
@@ -78,18 +78,18 @@ def tasks(*names: str, limit: int | None = None, examples: int = 0) -> ZeroShot:
 
 
 def named(names: Sequence[str], parameters: int = 0) -> ZeroShot:
-    """What a command line means by them: one convention, or tasks of lm-eval.
+    """What a command line means by them: one task set, or tasks of lm-eval.
 
-    UsageError for a convention beside anything else, which would leave open whose mean is meant, and for a task twice.
+    UsageError for a task set beside anything else, which would leave open whose mean is meant, and for a task twice.
     """
-    if (sets := [name for name in names if name in CONVENTIONS]) and len(names) > 1:
+    if (sets := [name for name in names if name in TASK_SETS]) and len(names) > 1:
         raise UsageError(
             f"{sets[0]} of {', '.join(names)} is a task set with a mean of its own; name it alone, or tasks by their "
-            f"names ({' '.join(task for task, _ in CONVENTIONS[sets[0]])})."
+            f"names ({' '.join(task for task, _ in TASK_SETS[sets[0]])})."
         )
     if twice := [name for name in dict.fromkeys(names) if list(names).count(name) > 1]:
         raise UsageError(f"{', '.join(twice)} is named more than once; name each task once.")
-    return zero_shot(names[0], None, parameters) if len(names) == 1 and names[0] in CONVENTIONS else tasks(*names)
+    return zero_shot(names[0], None, parameters) if len(names) == 1 and names[0] in TASK_SETS else tasks(*names)
 
 
 def length(model: str) -> int:

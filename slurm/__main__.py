@@ -62,9 +62,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_sending(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--profile", type=cli.word, default="processors", metavar="NAME|FILE", help="default: processors"
-    )
+    command.add_argument("--profile", type=cli.word, default="cpu", metavar="NAME|FILE", help="default: cpu")
     command.add_argument("--executor", choices=("slurm", "local", "debug"), default="slurm", help="default: slurm")
     command.add_argument(
         "--memory-gb", type=cli.gigabytes, metavar="GB", help="ask for this much instead of the estimate"

@@ -134,9 +134,12 @@ def test_a_fingerprint_stays_with_the_content_and_changes_with_weights_and_token
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (lambda weights: weights.pop(QUERY), "asks in vain for 1 of the weights, e.g. " + QUERY),
-        (lambda weights: weights.update({QUERY: torch.zeros(32, 64)}), "has other shapes for 1 of the weights"),
-        (lambda weights: weights.update({QUERY.replace("weight", "bias"): torch.zeros(64)}), "has no place for 1"),
+        (lambda weights: weights.pop(QUERY), "1 weights are missing, e.g. " + QUERY),
+        (lambda weights: weights.update({QUERY: torch.zeros(32, 64)}), "1 weights are of another shape"),
+        (
+            lambda weights: weights.update({QUERY.replace("weight", "bias"): torch.zeros(64)}),
+            "1 weights are unexpected",
+        ),
     ],
     ids=["missing", "cut", "surplus"],
 )
@@ -170,7 +173,7 @@ def test_a_refusal_of_the_hub_says_what_to_do(monkeypatch):
     def refuse(*_, **__):
         raise OSError("You are trying to access a gated repo.\nMake sure to have access to it.")
 
-    monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", refuse)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", refuse)
     with pytest.raises(OSError, match=r"llama-2-7b .* gated repo.*accept the licence.*hf auth login.*local folder"):
         models.load("llama-2-7b")
 

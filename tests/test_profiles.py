@@ -23,7 +23,7 @@ def test_every_profile_that_comes_along_can_be_used(name):
 
 
 def test_the_two_examples_and_the_default_are_there():
-    assert set(profile.names()) == {"container", "gpu_partition", "processors"}
+    assert set(profile.names()) == {"container", "cpu", "gpu_partition"}
 
 
 @pytest.mark.parametrize(

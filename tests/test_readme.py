@@ -17,6 +17,7 @@ from analysis.tables import grid
 from experiments import papers
 from experiments.store import records
 
+TABLES = f"{readme.TABLES_BEGIN}\n{readme.TABLES_END}"
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 DRIFTED = (
     "{} is not what the records under results/runs say: run `python -m analysis readme` and commit what it writes."
@@ -38,7 +39,7 @@ def test_nothing_drifted_from_the_records():
 
 @pytest.fixture
 def root(tmp_path):
-    (tmp_path / "README.md").write_text(f"# Title\n\n{readme.BEGIN}\nstale\n{readme.END}\n\nThe rest.\n")
+    (tmp_path / "README.md").write_text(f"# Title\n\n{TABLES}\n{readme.BEGIN}\nstale\n{readme.END}\n\nThe rest.\n")
     (tmp_path / "results").mkdir()
     return tmp_path / "results"
 
@@ -75,9 +76,6 @@ def test_a_mean_its_interval_and_a_sentence_stand_there(root):
     assert (
         "256 tokens as `embedded/wiki@512[:128]`; calibrated on 32 x 512 tokens of embedded/c4; 10 of 21 cells" in text
     )
-    assert re.search(
-        r"\| Wanda's perplexity is below magnitude.*\| holds +\| holds so far \(1 of 1; 1 of 2 not measured\) +\|", text
-    )
     assert "no doubt: 1 hold, 1 hold so far, 2 fail, 1 undecided, 38 not run yet." in text
     for link in re.findall(r"\]\((results/[^)]+)\)", text):
         assert (root.parent / link).is_file()
@@ -94,7 +92,10 @@ def test_other_tables_move_nothing_and_a_changed_number_does(root):
     assert all(after[path] != text for path, text in before.items())
 
 
-@pytest.mark.parametrize("text", ["nothing", f"{readme.BEGIN}", f"{readme.BEGIN}{readme.END}" * 2])
+@pytest.mark.parametrize(
+    "text",
+    ["nothing", f"{TABLES}{readme.BEGIN}", TABLES + f"{readme.BEGIN}{readme.END}" * 2, f"{readme.BEGIN}{readme.END}"],
+)
 def test_a_readme_without_a_place_is_refused(root, text):
     (root.parent / "README.md").write_text(text)
     with pytest.raises(ValueError, match="must have each of these lines once"):

@@ -181,7 +181,7 @@ def test_a_plan_of_months_is_warned_of_with_the_profiles_that_have_accelerators(
     words = ["submit", "flap.perplexity", "--dry-run", "--results", str(tmp_path)]
     assert main(words) == 0
     (warning,) = capsys.readouterr().err.splitlines()
-    assert "10 of 60 cells would take more than 30 days each with the profile processors, up to 703;" in warning
+    assert "10 of 60 cells would take more than 30 days each with the profile cpu, up to 703;" in warning
     assert "gpu_partition (80 GB); these cells need up to 152 GB on one." in warning
     assert main([*words, "--method", "dense", "--model", "llama-7b"]) == 0
     assert capsys.readouterr().err == ""

@@ -50,7 +50,7 @@ def test_two_launched_processes_make_the_records_of_one(tmp_path):
     assert len(run_table("retrained", alone, Settings(tmp_path / "1", device="cpu", data_dir=data)).failed) == 1
     told = run(tmp_path / "2", data)
     assert told.returncode != 0
-    assert told.stderr.count("3 done now, 0 before, 1 failed") == 1  # process 0 alone speaks
+    assert told.stderr.count("3 done now, 0 before, 1 failed") == 1  # rank 0 alone speaks
     assert "Rank 1000 is larger than" in told.stderr
     one, two = found(tmp_path / "1"), found(tmp_path / "2")
     assert len(two) == 3

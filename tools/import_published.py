@@ -22,7 +22,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.published import FOLDER, Published, refuse_duplicates
-from experiments.protocols import CONVENTIONS, LARGE_LIMITS
+from experiments.protocols import LARGE_LIMITS, TASK_SETS
 from experiments.store import atomic
 from tools.caveats import caveat, note
 
@@ -177,7 +177,7 @@ def _accuracy_key(row: dict[str, Any], paper: str, model: str) -> str:
     whole = (
         row["dataset"] in ("Average-7", "BoolQ,RTE,HellaSwag,WinoGrande,ARC-e,OBQA") or row["dataset"].count(",") == 6
     )
-    return f"mean.{paper}@0shot{head}" if whole and paper in CONVENTIONS else ""
+    return f"mean.{paper}@0shot{head}" if whole and paper in TASK_SETS else ""
 
 
 def _value(printed: str, unit: str) -> tuple[float | None, float | None]:

@@ -54,7 +54,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Claim:
-    """A paper's sentence; `stand_in` is where the embedded model is asked while the paper's models were not run."""
+    """A paper's claim; `stand_in` is where the embedded model is asked while the paper's models were not run."""
 
     name: str
     paper: str

@@ -1,6 +1,6 @@
-"""The papers' sentences as statements that numbers can contradict.
+"""The papers' claims as statements that numbers can contradict.
 
-A tolerance that a sentence leaves open ("on par", "matches") is written out as a factor.
+A tolerance that a claim leaves open ("on par", "matches") is written out as a factor.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ CLAIMS = (
           over("FLAP", "LLM-Pruner", "20 %", "50 %"), FLAP_SPEED),
     Claim("flap-smaller", "FLAP", "At 20 % FLAP's model is smaller than LLM-Pruner's 5,422,977,024 parameters.",
           (Better(("FLAP", "20 %"), 5_422_977_024.0),), FLAP_COUNTS),
-    Claim("flap-bias", "FLAP", "Handing back what is gone as a bias lowers the perplexity.",
+    Claim("flap-bias", "FLAP", "Bias compensation lowers the perplexity.",
           over("FLAP", "FLAP without bias", "20 %", "50 %"),
           (Place("flap.bias_compensation", LLAMA[:1], AT_128),), stand_in("flap")),
     Claim("flap-structure", "FLAP", "One threshold over the model (AL-AM) is better than equal shares (UL-UM).",
@@ -99,11 +99,11 @@ CLAIMS = (
     Claim("gblm-alpha", "GBLM-Pruner", "A weight of 100 is better than both ends of the sweep.",
           tuple(Better(("GBLM-Pruner alpha=100", "50 %"), (f"GBLM-Pruner alpha={end}", "50 %"))
                 for end in ("0.001", "100000")), (Place("gblm.alpha", LLAMA_2[:1], AT_2048),)),
-    Claim("gblm-patterns", "GBLM-Pruner", "GBLM-Pruner's masks spare and give up whole columns, more than chance (1).",
+    Claim("gblm-patterns", "GBLM-Pruner", "GBLM's masks keep or remove whole columns more often than chance (1).",
           (Better((GBLM, "50 %"), 1.0),),
           (Place("gblm.patterns", LLAMA_2[:1], PATTERNS, "column_dispersion"),),
           (Place("embedded.gblm", EMBEDDED, PATTERNS, "column_dispersion"),)),
-    Claim("gblm-patterns-wanda", "GBLM-Pruner", "GBLM-Pruner's masks have more such structure than Wanda's.",
+    Claim("gblm-patterns-wanda", "GBLM-Pruner", "GBLM-Pruner's masks have more such structure than Wanda's masks.",
           over(GBLM, "Wanda", "50 %"), (Place("gblm.patterns", LLAMA_2[:1], PATTERNS, "column_dispersion"),),
           (Place("embedded.gblm", EMBEDDED, PATTERNS, "column_dispersion"),)),
     Claim("wanda-magnitude", "Wanda", "Wanda's perplexity is below magnitude pruning's at 50 %, 4:8 and 2:4.",
@@ -131,15 +131,15 @@ CLAIMS = (
     Claim("perp-full", "PERP", "Retraining biases and norms matches retraining everything (within 5 %).",
           over(SMALL, "Magnitude + all weights", "50 %", "60 %", factor=1.05), PERP_MAGNITUDE,
           stand_in("perp")),
-    Claim("perp-masklora", "PERP", "MaskLoRA on magnitude masks is below Wanda without retraining.",
+    Claim("perp-masklora", "PERP", "Retrained by MaskLoRA, magnitude pruning is below Wanda without retraining.",
           (Better((MASKLORA, "50 %"), ("Wanda", "50 %")),), PERP_MASKS,
           stand_in("perp"),
           (Better(("Magnitude + MaskLoRA, norms", "50 %"), ("Wanda", "50 %")),)),
-    Claim("perp-sparsegpt", "PERP", "MaskLoRA lifts magnitude to SparseGPT (within 5 %).",
+    Claim("perp-sparsegpt", "PERP", "Retrained by MaskLoRA, magnitude pruning matches SparseGPT (within 5 %).",
           (Better((MASKLORA, "50 %"), ("SparseGPT", "50 %"), 1.05),), PERP_MASKS,
           stand_in("perp"),
           (Better(("Magnitude + MaskLoRA, norms", "50 %"), ("SparseGPT", "50 %"), 1.05),)),
-    Claim("perp-reconstruction", "PERP", "Reconstruction improves Wanda and SparseGPT.",
+    Claim("perp-reconstruction", "PERP", "Reconstruction lowers the perplexity of Wanda and SparseGPT.",
           tuple(Better((f"{name} + reconstruction (MaskLoRA, norms, biases)", "50 %"), (name, "50 %"))
                 for name in ("Wanda", "SparseGPT")), PERP_RECONSTRUCTION,
           stand_in("perp"),
@@ -147,7 +147,7 @@ CLAIMS = (
                 for name in ("Wanda", "SparseGPT"))),
     Claim("perp-minutes", "PERP", "OPT-30B's biases and norms are retrained on one GPU in minutes, not in an hour.",
           (Better((SMALL, "50 %"), 1.0),), (Place("perp.magnitude", OPT[-1:], COST, "retraining_hours"),)),
-    Claim("pruner-hours", "LLM-Pruner", "Tuning LLaMA-7B on 50,000 samples takes three hours at most.",
+    Claim("pruner-hours", "LLM-Pruner", "Recovery of LLaMA-7B on 50,000 samples takes three hours at most.",
           (Better((ELEMENT1, "20 %, tuned"), 3.0), Better((ELEMENT2, "20 %, tuned"), 3.0)),
           (Place("llm_pruner.llama_7b", LLAMA[:1], COST, "retraining_hours"),)),
     Claim("pruner-keeps", "LLM-Pruner", "20 % pruned and tuned, LLaMA-7B keeps 94.97 % of its accuracy.",
@@ -160,12 +160,12 @@ CLAIMS = (
           over(ELEMENT1, "Random", "20 %"), PRUNER_PPL, stand_in("llm_pruner")),
     Claim("pruner-channel", "LLM-Pruner", "Pruning blocks is better than pruning channels of the whole model.",
           over(ELEMENT1, "Channel", "20 %"), PRUNER_PPL),
-    Claim("pruner-tuning", "LLM-Pruner", "Tuning lowers the perplexity of what was pruned.",
+    Claim("pruner-tuning", "LLM-Pruner", "Recovery by LoRA lowers the perplexity of the pruned model.",
           (Better((ELEMENT1, "20 %, tuned"), (ELEMENT1, "20 %")),), PRUNER_PPL),
-    Claim("pruner-dependency", "LLM-Pruner", "Pruning coupled weights apart ruins the model.",
+    Claim("pruner-dependency", "LLM-Pruner", "Pruning coupled weights independently of each other ruins the model.",
           (Better((ELEMENT1, "20 %"), ("w/o dependency", "20 %"), 0.01),),
           (Place("llm_pruner.dependency", LLAMA[:1], AT_128),)),
-    Claim("pruner-local", "LLM-Pruner", "Ranking in each block is better than over all blocks.",
+    Claim("pruner-local", "LLM-Pruner", "Ranking groups within each block is better than over all blocks.",
           over("Element^1 - local", "Element^1 - global", "20 %"),
           tuple(Place("llm_pruner.global_local", LLAMA[:1], key) for key in (AT_128, "ptb/validation@128"))),
     Claim("pruner-share", "LLM-Pruner", "The paper's 20 % removes 19 % of LLaMA-7B's parameters or more.",
@@ -182,7 +182,7 @@ def frame(root: Path, claims: Sequence[Claim] = CLAIMS) -> pd.DataFrame:
             {
                 "Claim": claim.name,
                 "Paper": claim.paper,
-                "Sentence": claim.sentence,
+                "Statement": claim.sentence,
                 "Paper's numbers": str(on_paper(claim)),
                 "Ours": str(on_ours(claim, ours)),
                 "Ours with noise": str(on_ours(claim, ours, noise=True)),

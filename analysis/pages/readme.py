@@ -22,26 +22,31 @@ from analysis.rows import Row, declared
 from analysis.tables import grid
 from analysis.tables.grid import Pivot, Verdict
 from analysis.tables.markdown import marked
-from experiments.papers import find
+from experiments.papers import TABLES, find
+from experiments.spec import Table
 from experiments.store import atomic, records
 
 KEPT = {"embedded.gblm": "GBLM-Pruner", "embedded.flap": "FLAP", "embedded.llm_pruner": "LLM-Pruner",
         "embedded.perp": "PERP"}  # fmt: skip
 FOLDER = "embedded"  # under results: the report and the figures
 BEGIN, END = "<!-- results: by `python -m analysis readme`, not by hand -->", "<!-- end of results -->"
+TABLES_BEGIN, TABLES_END = "<!-- tables: by `python -m analysis readme`, not by hand -->", "<!-- end of tables -->"
+PAPERS = {"flap": "FLAP", "gblm": "GBLM-Pruner", "perp": "PERP", "llm_pruner": "LLM-Pruner",
+          "baselines": "Wanda and SparseGPT", "embedded": "The embedded model, SmolLM2-135M"}  # fmt: skip
 WORDS = {"holds": "hold", "holds so far": "hold so far", "fails": "fail", "undecided": "undecided"}
 READING = (
     "Mean perplexity on SmolLM2-135M, a model small enough for two CPU cores; lower is better. ± is half the 95 % "
-    "interval of the mean over three draws of the calibration text; without ± it is one run, as the method draws "
-    "nothing or one draw was asked. Bold: better than every other method by a 95 % interval of the paired difference, "
+    "interval of the mean over three calibration seeds; without ± it is one run, as the method draws "
+    "nothing or one seed was asked. Bold: better than every other method by a 95 % interval of the paired difference, "
     "the dense model apart. The papers' models are 20 to 500 times as large and lose less: compare directions, not "
     "values."
 )
 REPORT = "[The report]({}), one HTML page to download and open, tells the protocol and the origin of every number."
 HEAD = "**{}:** {} (`{}`)"
 NONE = "{}: no records yet; `python -m experiments run {}` makes them."
-SENTENCES = """**{count} sentences of the papers** (`python -m analysis claims`). By the papers' own numbers: {printed}.
-By ours, where a comparison counts only if its 95 % interval leaves no doubt: {noisy}."""
+CLAIMS = """**{count} claims of the papers** (`python -m analysis claims`; the report has each with its verdicts). By the
+papers' own numbers: {printed}. By ours, where a comparison counts only if its
+95 % interval leaves no doubt: {noisy}."""
 
 
 def written(root: Path) -> dict[Path, str]:
@@ -53,7 +58,7 @@ def written(root: Path) -> dict[Path, str]:
     with _kept(root) as place:
         found = {name: made for name in KEPT if (made := _rows(name, place))}
         told = _section(found, grid.judged(statements.CLAIMS, place), root.name)
-        texts = {readme: replaced(readme, told)}
+        texts = {readme: replaced(readme, told, commands())}
         if found:
             texts[root / FOLDER / "report.html"] = report.html(place, Path(root.name))
     return {**texts, **{root / FOLDER / f"{name}.svg": _figure(name, made) for name, made in found.items()}}
@@ -66,15 +71,33 @@ def write(root: Path) -> list[Path]:
     return list(made)
 
 
-def replaced(readme: Path, told: str) -> str:
-    """README with this text between the two marks; ValueError unless each stands there once."""
+def commands() -> str:
+    """By paper, what each of its tables is called here."""
+    parts = []
+    for prefix, paper in PAPERS.items():
+        named = {name: table for name, table in TABLES.items() if name.partition(".")[0] == prefix}
+        lines = [(_reproduces(table), f"`{name}`") for name, table in named.items()]
+        frame = pd.DataFrame(lines, columns=["table", "NAME"])
+        listed = marked(frame, pd.DataFrame(), ["table", "NAME"])
+        parts.append(f"<details><summary>{paper}: {len(named)} tables</summary>\n\n{listed}\n\n</details>")
+    return "\n\n".join(parts)
+
+
+def _reproduces(table: Table) -> str:
+    return table.title + (f"; cannot run yet: it needs {table.missing}" if table.missing else "")
+
+
+def replaced(readme: Path, told: str, tables: str) -> str:
+    """README with these texts between their marks; ValueError unless each mark stands there once."""
     if not readme.is_file():
         raise ValueError(f"There is no {readme} for the results beside it; name the results folder of a checkout.")
     text = readme.read_text(encoding="utf-8")
-    if [text.count(mark) for mark in (BEGIN, END)] != [1, 1]:
-        raise ValueError(f"{readme} must have each of these lines once, around its results: {BEGIN} and {END}")
-    before, _, rest = text.partition(BEGIN)
-    return f"{before}{BEGIN}\n\n{told}\n{END}{rest.partition(END)[2]}"
+    for begin, end, new in ((BEGIN, END, told), (TABLES_BEGIN, TABLES_END, f"{tables}\n")):
+        if [text.count(mark) for mark in (begin, end)] != [1, 1]:
+            raise ValueError(f"{readme} must have each of these lines once, around what is renewed: {begin} and {end}")
+        before, _, rest = text.partition(begin)
+        text = f"{before}{begin}\n\n{new}\n{end}{rest.partition(end)[2]}"
+    return text
 
 
 @contextmanager
@@ -97,7 +120,7 @@ def _rows(name: str, root: Path) -> list[Row]:
 def _section(found: dict[str, list[Row]], judged: Sequence[Verdict], folder: str) -> str:
     parts = [f"{READING} {REPORT.format(f'{folder}/{FOLDER}/report.html')}"] if found else []
     parts += [_table(name, found.get(name, []), folder) for name in KEPT]
-    return "\n\n".join([*parts, _sentences(judged)]) + "\n"
+    return "\n\n".join([*parts, _claims(judged)]) + "\n"
 
 
 def _table(name: str, made: Sequence[Row], folder: str) -> str:
@@ -134,22 +157,12 @@ def _origin(made: Sequence[Row]) -> str:
     return f"{len(done)} of {len(made)} cells; {places}; commit {commits}."
 
 
-def _sentences(judged: Sequence[Verdict]) -> str:
-    counted = SENTENCES.format(
+def _claims(judged: Sequence[Verdict]) -> str:
+    return CLAIMS.format(
         count=len(judged),
         printed=_counts((one.paper.verdict for one in judged), "without printed numbers"),
         noisy=_counts((one.noisy.verdict for one in judged), "not run yet"),
     )
-    lines = [(one.claim.sentence, one.claim.paper, one.paper.verdict, _words(one)) for one in judged if one.noisy.of]
-    if not lines:
-        return counted
-    frame = pd.DataFrame(lines, columns=["sentence", "paper", "its numbers", "ours, on SmolLM2-135M"])
-    return f"{counted} Those that ours speak of:\n\n{marked(frame, pd.DataFrame(), list(frame.columns))}"
-
-
-def _words(one: Verdict) -> str:
-    more = grid.against(one.noisy)
-    return one.noisy.verdict + (f" ({more})" if more else "")
 
 
 def _counts(verdicts: Iterable[str], otherwise: str) -> str:

@@ -31,7 +31,7 @@ OTHERS: dict[str, tuple[type, ...]] = {  # columns that hold no text
 class Source:
     """Files by split, each the first that exists of the names given, and the columns that the task reads.
 
-    `examples` names the split that examples in the prompt come from; empty where it is not among the files.  A `group`
+    `examples` names the split that few-shot examples come from; empty where it is not among the files.  A `group`
     has such files for each of its tasks, whose name stands for `{part}`.
     """
 

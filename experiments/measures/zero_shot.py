@@ -135,7 +135,7 @@ def _task(what: ZeroShot, task: str, score: Any) -> Values:
 
 
 def _mean(what: ZeroShot, scores: Mapping[str, Mapping[str, list[float]]]) -> dict[str, Any]:
-    """The convention's mean with its interval; nothing where a task is missing, since another mean is no such mean."""
+    """The task set's mean with its interval; nothing where a task is missing, since another mean is no such mean."""
     if not what.convention or any(task not in scores for task, _ in what.metrics):
         return {}
     from eval.intervals import mean_over_tasks

@@ -184,11 +184,11 @@ def _check_complete(model: Model, info: dict[str, Any]) -> None:
     """A weight that is missing would be random and one that is left over ignored: the number would look fine."""
     surplus = {key for key in info["unexpected_keys"] if key.endswith((".weight", ".bias"))}
     misfits = {key for key, *_ in info["mismatched_keys"]}
-    wrong = {"asks in vain for": info["missing_keys"], "has no place for": surplus, "has other shapes for": misfits}
+    wrong = {"missing": info["missing_keys"], "unexpected": surplus, "of another shape": misfits}
     for verdict, keys in wrong.items():
         if keys:
             raise ValueError(
-                f"{model.name} does not fit its own config.json, which {verdict} {len(keys)} of the weights, e.g. "
+                f"{model.name} does not fit its own config.json: {len(keys)} weights are {verdict}, e.g. "
                 f"{min(keys)}; it was cut (a structurally pruned model), edited or not saved to the end."
             )
 

@@ -32,7 +32,7 @@ def runs(
     """The table's runs in reading order, on another model or in another number format where asked.
 
     `limit` cuts zero-shot tasks to their first so many documents, which gives them protocol keys of their own; `tasks`,
-    a convention or tasks of lm-eval, are measured besides.  UsageError for a model that is not there, and for a `limit`
+    a task set or tasks of lm-eval, are measured besides.  UsageError for a model that is not there, and for a `limit`
     where there is no such task.
     """
     if model is not None:

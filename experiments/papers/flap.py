@@ -109,7 +109,7 @@ speed = Table(
 
 bias_compensation = Table(
     name="flap.bias_compensation",
-    title="With and without the bias that stands in for what is gone",
+    title="With and without bias compensation",
     rows=(True, False),
     columns=tuple(product(MODELS[:1], RATIOS)),
     run=lambda bias, model, ratio: pruned(partial(flap, bias=bias), model, ratio),

@@ -111,7 +111,7 @@ sparsity = Table(
 
 calibration_seeds = Table(
     name="gblm.calibration_seeds",
-    title="Five draws of the calibration windows",
+    title="Five calibration seeds",
     rows=(partial(pruners.GBLM, norm="l1"),),
     columns=tuple(product(("llama-2-7b",), range(5))),
     run=lambda method, model, seed: Run(

@@ -1,6 +1,6 @@
 """The headline table of each paper on the embedded SmolLM2-135M: no hub, two CPU cores.
 
-Three draws of the calibration text.
+Three calibration seeds.
 
     python -m experiments run embedded.gblm       half an hour a table on two cores with AVX512-BF16, PERP's twice that
 
@@ -41,7 +41,7 @@ def drawn(method: Any, model: str, seed: int, windows: Windows, measures: tuple[
 
 gblm = Table(
     name="embedded.gblm",
-    title="Unstructured pruning without retraining, three draws of calibration windows",
+    title="Unstructured pruning without retraining, three calibration seeds",
     rows=(None, Magnitude, SparseGPT, Wanda, partial(GBLM, norm="l1", alpha=ALPHA)),
     columns=tuple(product((MODEL,), ({"sparsity": 0.5}, {"pattern": "2:4"}), SEEDS)),
     run=lambda method, model, how, seed: drawn(

@@ -118,7 +118,7 @@ calibration_size = Table(
 
 calibration_seeds = Table(
     name="baselines.calibration_seeds",
-    title="Five draws of the calibration windows (Wanda, table 18)",
+    title="Five calibration seeds (Wanda, table 18)",
     rows=METHODS[2:],
     columns=tuple(product(LLAMA[:2] + LLAMA_2[:2], PATTERNS, range(5))),
     run=lambda method, model, how, seed: Run(model, method(**how), windows(model, seed=seed), read(model), "float16"),
@@ -128,7 +128,7 @@ calibration_seeds = Table(
 
 mmlu = Table(
     name="baselines.mmlu",
-    title="Accuracy on MMLU over all documents, five examples in the prompt (Wanda, table 21)",
+    title="Accuracy on MMLU over all documents, five few-shot examples (Wanda, table 21)",
     rows=METHODS,
     columns=tuple(product(LLAMA[:2] + LLAMA_2[:2], PATTERNS[:1])),
     run=lambda method, model, how: Run(
@@ -154,7 +154,7 @@ sparsegpt = Table(
 
 sparsegpt_seeds = Table(
     name="baselines.sparsegpt_seeds",
-    title="Five draws of the calibration windows on OPT-2.7B (SparseGPT, appendix A)",
+    title="Five calibration seeds on OPT-2.7B (SparseGPT, appendix A)",
     rows=(pruners.SparseGPT,),
     columns=tuple(product(("opt-2.7b",), PATTERNS[:1], range(5))),
     run=lambda method, model, how, seed: Run(
