@@ -22,7 +22,7 @@ from analysis import published
 from analysis.published import Published
 from analysis.rows import Row
 from eval.intervals import half_width, normal_half_width
-from experiments.spec import Efficiency, MaskPatterns, Perplexity, Run, Table, ZeroShot
+from experiments.spec import Run, Table
 
 MATCHES, DIFFERS, MISSING, UNPUBLISHED = "matches", "differs", "missing", "not published"
 REPEATS = {"Flap": 0.04, "WandaSP": 0.13, "LLMPruner": 0.09, "LLMPruner l2": 0.3}
@@ -151,13 +151,7 @@ def tells_more(found: Sequence[Cell]) -> bool:
 
 def quantities(run: Run) -> list[tuple[str, str]]:
     """(protocol key, quantity) of every number that a paper would print of this run."""
-    kinds = {
-        Perplexity: ("perplexity",),
-        ZeroShot: ("score",),
-        Efficiency: ("parameters", "macs"),
-        MaskPatterns: ("column_dispersion",),
-    }
-    return [(key, metric) for what in run.measures for key in what.keys for metric in kinds.get(type(what), ())]
+    return [(key, metric) for what in run.measures for key in what.keys for metric in what.shown]
 
 
 def frame(found: Iterable[Cell]) -> pd.DataFrame:

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import pruners
 from experiments.models import catalogue
@@ -57,6 +57,8 @@ class Perplexity:
     window: Annotated[int, checks.whole(2)]
     limit: Count | None = None
 
+    shown: ClassVar[tuple[str, ...]] = ("perplexity",)
+
     def __post_init__(self) -> None:
         checks.fields(self)
 
@@ -94,6 +96,8 @@ class ZeroShot:
     detail: Flag = field(default=True, metadata={"result": False})
     examples: Number = field(default=0, metadata={"since": "later"})
 
+    shown: ClassVar[tuple[str, ...]] = ("score",)
+
     def __post_init__(self) -> None:
         checks.fields(self)
 
@@ -126,6 +130,8 @@ class Efficiency:
     repetitions: Count = 5
     semi_structured: Flag = False
 
+    shown: ClassVar[tuple[str, ...]] = ("parameters", "macs")
+
     def __post_init__(self) -> None:
         checks.fields(self)
 
@@ -147,6 +153,8 @@ class Generation:
     new_tokens: Count = 64
     seed: Seed = 0
 
+    shown: ClassVar[tuple[str, ...]] = ()
+
     def __post_init__(self) -> None:
         checks.fields(self)
 
@@ -164,6 +172,8 @@ class MaskPatterns:
     """How far rows and columns of the masks stay or go together, and maps of the masks of one block, from 0."""
 
     block: Number = 0
+
+    shown: ClassVar[tuple[str, ...]] = ("column_dispersion",)
 
     def __post_init__(self) -> None:
         checks.fields(self)

@@ -44,8 +44,8 @@ READING = (
 REPORT = "[The report]({}), one HTML page to download and open, tells the protocol and the origin of every number."
 HEAD = "**{}:** {} (`{}`)"
 NONE = "{}: no records yet; `python -m experiments run {}` makes them."
-CLAIMS = """**{count} claims of the papers** (`python -m analysis claims`; the report has each with its verdicts). By the
-papers' own numbers: {printed}. By ours, where a comparison counts only if its
+CLAIMS = """**{count} claims of the papers** (`python -m analysis claims`; the report has each with its verdicts). By
+the papers' own numbers: {printed}. By ours, where a comparison counts only if its
 95 % interval leaves no doubt: {noisy}."""
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from experiments import spec
 from experiments.data import tokens
 from experiments.data.tokens import Tokenizer
 from experiments.measures import zero_shot
 from experiments.measures.zero_shot import Values
-from experiments.spec import Efficiency, Generation, MaskPatterns, Perplexity, ZeroShot
 from pruners.lazy import Tensor
 
 Progress = Callable[[int, int], None]
@@ -62,7 +62,7 @@ def lacking(measured: Mapping[str, Mapping[str, Any]], data_dir: Path | None) ->
     return any(zero_shot.obtainable(value, data_dir) for value in measured.values())
 
 
-def _perplexity(what: Perplexity, subject: Subject, progress: Progress | None) -> Values:
+def _perplexity(what: spec.Perplexity, subject: Subject, progress: Progress | None) -> Values:
     from eval.intervals import perplexity_interval
     from eval.perplexity import perplexity
 
@@ -85,7 +85,7 @@ def _perplexity(what: Perplexity, subject: Subject, progress: Progress | None) -
     }
 
 
-def _head(stream: Tensor, what: Perplexity) -> Tensor:
+def _head(stream: Tensor, what: spec.Perplexity) -> Tensor:
     assert what.limit is not None
     wanted = what.limit * what.window
     if len(stream) < wanted:
@@ -96,13 +96,13 @@ def _head(stream: Tensor, what: Perplexity) -> Tensor:
     return stream[:wanted]
 
 
-def _zero_shot(what: ZeroShot, subject: Subject, progress: Progress | None) -> Values:
+def _zero_shot(what: spec.ZeroShot, subject: Subject, progress: Progress | None) -> Values:
     return zero_shot.measure(
         what, subject.model, subject.tokenizer.inner, subject.data_dir, subject.place, progress=progress
     )
 
 
-def _efficiency(what: Efficiency, subject: Subject, progress: Progress | None) -> Values:
+def _efficiency(what: spec.Efficiency, subject: Subject, progress: Progress | None) -> Values:
     """The counts, and the first shape's medians beside them for the table's columns."""
     from eval import semi_structured
     from eval.efficiency import efficiency
@@ -119,7 +119,7 @@ def _efficiency(what: Efficiency, subject: Subject, progress: Progress | None) -
     return {what.key: {**found, **medians, **quartiles, **bound, **sparse}}
 
 
-def _generation(what: Generation, subject: Subject, progress: Progress | None) -> Values:
+def _generation(what: spec.Generation, subject: Subject, progress: Progress | None) -> Values:
     from eval.generation import Sampling, generate
 
     model, tokenizer = subject.model, subject.tokenizer.inner
@@ -129,7 +129,7 @@ def _generation(what: Generation, subject: Subject, progress: Progress | None) -
     return {what.key: {**{name: _mean(rows, name) for name in ("distinct_2", "repeated_4")}, "continuations": rows}}
 
 
-def _mask_patterns(what: MaskPatterns, subject: Subject, progress: Progress | None) -> Values:
+def _mask_patterns(what: spec.MaskPatterns, subject: Subject, progress: Progress | None) -> Values:
     from eval.patterns import mask_patterns
 
     return {what.key: mask_patterns(subject.model, what.block)}
@@ -140,11 +140,11 @@ def _mean(rows: list[dict[str, Any]], name: str) -> float | None:
     return fmean(known) if known else None
 
 
-def _perplexity_work(what: Perplexity) -> int:
+def _perplexity_work(what: spec.Perplexity) -> int:
     return what.window * what.limit if what.limit else WHOLE_TEST_SET_TOKENS
 
 
-def _zero_shot_work(what: ZeroShot) -> int:
+def _zero_shot_work(what: spec.ZeroShot) -> int:
     """Takes an example in the prompt to be as long as a document with all its choices, which is rather long."""
     documents = sum(_documents(task, what.limit) for task, _ in what.metrics)
     return documents * DOCUMENT_TOKENS * (1 + what.examples)
@@ -155,14 +155,14 @@ def _documents(task: str, limit: int | None) -> int:
     return min(tasks * limit, documents) if limit else documents
 
 
-def _efficiency_work(what: Efficiency) -> int:
+def _efficiency_work(what: spec.Efficiency) -> int:
     shapes = [
         batch * (2 * length + STEP_TOKENS * what.new_tokens) for batch in what.batch_sizes for length in what.lengths
     ]
     return (what.repetitions + 2) * sum(shapes)
 
 
-def _generation_work(what: Generation) -> int:
+def _generation_work(what: spec.Generation) -> int:
     return 8 * STEP_TOKENS * what.new_tokens
 
 
@@ -176,11 +176,11 @@ class Kind:
 
 
 KINDS = {
-    Perplexity: Kind(_perplexity, _perplexity_work, ("eval.perplexity", "eval.intervals")),
-    ZeroShot: Kind(_zero_shot, _zero_shot_work, ("eval.zero_shot",)),
-    Efficiency: Kind(_efficiency, _efficiency_work, ("eval.efficiency", "eval.semi_structured")),
-    Generation: Kind(_generation, _generation_work, ("eval.generation",)),
-    MaskPatterns: Kind(_mask_patterns, lambda what: 0, ("eval.patterns",)),
+    spec.Perplexity: Kind(_perplexity, _perplexity_work, ("eval.perplexity", "eval.intervals")),
+    spec.ZeroShot: Kind(_zero_shot, _zero_shot_work, ("eval.zero_shot",)),
+    spec.Efficiency: Kind(_efficiency, _efficiency_work, ("eval.efficiency", "eval.semi_structured")),
+    spec.Generation: Kind(_generation, _generation_work, ("eval.generation",)),
+    spec.MaskPatterns: Kind(_mask_patterns, lambda what: 0, ("eval.patterns",)),
 }
 
 

@@ -11,7 +11,15 @@ from experiments.papers import embedded, flap, gblm, headlines, llm_pruner, perp
 from experiments.spec import Run, Table, ZeroShot
 from pruners.suggest import UsageError, unknown
 
-MODULES = (embedded, headlines, flap, gblm, perp, llm_pruner, wanda_sparsegpt)
+MODULES = (
+    embedded,
+    headlines,
+    flap,
+    gblm,
+    perp,
+    llm_pruner,
+    wanda_sparsegpt,
+)
 TABLES = {thing.name: thing for module in MODULES for thing in vars(module).values() if isinstance(thing, Table)}
 
 

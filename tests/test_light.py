@@ -1,0 +1,41 @@
+"""Commands that load no model start without the libraries that take seconds to load."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+HEAVY = ("torch", "transformers", "datasets", "lm_eval", "accelerate", "peft")
+LIST = "from experiments.__main__ import main; main(['list'])"
+SHOW = "from experiments.__main__ import main; main(['show', 'embedded.demo'])"
+STATUS = "from slurm.__main__ import main; main(['status', 'embedded.demo'])"
+TABLE = "from analysis.__main__ import main; main(['table', 'embedded.flap', '--results', RESULTS])"
+
+
+@pytest.mark.parametrize(
+    ("code", "also"),
+    [
+        ("import pruners", ("pandas", "matplotlib", "scipy")),
+        ("import analysis", ("pandas", "matplotlib", "scipy")),
+        (LIST, ("pandas", "matplotlib", "scipy.stats")),
+        (SHOW, ("pandas", "matplotlib", "scipy.stats")),
+        (STATUS, ("pandas", "matplotlib", "scipy.stats")),
+        (TABLE, ("matplotlib", "scipy.stats")),
+    ],
+    ids=["pruners", "analysis", "list", "show", "status", "table"],
+)
+def test_nothing_heavy_is_loaded(code, also, tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/embedded.flap").symlink_to(ROOT / "results/runs/embedded.flap")
+    check = f"import sys; print([name for name in {(*HEAVY, *also)} if name in sys.modules], file=sys.stderr)"
+    told = subprocess.run(
+        [sys.executable, "-c", f"RESULTS = {str(tmp_path)!r}\n{code}\n{check}"],
+        cwd=ROOT, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert told.returncode == 0, told.stderr
+    assert told.stderr.splitlines()[-1] == "[]", told.stderr
