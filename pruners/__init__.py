@@ -7,6 +7,7 @@ report = pruners.prune(model, pruners.Wanda(sparsity=0.5), windows)
 from __future__ import annotations
 
 import importlib
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -231,7 +232,10 @@ def __getattr__(name: str) -> ModuleType:
 
 
 @wrapt.when_imported("transformers")
+@wrapt.when_imported("pruners.modeling_pruned")
 def _register(_: ModuleType) -> None:
     """Tell transformers' Auto classes of the pruned models and ChatGLM."""
-    importlib.import_module("pruners.checkpoint")
-    importlib.import_module("pruners.chatglm")
+    pruned = sys.modules.get("pruners.modeling_pruned")
+    if pruned is None or hasattr(pruned, "CLASSES"):  # else it is what imports transformers: once it is there itself
+        importlib.import_module("pruners.checkpoint")
+        importlib.import_module("pruners.chatglm")

@@ -48,7 +48,7 @@ def test_what_the_recipes_say_is_all_it_takes(tmp_path):
         ("llama-7b", str(small.MODEL)),
         ("Table, Windows", "Table, Windows, Zeros"),
         ("import Magnitude, Wanda", "import RIA, Magnitude, Wanda"),
-        ("Wanda(sparsity=0.5))", "Wanda(sparsity=0.5), RIA(sparsity=0.6))"),
+        ("Wanda(sparsity=0.5))", "Wanda(sparsity=0.5), RIA(sparsity=0.5))"),
     ):
         assert old in text
         text = text.replace(old, new)
@@ -65,6 +65,6 @@ def test_what_the_recipes_say_is_all_it_takes(tmp_path):
         )  # fmt: skip
         assert told.returncode == 0, told.stderr
         if command[1] == "table":
-            assert re.search(r"\| RIA +\| 60 % +\|.* 0\.6", told.stdout), told.stdout
+            assert re.search(r"\| RIA +\| 50 % +\|.* 0\.500", told.stdout), told.stdout
             assert "share of zeros" in told.stdout
     assert (results / "mine.first.zeros.svg").is_file()
