@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from pruners import anatomy
+from pruners.matrices import Matrix
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Projection:
         return self.zeros / self.weights if self.weights else 0.0
 
     @classmethod
-    def of(cls, name: str, linear: nn.Linear, asked: float) -> Projection:
+    def of(cls, name: str, linear: Matrix, asked: float) -> Projection:
         return cls(name, linear.weight.numel(), int((linear.weight == 0).sum()), asked)
 
 

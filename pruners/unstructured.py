@@ -14,6 +14,7 @@ from pruners import anatomy, calibrate, checks, select
 from pruners.anatomy import Block
 from pruners.calibrate import PLAIN, Execution, Statistic
 from pruners.checks import Rule, Share
+from pruners.matrices import Matrix
 from pruners.report import Projection, Report
 from pruners.select import Pattern
 
@@ -75,7 +76,7 @@ class Unstructured:
         assert self.sparsity is not None  # __post_init__ has filled it in
         return self.sparsity
 
-    def remove(self, linears: Mapping[str, nn.Linear], x: Any, dense: Mapping[str, Tensor]) -> None:
+    def remove(self, linears: Mapping[str, Matrix], x: Any, dense: Mapping[str, Tensor]) -> None:
         """Prune, in place, projections that share the input `x`, given by full name."""
         for name, linear in linears.items():
             linear.weight.data.masked_fill_(self.gone(self.score(name, linear.weight.data, x, dense)), 0)
@@ -123,7 +124,7 @@ class Unstructured:
                     )
 
 
-def refuse_non_finite(linears: Mapping[str, nn.Linear]) -> None:
+def refuse_non_finite(linears: Mapping[str, Matrix]) -> None:
     """ValueError, naming the first matrix that holds NaN or inf."""
     for name, linear in linears.items():
         if not linear.weight.is_meta and not linear.weight.isfinite().all():
