@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pruners import chatglm, checkpoint, checks, inputs
+from pruners import apply, chatglm, checkpoint, checks, inputs
 from pruners.calibrate import NOTHING, Execution, Keeper, Progress
 from pruners.checks import Count, Flag, Folder
 from pruners.flap import Flap
@@ -88,6 +88,7 @@ def gather(
     with inputs.plain_torch():
         check_method(method)
         model = inputs.language_model(model, method.reads_weights)
+        _check_family(model, method)
         windows = _calibration(model, method, windows, needed=method.statistics_key is not None)
         how = Execution(batch_size, _place(model, method, device, method.walks), progress)
         return {} if method.statistics_key is None else method.gather(model, windows, how)
@@ -128,6 +129,7 @@ def prune(
     with inputs.plain_torch(), torch.no_grad():
         check_method(method)
         model = inputs.language_model(model, method.reads_weights)
+        _check_family(model, method)
         checkpoint.check(model)
         windows = _calibration(model, method, windows, needed=method.needs_windows or reconstruct is not None)
         device = _place(model, method, device, walks=method.walks or reconstruct is not None)
@@ -163,6 +165,12 @@ def check_method(method: Any) -> None:
     if isinstance(method, str):
         hint += f"; pruners.method({checks.shown(method)}) makes the one of a name"
     raise TypeError(f"method is a method with its hyperparameters, {hint}; got {checks.typed(method)}.")
+
+
+def _check_family(model: PreTrainedModel, method: Any) -> None:
+    """ValueError or TypeError for a structured method on a model that no units can be cut out of."""
+    if isinstance(method, Structured):
+        apply.check(model)
 
 
 def _calibration(model: PreTrainedModel, method: Any, windows: Any, needed: bool) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -60,6 +61,9 @@ class Block:
 
     def linear(self, projection: str) -> Matrix:
         """TypeError for a layer that is no plain linear one, or whose weight or bias is computed from others."""
+        if projection in self._of_experts:
+            number, which = projection.split(".")[-2:]
+            return matrices.of_expert(self.module.get_submodule(self.family.experts), int(number), which)
         return matrices.matrix(self.module.get_submodule(projection), f"{self.name}.{projection}")
 
     def linears(self) -> dict[str, Matrix]:
@@ -68,12 +72,37 @@ class Block:
 
     def parameter(self, projection: str) -> tuple[str, nn.Parameter]:
         """The parameter that holds the projection, and its name within the block."""
-        return f"{projection}.weight", self.module.get_parameter(f"{projection}.weight")
+        name = f"{projection}.weight"
+        if projection in self._of_experts:
+            name = f"{self.family.experts}.{matrices.EXPERT[projection.rpartition('.')[2]][0]}"
+        return name, self.module.get_parameter(name)
+
+    @property
+    def experts(self) -> Any | None:
+        """The module that holds the block's routed experts."""
+        name = self.family.experts
+        return self.module.get_submodule(name) if name and name in dict(self.module.named_modules()) else None
+
+    @cached_property
+    def _of_experts(self) -> frozenset[str]:
+        return frozenset(name for names in self.expert_groups for name in names)
+
+    @cached_property
+    def expert_groups(self) -> tuple[tuple[str, ...], ...]:
+        """Experts' projections, grouped by the input that they share: gate and up, then down, expert by expert."""
+        if self.experts is None:
+            return ()
+        found: list[tuple[str, ...]] = []
+        for expert in range(len(self.experts.down_proj)):
+            name = f"{self.family.experts}.{expert}"
+            found += [(f"{name}.gate", f"{name}.up"), (f"{name}.down",)]
+        return tuple(found)
 
     @property
     def _groups(self) -> tuple[tuple[str, ...], ...]:
         family = self.family
-        return (family.qkv, (family.output,), family.inward, (family.outward,))
+        mlp = self.expert_groups or (family.inward, (family.outward,))
+        return (family.qkv, (family.output,), *mlp)
 
     @property
     def shared_inputs(self) -> tuple[tuple[str, ...], ...]:
@@ -274,7 +303,7 @@ def _check_named(block: Block) -> None:
             f"{block.name} is not laid out as its family's entry in pruners/families.py says ({error}); correct the "
             "entry, or give another model."
         ) from None
-    named = {f"{name}.weight" for name in linears} | {f"{block.family.router}.weight"}
+    named = {block.parameter(name)[0] for name in linears} | {f"{block.family.router}.weight"}
     norms = tuple(f"{name}." for name in (block.family.query_norm, block.family.key_norm) if name)
     strangers = [
         name

@@ -135,6 +135,7 @@ def describe(model: nn.Module) -> None:
     if not isinstance(model, PrunedModel):
         model.__class__, config.__class__ = kind, kind.config_class
         config.pruned_format, config.dense = modeling_pruned.FORMAT, vars(config).get("dense")
+    vars(config).pop("auto_map", None)  # of the code that the dense model's folder may have carried
     config.places = places(blocks[0].family)
     dense_config = copy.deepcopy(config)
     dense_config.__class__ = stock.config_class
@@ -183,8 +184,9 @@ def silence(block: Block) -> None:
     attention, mlp = (torch.zeros(block.units(kind), dtype=torch.bool) for kind in KINDS)
     zero(block, Kept(attention, mlp))
     for name in (block.family.output, block.family.outward):
-        if block.linear(name).bias is not None:
-            block.linear(name).bias.data.zero_()
+        bias = block.linear(name).bias
+        if bias is not None:
+            bias.data.zero_()
 
 
 def residual(model: nn.Module) -> dict[str, int]:

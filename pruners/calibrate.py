@@ -128,7 +128,7 @@ def walk(
     Whatever the caller does to the block before asking for the next one is seen by the later blocks when
     `sequential`; else later blocks get dense outputs and one pass serves both.  `keeper` is told when the caller is
     done with a block; blocks that it restores are not yielded.  Raises ValueError, naming block and projection, for
-    inputs that are not finite.
+    inputs that are not finite.  An expert that no token was routed to has None for a statistic.
     """
     blocks = anatomy.blocks(model)
     with evaluating(model):
@@ -152,7 +152,7 @@ def walk(
 
 def _refuse_non_finite(block: Block, seen: Mapping[str, Any]) -> None:
     for name, statistic in seen.items():
-        if not statistic.finite():
+        if statistic is not None and not statistic.finite():
             raise ValueError(
                 f"The inputs of {block.name}.{name} hold NaN or inf. Check the checkpoint, or use --dtype bfloat16 or "
                 "float32: float16 overflows in some models."

@@ -123,6 +123,8 @@ FAMILIES = {
     "glm4": GLM,
     "starcoder2": replace(FIXED, inward=("mlp.c_fc",), outward="mlp.c_proj"),
     "nemotron": replace(FIXED, inward=("mlp.up_proj",)),
+    "mixtral": replace(FIXED, experts="mlp.experts", router="mlp.gate"),
+    "qwen3_moe": replace(QK_NORM, experts="mlp.experts", router="mlp.gate"),
     "bloom": BLOOM,
     "falcon": replace(BLOOM, passes_on=ALWAYS),
     "gpt_neox": replace(
@@ -132,6 +134,14 @@ FAMILIES = {
         output="attention.dense",
         slopes="",
         passes_on=ALWAYS,
+    ),
+    "chatglm": replace(
+        BLOOM,
+        blocks="transformer.layers",
+        qkv=("attention.query_key_value",),
+        output="attention.dense",
+        slopes="",
+        passes_on=None,
     ),
     "gpt2": GPT2,
     "gptj": replace(

@@ -40,7 +40,37 @@ class Transposed:
         return self.module.weight.shape[1]
 
 
-Matrix: TypeAlias = nn.Linear | Transposed
+@dataclass(frozen=True)
+class Slice:
+    """One expert's matrix, or half of its rows (0: gate, 1: up), within the parameter that stacks all experts'."""
+
+    module: nn.Module
+    name: str
+    expert: int
+    half: int | None = None
+    bias: None = None
+
+    @property
+    def weight(self) -> Tensor:
+        return view(self, self.module.get_parameter(self.name))
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
+
+Matrix: TypeAlias = nn.Linear | Transposed | Slice
+EXPERT = {"gate": ("gate_up_proj", 0), "up": ("gate_up_proj", 1), "down": ("down_proj", None)}  # in transformers
+
+
+def of_expert(module: nn.Module, expert: int, which: str) -> Slice:
+    """Its `gate`, `up` or `down` matrix."""
+    name, half = EXPERT[which]
+    return Slice(module, name, expert, half)
 
 
 def matrix(module: nn.Module, name: str) -> Matrix:
@@ -67,7 +97,7 @@ def matrix(module: nn.Module, name: str) -> Matrix:
 
 def owner(linear: Matrix) -> nn.Module:
     """The module whose parameters the matrix and its bias are."""
-    return linear.module if isinstance(linear, Transposed) else linear
+    return linear if isinstance(linear, nn.Linear) else linear.module
 
 
 def dimension(linear: Matrix, rows: bool) -> int:
@@ -77,4 +107,7 @@ def dimension(linear: Matrix, rows: bool) -> int:
 
 def view(linear: Matrix, tensor: Tensor) -> Tensor:
     """What belongs to the matrix, as [out, inp], of a tensor of its parameter's shape."""
+    if isinstance(linear, Slice):
+        expert = tensor[linear.expert]
+        return expert if linear.half is None else expert.chunk(2)[linear.half]
     return tensor.T if isinstance(linear, Transposed) else tensor

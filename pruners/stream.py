@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import recursively_apply
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from pruners import anatomy
@@ -36,23 +37,29 @@ class Stream:
     ) -> None:
         """`also` is another number of windows that will run together."""
         self.batch_size, self.device = min(batch_size, len(windows)), device
-        self.shared: dict[int, list[Arguments]] = {}
-        self.single: list[list[Arguments]] = []
         self.hidden = torch.empty(0)
-        alike = True
+        self.returned: list[tuple[Any, ...]] = []
+        self.shared: dict[int, list[Arguments]] = {}
         for here in torch.arange(len(windows)).split(self.batch_size):
             hidden, arguments = self._caught(model, windows[here])
             if not self.hidden.numel():
                 self.hidden = hidden.new_empty((len(windows), *hidden.shape[1:]), device=device or hidden.device)
             self.hidden[here] = hidden.to(self.hidden.device)
-            alike = alike and _equal(self.shared.setdefault(len(here), arguments), arguments)
+            self.shared.setdefault(len(here), arguments)
         if also:
             self.shared.setdefault(also, self._caught(model, windows[:also])[1])
-        if not alike:
-            self.single = [self._caught(model, window[None])[1] for window in windows]
+        self.single = self._by_window(model, windows)
+
+    def _by_window(self, model: nn.Module, windows: Tensor) -> list[list[Arguments]]:
+        """The arguments for each window alone; none where all windows have the same."""
+        found = [self._caught(model, windows[:1])[1]]
+        for window in windows[1:]:
+            told = self._caught(model, window[None])[1]
+            found.append(found[0] if _equal(found[0], told) else told)
+        return found if any(told is not found[0] for told in found) else []
 
     def _caught(self, model: nn.Module, windows: Tensor) -> tuple[Tensor, list[Arguments]]:
-        hidden, arguments = inputs_of(model, windows)
+        hidden, arguments = inputs_of(model, windows, self.returned)
         moved: dict[int, Tensor] = {}  # blocks share most of their arguments
         place = self.device or hidden.device
 
@@ -75,30 +82,49 @@ class Stream:
         statistic: type[Statistic] | None,
         outputs: Tensor | None,
     ) -> dict[str, Any]:
-        """Run the block, gather statistics and fill `outputs`; without these, stop once every input has been seen."""
-        length = self.hidden.shape[1]
-        groups = groups if statistic else ()
-        linears = [block.linear(names[0]) for names in groups]
-        made = [statistic(linear.in_features, self.hidden.device) for linear in linears] if statistic else []
-        pending: set[int] = set()
+        """Run the block, gather statistics and fill `outputs`; without these, stop once every input has been seen.
 
-        def look(which: int, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0] if args[0].ndim == 3 else args[0].unflatten(0, (-1, length))
-            made[which].add(x)
-            pending.discard(which)
+        An expert that no token reaches has None for a statistic.
+        """
+        groups = groups if statistic else ()
+        made = {
+            names: statistic(block.linear(names[0]).in_features, self.hidden.device) for names in groups if statistic
+        }
+        reached: set[tuple[str, ...]] = set()
+        pending: set[Any] = set()
+
+        def seen(*which: Any) -> None:
+            pending.difference_update(which)
             if not pending and outputs is None:
                 raise Caught
 
+        def look(names: tuple[str, ...], _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0]
+            made[names].add(x if x.ndim == 3 else x.unflatten(0, (-1, self.hidden.shape[1])))
+            seen(names)
+
+        def look_at_experts(module: Any, args: tuple[Tensor, ...]) -> None:
+            for names, x in _routed(block, module, args, self.hidden.shape[1]):
+                made[names].add(x)
+                if x.shape[1]:
+                    reached.add(names)
+            seen(*block.expert_groups)
+
         with ExitStack() as stack:
-            for which, linear in enumerate(linears):
-                stack.callback(owner(linear).register_forward_pre_hook(partial(look, which)).remove)
+            for names in groups:
+                if names not in block.expert_groups:
+                    module = owner(block.linear(names[0]))
+                    stack.callback(module.register_forward_pre_hook(partial(look, names)).remove)
+            if block.experts is not None and statistic:
+                stack.callback(block.experts.register_forward_pre_hook(look_at_experts).remove)
             for here in torch.arange(len(self.hidden)).split(self.batch_size):
-                pending.update(range(len(linears)))
+                pending.update(groups)
                 with suppress(Caught):
                     made_here = self.run(block, here)
                     if outputs is not None:
                         outputs[here] = made_here
-        return {name: made[which] for which, names in enumerate(groups) for name in names}
+        idle = set(block.expert_groups) - reached
+        return {name: None if names in idle else made[names] for names in groups for name in names}
 
     @torch.no_grad()
     def advance(self, block: Block) -> None:
@@ -111,28 +137,41 @@ class Stream:
         return outputs if isinstance(outputs, Tensor) else outputs[0]
 
 
+def _routed(
+    block: Block, module: Any, args: tuple[Tensor, ...], length: int
+) -> Iterator[tuple[tuple[str, ...], Float[Tensor, "1 tokens inp"]]]:
+    """What the matrices of each expert get of one window's tokens, window by window; nothing of most, as routed."""
+    hidden, index = (told.unflatten(0, (-1, length)) for told in args[:2])
+    for x, chosen in zip(hidden, index, strict=True):
+        for expert, (inward, outward) in enumerate(zip(*[iter(block.expert_groups)] * 2, strict=True)):
+            tokens = x[(chosen == expert).any(-1)]
+            gate, up = nn.functional.linear(tokens, module.gate_up_proj[expert]).chunk(2, -1)
+            yield inward, tokens[None]
+            yield outward, (module.act_fn(gate) * up)[None]
+
+
 @torch.no_grad()
-def inputs_of(model: nn.Module, windows: Tensor) -> tuple[Tensor, list[Arguments]]:
+def inputs_of(model: nn.Module, windows: Tensor, returned: list[tuple[Any, ...]]) -> tuple[Tensor, list[Arguments]]:
     """The hidden states [windows, tokens, width] that reach the blocks, and with which other arguments each is called.
 
-    Needs the embeddings and the first block; the others hand their input on unchanged.
+    The blocks hand their input on unchanged.  `returned` is what they return beside it (nothing where that is no
+    tuple); while it is empty, the first one runs for real to tell.
     """
     blocks = [block.module for block in anatomy.blocks(model)]
     hidden: list[Tensor] = []
     found: list[Arguments] = []
-    rest: list[Any] = []  # what blocks return beside hidden states, where they return a tuple
 
     def stand_in(forward: Any, *args: Any, **kwargs: Any) -> Any:
         told = inspect.signature(forward).bind(*args, **kwargs)
         states, others = _split(told)
-        if not found:
-            hidden.append(states)
-            made = None if len(blocks) == 1 else forward(*args, **kwargs)
-            rest.extend([] if made is None or isinstance(made, Tensor) else [made[1:]])
+        hidden.append(states)
         found.append(others)
         if len(found) == len(blocks):
             raise Caught
-        return (states, *rest[0]) if rest else states
+        if not returned:
+            made = forward(*args, **kwargs)
+            returned.append(() if isinstance(made, Tensor) else made[1:])
+        return (states, *returned[0]) if returned[0] else states
 
     with ExitStack() as stack, suppress(Caught):
         for module in blocks:

@@ -25,6 +25,8 @@ class Unstructured:
 
     `sparsity` is the share removed (default 0.5, or what `pattern` implies); `pattern` "n:m" keeps n of every m
     consecutive inputs of a row.  ValueError where the two disagree or lie out of range.
+    Routed experts are matrices like others, with the statistics of the tokens routed to them; one that no calibration
+    token reaches loses its smallest weights, and the report says so.
     """
 
     sparsity: Share | None = None
@@ -98,11 +100,27 @@ class Unstructured:
         for block, seen in self._walk(model, windows, how):
             for names in block.shared_inputs:
                 together = {f"{block.name}.{name}": block.linear(name) for name in names}
-                self.remove(together, seen.get(names[0]), dense)
+                x = seen.get(names[0])
+                if names in block.expert_groups and self._unreached(together, x, dense):
+                    report.without_tokens += together
+                    self._by_magnitude(together)
+                else:
+                    self.remove(together, x, dense)
             how.report(block, len(blocks))
         report.projections = [Projection.of(name, linear, self.asked) for name, linear in linears.items()]
         report.seconds["prune"] = time.perf_counter() - started
         return report
+
+    def _unreached(self, linears: Mapping[str, Matrix], x: Any, dense: Mapping[str, Tensor]) -> bool:
+        """Whether no calibration token was routed to the expert whose matrices these are."""
+        if self.NEEDS is not None:
+            return x is None
+        return self.needs_windows and not any(dense[name].any() for name in linears)
+
+    def _by_magnitude(self, linears: Mapping[str, Matrix]) -> None:
+        for linear in linears.values():
+            weight = linear.weight.data
+            weight.masked_fill_(self.gone(weight.float().abs()), 0)
 
     def _walk(
         self, model: nn.Module, windows: Tensor | None, how: Execution

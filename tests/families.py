@@ -59,8 +59,12 @@ TINY: dict[str, dict[str, Any]] = {  # what differs from SIZES; `type: variant` 
     "gpt2": {},
     "gptj": {"rotary_dim": 4},
     "mpt": {"max_seq_len": 64},
+    "mixtral": ODD | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": ODD
+    | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_only_layers": [1]},
+    "chatglm": {"inner_hidden_size": 24, "bos_token_id": 92, "mask_token_id": 88, "gmask_token_id": 89},
 }
-EXPERTS: tuple[str, ...] = ()  # kinds whose MLPs are routed experts
+EXPERTS = ("mixtral", "qwen3_moe")  # kinds whose MLPs are routed experts
 
 
 def model_type(kind: str) -> str:
@@ -80,5 +84,9 @@ def tiny(kind: str, seed: int = 0) -> Any:
 
 
 def windows(kind: str, count: int = 4, length: int = LENGTH) -> torch.Tensor:
-    """Tokens [count, length]."""
-    return torch.randint(3, 96, (count, length), generator=torch.Generator().manual_seed(1))
+    """Tokens [count, length]; ChatGLM's have `[gMASK] <sop>` in them, everywhere at another place."""
+    tokens = torch.randint(3, 88, (count, length), generator=torch.Generator().manual_seed(1))
+    if kind == "chatglm":
+        for row in range(count):
+            tokens[row, 6 + row : 8 + row] = torch.tensor([89, 92])
+    return tokens
