@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import wrapt
 
-from pruners import checks, inputs
+from pruners import apply, checks, inputs
 from pruners.calibrate import NOTHING, Execution, Keeper, Progress
 from pruners.checks import Count, Flag, Folder
 from pruners.flap import Flap
@@ -93,6 +93,7 @@ def gather(
     with inputs.plain_torch():
         check_method(method)
         model = inputs.language_model(model, method.reads_weights)
+        _check_family(model, method)
         windows = _calibration(model, method, windows, needed=method.statistics_key is not None)
         how = Execution(batch_size, _place(model, method, device, method.walks), progress)
         return {} if method.statistics_key is None else method.gather(model, windows, how)
@@ -133,6 +134,7 @@ def prune(
     with inputs.plain_torch(), torch.no_grad():
         check_method(method)
         model = inputs.language_model(model, method.reads_weights)
+        _check_family(model, method)
         from pruners import checkpoint
 
         checkpoint.check(model)
@@ -170,6 +172,12 @@ def check_method(method: Any) -> None:
     if isinstance(method, str):
         hint += f"; pruners.method({checks.shown(method)}) makes the one of a name"
     raise TypeError(f"method is a method with its hyperparameters, {hint}; got {checks.typed(method)}.")
+
+
+def _check_family(model: PreTrainedModel, method: Any) -> None:
+    """ValueError or TypeError for a structured method on a model that no units can be cut out of."""
+    if isinstance(method, Structured):
+        apply.check(model)
 
 
 def _calibration(model: PreTrainedModel, method: Any, windows: Any, needed: bool) -> Any:
@@ -236,6 +244,6 @@ def __getattr__(name: str) -> ModuleType:
 def _register(_: ModuleType) -> None:
     """Tell transformers' Auto classes of the pruned models and ChatGLM."""
     pruned = sys.modules.get("pruners.modeling_pruned")
-    if pruned is None or hasattr(pruned, "CLASSES"):  # else it is what imports transformers: once it is there itself
+    if pruned is None or not getattr(pruned.__spec__, "_initializing", False):  # else it is what imports transformers
         importlib.import_module("pruners.checkpoint")
         importlib.import_module("pruners.chatglm")

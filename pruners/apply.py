@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from pruners import anatomy
+from pruners import anatomy, matrices
 from pruners.anatomy import Block
 from pruners.lazy import Bool, Float, Tensor, nn, torch
+from pruners.matrices import Matrix
 
 KINDS = ("attention", "mlp")
 
@@ -40,43 +40,82 @@ class Kept:
 
 
 def check(model: nn.Module) -> None:
-    """TypeError for a model whose class `describe` could not replace once it is cut."""
-    anatomy.family(model)
-    stock = _class_for(model).__bases__[-1]
+    """ValueError or TypeError for a model that `describe` could not describe once it is cut."""
+    kind = anatomy.family(model)
+    if kind.experts:
+        raise ValueError(
+            f"{type(model).__name__} has routed experts, which share one width in each block, so no heads or channels "
+            "are removed from it; prune single weights instead, e.g. by pruners.Wanda."
+        )
+    stock = _stock_class(model)
     if not isinstance(model, stock):
         raise TypeError(f"Structured pruning needs a {stock.__name__}; got a {type(model).__name__}.")
 
 
 def zero(block: Block, kept: Kept) -> None:
-    """Zero every row, column and bias of the units that go; shapes stay."""
-    for linear, rows, index in _held(block, kept):
-        gone = ~index.to(linear.weight.device)
-        linear.weight.data.masked_fill_(gone[:, None] if rows else gone, 0)
+    """Zero every row, column and bias of the units that go; shapes stay.
+
+    A norm over all heads is rescaled, weight and epsilon, to what it does once the heads are cut out; its epsilon is
+    not part of what a model saves.
+    """
+    for name, (rows, gone) in _gone(block, kept).items():
+        linear = block.linear(name)
+        index = gone.nonzero().squeeze(1).to(linear.weight.device)
+        linear.weight.data.index_fill_(int(not rows), index, 0)
         if rows and linear.bias is not None:
-            linear.bias.data.masked_fill_(gone, 0)
+            linear.bias.data.index_fill_(0, index, 0)
+    _rescale(block, float(kept.attention.float().mean()) if len(kept.attention) else 1.0)
 
 
 def cut(block: Block, kept: Kept) -> None:
     """Slice the units that go out of their projections, and set every width that the block's forward pass reads."""
-    head_dim, queries = block.head_dim, block.heads // max(block.kv_heads, 1)
-    for linear, rows, index in _held(block, kept):
-        chosen = index.nonzero().squeeze(1)
-        linear.weight = _chosen(linear.weight, 0 if rows else 1, chosen)
+    from pruners.attention_pruned import settle, settle_layer
+
+    _rescale(block, 1.0)
+    widths = widths_left(block, kept)
+    followers = block.followers
+    for name, (rows, gone) in _gone(block, kept).items():
+        linear, chosen = block.linear(name), (~gone).nonzero().squeeze(1)
+        layer: Any = matrices.owner(linear)
+        dim = matrices.dimension(linear, rows)
+        layer.weight = _chosen(layer.weight, dim, chosen)
         if rows and linear.bias is not None:
-            linear.bias = _chosen(linear.bias, 0, chosen)
-        linear.out_features, linear.in_features = linear.weight.shape
-    kv_heads, channels = int(kept.attention.sum()), int(kept.mlp.sum())
-    output = block.family.output.rpartition(".")[2]
-    from pruners import modeling_pruned
-
-    modeling_pruned.settle(block.module, output, kv_heads * queries, kv_heads, head_dim, channels)
+            layer.bias = _chosen(layer.bias, 0, chosen)
+        settle_layer(layer)
+    for follower in followers:
+        _follow(block.module.get_submodule(follower.norm), follower, kept.attention)
+    settle(block.module, places(block.family), widths)
 
 
-def add_bias(linear: nn.Linear, bias: Float[Tensor, " out"]) -> None:
+def widths_left(block: Block, kept: Kept) -> dict[str, Any]:
+    """How many heads, KV heads and channels stay; with ALiBi, which heads of the dense block."""
+    units = int(kept.attention.sum())
+    kv_heads = min(block.kv_heads, units) if block.multi_query else units
+    widths: dict[str, Any] = {"heads": units * block.queries, "kv_heads": kv_heads, "channels": int(kept.mlp.sum())}
+    if block.family.slopes:
+        own = next((hook for hook in block.attention._forward_pre_hooks.values() if hasattr(hook, "numbers")), None)
+        numbers = torch.tensor(own.numbers if own else range(block.heads), dtype=torch.long)
+        stay = numbers.view(len(kept.attention), block.queries)[kept.attention] if len(numbers) else numbers
+        widths["head_numbers"] = stay.flatten().tolist()
+        widths["dense_heads"] = own.dense_heads if own else block.heads
+    return widths
+
+
+def places(family: anatomy.Family) -> dict[str, Any]:
+    """What a saved configuration says of the family's entry."""
+    return {
+        "blocks": family.blocks,
+        "qkv": list(family.qkv),
+        "output": family.output,
+        "outward": family.outward,
+    }
+
+
+def add_bias(linear: Matrix, bias: Float[Tensor, " out"]) -> None:
     """Add to the layer's bias, making one if it has none."""
     bias = bias.to(linear.weight)
     if linear.bias is None:
-        linear.bias = nn.Parameter(bias, requires_grad=linear.weight.requires_grad)
+        matrices.owner(linear).bias = nn.Parameter(bias, requires_grad=linear.weight.requires_grad)
     else:
         linear.bias.data += bias
 
@@ -89,20 +128,37 @@ def describe(model: nn.Module) -> None:
     from pruners import modeling_pruned
 
     blocks = anatomy.blocks(model)
-    config = _own_config(model)
-    kind = _class_for(model)
+    config, stock = _own_config(model), _stock_class(model)
+    kind = modeling_pruned.pruned(stock)
     if not isinstance(model, modeling_pruned.PrunedModel):
         model.__class__, config.__class__ = kind, kind.config_class
-        config.pruned_format = modeling_pruned.FORMAT
-    config.blocks = [_widths(block) for block in blocks]
-    config.head_dim = blocks[0].head_dim
-    # One number for all blocks: what a reader that knows of no other has to reckon with.
-    config.num_attention_heads = max(1, *(block.heads for block in blocks))
-    widths = {"num_key_value_heads": [b.kv_heads for b in blocks], "intermediate_size": [b.channels for b in blocks]}
-    widths["ffn_dim"] = widths["intermediate_size"]
-    for name, values in widths.items():
-        if hasattr(config, name):
-            setattr(config, name, max(1, *values))
+        config.pruned_format, config.dense = modeling_pruned.FORMAT, vars(config).get("dense")
+    vars(config).pop("auto_map", None)  # of the code that the dense model's folder may have carried
+    config.places = places(blocks[0].family)
+    dense_config = copy.deepcopy(config)
+    dense_config.__class__ = stock.config_class
+    for name, value in (config.dense or {}).items():
+        setattr(dense_config, name, value)
+    with torch.device("meta"):
+        dense = stock(dense_config)
+    stack = dense.get_submodule(blocks[0].family.blocks)
+    config.blocks = [_description(*pair) for pair in zip(blocks, stack.children(), strict=True)]
+
+
+def _description(block: Block, dense: nn.Module) -> dict[str, Any]:
+    """The block as config.json says it, beside the same block of the dense model."""
+    from pruners.attention_pruned import ATTRIBUTES
+
+    found = {name: list(p.shape) for name, p in block.module.named_parameters()}
+    before = {name: list(p.shape) for name, p in dense.named_parameters()}
+    shapes = {name: found.get(name) for name in before | found if found.get(name) != before.get(name)}
+    attention = dense.get_submodule(block.family.attention)
+    other = {
+        name: getattr(block.attention, name)
+        for name in ATTRIBUTES
+        if hasattr(attention, name) and getattr(attention, name) != getattr(block.attention, name)
+    }
+    return widths_left(block, Kept.all(block)) | {"shapes": shapes} | ({"attributes": other} if other else {})
 
 
 def keep_first(model: nn.Module, count: int) -> None:
@@ -113,28 +169,37 @@ def keep_first(model: nn.Module, count: int) -> None:
     del stack[count:]
     config = _own_config(model)
     config.num_hidden_layers = count
-    for name in ("layer_types", "blocks"):
-        if getattr(config, name, None) is not None:
-            setattr(config, name, getattr(config, name)[:count])
+    for name, value in list(vars(config).items()):  # layer_types, no_rope_layers, blocks, ...
+        if isinstance(value, list) and len(value) == len(blocks) and ("layer" in name or name == "blocks"):
+            setattr(config, name, value[:count])
 
 
 def silence(block: Block) -> None:
     """Let a block pass its input on unchanged, in place of dropping it; ValueError where a norm follows the sum."""
-    if not getattr(block.module, "do_layer_norm_before", True):
+    needed = block.family.passes_on
+    if needed is None or any(getattr(block.config, name, value) != value for name, value in needed.items()):
         raise ValueError(
-            f"{block.name} normalises after adding (OPT-350M), so no zeros make it pass its input on; use cut=True."
+            f"{block.name} normalises what it passes on, so no zeros make it pass its input on; use cut=True."
         )
-    zero(block, Kept(torch.zeros(block.kv_heads, dtype=torch.bool), torch.zeros(block.channels, dtype=torch.bool)))
+    attention, mlp = (torch.zeros(block.units(kind), dtype=torch.bool) for kind in KINDS)
+    zero(block, Kept(attention, mlp))
     for name in (block.family.output, block.family.outward):
-        if block.linear(name).bias is not None:
-            block.linear(name).bias.data.zero_()
+        bias = block.linear(name).bias
+        if bias is not None:
+            bias.data.zero_()
 
 
 def residual(model: nn.Module) -> dict[str, int]:
     """Where the residual stream's width is: parameter name (tied ones under every name) -> dimension.
 
-    ValueError for a model with parameters outside its blocks' projections that have another width.
+    ValueError for a family whose residual stream cannot be cut, and for a model with parameters outside its blocks'
+    projections that have another width.
     """
+    if reason := anatomy.family(model).fixed_width:
+        raise ValueError(
+            f"No channels of the residual stream are removed from {type(model).__name__}: {reason}. Prune by block "
+            "or by layer instead."
+        )
     width, blocks = _config(model).hidden_size, anatomy.blocks(model)
     inside = {f"{b.name}.{name}.{which}": None for b in blocks for name in b.linears() for which in ("weight", "bias")}
     found = {f"{b.name}.{name}.weight": 1 for b in blocks for name in b.linears()}
@@ -170,6 +235,8 @@ def narrow(model: nn.Module, keep: Bool[Tensor, " width"]) -> None:
     for module in model.modules():
         _set_width(module, width)
     config.hidden_size, config.head_dim = width, head_dim
+    if width % config.num_attention_heads:  # of which some dense classes make an error
+        config.dense = {"num_attention_heads": 1}
     if hasattr(config, "word_embed_proj_dim"):
         config.word_embed_proj_dim = width
 
@@ -199,12 +266,43 @@ def zero_narrow(model: nn.Module, keep: Bool[Tensor, " width"]) -> None:
     config.rms_norm_eps *= share
 
 
-def _held(block: Block, kept: Kept) -> Iterator[tuple[nn.Linear, bool, Bool[Tensor, " index"]]]:
-    """Every projection with a part in the block's units, whether it holds rows of them, and which indices stay."""
-    for kind, parts in block.parts.items():
-        for part in parts:
-            linear = block.linear(part.projection)
-            yield linear, part.rows, kept[kind].repeat_interleave(part.size)
+def _gone(block: Block, kept: Kept) -> dict[str, tuple[bool, Bool[Tensor, " index"]]]:
+    """By projection whether its rows or its columns go, and which."""
+    found: dict[str, tuple[bool, Tensor]] = {}
+    parts = [(part, ~kept[kind]) for kind, parts in block.parts.items() for part in parts]
+    parts += [(part, torch.ones(1, dtype=torch.bool)) for part in block.last_parts if not kept.attention.any()]
+    for part, units in parts:
+        if part.projection not in found:
+            weight = block.linear(part.projection).weight
+            found[part.projection] = part.rows, torch.zeros(weight.shape[int(not part.rows)], dtype=torch.bool)
+        found[part.projection][1][part.index[units].flatten()] = True
+    return found
+
+
+def _follow(norm: Any, follower: anatomy.Follower, kept: Bool[Tensor, " units"]) -> None:
+    """Keep what a norm of queries or keys has for the units that stay."""
+    chosen = follower.index[kept].flatten()
+    if follower.children:
+        (listed,) = norm.children()
+        stay = [listed[index] for index in chosen]
+        del listed[:]
+        listed.extend(stay)
+        return
+    for name, parameter in norm.named_parameters(recurse=False):
+        setattr(norm, name, _chosen(parameter, 0, chosen))
+
+
+def _rescale(block: Block, share: float) -> None:
+    """Let norms over all heads count `share` of the heads, as cutting the others would."""
+    for follower in block.followers if share else ():  # without heads there is nothing to normalise
+        if not follower.over_all_heads:
+            continue
+        norm: Any = block.module.get_submodule(follower.norm)
+        change = share / getattr(norm, "counted_share", 1.0)
+        if change != 1:
+            norm.weight.data *= math.sqrt(change)
+            norm.variance_epsilon *= change
+            norm.counted_share = share
 
 
 def _chosen(parameter: Tensor, dim: int, chosen: Tensor) -> nn.Parameter:
@@ -216,10 +314,13 @@ def _config(model: nn.Module) -> Any:
     return model.config
 
 
-def _class_for(model: nn.Module) -> type[Any]:
-    from pruners.modeling_pruned import CLASSES
+def _stock_class(model: nn.Module) -> Any:
+    """The dense class of models of that type."""
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
-    return CLASSES[_config(model).model_type.removeprefix("pruned_")]
+    dense = _config(model).model_type.removeprefix("pruned_")
+    stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[dense]]
+    return stock
 
 
 def _own_config(model: nn.Module) -> Any:
@@ -228,23 +329,19 @@ def _own_config(model: nn.Module) -> Any:
     new = copy.deepcopy(old)
     module: Any
     for module in model.modules():
-        if getattr(module, "config", None) is old:
+        held: Any = getattr(module, "config", None)
+        if held is old:
             module.config = new
+        elif getattr(held, "shared", None) is old:
+            held.shared = new
     return new
 
 
-def _widths(block: Block) -> dict[str, Any]:
-    biased = [name for name, linear in block.linears().items() if linear.bias is not None]
-    return {"heads": block.heads, "kv_heads": block.kv_heads, "channels": block.channels, "biases": biased}
-
-
 def _set_width(module: Any, width: int) -> None:
-    if isinstance(module, nn.Linear):
-        module.out_features, module.in_features = module.weight.shape
-    elif isinstance(module, nn.Embedding):
-        module.embedding_dim = module.weight.shape[1]
-    elif isinstance(module, nn.LayerNorm):
-        module.normalized_shape = (width,)
+    from pruners.attention_pruned import settle_layer
+
+    if isinstance(module, nn.Linear | nn.Embedding | nn.LayerNorm):
+        settle_layer(module)
     for name in ("hidden_size", "embed_dim"):
         if hasattr(module, name):
             setattr(module, name, width)

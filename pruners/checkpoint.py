@@ -5,8 +5,8 @@
     model, tokenizer = checkpoint.load(folder)
 
 A saved folder also opens with `AutoModelForCausalLM.from_pretrained(folder)` after `import pruners`, or without this
-project by `trust_remote_code=True`, from the one module that lies in it.  A model whose blocks all have the same widths
-is saved as plain LLaMA, Mistral or OPT where their configurations can say so, and stock transformers opens it.
+project by `trust_remote_code=True`, from the two modules that lie in it.  A model whose blocks all have the same widths
+is saved as a plain one of its family where the family's configuration can say so, and stock transformers opens it.
 """
 
 from __future__ import annotations
@@ -16,28 +16,27 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from pruners import checks, inputs, peft_targets, storage
+from pruners import anatomy, chatglm, checks, inputs, peft_targets, storage  # noqa: F401  (registers its model type)
+from pruners.anatomy import Block
 from pruners.checks import Folder, Text
-from pruners.modeling_pruned import CLASSES, PrunedModel, check_complete, check_shards
+from pruners.families import FAMILIES
+from pruners.modeling_pruned import PrunedModel, check_complete, check_shards, configuration
 
 logger = logging.getLogger(__name__)
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "ice_text.model")
 
-for _class in CLASSES.values():
-    AutoConfig.register(_class.config_class.model_type, _class.config_class, exist_ok=True)
-    AutoModelForCausalLM.register(_class.config_class, _class, exist_ok=True)
-    _class.config_class.register_for_auto_class()  # so that saving copies the module and names it in config.json
-    _class.register_for_auto_class("AutoModelForCausalLM")
-peft_targets.register({_class.config_class.model_type: name for name, _class in CLASSES.items()})
+for _name in FAMILIES:
+    _config: Any = CONFIG_MAPPING[_name]
+    configuration(_config)
+peft_targets.register({f"pruned_{_name}": _name for _name in FAMILIES})
 
 
 @checks.arguments
@@ -151,8 +150,11 @@ def _tokenizer(folder: Path) -> Any:
 def _as_stock(model: Any) -> Any | None:
     """The same weights as a model that transformers has itself; None where its configuration cannot say the widths."""
     stock_class: Any = type(model).__bases__[-1]
+    config = _stock_config(model.config, stock_class.config_class)
+    if config is None:
+        return None
     try:
-        config = _stock_config(model.config, stock_class.config_class)
+        config.validate()
         with torch.device("meta"):
             stock = stock_class(config)
     except (StrictDataclassError, ValueError):  # such as a number of heads that does not divide the width
@@ -165,24 +167,49 @@ def _as_stock(model: Any) -> Any | None:
             weights[name] = torch.zeros(expected[name].shape, dtype=model.dtype, device=model.device)
     if {name: t.shape for name, t in weights.items()} != {name: t.shape for name, t in expected.items()}:
         return None
+    if any(_settled(*pair) for pair in zip(anatomy.blocks(model), anatomy.blocks(stock), strict=True)):
+        return None
     stock.load_state_dict(weights, assign=True)
     stock.tie_weights()
     stock.generation_config = model.generation_config
     return stock
 
 
-def _stock_config(pruned: Any, config_class: type[Any]) -> Any:
+def _stock_config(pruned: Any, config_class: type[Any]) -> Any | None:
+    """The stock configuration with the widths that all blocks share; None where they differ, or heads have numbers."""
+    shared = {name: {block[name] for block in pruned.blocks} for name in ("heads", "kv_heads", "channels")}
+    if any(len(values) > 1 for values in shared.values()) or _slopes_differ(pruned.blocks):
+        return None
+    heads, kv_heads, channels = (values.pop() for values in shared.values())
     config = copy.deepcopy(pruned)
     config.__class__ = config_class
-    biased = {name for block in pruned.blocks for name in block["biases"]}
-    for name, prefix in {"attention_bias": "self_attn.", "mlp_bias": "mlp."}.items():
+    widths = {"num_attention_heads": heads} | dict.fromkeys(("num_key_value_heads", "num_kv_heads"), kv_heads)
+    widths |= dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"), channels)
+    for name, width in widths.items():
         if hasattr(config, name):
-            setattr(config, name, any(projection.startswith(prefix) for projection in biased))
-    added = {field.name for field in fields(pruned)} - {field.name for field in fields(config_class)}
-    for name in added | {"auto_map"}:
+            setattr(config, name, width)
+    biased = {name for block in pruned.blocks for name, shape in block["shapes"].items() if shape and "bias" in name}
+    for name, prefix in {"attention_bias": "self_attn.", "mlp_bias": "mlp."}.items():
+        if hasattr(config, name) and any(projection.startswith(prefix) for projection in biased):
+            setattr(config, name, True)
+    for name in ("blocks", "places", "dense", "pruned_format", "auto_map"):
         vars(config).pop(name, None)
-    config.validate()
     return config
+
+
+def _slopes_differ(blocks: list[dict[str, Any]]) -> bool:
+    return any(len(block["head_numbers"]) < block["dense_heads"] for block in blocks if "head_numbers" in block)
+
+
+def _settled(block: Block, stock: Block) -> list[str]:
+    """The numbers that attention reads while running and that the stock model would set otherwise."""
+    ours, theirs = vars(block.attention), vars(stock.attention)
+    unread = {"hidden_size", "embed_dim"}
+    return [
+        name
+        for name, value in theirs.items()
+        if type(value) in (int, float) and name in ours and name not in unread and ours[name] != value
+    ]
 
 
 @contextmanager

@@ -34,6 +34,7 @@ from pruners.apply import KINDS, Kept
 from pruners.calibrate import PLAIN, Execution, Moments
 from pruners.checks import Flag, Number
 from pruners.lazy import Bool, Float, Int, Tensor, nn, torch
+from pruners.matrices import Matrix
 from pruners.structured import Structured, by_unit, readers
 
 METRICS = ("WIFV", "IFV", "WIFN")
@@ -129,13 +130,14 @@ class Flap(Structured):
 
     def repairs(
         self, blocks: Sequence[Block], kept: Sequence[Kept], dense: Mapping[str, Tensor]
-    ) -> list[tuple[nn.Linear, Float[Tensor, " out"]]]:
+    ) -> list[tuple[Matrix, Float[Tensor, " out"]]]:
         found = []
         for block, keep in zip(blocks, kept, strict=True):
             for kind in KINDS:
                 part = block.reader(kind)
                 linear = block.linear(part.projection)
-                gone = (~keep[kind]).repeat_interleave(part.size)
+                gone = torch.zeros(linear.in_features, dtype=torch.bool)
+                gone[part.index[~keep[kind]].flatten()] = True
                 if self.bias and gone.any():
                     mean = dense[f"{block.name}.{part.projection}.mean"].to(linear.weight.device)
                     found.append((linear, repair(linear.weight, mean.half() if self.reference else mean, gone)))
@@ -177,7 +179,7 @@ class Flap(Structured):
         assert self.heads_removed is not None
         blocks = anatomy.blocks(model)
         block, parts = blocks[0], len(blocks) if self.structure == "UL-MM" else 1  # every block's units cost the same
-        queries = max(block.heads // max(block.kv_heads, 1), 1)
+        queries = max(block.queries, 1)
         if self.heads_removed % (parts * queries) and not self.reference:
             raise ValueError(
                 f"heads_removed is a multiple of {parts * queries} here ({queries} query heads for a KV head, "
@@ -214,6 +216,6 @@ def released_threshold(flat: Float[Tensor, " units"], heads: int, ratio: float) 
 
 def _released_channels(block: Block, blocks: int, ratio: float, heads: int) -> int:
     """Channels that are left to go once `heads` are gone, counting three matrices an MLP and square attention."""
-    width, channels = block.linear(block.family.query).in_features, block.channels
+    width, channels = block.linear(block.family.qkv[0]).in_features, block.channels
     wanted = blocks * ratio * (3 * channels * width + 4 * width * width)
     return int((wanted - 4 * width * heads * block.head_dim) / (3 * width))

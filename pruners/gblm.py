@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pruners import anatomy, checks, gradients
+from pruners import anatomy, checks, gradients, matrices
 from pruners.calibrate import PLAIN, Execution, InputNorm, Progress
 from pruners.checks import Finite
 from pruners.lazy import Float, Int, Tensor, nn, torch
@@ -40,7 +40,8 @@ def gradient_norms(
     progress: Progress | None = None,
 ) -> dict[str, Float[Tensor, "out inp"]]:
     """G of every projection in float32, by full name; memory is the weights, G and one gradient."""
-    weights = {f"{b.name}.{name}": lin.weight for b in anatomy.blocks(model) for name, lin in b.linears().items()}
+    blocks = anatomy.blocks(model)
+    weights = {f"{b.name}.{name}": p for b in blocks for name, p in map(b.parameter, b.linears())}
     sums = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
 
     def add(name: str, gradient: Tensor) -> None:
@@ -51,7 +52,13 @@ def gradient_norms(
             sums[name].addcmul_(gradient, gradient)
 
     gradients.backward(model, windows, weights, add, checkpointing=checkpointing, progress=progress)
-    return sums if norm == "l1" else {name: total.sqrt_() for name, total in sums.items()}
+    for total in sums.values() if norm == "l2" else ():
+        total.sqrt_()
+    return {
+        f"{b.name}.{name}": matrices.view(linear, sums[f"{b.name}.{b.parameter(name)[0]}"])
+        for b in blocks
+        for name, linear in b.linears().items()
+    }
 
 
 @dataclass(frozen=True)

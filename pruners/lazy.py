@@ -19,17 +19,20 @@ if TYPE_CHECKING or {"torch", "transformers", "jaxtyping"} <= sys.modules.keys()
     from torch import Tensor, nn
     from torch.nn import functional as F
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.pytorch_utils import Conv1D
 else:
     torch = wrapt.lazy_import("torch")
     nn = wrapt.lazy_import("torch.nn")
     F = wrapt.lazy_import("torch.nn.functional")
     Tensor = wrapt.lazy_import("torch", "Tensor")
     Bool, Float, Int = (wrapt.lazy_import("jaxtyping", name) for name in ("Bool", "Float", "Int"))
+    Conv1D = wrapt.lazy_import("transformers.pytorch_utils", "Conv1D")
     PreTrainedModel = wrapt.lazy_import("transformers", "PreTrainedModel")
     PreTrainedTokenizerBase = wrapt.lazy_import("transformers", "PreTrainedTokenizerBase")
 
 __all__ = [
-    "Bool", "F", "Float", "Int", "PreTrainedModel", "PreTrainedTokenizerBase", "Tensor", "nn", "no_grad", "torch",
+    "Bool", "Conv1D", "F", "Float", "Int", "PreTrainedModel", "PreTrainedTokenizerBase", "Tensor", "nn", "no_grad",
+    "torch",
 ]  # fmt: skip
 
 P = ParamSpec("P")

@@ -35,7 +35,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-from pruners import anatomy, apply, checks, gradients, select, whole_model
+from pruners import anatomy, apply, checks, gradients, matrices, select, whole_model
 from pruners.anatomy import Block
 from pruners.apply import KINDS, Kept
 from pruners.calibrate import PLAIN, Execution, Progress
@@ -271,7 +271,9 @@ class LLMPruner(Structured):
             return torch.rand(units, size, generator=random, dtype=torch.float32).sum(1)
         if parts[0].size > size:  # with grouped queries the keys are the group's root
             parts = (parts[1], parts[0], *parts[2:])
-        found = [by_index[f"{block.name}.{part.projection}.weight"].reshape(units, -1, size).sum(1) for part in parts]
+        names = [f"{block.name}.{block.parameter(part.projection)[0]}" for part in parts]
+        held = [by_index[name][part.index] for name, part in zip(names, parts, strict=True)]
+        found = [scores.reshape(units, -1, size).sum(1) for scores in held]
         return REDUCTIONS[self.reduction](torch.stack(found).double()).sum(1)
 
     def _channel_scores(self, model: Any, dense: Mapping[str, Tensor]) -> Float[Tensor, " width"]:
@@ -293,9 +295,9 @@ class LLMPruner(Structured):
         if self.granularity == "channel":
             return {name: dim for name, dim in apply.residual(model).items() if "bias" not in name}
         return {
-            f"{block.name}.{part.projection}.weight": 0 if part.rows else 1
+            f"{block.name}.{block.parameter(part.projection)[0]}": matrices.dimension(linear, part.rows)
             for block in anatomy.blocks(model)
             for parts in block.parts.values()
             for part in parts
-            if block.linear(part.projection).weight.numel()
+            if (linear := block.linear(part.projection)).weight.numel()
         }

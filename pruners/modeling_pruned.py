@@ -1,95 +1,38 @@
-"""LLaMA, Mistral and OPT models whose blocks have widths of their own, as structured pruning leaves them.
+"""Decoder models whose blocks have widths of their own, as structured pruning leaves them.
 
-A model folder with a copy of this file opens by `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`.
-It needs torch and transformers (5.20 or newer) and nothing else.
+A model folder with a copy of this file and of `attention_pruned.py` opens by
+`AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`.  They need torch and transformers (5.20 or
+newer) and nothing else.
+
+Its config.json is the dense model's, with
+
+    blocks          per block its heads, KV heads and channels, the shape of every parameter that differs from the dense
+                    block's (null: it is gone), attributes of attention that do (head_dim, scaling), and with ALiBi the
+                    numbers of its heads among those of the dense block
+    places          where blocks, query/key/value, output and down (or fc2) projection are
+    dense           what the configuration says while the dense model is built, where that differs
+    pruned_format   of this description
 """
 
 import json
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, no_type_check
+from typing import Any, no_type_check
 
+import transformers
 from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers import (
-    Cache,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-)
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
-FORMAT = 1
+from .attention_pruned import head_width, settle, settle_layer  # relative: saving a model copies both files
 
-
-class NoAttention(nn.Module):
-    """What a dense attention class becomes without heads: the bias of its output projection.
-
-    The cache counts tokens in the first block, so a block without keys leaves a placeholder of one number a token.
-    """
-
-    config: Any
-    layer_idx: int
-    output_name: str
-
-    def forward(self, hidden_states, *args, **kwargs):
-        """Hidden states [batch, tokens, width], and no weights [batch, 0, tokens, keys] where attention is eager."""
-        batch, length, _ = hidden_states.shape
-        keys, cache = length, _cache_among((*args, *kwargs.values()))
-        if cache is not None:
-            placeholder = hidden_states.new_zeros(batch, 1, length, 1)
-            keys = cache.update(placeholder, placeholder, self.layer_idx)[0].shape[-2]
-        elif kwargs.get("use_cache"):
-            raise TypeError(
-                "A cache is in use, but attention without heads finds none among its arguments "
-                f"({', '.join(kwargs)}); this version of transformers needs a newer version of this module."
-            )
-        eager = self.config._attn_implementation == "eager"
-        weights = hidden_states.new_zeros(batch, 0, length, keys) if eager else None
-        return self.get_submodule(self.output_name)(hidden_states[..., :0]), weights
-
-    def __reduce__(self):  # its class is made at run time, so pickles and copies name the dense one
-        return _empty, (type(self).__bases__[-1],), self.__dict__
-
-
-@cache
-def without_heads(attention_class):
-    """The dense class's subclass for attention that has lost all heads."""
-    return type(f"No{attention_class.__name__}", (NoAttention, attention_class), {})
-
-
-def _empty(attention_class):
-    kind = without_heads(attention_class)
-    return kind.__new__(kind)
-
-
-def _cache_among(arguments):
-    """By its type: its name among the arguments changes with versions of transformers."""
-    return next((argument for argument in arguments if isinstance(argument, Cache)), None)
-
-
-def settle(block, output, heads, kv_heads, head_dim, channels):
-    """Set every attribute from which a block's forward pass takes a width; `output` names attention's last projection.
-
-    Without heads, attention gives way to its output bias.
-    """
-    attention = block.self_attn
-    attention.head_dim, attention.scaling = head_dim, head_dim**-0.5
-    for name, width in {"num_heads": heads, "num_key_value_groups": heads // max(kv_heads, 1)}.items():
-        if hasattr(attention, name):
-            setattr(attention, name, width)
-    if hasattr(block, "mlp"):
-        block.mlp.intermediate_size = channels
-    if heads == 0 and not isinstance(attention, NoAttention):
-        attention.__class__, attention.output_name = without_heads(type(attention)), output  # type: ignore[arg-type]
-        vars(attention).pop("forward", None)  # a wrapper around the dense class's, such as accelerate's
+FORMAT = 2
 
 
 class WidthsPerBlock:
-    """Of a configuration: `blocks` holds heads, kv_heads, channels and the names of biased projections, per block."""
+    """Of a configuration: the description at the top of this file."""
 
     blocks: list[dict] | None
     num_hidden_layers: int
@@ -108,7 +51,8 @@ class WidthsPerBlock:
                 f"{self.num_hidden_layers}; it was edited or belongs to another model."
             )
         for index, widths in enumerate(self.blocks or ()):
-            if missing := {"heads", "kv_heads", "channels", "biases"} - widths.keys():
+            wanted = {"heads", "kv_heads", "channels", "biases" if self.pruned_format == 1 else "shapes"}
+            if missing := wanted - widths.keys():
                 raise ValueError(f"config.json does not say the {', '.join(sorted(missing))} of block {index}.")
             heads, kv_heads, channels = (widths[name] for name in ("heads", "kv_heads", "channels"))
             counts = all(type(width) is int and width >= 0 for width in (heads, kv_heads, channels))
@@ -117,75 +61,123 @@ class WidthsPerBlock:
                     f"config.json says that block {index} has {heads!r} heads, {kv_heads!r} KV heads and {channels!r} "
                     "channels: whole numbers, of which the first is a multiple of the second."
                 )
+        if self.blocks is not None and self.pruned_format == 1:
+            _from_format_1(self)
+        pruned(MODEL_FOR_CAUSAL_LM_MAPPING[type(self).__bases__[-1]])  # so that AutoModelForCausalLM knows its class
 
     def validate_architecture(self):
         """Dense models tie hidden_size to the number of heads; pruned ones do not."""
 
 
-@no_type_check  # transformers' configurations take more keywords than their signatures say
-@strict
-class PrunedLlamaConfig(WidthsPerBlock, LlamaConfig):
-    model_type = "pruned_llama"
-    blocks: list[dict] | None = None
-    pruned_format: int = FORMAT
+def _from_format_1(config):
+    """Format 1 knew LLaMA, Mistral and OPT, and said the names of biased projections in place of shapes."""
+    opt = isinstance(config, transformers.OPTConfig)
+    inward = ["fc1"] if opt else ["mlp.gate_proj", "mlp.up_proj"]
+    config.places = {
+        "blocks": "model.decoder.layers" if opt else "model.layers",
+        "qkv": [f"self_attn.{name}_proj" for name in "qkv"],
+        "output": "self_attn.out_proj" if opt else "self_attn.o_proj",
+        "outward": "fc2" if opt else "mlp.down_proj",
+    }
+    width, head_dim, described = config.hidden_size, config.head_dim, []
+    for told in config.blocks:
+        heads, kv_heads, channels = told["heads"] * head_dim, told["kv_heads"] * head_dim, told["channels"]
+        query, key, value = config.places["qkv"]
+        rows = {query: heads, key: kv_heads, value: kv_heads, **dict.fromkeys(inward, channels)}
+        columns = {config.places["output"]: heads, config.places["outward"]: channels}
+        shapes: dict[str, Any] = {
+            f"{name}.weight": [rows.get(name, width), columns.get(name, width)] for name in rows | columns
+        }
+        for name in rows | columns:
+            shapes[f"{name}.bias"] = [rows.get(name, width)] if name in told["biases"] else None
+        widths = {name: told[name] for name in ("heads", "kv_heads", "channels")}
+        described.append(widths | {"shapes": shapes, "attributes": {"head_dim": head_dim, "scaling": head_dim**-0.5}})
+    config.blocks, config.pruned_format = described, FORMAT
+    config.dense = {"num_attention_heads": 1}  # divides any width
 
 
-@no_type_check
-@strict
-class PrunedMistralConfig(WidthsPerBlock, MistralConfig):
-    model_type = "pruned_mistral"
-    blocks: list[dict] | None = None
-    pruned_format: int = FORMAT
+@cache
+def configuration(stock: Any) -> Any:
+    """The dense configuration's subclass that describes every block, known to AutoConfig."""
+
+    @no_type_check  # transformers' configurations take more keywords than their signatures say
+    @strict
+    class Configuration(WidthsPerBlock, stock):
+        model_type = f"pruned_{stock.model_type}"
+        blocks: list[dict] | None = None
+        places: dict | None = None
+        dense: dict | None = None
+        pruned_format: int = FORMAT
+
+    _name(Configuration, stock)
+    AutoConfig.register(Configuration.model_type, Configuration, exist_ok=True)
+    return Configuration
 
 
-@no_type_check
-@strict
-class PrunedOPTConfig(WidthsPerBlock, OPTConfig):
-    model_type = "pruned_opt"
-    blocks: list[dict] | None = None
-    head_dim: int | None = None
-    pruned_format: int = FORMAT
+@cache
+def pruned(dense: Any) -> Any:
+    """The dense model class's subclass that gives every block its own widths, known to AutoModelForCausalLM."""
+    kind: Any = type(
+        f"Pruned{dense.__name__}", (PrunedModel, dense), {"config_class": configuration(dense.config_class)}
+    )
+    _name(kind, dense)
+    AutoModelForCausalLM.register(kind.config_class, kind, exist_ok=True)
+    return kind
+
+
+def _name(kind, dense):
+    """Under the name by which `__getattr__` finds it again; a saved folder names it if this file is all it needs."""
+    kind.__name__ = kind.__qualname__ = f"Pruned{dense.__name__}"
+    kind.__module__ = __name__
+    kind._auto_class = None
+    if dense.__module__.startswith("transformers."):
+        kind._auto_class = "AutoModelForCausalLM" if issubclass(kind, nn.Module) else "AutoConfig"
+
+
+def __getattr__(name):
+    """PrunedLlamaConfig, PrunedLlamaForCausalLM and so on, for any configuration and model that transformers has."""
+    dense = getattr(transformers, name.removeprefix("Pruned"), None) if name.startswith("Pruned") else None
+    if dense is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return pruned(dense) if issubclass(dense, nn.Module) else configuration(dense)
 
 
 class PrunedModel(nn.Module):
-    """Of a model: the dense architecture, then every projection of every block made anew in its own width."""
-
-    blocks_at = "model.layers"
-    output = "self_attn.o_proj"
-    rows: ClassVar[dict[str, str]] = {
-        "self_attn.q_proj": "heads",
-        "self_attn.k_proj": "kv_heads",
-        "self_attn.v_proj": "kv_heads",
-        "mlp.gate_proj": "channels",
-        "mlp.up_proj": "channels",
-    }
-    columns: ClassVar[dict[str, str]] = {"self_attn.o_proj": "heads", "mlp.down_proj": "channels"}
+    """Of a model: the dense architecture, in which every parameter of another shape is made anew."""
 
     def __init__(self, config, *args, **kwargs):
         if config.blocks is None:
             raise ValueError(f"A {config.model_type} configuration needs `blocks`, the widths of every block.")
-        with _narrow(config):
+        with as_dense(config):
             super().__init__(config, *args, **kwargs)
-        stack = self.get_submodule(self.blocks_at)
-        for block, widths in zip(stack.children(), config.blocks, strict=True):
-            self._fit(block, widths, config)
+        stack = self.get_submodule(config.places["blocks"])
+        for index, (block, widths) in enumerate(zip(stack.children(), config.blocks, strict=True)):
+            self._fit(block, widths["shapes"], config)
+            settle(block, config.places, widths)
+            _check_widths(index, block, config.places, widths)
 
-    def _fit(self, block, widths, config):
-        heads, kv_heads, channels = (widths[name] for name in ("heads", "kv_heads", "channels"))
-        sizes = {"heads": heads * config.head_dim, "kv_heads": kv_heads * config.head_dim, "channels": channels}
-        for name in (*self.rows, *self.columns):
-            dense, had_bias = block.get_submodule(name).weight, block.get_submodule(name).bias is not None
-            linear = nn.Linear(1, 1, bias=name in widths["biases"], device=dense.device, dtype=dense.dtype)
-            out_features = sizes[self.rows[name]] if name in self.rows else config.hidden_size
-            in_features = sizes[self.columns[name]] if name in self.columns else config.hidden_size
-            resize(linear, out_features, in_features)
-            block.set_submodule(name, linear)
-            if not linear.weight.is_meta:  # made anew after the dense class drew its weights
-                self._init_weights(linear)  # type: ignore[operator]
-                if linear.bias is not None and not had_bias:  # the dense class has no rule for a bias it has not
+    def _fit(self, block, shapes, config):
+        for name, shape in shapes.items():
+            path, _, attribute = name.rpartition(".")
+            parent = block.get_submodule(path.rpartition(".")[0])
+            if shape is None and isinstance(parent, nn.ModuleList):  # such as one norm a head
+                if len(parent) > int(path.rpartition(".")[2]):
+                    del parent[int(path.rpartition(".")[2]) :]
+                continue
+            layer = block.get_submodule(path)
+            old = getattr(layer, attribute)
+            if shape is None:
+                setattr(layer, attribute, None)
+                continue
+            like = next(block.parameters()) if old is None else old
+            new = nn.Parameter(like.new_empty(shape))
+            setattr(layer, attribute, new)
+            settle_layer(layer)
+            if not new.is_meta:  # made anew after the dense class drew its weights
+                self._init_weights(layer)  # type: ignore[operator]
+                if old is None:  # the dense class has no rule for a bias it has not
                     std = getattr(config, "initializer_range", getattr(config, "init_std", 0.02))
-                    nn.init.normal_(linear.bias, std=std)
-        settle(block, self.output.removeprefix("self_attn."), heads, kv_heads, config.head_dim, channels)
+                    nn.init.normal_(new, std=std)
 
     @classmethod
     def _can_set_attn_implementation(cls):
@@ -201,40 +193,36 @@ class PrunedModel(nn.Module):
         return (model, info) if output_loading_info else model
 
 
-def resize(linear, out_features, in_features):
-    """Give a linear layer other widths and new weights, which are not initialised."""
-    linear.out_features, linear.in_features = out_features, in_features
-    linear.weight = nn.Parameter(linear.weight.new_empty(out_features, in_features))
-    if linear.bias is not None:
-        linear.bias = nn.Parameter(linear.bias.new_empty(out_features))
+@contextmanager
+def as_dense(config):
+    """What the configuration says while the dense model is built."""
+    dense = config.dense or {}
+    kept = {name: getattr(config, name) for name in dense}
+    for name, value in dense.items():
+        setattr(config, name, value)
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(config, name, value)
 
 
-class PrunedLlamaForCausalLM(PrunedModel, LlamaForCausalLM):  # type: ignore[misc]
-    config_class = PrunedLlamaConfig
-
-
-class PrunedMistralForCausalLM(PrunedModel, MistralForCausalLM):  # type: ignore[misc]
-    config_class = PrunedMistralConfig
-
-
-class PrunedOPTForCausalLM(PrunedModel, OPTForCausalLM):  # type: ignore[misc]
-    config_class = PrunedOPTConfig
-    blocks_at = "model.decoder.layers"
-    output = "self_attn.out_proj"
-    rows: ClassVar[dict[str, str]] = {
-        "self_attn.q_proj": "heads",
-        "self_attn.k_proj": "kv_heads",
-        "self_attn.v_proj": "kv_heads",
-        "fc1": "channels",
-    }
-    columns: ClassVar[dict[str, str]] = {"self_attn.out_proj": "heads", "fc2": "channels"}
-
-
-CLASSES: dict[str, Any] = {
-    "llama": PrunedLlamaForCausalLM,
-    "mistral": PrunedMistralForCausalLM,
-    "opt": PrunedOPTForCausalLM,
-}
+def _check_widths(index, block, places, widths):
+    """ValueError where a block's widths and the shapes of its projections disagree."""
+    attention = block.get_submodule(places["output"].rpartition(".")[0])
+    size, heads, kv_heads = head_width(attention), widths["heads"], widths["kv_heads"]
+    found = {name: block.get_submodule(name).weight.shape for name in (*places["qkv"], places["output"])}
+    for name, shape in found.items():
+        found[name] = shape[::-1] if isinstance(block.get_submodule(name), Conv1D) else shape
+    rows = sum(found[name][0] for name in places["qkv"])
+    outward = block.get_submodule(places["outward"])
+    channels = outward.weight.shape[0 if isinstance(outward, Conv1D) else 1]
+    told = (size * (heads + 2 * kv_heads), size * heads, widths["channels"])
+    if told != (rows, found[places["output"]][1], channels):
+        raise ValueError(
+            f"config.json says other shapes for the projections of block {index} than its {heads} heads, {kv_heads} KV "
+            f"heads and {widths['channels']} channels make; it was edited or belongs to another model."
+        )
 
 
 def check_complete(folder, info):
@@ -295,17 +283,3 @@ def _refuse_two(folder, one, others):
         f"{folder} holds two sets of weights, {one} beside {others[0]}{more}, and which is meant cannot be told; move "
         "the older set away (model.safetensors.index.json belongs to the shards)."
     )
-
-
-@contextmanager
-def _narrow(config):
-    """Widths of one for a while: what is built with them is replaced at once."""
-    widths = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "ffn_dim")
-    kept = {name: getattr(config, name) for name in widths if hasattr(config, name)}
-    for name in kept:
-        setattr(config, name, 1)
-    try:
-        yield
-    finally:
-        for name, value in kept.items():
-            setattr(config, name, value)

@@ -7,6 +7,7 @@ from typing import Any
 
 from pruners import anatomy
 from pruners.lazy import nn
+from pruners.matrices import Matrix
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Projection:
         return self.zeros / self.weights if self.weights else 0.0
 
     @classmethod
-    def of(cls, name: str, linear: nn.Linear, asked: float) -> Projection:
+    def of(cls, name: str, linear: Matrix, asked: float) -> Projection:
         return cls(name, linear.weight.numel(), int((linear.weight == 0).sum()), asked)
 
 
@@ -114,7 +115,8 @@ class Report:
     """`seconds` by stage; sparsities are shares of the weights of the decoder blocks' linear layers.
 
     Structured methods fill in `structure`; their `achieved` is the share of the decoder blocks' parameters.
-    `reconstruction` has each block's mean squared error before and after it was rebuilt, if it was.
+    `reconstruction` has each block's mean squared error before and after it was rebuilt, if it was.  `without_tokens`
+    names the matrices of experts that no calibration token reached, which were pruned by magnitude.
     """
 
     method: str
@@ -123,6 +125,7 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     structure: Structure | None = None
     reconstruction: list[dict[str, Any]] = field(default_factory=list)
+    without_tokens: list[str] = field(default_factory=list)
 
     @property
     def achieved(self) -> float:
@@ -135,10 +138,15 @@ class Report:
         """Plain JSON values."""
         projections = [{**asdict(p), "achieved": p.achieved} for p in self.projections]
         structure = self.structure.to_dict() if self.structure else None
-        return {**asdict(self), "achieved": self.achieved, "projections": projections, "structure": structure}
+        told = {**asdict(self), "achieved": self.achieved, "projections": projections, "structure": structure}
+        return told if self.without_tokens else {k: v for k, v in told.items() if k != "without_tokens"}
 
     def __str__(self) -> str:
         seconds = ", ".join(f"{stage} {value:.1f} s" for stage, value in self.seconds.items())
         if self.structure:
             return f"{self.method}: {self.structure}; {seconds}"
-        return f"{self.method}: sparsity {self.achieved:.4f} (asked {self.asked:.4f}); {seconds}"
+        told = f"{self.method}: sparsity {self.achieved:.4f} (asked {self.asked:.4f}); {seconds}"
+        if not self.without_tokens:
+            return told
+        count, first = len(self.without_tokens), self.without_tokens[0]
+        return f"{told}; {count} matrices of experts that no calibration token reached by magnitude, e.g. {first}"

@@ -19,7 +19,8 @@ from typing import Annotated
 from pruners import select
 from pruners.calibrate import Hessian
 from pruners.checks import Count, Rule
-from pruners.lazy import Bool, Float, Tensor, nn, torch
+from pruners.lazy import Bool, Float, Tensor, torch
+from pruners.matrices import Matrix
 from pruners.select import Pattern
 from pruners.unstructured import Unstructured
 
@@ -39,7 +40,7 @@ class SparseGPT(Unstructured):
         if self.pattern and self.block_size % Pattern.parse(self.pattern).m:
             raise ValueError(f"block_size {self.block_size} is no multiple of the m of {self.pattern}; change one.")
 
-    def remove(self, linears: Mapping[str, nn.Linear], x: Hessian, dense: Mapping[str, Tensor]) -> None:
+    def remove(self, linears: Mapping[str, Matrix], x: Hessian, dense: Mapping[str, Tensor]) -> None:
         hessian = x.matrix
         dead = hessian.diagonal() == 0  # an input that is always zero: its weights do nothing
         hessian.diagonal()[dead] = 1

@@ -17,6 +17,7 @@ from pruners.apply import KINDS, Kept
 from pruners.calibrate import PLAIN, Execution
 from pruners.checks import Count, Share
 from pruners.lazy import Float, Int, Tensor, nn, torch
+from pruners.matrices import Matrix
 from pruners.report import Report, Size, State, Structure, Widths
 from pruners.unstructured import refuse_non_finite
 
@@ -93,7 +94,7 @@ class Structured:
 
     def repairs(
         self, blocks: Sequence[Block], kept: Sequence[Kept], dense: Mapping[str, Tensor]
-    ) -> list[tuple[nn.Linear, Float[Tensor, " out"]]]:
+    ) -> list[tuple[Matrix, Float[Tensor, " out"]]]:
         """Biases to add, computed before anything is removed."""
         return []
 
@@ -109,8 +110,8 @@ class Structured:
         blocks, asked, before = anatomy.blocks(model), self.asked_parameters(model), State.of(model)
         kept = self.choose(model, windows, dense, how)
         rounding = sum(keep.rounding * block.unit_cost("mlp") for keep, block in zip(kept, blocks, strict=True))
+        left = [_left(block, keep) for block, keep in zip(blocks, kept, strict=True)]
         gone = self._carry_out(model, kept, self.repairs(blocks, kept, dense), how.cut)
-        left = [_left(width, keep) for width, keep in zip(before.blocks, kept, strict=True)]
         after = State(before.size.less(Size(gone, gone)), left, before.hidden_size)
         return self.reported(Structure(self.setting, Size(asked, asked), rounding, before, after), started)
 
@@ -209,11 +210,11 @@ class Structured:
         return [(block, kind) for kind in KINDS for block in anatomy.blocks(model) if self.open(block, kind)]
 
     def _carry_out(
-        self, model: nn.Module, kept: Sequence[Kept], repairs: Sequence[tuple[nn.Linear, Tensor]], cut: bool
+        self, model: nn.Module, kept: Sequence[Kept], repairs: Sequence[tuple[Matrix, Tensor]], cut: bool
     ) -> int:
         """Remove units and add biases; returns how many parameters fewer cutting leaves."""
         pairs = list(zip(anatomy.blocks(model), kept, strict=True))
-        gone = sum(int((~keep[kind]).sum()) * block.unit_cost(kind) for block, keep in pairs for kind in KINDS)
+        gone = sum(block.lost(kind, keep[kind]) for block, keep in pairs for kind in KINDS)
         gone -= sum(len(bias) for linear, bias in repairs if linear.bias is None)
         for linear, bias in repairs:
             apply.add_bias(linear, bias)
@@ -231,9 +232,9 @@ def readers(block: Block) -> tuple[tuple[str, ...], ...]:
 
 def by_unit(block: Block, kind: str, scores: Float[Tensor, " inp"]) -> Float[Tensor, "units size"]:
     """Scores of the inputs of the projection that reads the units, on the CPU, a row for each unit."""
-    return scores.reshape(block.units(kind), block.reader(kind).size).cpu()
+    return scores.cpu()[block.reader(kind).index]
 
 
-def _left(width: Widths, kept: Kept) -> Widths:
-    groups = int(kept.attention.sum())
-    return Widths(groups * (width.heads // max(width.kv_heads, 1)), groups, int(kept.mlp.sum()))
+def _left(block: Block, kept: Kept) -> Widths:
+    left = apply.widths_left(block, kept)
+    return Widths(left["heads"], left["kv_heads"], left["channels"])

@@ -12,6 +12,7 @@ from pruners.anatomy import Block
 from pruners.calibrate import PLAIN, Execution, Statistic
 from pruners.checks import Rule, Share
 from pruners.lazy import Bool, Float, Int, Tensor, nn
+from pruners.matrices import Matrix
 from pruners.report import Projection, Report
 from pruners.select import Pattern
 
@@ -22,6 +23,8 @@ class Unstructured:
 
     `sparsity` is the share removed (default 0.5, or what `pattern` implies); `pattern` "n:m" keeps n of every m
     consecutive inputs of a row.  ValueError where the two disagree or lie out of range.
+    Routed experts are matrices like others, with the statistics of the tokens routed to them; one that no calibration
+    token reaches loses its smallest weights, and the report says so.
     """
 
     sparsity: Share | None = None
@@ -73,7 +76,7 @@ class Unstructured:
         assert self.sparsity is not None  # __post_init__ has filled it in
         return self.sparsity
 
-    def remove(self, linears: Mapping[str, nn.Linear], x: Any, dense: Mapping[str, Tensor]) -> None:
+    def remove(self, linears: Mapping[str, Matrix], x: Any, dense: Mapping[str, Tensor]) -> None:
         """Prune, in place, projections that share the input `x`, given by full name."""
         for name, linear in linears.items():
             linear.weight.data.masked_fill_(self.gone(self.score(name, linear.weight.data, x, dense)), 0)
@@ -95,11 +98,27 @@ class Unstructured:
         for block, seen in self._walk(model, windows, how):
             for names in block.shared_inputs:
                 together = {f"{block.name}.{name}": block.linear(name) for name in names}
-                self.remove(together, seen.get(names[0]), dense)
+                x = seen.get(names[0])
+                if names in block.expert_groups and self._unreached(together, x, dense):
+                    report.without_tokens += together
+                    self._by_magnitude(together)
+                else:
+                    self.remove(together, x, dense)
             how.report(block, len(blocks))
         report.projections = [Projection.of(name, linear, self.asked) for name, linear in linears.items()]
         report.seconds["prune"] = time.perf_counter() - started
         return report
+
+    def _unreached(self, linears: Mapping[str, Matrix], x: Any, dense: Mapping[str, Tensor]) -> bool:
+        """Whether no calibration token was routed to the expert whose matrices these are."""
+        if self.NEEDS is not None:
+            return x is None
+        return self.needs_windows and not any(dense[name].any() for name in linears)
+
+    def _by_magnitude(self, linears: Mapping[str, Matrix]) -> None:
+        for linear in linears.values():
+            weight = linear.weight.data
+            weight.masked_fill_(self.gone(weight.float().abs()), 0)
 
     def _walk(
         self, model: nn.Module, windows: Tensor | None, how: Execution
@@ -121,7 +140,7 @@ class Unstructured:
                     )
 
 
-def refuse_non_finite(linears: Mapping[str, nn.Linear]) -> None:
+def refuse_non_finite(linears: Mapping[str, Matrix]) -> None:
     """ValueError, naming the first matrix that holds NaN or inf."""
     for name, linear in linears.items():
         if not linear.weight.is_meta and not linear.weight.isfinite().all():

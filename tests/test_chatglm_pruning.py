@@ -10,7 +10,11 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
 
-from tests.chatglm import GOLDEN, golden
+import pruners
+from pruners import LLMPruner, anatomy, apply, checkpoint, llm_pruner
+from pruners.apply import Kept
+from pruners.stream import Stream
+from tests.chatglm import GOLDEN, golden, odd, prompts
 from tests.conftest import needs_shared
 
 CASES = json.loads((GOLDEN / "pruning.json").read_text()) if GOLDEN.is_dir() else {}
@@ -72,3 +76,80 @@ def test_scores_of_attention_lie_head_by_head(importance):
             score = weight.square().sum(1) if importance == "l2" else TAYLOR[importance](weight, grad)
             found.append(score.view(heads, members, size))
         assert_close(torch.cat(found, 1), of_layer, rtol=1e-4, atol=1e-6)
+
+
+RELEASED = {"vector": "first", "element1": "first", "l1": "mean", "l2": "mean"}  # what combines a channel's matrices
+
+
+@needs_shared
+@pytest.mark.parametrize("case", [case for case in CASES if CASES[case]["importance"] in RELEASED])
+def test_llm_pruner_cuts_the_released_channels(case):
+    told, values = CASES[case], load_file(GOLDEN / "pruning.safetensors")
+    tokens = values["tiny/calibration/input_ids"]
+    importance, blocks = told["importance"], (0, len(told["kept_channels_per_layer"]))
+    method = LLMPruner(
+        told["ratio"],
+        importance=importance,
+        reduction=RELEASED[importance],
+        attention_blocks=(0, 0),
+        mlp_blocks=blocks,
+    )
+    model = golden()
+    statistics = of_labelled_loss(method, model, values) if method.needs_windows else None
+    report = pruners.prune(model, method, tokens if method.needs_windows else None, statistics=statistics)
+    assert report.structure.after.size.model == model.num_parameters() == told["parameters"][1]
+    with torch.no_grad():
+        assert_close(model(tokens[:3]).logits, values[f"{case}/logits"], atol=2e-5, rtol=0.0)
+
+
+def of_labelled_loss(method, model, values):
+    """Scores as `gather` returns them, of the released calibration: the loss of the answers in one batch."""
+    twin = golden()
+    twin(values["tiny/calibration/input_ids"], labels=values["tiny/calibration/labels"]).loss.backward()
+    weights = {name: twin.get_parameter(name) for name in method.statistics_shapes(model)}
+    return {
+        name: llm_pruner.score(method.importance, w.detach(), int("4h_to_h" in name or ".dense." in name), w.grad)
+        for name, w in weights.items()
+    }
+
+
+@needs_shared
+@pytest.mark.parametrize("importance", ["l2", "vector", "element1"])
+def test_the_entry_finds_every_heads_rows(importance):
+    values = load_file(GOLDEN / "pruning.safetensors")
+    model, method = golden(), LLMPruner(importance=importance, attention_blocks=(0, 3), mlp_blocks=(0, 3))
+    if method.needs_windows:
+        scores = of_labelled_loss(method, model, values)
+    else:
+        dims = dict.fromkeys(method.statistics_shapes(model), 0) | {
+            f"{block.name}.attention.dense.weight": 1 for block in anatomy.blocks(model)
+        }
+        scores = llm_pruner.index_scores(model, None, importance, dims)
+    expected = values[f"tiny/attention_member_scores/{importance}"]
+    for block, members in zip(anatomy.blocks(model), expected, strict=True):
+        names = [f"{block.name}.{block.parameter(part.projection)[0]}" for part in block.parts["attention"]]
+        found = [scores[name][part.index] for name, part in zip(names, block.parts["attention"], strict=True)]
+        assert_close(torch.stack(found, 1), members, rtol=1e-4, atol=1e-6)
+
+
+def test_a_ragged_chatglm_comes_back(tmp_path):
+    model = odd()
+    for block, (heads, channels) in zip(anatomy.blocks(model), ((0, 20), (2, 0)), strict=True):
+        apply.cut(block, Kept(torch.arange(3) < heads, torch.arange(70) < channels))
+    apply.describe(model)
+    checkpoint.save(model, None, tmp_path / "out")
+    again, _ = checkpoint.load(tmp_path / "out")
+    assert type(again).__name__ == "PrunedChatGLMForCausalLM"
+    with torch.no_grad():
+        assert torch.equal(again(prompts()).logits, model(prompts()).logits)
+
+
+def test_windows_of_other_contents_are_replayed_with_masks_of_their_own():
+    """Every row's context ends elsewhere, and batches of three and one take rows in any order."""
+    model, tokens = odd(), prompts(4)
+    tokens[1:] = torch.stack([torch.roll(row, shift) for shift, row in enumerate(tokens[1:], 1)])
+    stream = Stream(model, tokens, 3, None)
+    block, rows = anatomy.blocks(model)[0], torch.tensor([3, 0])
+    with torch.no_grad():
+        expected = model(tokens[rows], output_hidden_states=True).hidden_states[1]
+        assert_close(stream.run(block, rows), expected, rtol=1e-6, atol=1e-6)

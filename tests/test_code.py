@@ -97,10 +97,7 @@ def test_a_package_that_forgets_a_module_would_be_noticed(tree):
     of_methods = {name for method in METHODS.values() for name in code._classes(type(method))}
     expected = {f"pruners.{path.stem}" for path in (tree / "pruners").glob("*.py")}
     assert expected - of_methods == {
-        "pruners.__init__",
-        "pruners.checkpoint",
-        "pruners.peft_targets",
-        "pruners.storage",
+        f"pruners.{name}" for name in ("__init__", "checkpoint", "peft_targets", "storage")
     }
 
 

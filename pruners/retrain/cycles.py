@@ -16,6 +16,7 @@ from pruners import anatomy, checks, inputs, select, storage
 from pruners.checks import Share, Whole
 from pruners.lazy import PreTrainedModel, nn
 from pruners.magnitude import Magnitude
+from pruners.matrices import Matrix
 from pruners.retrain import state
 from pruners.retrain.batches import Batches
 from pruners.retrain.finetune import Retrained, finetune
@@ -131,7 +132,7 @@ class _Keeper:
                 storage.remove(inner)
 
 
-def _linears(model: nn.Module) -> dict[str, nn.Linear]:
+def _linears(model: nn.Module) -> dict[str, Matrix]:
     return {f"{b.name}.{name}": linear for b in anatomy.blocks(model) for name, linear in b.linears().items()}
 
 
@@ -143,7 +144,7 @@ def _mark(
     return state.fingerprint(model, list(methods), trainable, settings, digest)
 
 
-def _refuse_return(method: Any, before: Mapping[str, BitMask], linears: Mapping[str, nn.Linear]) -> None:
+def _refuse_return(method: Any, before: Mapping[str, BitMask], linears: Mapping[str, Matrix]) -> None:
     for name, mask in before.items():
         back = int(((linears[name].weight.data != 0) & mask.gone()).sum())
         if back:

@@ -147,7 +147,7 @@ class Rebuilder(Keeper):
             for step in range(schedule.steps):
                 rows = torch.arange(step * self.rebuild_batch, (step + 1) * self.rebuild_batch) % count
                 with autocast(precision, passage.inputs.device):
-                    outputs = passage.run(block, passage.inputs[rows])
+                    outputs = passage.run(block, rows)
                 loss = F.mse_loss(outputs.float(), passage.targets[rows].float())
                 self._finite(block, loss.item(), step)
                 loss.backward()

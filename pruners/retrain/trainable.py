@@ -13,6 +13,7 @@ from pruners import anatomy, checks
 from pruners.anatomy import Block
 from pruners.checks import Flag
 from pruners.lazy import nn, torch
+from pruners.matrices import Matrix
 from pruners.retrain.adapters import Adapter, LoRA, LoRAPrune, LowRank
 from pruners.retrain.masks import BitMask
 from pruners.suggest import unknown
@@ -56,8 +57,7 @@ class Trainable:
         With `untie`, a head that shares the embeddings' matrix gets one of its own when its adapter merges.
         Raises ValueError where nothing is selected, a projection does not exist or a rank is too large.
         """
-        linears = {f"{b.name}.{name}": linear for b in anatomy.blocks(model) for name, linear in b.linears().items()}
-        attached = self._attach(model, linears, seed, "")
+        attached = self._attach(model, {f"{block.name}.": block for block in anatomy.blocks(model)}, seed, "")
         attached.unties = untie
         if not attached.tensors:
             attached.detach()
@@ -76,30 +76,35 @@ class Trainable:
             raise ValueError("A decoder block holds no head and no embeddings; drop head= and embeddings= here.")
         if isinstance(self.adapters, LoRA) and not self.adapters.merge:
             raise ValueError("Blocks are reconstructed one by one and need adapters that merge, e.g. MaskLoRA.")
-        attached = self._attach(block.module, block.linears(), seed, f"{block.name}.")
+        attached = self._attach(block.module, {"": block}, seed, f"{block.name}.")
         if not attached.tensors and block.shared_inputs:
             attached.detach()
             raise ValueError(f"{self!r} selects nothing in {block.name}. Select norms or adapters.")
         return attached
 
-    def _attach(self, root: nn.Module, linears: Mapping[str, nn.Linear], seed: int, prefix: str) -> Attached:
+    def _attach(self, root: nn.Module, blocks: Mapping[str, Block], seed: int, prefix: str) -> Attached:
+        """To what `blocks`, by what stands in front of their names within `root`, hold."""
         required = {p: p.requires_grad for p in root.parameters()}
-        masks = {f"{name}.weight": BitMask.of(linear.weight.data) for name, linear in linears.items()}
+        linears = {where + name: linear for where, block in blocks.items() for name, linear in block.linears().items()}
+        matrices = {
+            where + name: p for where, block in blocks.items() for name, p in map(block.parameter, block.linears())
+        }
+        masks = {name: BitMask.of(p.data) for name, p in matrices.items()}
         adapters = [
-            self.adapters.attach(prefix + name, linear, masks[f"{name}.weight"], seed)
+            self.adapters.attach(prefix + name, _plain(prefix + name, linear), masks[f"{name}.weight"], seed)
             for name, linear in self._targets(linears)
             if self.adapters
         ]
         if self.head:
             head: Any = root.get_output_embeddings()  # type: ignore[operator]
             adapters.append(self._on_head().attach("head", head, BitMask.of(head.weight.data), seed))
-        return Attached(root, _selected(self, root), adapters, masks, required)
+        return Attached(root, _selected(self, root, set(matrices.values())), adapters, masks, required)
 
     def _on_head(self) -> LoRA:
         given = {name: getattr(self.adapters, name) for name in SHARED if hasattr(self.adapters, name)}
         return replace(HEAD, **given)
 
-    def _targets(self, linears: Mapping[str, nn.Linear]) -> Iterator[tuple[str, nn.Linear]]:
+    def _targets(self, linears: Mapping[str, Matrix]) -> Iterator[tuple[str, Matrix]]:
         wanted = self.adapters.targets if self.adapters else None
         known = {part for name in linears for part in (name.rsplit(".", 1)[-1], ".".join(name.split(".")[-2:]))}
         for target in wanted or ():
@@ -223,9 +228,17 @@ def _merges(adapter: Adapter) -> bool:
     return getattr(adapter.kind, "merge", True)
 
 
-def _selected(wanted: Trainable, root: nn.Module) -> dict[str, nn.Parameter]:
-    """By name, each once.  A norm is known by its one-dimensional weight."""
-    chosen: set[nn.Parameter] = set()
+def _plain(name: str, linear: Matrix) -> nn.Linear:
+    if isinstance(linear, nn.Linear):
+        return linear
+    raise ValueError(
+        f"{name} is no torch.nn.Linear, which adapters stand beside; train biases, norms or all weights instead."
+    )
+
+
+def _selected(wanted: Trainable, root: nn.Module, matrices: set[nn.Parameter]) -> dict[str, nn.Parameter]:
+    """By name, each once.  A norm is known by its one-dimensional weight; `matrices` are those of the blocks."""
+    chosen: set[nn.Parameter] = set(matrices) if wanted.weights else set()
     for module in root.modules():
         weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
         norm = isinstance(weight, nn.Parameter) and weight.ndim == 1

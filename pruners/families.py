@@ -1,0 +1,170 @@
+"""Where each decoder family keeps its blocks, heads and projections: one entry a family, told apart by `model_type`.
+
+attention   query, key, value share one input; output reads the heads' concatenation
+MLP         inward projections (gate and up, or fc1) share one input; outward (down, or fc2) reads the channels
+
+An entry holds names and a layout and no code, and nothing else is known about a family anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+LAYOUTS = ("separate", "stacked", "grouped")
+NOT_NARROWED = "only LLaMA, Mistral, Qwen2, SmolLM3 and OPT are known to compute the same once it is cut"
+SCALED = "its embeddings are scaled by the square root of the width"
+NORMED = "its queries and keys have norms of other widths"
+
+
+@dataclass(frozen=True)
+class Family:
+    """Dotted names: of the list of blocks within the model, of everything else within a block.
+
+    `qkv` names query, key and value, or the one matrix that holds all three; `layout` is then "stacked" (all queries,
+    all keys, all values) or "grouped" (KV head by KV head its queries, its key, its value).  An inward matrix with
+    twice as many rows as the outward one has columns is gate over up.
+    `query_norm`, `key_norm`: norms with a weight for every channel or head of query and key (absent ones are skipped;
+    a norm that all heads share is none).
+    `slopes`: the argument of attention that holds a number for every head (ALiBi).
+    `experts`: the module of routed experts, in whose place blocks may have a plain MLP.  `router`: its router.
+    `passes_on`: what the configuration must say for a block of zeros to pass its input on; None where none does.
+    `fixed_width`: why no channels of the residual stream can be removed; empty where they can.
+    """
+
+    blocks: str
+    qkv: tuple[str, ...]
+    output: str
+    inward: tuple[str, ...]
+    outward: str
+    layout: str = "separate"
+    query_norm: str = ""
+    key_norm: str = ""
+    slopes: str = ""
+    experts: str = ""
+    router: str = ""
+    passes_on: Mapping[str, Any] | None = None
+    fixed_width: str = NOT_NARROWED
+
+    def __post_init__(self) -> None:
+        if self.layout not in LAYOUTS or len(self.qkv) != (3 if self.layout == "separate" else 1):
+            raise ValueError(
+                f"A family names three projections in qkv, or one whose layout is stacked or grouped; got {self.qkv} "
+                f"with layout {self.layout!r}."
+            )
+
+    @property
+    def attention(self) -> str:
+        """The module that holds the output projection."""
+        return self.output.rpartition(".")[0]
+
+
+ALWAYS: Mapping[str, Any] = {}
+LLAMA = Family(
+    blocks="model.layers",
+    qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    output="self_attn.o_proj",
+    inward=("mlp.gate_proj", "mlp.up_proj"),
+    outward="mlp.down_proj",
+    passes_on=ALWAYS,
+    fixed_width="",
+)
+FIXED = replace(LLAMA, fixed_width=NOT_NARROWED)
+QK_NORM = replace(LLAMA, fixed_width=NORMED)
+NORM_OF_ALL_HEADS = replace(QK_NORM, query_norm="self_attn.q_norm", key_norm="self_attn.k_norm")
+OPT = replace(
+    LLAMA,
+    blocks="model.decoder.layers",
+    output="self_attn.out_proj",
+    inward=("fc1",),
+    outward="fc2",
+    passes_on={"do_layer_norm_before": True},
+)
+GLM = replace(FIXED, inward=("mlp.gate_up_proj",))
+BLOOM = Family(
+    blocks="transformer.h",
+    qkv=("self_attention.query_key_value",),
+    layout="grouped",
+    output="self_attention.dense",
+    inward=("mlp.dense_h_to_4h",),
+    outward="mlp.dense_4h_to_h",
+    slopes="alibi",
+    passes_on={"apply_residual_connection_post_layernorm": False},
+)
+GPT2 = Family(
+    blocks="transformer.h",
+    qkv=("attn.c_attn",),
+    layout="stacked",
+    output="attn.c_proj",
+    inward=("mlp.c_fc",),
+    outward="mlp.c_proj",
+    passes_on=ALWAYS,
+)
+FAMILIES = {
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "opt": OPT,
+    "qwen2": LLAMA,
+    "smollm3": LLAMA,
+    "qwen3": QK_NORM,
+    "gemma": replace(LLAMA, fixed_width=SCALED),
+    "gemma2": replace(LLAMA, fixed_width=SCALED),
+    "gemma3_text": replace(LLAMA, fixed_width=SCALED),
+    "granite": FIXED,
+    "olmo": FIXED,
+    "olmo2": NORM_OF_ALL_HEADS,
+    "olmo3": NORM_OF_ALL_HEADS,
+    "cohere": NORM_OF_ALL_HEADS,
+    "stablelm": replace(FIXED, query_norm="self_attn.q_layernorm", key_norm="self_attn.k_layernorm"),
+    "phi": replace(FIXED, output="self_attn.dense", inward=("mlp.fc1",), outward="mlp.fc2"),
+    "phi3": replace(GLM, qkv=("self_attn.qkv_proj",), layout="stacked"),
+    "glm": GLM,
+    "glm4": GLM,
+    "starcoder2": replace(FIXED, inward=("mlp.c_fc",), outward="mlp.c_proj"),
+    "nemotron": replace(FIXED, inward=("mlp.up_proj",)),
+    "mixtral": replace(FIXED, experts="mlp.experts", router="mlp.gate"),
+    "qwen3_moe": replace(QK_NORM, experts="mlp.experts", router="mlp.gate"),
+    "bloom": BLOOM,
+    "falcon": replace(BLOOM, passes_on=ALWAYS),
+    "gpt_neox": replace(
+        BLOOM,
+        blocks="gpt_neox.layers",
+        qkv=("attention.query_key_value",),
+        output="attention.dense",
+        slopes="",
+        passes_on=ALWAYS,
+    ),
+    "chatglm": replace(
+        BLOOM,
+        blocks="transformer.layers",
+        qkv=("attention.query_key_value",),
+        output="attention.dense",
+        slopes="",
+        passes_on=None,
+    ),
+    "gpt2": GPT2,
+    "gptj": replace(
+        GPT2,
+        qkv=("attn.q_proj", "attn.k_proj", "attn.v_proj"),
+        layout="separate",
+        output="attn.out_proj",
+        inward=("mlp.fc_in",),
+        outward="mlp.fc_out",
+    ),
+    "mpt": replace(
+        GPT2,
+        blocks="transformer.blocks",
+        qkv=("attn.Wqkv",),
+        output="attn.out_proj",
+        inward=("ffn.up_proj",),
+        outward="ffn.down_proj",
+        slopes="position_bias",
+    ),
+}
+REFUSED = {  # by model type: why no entry can describe it
+    **dict.fromkeys(
+        ("deepseek_v2", "deepseek_v3"), "its keys and values are projected from a latent vector that all heads share"
+    ),
+    "gpt_oss": "its experts lie transposed, with the rows of gate and up in turn",
+}

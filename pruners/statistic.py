@@ -1,0 +1,104 @@
+"""What is kept of a projection's inputs over all calibration tokens."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from pruners.lazy import Float, Tensor, torch
+
+
+class Statistic(ABC):
+    """What is kept of a projection's inputs; made with their width and device, fed batch by batch."""
+
+    @abstractmethod
+    def __init__(self, width: int, device: torch.device) -> None: ...
+
+    @abstractmethod
+    def add(self, x: Float[Tensor, "windows tokens inp"]) -> None: ...
+
+    @abstractmethod
+    def finite(self) -> bool: ...
+
+
+class InputNorm(Statistic):
+    """||x_i|| over all calibration tokens; `windows` counts the sequences.  Summed in float64 over windows."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.sum_of_squares = torch.zeros(width, dtype=torch.float64, device=device)
+        self.windows = 0
+
+    def add(self, x: Float[Tensor, "windows tokens inp"]) -> None:
+        self.sum_of_squares += x.float().square().sum(1).double().sum(0)
+        self.windows += len(x)
+
+    @property
+    def norm(self) -> Float[Tensor, " inp"]:
+        return self.sum_of_squares.sqrt().float()
+
+    def finite(self) -> bool:
+        return bool(self.sum_of_squares.isfinite().all())
+
+
+class Moments(Statistic):
+    """Mean and spread of every channel over all calibration tokens; windows merge in float64 (Chan et al. 1979)."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.windows = self.tokens = 0
+        self.mean, self.squares, self.running = torch.zeros(3, width, dtype=torch.float64, device=device)
+
+    def add(self, x: Float[Tensor, "windows tokens inp"]) -> None:
+        count, length, _ = x.shape
+        x = x.float()
+        means = x.mean(1, keepdim=True)
+        squares = (x - means).square_().sum(1).double()
+        means = means.squeeze(1).double()
+        number = torch.arange(self.windows + 1, self.windows + count + 1, device=x.device)[:, None]
+        so_far = (self.mean * self.windows + means.cumsum(0)) / number
+        self.running += ((squares + length * (means - so_far).square()) * (number - 1) / number).sum(0)
+        self._merge(means.mean(0), (squares + length * (means - means.mean(0)).square()).sum(0), count, count * length)
+
+    def _merge(self, mean: Tensor, squares: Tensor, windows: int, tokens: int) -> None:
+        total = self.tokens + tokens
+        self.squares += squares + (mean - self.mean).square() * (self.tokens * tokens / total)
+        self.mean += (mean - self.mean) * (tokens / total)
+        self.windows, self.tokens = self.windows + windows, total
+
+    @property
+    def variance(self) -> Float[Tensor, " inp"]:
+        return self.squares / self.tokens
+
+    @property
+    def mean_square(self) -> Float[Tensor, " inp"]:
+        return self.variance + self.mean.square()
+
+    @property
+    def released_fluctuation(self) -> Float[Tensor, " inp"]:
+        """What FLAP's released code computes: 1/(N-1) sum_n (n-1)/n sum_t (x_nt - mean of windows 1..n)^2."""
+        return self.running / max(self.windows - 1, 1)
+
+    def finite(self) -> bool:
+        return bool(self.squares.isfinite().all())
+
+
+class Hessian(Statistic):
+    """H = 2/N sum_t x_t x_t^T over all calibration tokens of N windows, in float32 (SparseGPT, eq. 1)."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.sum = torch.zeros(width, width, dtype=torch.float32, device=device)
+        self.windows = 0
+
+    def add(self, x: Float[Tensor, "windows tokens inp"]) -> None:
+        tile = -(-x.shape[-1] // 4)  # H is symmetric: what lies below the diagonal tiles is not computed
+        for window in x.float():  # one by one, so that the sum does not depend on the batch size
+            for start in range(0, x.shape[-1], tile):
+                rows = slice(start, start + tile)
+                self.sum[rows, start:].addmm_(window[:, rows].T, window[:, start:])
+        self.windows += len(x)
+
+    @property
+    def matrix(self) -> Float[Tensor, "inp inp"]:
+        upper = self.sum.triu()
+        return (upper + upper.triu(1).T) * (2 / self.windows)
+
+    def finite(self) -> bool:
+        return bool(self.sum.isfinite().all())

@@ -1,0 +1,236 @@
+"""Hidden states between two decoder blocks, and the arguments that the model calls every block with."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from typing import Any
+
+from pruners import anatomy
+from pruners.anatomy import Block
+from pruners.lazy import Float, Tensor, nn, no_grad, torch
+from pruners.matrices import owner
+from pruners.statistic import Statistic
+
+Arguments = dict[str, Any]  # of one block, by name, without its hidden states
+
+
+class Caught(Exception):  # noqa: N818  (a signal that enough of a forward pass has run, not an error)
+    pass
+
+
+class Stream:
+    """`hidden` [windows, tokens, width] is what the block to run next gets.
+
+    A block's other arguments (mask, positions, rotary tables) are kept once for each number of windows that run
+    together; where they depend on the windows' contents, as ChatGLM's do, window by window.
+    """
+
+    def __init__(
+        self, model: nn.Module, windows: Tensor, batch_size: int, device: torch.device | str | None, also: int = 0
+    ) -> None:
+        """`also` is another number of windows that will run together."""
+        self.batch_size, self.device = min(batch_size, len(windows)), device
+        self.hidden = torch.empty(0)
+        self.returned: list[tuple[Any, ...]] = []
+        self.shared: dict[int, list[Arguments]] = {}
+        for here in torch.arange(len(windows)).split(self.batch_size):
+            hidden, arguments = self._caught(model, windows[here])
+            if not self.hidden.numel():
+                self.hidden = hidden.new_empty((len(windows), *hidden.shape[1:]), device=device or hidden.device)
+            self.hidden[here] = hidden.to(self.hidden.device)
+            self.shared.setdefault(len(here), arguments)
+        if also:
+            self.shared.setdefault(also, self._caught(model, windows[:also])[1])
+        self.single = self._by_window(model, windows)
+
+    def _by_window(self, model: nn.Module, windows: Tensor) -> list[list[Arguments]]:
+        """The arguments for each window alone; none where all windows have the same."""
+        found = [self._caught(model, windows[:1])[1]]
+        for window in windows[1:]:
+            told = self._caught(model, window[None])[1]
+            found.append(found[0] if _equal(found[0], told) else told)
+        return found if any(told is not found[0] for told in found) else []
+
+    def _caught(self, model: nn.Module, windows: Tensor) -> tuple[Tensor, list[Arguments]]:
+        hidden, arguments = inputs_of(model, windows, self.returned)
+        moved: dict[int, Tensor] = {}  # blocks share most of their arguments
+        place = self.device or hidden.device
+
+        from accelerate.utils import recursively_apply
+
+        def move(tensor: Tensor) -> Tensor:
+            return moved.setdefault(id(tensor), tensor.to(place))
+
+        return hidden, [recursively_apply(move, told) for told in arguments]
+
+    def arguments(self, block: Block, rows: Tensor) -> Arguments:
+        """The block's, for the windows of these numbers together."""
+        if not self.single:
+            return self.shared[len(rows)][block.index]
+        return _together([self.single[int(row)][block.index] for row in rows])
+
+    @no_grad
+    def observe(
+        self,
+        block: Block,
+        groups: tuple[tuple[str, ...], ...],
+        statistic: type[Statistic] | None,
+        outputs: Tensor | None,
+    ) -> dict[str, Any]:
+        """Run the block, gather statistics and fill `outputs`; without these, stop once every input has been seen.
+
+        An expert that no token reaches has None for a statistic.
+        """
+        groups = groups if statistic else ()
+        made = {
+            names: statistic(block.linear(names[0]).in_features, self.hidden.device) for names in groups if statistic
+        }
+        reached: set[tuple[str, ...]] = set()
+        pending: set[Any] = set()
+
+        def seen(*which: Any) -> None:
+            pending.difference_update(which)
+            if not pending and outputs is None:
+                raise Caught
+
+        def look(names: tuple[str, ...], _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0]
+            made[names].add(x if x.ndim == 3 else x.unflatten(0, (-1, self.hidden.shape[1])))
+            seen(names)
+
+        def look_at_experts(module: Any, args: tuple[Tensor, ...]) -> None:
+            for names, x in _routed(block, module, args, self.hidden.shape[1]):
+                made[names].add(x)
+                if x.shape[1]:
+                    reached.add(names)
+            seen(*block.expert_groups)
+
+        with ExitStack() as stack:
+            for names in groups:
+                if names not in block.expert_groups:
+                    module = owner(block.linear(names[0]))
+                    stack.callback(module.register_forward_pre_hook(partial(look, names)).remove)
+            if block.experts is not None and statistic:
+                stack.callback(block.experts.register_forward_pre_hook(look_at_experts).remove)
+            for here in torch.arange(len(self.hidden)).split(self.batch_size):
+                pending.update(groups)
+                with suppress(Caught):
+                    made_here = self.run(block, here)
+                    if outputs is not None:
+                        outputs[here] = made_here
+        idle = set(block.expert_groups) - reached
+        return {name: None if names in idle else made[names] for names in groups for name in names}
+
+    @no_grad
+    def advance(self, block: Block) -> None:
+        for here in torch.arange(len(self.hidden)).split(self.batch_size):
+            self.hidden[here] = self.run(block, here)
+
+    def run(self, block: Block, rows: Tensor) -> Tensor:
+        """The block's outputs for the windows of these numbers."""
+        outputs = block.module(self.hidden[rows], **self.arguments(block, rows))
+        return outputs if isinstance(outputs, Tensor) else outputs[0]
+
+
+def _routed(
+    block: Block, module: Any, args: tuple[Tensor, ...], length: int
+) -> Iterator[tuple[tuple[str, ...], Float[Tensor, "1 tokens inp"]]]:
+    """What the matrices of each expert get of one window's tokens, window by window; nothing of most, as routed."""
+    hidden, index = (told.unflatten(0, (-1, length)) for told in args[:2])
+    for x, chosen in zip(hidden, index, strict=True):
+        for expert, (inward, outward) in enumerate(zip(*[iter(block.expert_groups)] * 2, strict=True)):
+            tokens = x[(chosen == expert).any(-1)]
+            gate, up = nn.functional.linear(tokens, module.gate_up_proj[expert]).chunk(2, -1)
+            yield inward, tokens[None]
+            yield outward, (module.act_fn(gate) * up)[None]
+
+
+@no_grad
+def inputs_of(model: nn.Module, windows: Tensor, returned: list[tuple[Any, ...]]) -> tuple[Tensor, list[Arguments]]:
+    """The hidden states [windows, tokens, width] that reach the blocks, and with which other arguments each is called.
+
+    The blocks hand their input on unchanged.  `returned` is what they return beside it (nothing where that is no
+    tuple); while it is empty, the first one runs for real to tell.
+    """
+    blocks = [block.module for block in anatomy.blocks(model)]
+    hidden: list[Tensor] = []
+    found: list[Arguments] = []
+
+    def stand_in(forward: Any, *args: Any, **kwargs: Any) -> Any:
+        told = inspect.signature(forward).bind(*args, **kwargs)
+        states, others = _split(told)
+        hidden.append(states)
+        found.append(others)
+        if len(found) == len(blocks):
+            raise Caught
+        if not returned:
+            made = forward(*args, **kwargs)
+            returned.append(() if isinstance(made, Tensor) else made[1:])
+        return (states, *returned[0]) if returned[0] else states
+
+    with ExitStack() as stack, suppress(Caught):
+        for module in blocks:
+            stack.enter_context(_instead(module, partial(stand_in, module.forward)))
+        model(input_ids=windows.to(next(model.parameters()).device), use_cache=False)
+    return hidden[0], found
+
+
+def _split(told: inspect.BoundArguments) -> tuple[Tensor, Arguments]:
+    """The first argument, and the others by name."""
+    others = dict(told.arguments)
+    for name, parameter in told.signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            others |= others.pop(name, {})
+    states = others.pop(next(iter(told.signature.parameters)))
+    return states, others
+
+
+@contextmanager
+def _instead(module: nn.Module, forward: Any) -> Iterator[None]:
+    """Another forward pass for a while; what stood there before, such as accelerate's wrapper, comes back."""
+    own = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if one is other:
+        return True
+    if isinstance(one, Tensor):
+        return isinstance(other, Tensor) and one.shape == other.shape and bool((one == other).all())
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_equal(value, other[name]) for name, value in one.items())
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    return bool(one == other)
+
+
+def _together(each: Sequence[Any]) -> Any:
+    """One window's arguments after the other, along the first dimension of what has one for windows."""
+    first = each[0]
+    if isinstance(first, Tensor):
+        return torch.cat(list(each)) if first.ndim > 1 and len(first) == 1 else first
+    if isinstance(first, dict):
+        return {name: _together([one[name] for one in each]) for name in first}
+    if isinstance(first, list | tuple):
+        return type(first)(_together(values) for values in zip(*each, strict=True))
+    return first
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off for a while."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

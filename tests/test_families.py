@@ -1,0 +1,461 @@
+"""What every entry of FAMILIES promises, on a tiny model of it; a new entry without one fails here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.testing import assert_close
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+import pruners
+from pruners import anatomy, apply, checkpoint
+from pruners.apply import Kept
+from pruners.families import FAMILIES, Family
+from pruners.stream import Stream
+from tests.families import EXPERTS, TINY, model_type, tiny, windows
+
+DENSE = [kind for kind in TINY if kind not in EXPERTS]  # structured pruning knows them
+
+
+def test_every_family_has_a_tiny_model():
+    assert {model_type(kind) for kind in TINY} == set(FAMILIES)
+
+
+def drawn(block, lost):
+    """About half of each kind of unit stays, another half in each block; none of the kinds in `lost`."""
+    kept, draw = Kept.all(block), torch.Generator().manual_seed(block.index + 3)
+    for kind in apply.KINDS:
+        chosen = torch.rand(len(kept[kind]), generator=draw) > 0.5
+        chosen[block.index % len(chosen)], chosen[(block.index + 1) % len(chosen)] = True, False
+        kept[kind][:] = False if kind in lost else chosen
+    return kept
+
+
+def both_ways(kind, hollow):
+    """Masked and cut; where `hollow`, the first block has no heads and the second no channels."""
+    masked, cut = tiny(kind), tiny(kind)
+    for block, twin in zip(anatomy.blocks(masked), anatomy.blocks(cut), strict=True):
+        kept = drawn(block, [["attention"], ["mlp"], []][block.index] if hollow else [])
+        before, lost = parameters(twin), sum(twin.lost(unit, kept[unit]) for unit in apply.KINDS)
+        apply.zero(block, kept)
+        apply.cut(twin, kept)
+        assert before - parameters(twin) == lost
+    apply.describe(cut)
+    return masked, cut
+
+
+def parameters(block):
+    return sum(p.numel() for p in block.module.parameters())
+
+
+def outputs(model, tokens):
+    """Of every block, as the model runs them."""
+    seen = []
+    hooks = [
+        block.module.register_forward_hook(lambda _, __, out: seen.append(out if torch.is_tensor(out) else out[0]))
+        for block in anatomy.blocks(model)
+    ]
+    with torch.no_grad():
+        model(tokens, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_replayed_blocks_give_what_the_model_does(kind):
+    model, tokens = tiny(kind), windows(kind)
+    stream = Stream(model, tokens, 3, None)  # of four windows: the last batch is shorter
+    for block, expected in zip(anatomy.blocks(model), outputs(model, tokens), strict=True):
+        stream.advance(block)
+        assert_close(stream.hidden, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_every_matrix_of_a_block_is_a_projection_a_norm_or_a_router(kind):
+    for block in anatomy.blocks(tiny(kind)):
+        family = block.family
+        norms = [f"{name}." for name in (family.query_norm, family.key_norm, family.router) if name]
+        counted = sum(linear.weight.numel() for linear in block.linears().values())
+        there = {name: p.numel() for name, p in block.module.named_parameters() if p.ndim > 1}
+        assert counted == sum(size for name, size in there.items() if not name.startswith(tuple(norms)))
+        block.module.register_parameter("stray", torch.nn.Parameter(torch.zeros(2, 3, 4)))
+        with pytest.raises(ValueError, match=r"holds matrices that .* does not name: stray"):
+            anatomy._check_named(block)
+
+
+@pytest.mark.parametrize("kind", TINY)
+@pytest.mark.parametrize(
+    "method",
+    [pruners.Wanda(0.5), pruners.SparseGPT(0.5), pruners.GBLM(pattern="2:4"), pruners.Magnitude(0.3)],
+    ids=lambda method: type(method).__name__,
+)
+def test_the_asked_share_of_all_matrices_is_zero(kind, method):
+    model = tiny(kind)
+    report = pruners.prune(model, method, windows(kind), batch_size=3)
+    norms = {id(p) for block in anatomy.blocks(model) for p in kept_matrices(block)}
+    matrices = [p for b in anatomy.blocks(model) for p in b.module.parameters() if p.ndim > 1 and id(p) not in norms]
+    zeros, weights = sum(int((p == 0).sum()) for p in matrices), sum(p.numel() for p in matrices)
+    assert report.achieved == pytest.approx(zeros / weights)
+    assert zeros / weights == pytest.approx(method.asked, abs=0.02)
+    assert sum(p.weights for p in report.projections) == weights
+
+
+def kept_matrices(block):
+    names = (block.family.query_norm, block.family.key_norm, block.family.router)
+    modules = dict(block.module.named_modules())
+    return [p for name in names if name and name in modules for p in modules[name].parameters()]
+
+
+@pytest.mark.parametrize("kind", DENSE)
+@pytest.mark.parametrize("hollow", [False, True], ids=["uneven", "hollow"])
+def test_masked_equals_cut_and_cached_equals_uncached(kind, hollow):
+    masked, cut = both_ways(kind, hollow)
+    tokens = windows(kind)
+    with torch.no_grad():
+        logits = cut(tokens).logits
+        assert_close(masked(tokens).logits, logits, rtol=1e-5, atol=1e-5)
+        assert (tiny(kind)(tokens).logits - logits).abs().max() > 0.02 * logits.std()
+        prompt, mask = tokens[:3].clone(), torch.ones_like(tokens[:3])
+        mask[0, :5] = 0
+        prompt[mask == 0] = 0
+        options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+        options["eos_token_id"] = None
+        assert torch.equal(cut.generate(prompt, **options), cut.generate(prompt, use_cache=False, **options))
+
+
+@pytest.mark.parametrize("kind", DENSE)
+def test_norms_over_heads_count_what_is_there_however_often_they_are_masked(kind):
+    masked, cut = both_ways(kind, hollow=False)
+    again = tiny(kind)
+    for block in anatomy.blocks(again):
+        some = drawn(block, [])
+        some["attention"][int((~some["attention"]).nonzero()[0])] = True
+        apply.zero(block, some)
+        apply.zero(block, drawn(block, []))
+    with torch.no_grad():
+        expected = cut(windows(kind)).logits
+        assert_close(again(windows(kind)).logits, expected, rtol=1e-5, atol=1e-5)
+        for block in anatomy.blocks(masked):
+            apply.cut(block, drawn(block, []))
+        assert_close(masked(windows(kind)).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", DENSE)
+@pytest.mark.parametrize(
+    "method",
+    [
+        pruners.Flap(target_parameters=0.3),
+        pruners.LLMPruner(ratio=0.5, attention_blocks=(0, 3), mlp_blocks=(0, 3)),
+    ],
+    ids=lambda method: type(method).__name__,
+)
+def test_structured_methods_say_what_they_leave(kind, method):
+    cut, masked = tiny(kind), tiny(kind)
+    report = pruners.prune(cut, method, windows(kind))
+    pruners.prune(masked, method, windows(kind), cut=False)
+    after = report.structure.after
+    assert after.size.model == cut.num_parameters() < report.structure.before.size.model
+    assert [(b.heads, b.kv_heads, b.channels) for b in anatomy.blocks(cut)] == [
+        (w.heads, w.kv_heads, w.channels) for w in after.blocks
+    ]
+    with torch.no_grad():
+        assert_close(masked(windows(kind)).logits, cut(windows(kind)).logits, rtol=1e-5, atol=1e-5)
+
+
+OURS = {"chatglm"}  # no architecture of transformers'
+OPEN_ALL = """
+import sys
+from pathlib import Path
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+{importing}
+for path in sorted(Path().glob("*/*.safetensors")):
+    model = AutoModelForCausalLM.from_pretrained(path.with_suffix(""), **{options})
+    told = load_file(path)
+    with torch.no_grad():
+        assert torch.equal(model(told["windows"]).logits, told["logits"]), path
+    print(path.parent, type(model).__module__, flush=True)
+assert ("pruners" in sys.modules) == {imported}
+"""
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """For every family a folder of a model cut unevenly, with hollow blocks, and of one with single weights zeroed."""
+    root = tmp_path_factory.mktemp("families")
+    for number, kind in enumerate(TINY):
+        models = {"plain": tiny(kind)}
+        pruners.prune(models["plain"], pruners.Magnitude(sparsity=0.5))
+        if kind in DENSE:
+            models["cut"] = both_ways(kind, hollow=True)[1]
+        for how, model in models.items():
+            folder = root / ("ours" if model_type(kind) in OURS else "any") / how / f"{number:02}"
+            checkpoint.save(model, None, folder)
+            tokens = windows(kind)
+            with torch.no_grad():
+                save_file({"windows": tokens, "logits": model(tokens).logits}, folder.with_suffix(".safetensors"))
+    return root
+
+
+def opened(folder, importing, options):
+    """By a process that opens all of them: where each lies and where its class is from."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "hub")}
+    code = OPEN_ALL.format(importing=importing, options=options, imported=bool(importing))
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [line.split() for line in done.stdout.splitlines() if line.startswith(("cut ", "plain "))]
+    assert len(found) == len(list(folder.glob("*/*.safetensors")))
+    return found
+
+
+def test_every_cut_model_opens_in_a_fresh_process_that_knows_this_project(saved):
+    for place in saved.iterdir():
+        told = opened(place, "import pruners", {})
+        assert {module for how, module in told if how == "cut"} == {"pruners.modeling_pruned"}
+
+
+def test_every_saved_folder_opens_without_this_project(saved):
+    told = opened(saved / "any", "", {"trust_remote_code": True})
+    assert all(module.startswith("transformers_modules." if how == "cut" else "transformers.") for how, module in told)
+
+
+def test_unstructured_results_are_plain_in_every_family(saved):
+    for folder in saved.glob("*/plain/*/"):
+        said = json.loads((folder / "config.json").read_text())
+        assert not said["model_type"].startswith("pruned_")
+        assert "blocks" not in said
+
+
+@pytest.mark.parametrize("kind", DENSE)
+def test_models_cut_evenly_come_back_plain_or_not(kind, tmp_path):
+    model = tiny(kind)
+    pruners.prune(model, pruners.MagnitudeSP(ratio=0.5))
+    checkpoint.save(model, None, tmp_path / "out")
+    again, _ = checkpoint.load(tmp_path / "out")
+    with torch.no_grad():
+        assert_close(again(windows(kind)).logits, model(windows(kind)).logits, rtol=1e-6, atol=1e-6)
+
+
+PHI3 = "phi3"
+
+
+def twins():
+    """A Phi-3 and the LLaMA with the same weights, q/k/v and gate/up apart."""
+    fused = tiny(PHI3)
+    config = fused.config
+    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    names += ("intermediate_size", "max_position_embeddings", "rms_norm_eps", "pad_token_id", "tie_word_embeddings")
+    apart = LlamaForCausalLM(LlamaConfig(**{name: getattr(config, name) for name in names})).eval()
+    weights = fused.state_dict()
+    for block in anatomy.blocks(fused):
+        name, d = block.name, block.head_dim
+        sizes = [block.heads * d, block.kv_heads * d, block.kv_heads * d]
+        for which, part in zip("qkv", weights.pop(f"{name}.self_attn.qkv_proj.weight").split(sizes), strict=True):
+            weights[f"{name}.self_attn.{which}_proj.weight"] = part
+        gate, up = weights.pop(f"{name}.mlp.gate_up_proj.weight").chunk(2)
+        weights |= {f"{name}.mlp.gate_proj.weight": gate, f"{name}.mlp.up_proj.weight": up}
+    apart.load_state_dict(weights)
+    fused.config.sliding_window = None
+    return fused, apart
+
+
+def fused_again(block):
+    """The weights of a LLaMA block in Phi-3's order."""
+    w = {name: linear.weight.data for name, linear in block.linears().items()}
+    return [
+        torch.cat([w[f"self_attn.{which}_proj"] for which in "qkv"]),
+        w["self_attn.o_proj"],
+        torch.cat([w["mlp.gate_proj"], w["mlp.up_proj"]]),
+        w["mlp.down_proj"],
+    ]
+
+
+def test_a_phi_3_computes_what_its_llama_twin_does():
+    fused, apart = twins()
+    assert_close(fused(windows(PHI3)).logits, apart(windows(PHI3)).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [pruners.Wanda(0.5), pruners.GBLM(0.5), pruners.Wanda(pattern="2:4"), pruners.SparseGPT(pattern="2:4")],
+    ids=repr,
+)
+def test_a_phi_3_gets_the_masks_of_its_llama_twin(method):
+    fused, apart = twins()
+    for model in (fused, apart):
+        pruners.prune(model, method, windows(PHI3))
+    for one, other in zip(anatomy.blocks(fused), anatomy.blocks(apart), strict=True):
+        for linear, expected in zip(one.linears().values(), fused_again(other), strict=True):
+            assert torch.equal(linear.weight == 0, expected == 0)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        pruners.Flap(ratio=0.4),
+        pruners.WandaSP(ratio=0.5),
+        pruners.LLMPruner(ratio=0.5, attention_blocks=(0, 3), mlp_blocks=(0, 3)),
+        pruners.LLMPruner(ratio=0.5, importance="l2", reduction="max", attention_blocks=(0, 3), mlp_blocks=(0, 3)),
+    ],
+    ids=repr,
+)
+def test_a_phi_3_keeps_the_units_of_its_llama_twin(method):
+    fused, apart = twins()
+    for model in (fused, apart):
+        pruners.prune(model, method, windows(PHI3))
+    for one, other in zip(anatomy.blocks(fused), anatomy.blocks(apart), strict=True):
+        for linear, expected in zip(one.linears().values(), fused_again(other), strict=True):
+            assert_close(linear.weight.data, expected, rtol=1e-6, atol=1e-7)
+
+
+NARROWED = ("llama", "mistral", "opt", "qwen2", "smollm3")
+
+
+@pytest.mark.parametrize("kind", DENSE)
+def test_the_residual_stream_is_cut_where_the_entry_allows_it(kind, tmp_path):
+    model, method = tiny(kind), pruners.LLMPruner(ratio=0.2, granularity="channel", importance="l2")
+    if model_type(kind) not in NARROWED:
+        with pytest.raises(ValueError, match=r"^No channels of the residual stream are removed from \w+: .*\.$"):
+            pruners.prune(model, method)
+        return
+    pruners.prune(model, method)
+    assert model.config.hidden_size == 25  # of 32
+    checkpoint.save(model, None, tmp_path / "out")
+    again, _ = checkpoint.load(tmp_path / "out")
+    with torch.no_grad():
+        assert_close(again(windows(kind)).logits, model(windows(kind)).logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", DENSE)
+def test_a_block_of_zeros_passes_its_input_on_or_is_refused(kind):
+    silent, dropped = tiny(kind), tiny(kind)
+    apply.keep_first(dropped, 2)
+    if anatomy.family(silent).passes_on is None:
+        with pytest.raises(ValueError, match="no zeros make it pass its input on; use cut=True"):
+            apply.silence(anatomy.blocks(silent)[2])
+        return
+    apply.silence(anatomy.blocks(silent)[2])
+    with torch.no_grad():
+        assert_close(silent(windows(kind)).logits, dropped(windows(kind)).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_the_advice_for_an_unknown_family_is_all_it_takes(monkeypatch, tmp_path):
+    sizes = {"vocab_size": 96, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "intermediate_size": 24}
+    model = GPTNeoForCausalLM(GPTNeoConfig(**sizes, attention_types=[[["global", "local"], 1]], window_size=6)).eval()
+    said = r"Unknown decoder family 'gpt_neo'.* name its .* in pruners/families\.py: FAMILIES\['gpt_neo'\] = Family\("
+    with pytest.raises(ValueError, match=said):
+        pruners.prune(model, pruners.Magnitude())
+    entry = Family(
+        blocks="transformer.h",
+        qkv=tuple(f"attn.attention.{which}_proj" for which in "qkv"),
+        output="attn.attention.out_proj",
+        inward=("mlp.c_fc",),
+        outward="mlp.c_proj",
+    )
+    monkeypatch.setitem(FAMILIES, "gpt_neo", entry)
+    tokens = windows("llama")
+    pruners.prune(model, pruners.Flap(ratio=0.4), tokens)
+    pruners.prune(model, pruners.Wanda(sparsity=0.5), tokens)
+    checkpoint.save(model, None, tmp_path / "out")
+    again, _ = checkpoint.load(tmp_path / "out")
+    assert type(again).__name__ == "PrunedGPTNeoForCausalLM"
+    assert torch.equal(again(tokens).logits, model(tokens).logits)
+
+
+@pytest.mark.parametrize("entry", [{"qkv": ("a", "b")}, {"layout": "stacked"}, {"layout": "sideways"}], ids=str)
+def test_an_entry_that_is_none_is_refused(entry):
+    with pytest.raises(ValueError, match="three projections in qkv, or one whose layout is stacked or grouped"):
+        replace(FAMILIES["llama"], **entry)
+
+
+def test_an_entry_that_names_what_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setitem(FAMILIES, "phi", FAMILIES["llama"])
+    with pytest.raises(ValueError, match=r"model\.layers\.0 is not laid out as its family's entry .* says"):
+        anatomy.blocks(tiny("phi"))
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("deepseek_v3", "latent vector that all heads share"), ("gpt_oss", "experts lie transposed")],
+)
+def test_architectures_that_no_entry_describes_are_refused_with_the_reason(name, reason):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 96, "pad_token_id": 0}
+    config = CONFIG_MAPPING[name](**sizes)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match=reason):
+        pruners.prune(model, pruners.Magnitude())
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+@pytest.mark.parametrize("method", [pruners.Flap(), pruners.MagnitudeSP(), pruners.LLMPruner(granularity="layer")])
+def test_experts_lose_no_heads_or_channels(kind, method):
+    model = tiny(kind)
+    for call in (pruners.prune, pruners.gather):
+        with pytest.raises(ValueError, match=r"has routed experts, .*; prune single weights instead"):
+            call(model, method, windows(kind))
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_experts_are_scored_by_the_tokens_that_reach_them(kind):
+    model, tokens = tiny(kind), windows(kind)
+    dense, routed = tiny(kind), []
+    experts = anatomy.blocks(dense)[0].experts
+    hook = experts.register_forward_pre_hook(lambda _, args: routed.append([a.clone() for a in args]))
+    dense(tokens)
+    hook.remove()
+    hidden, index, _ = routed[0]
+    pruners.prune(model, pruners.Wanda(sparsity=0.5), tokens)
+    for expert in range(4):
+        x = hidden[(index == expert).any(-1)]
+        gate, up = experts.gate_up_proj[expert].chunk(2)
+        inner = torch.nn.functional.silu(x @ gate.T) * (x @ up.T)
+        for name, weight, read in (("gate", gate, x), ("up", up, x), ("down", experts.down_proj[expert], inner)):
+            score = weight.abs() * read.norm(dim=0)
+            gone = score.argsort(1).argsort(1) < score.shape[1] // 2
+            found = anatomy.blocks(model)[0].linear(f"mlp.experts.{expert}.{name}")
+            assert torch.equal(found.weight == 0, gone)
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+@pytest.mark.parametrize("method", [pruners.Wanda(0.5), pruners.SparseGPT(0.5), pruners.Gradient(0.5)], ids=repr)
+def test_an_expert_without_tokens_loses_its_smallest_weights_and_is_told(kind, method):
+    model = tiny(kind)
+    lonely = 2
+    for block in anatomy.blocks(model):
+        if block.experts is not None:
+            block.experts.register_forward_pre_hook(lambda _, args: (args[0], elsewhere(args[1], lonely), args[2]))
+    before = {name: w.clone() for name, w in model.named_parameters()}
+    report = pruners.prune(model, method, windows(kind))
+    blocks = [block for block in anatomy.blocks(model) if block.experts is not None]
+    names = [f"{b.name}.mlp.experts.{lonely}.{which}" for b in blocks for which in ("gate", "up", "down")]
+    assert report.without_tokens == report.to_dict()["without_tokens"] == names
+    assert "no calibration token reached by magnitude" in str(report)
+    for block in blocks:
+        down = before[f"{block.name}.mlp.experts.down_proj"][lonely].abs()
+        gone = down.argsort(1).argsort(1) < down.shape[1] // 2
+        assert torch.equal(block.linear(f"mlp.experts.{lonely}.down").weight == 0, gone)
+    assert report.achieved == pytest.approx(0.5, abs=0.02)
+
+
+def elsewhere(index, lonely):
+    """Tokens of one expert go to its neighbour."""
+    return torch.where(index == lonely, lonely + 1, index)
