@@ -150,7 +150,11 @@ class Block:
         names = self.family.qkv * (3 // len(self.family.qkv))
         parts = [Part(name, index, rows=True) for name, index in zip(names, (query, key, value), strict=True)]
         width = self.queries * self.head_dim
-        output = Part(self.family.output, torch.arange(self.heads * self.head_dim).view(-1, width), rows=False)
+        output = Part(
+            self.family.output,
+            torch.arange(self.heads * self.head_dim).view(self.units("attention"), width),
+            rows=False,
+        )
         return (parts[0], output) if self.multi_query else (*parts, output)
 
     def _rows(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -162,8 +166,8 @@ class Block:
                 "structured pruning needs the same number of query heads for every KV head."
             )
         grouped = heads // max(kv_heads, 1)
-        query = torch.arange(heads * width).view(-1, self.queries * width)
-        key = torch.arange(kv_heads * width).view(-1, width)
+        query = torch.arange(heads * width).view(self.units("attention"), self.queries * width)
+        key = torch.arange(kv_heads * width).view(kv_heads, width)
         if self.family.layout == "separate":
             return query, key, key
         if self.family.layout == "stacked" or self.multi_query:
@@ -196,20 +200,21 @@ class Block:
         family = self.family
         found = [self._follower(family.query_norm, self.heads, self.queries)]
         if not self.multi_query:
-            found.append(self._follower(family.key_norm, self.kv_heads, 1))
+            found.append(self._follower(family.key_norm, self.kv_heads, min(self.kv_heads, 1)))
         return tuple(follower for follower in found if follower is not None)
 
     def _follower(self, name: str, heads: int, together: int) -> Follower | None:
         norm = dict(self.module.named_modules()).get(name) if name else None
         if norm is None:
             return None
-        by_head = torch.arange(heads).view(-1, together)
+        units = self.units("attention")
+        by_head = torch.arange(heads).view(units, together)
         weight = norm._parameters.get("weight")
         if weight is None:
             return Follower(name, by_head, children=True, over_all_heads=False)
         if weight.ndim > 1:
             return Follower(name, by_head, children=False, over_all_heads=False)
-        index = torch.arange(heads * self.head_dim).view(-1, together * self.head_dim)
+        index = torch.arange(heads * self.head_dim).view(units, together * self.head_dim)
         return Follower(name, index, children=False, over_all_heads=True)
 
     def reader(self, kind: str) -> Part:

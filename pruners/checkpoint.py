@@ -176,9 +176,9 @@ def _as_stock(model: Any) -> Any | None:
 
 
 def _stock_config(pruned: Any, config_class: type[Any]) -> Any | None:
-    """The stock configuration with the widths that all blocks share; None where they differ, or heads have numbers."""
+    """The stock configuration with the widths that all blocks share; None where they differ or are none."""
     shared = {name: {block[name] for block in pruned.blocks} for name in ("heads", "kv_heads", "channels")}
-    if any(len(values) > 1 for values in shared.values()) or _slopes_differ(pruned.blocks):
+    if any(len(values) > 1 or 0 in values for values in shared.values()) or _slopes_differ(pruned.blocks):
         return None
     heads, kv_heads, channels = (values.pop() for values in shared.values())
     config = copy.deepcopy(pruned)
