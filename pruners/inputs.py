@@ -115,7 +115,8 @@ def calibration(model: PreTrainedModel, windows: Any) -> Tensor:
             f"{WINDOWS}; got {windows.dtype} {list(windows.shape)}{' without values' * windows.is_meta}. For other "
             "integers: windows.long()."
         )
-    positions = getattr(model.config, "max_position_embeddings", None)
+    config: Any = model.config
+    positions = getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", None))  # BLOOM has no limit
     if positions is not None and windows.shape[1] > positions:
         raise ValueError(
             f"Windows of {windows.shape[1]} tokens are longer than the model's {positions} positions; use shorter ones."

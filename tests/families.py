@@ -73,7 +73,9 @@ def model_type(kind: str) -> str:
 
 def tiny(kind: str, seed: int = 0) -> Any:
     """The model of that kind, in float32 and evaluation mode."""
-    config = CONFIG_MAPPING[model_type(kind)](**(SIZES | TINY[kind]))
+    known = CONFIG_MAPPING[model_type(kind)]
+    sizes = {name: size for name, size in SIZES.items() if hasattr(known(), name)}
+    config = known(**(sizes | TINY[kind]))
     config.dtype = None
     with torch.random.fork_rng():
         torch.manual_seed(seed)

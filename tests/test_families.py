@@ -23,9 +23,11 @@ from transformers import (
 )
 
 import pruners
+from experiments.store.blocks import PrunedBlocks
 from pruners import anatomy, apply, checkpoint
 from pruners.apply import Kept
 from pruners.families import FAMILIES, Family
+from pruners.retrain import LoRA, Reconstruction, Trainable, finetune
 from pruners.stream import Stream
 from tests.families import EXPERTS, TINY, model_type, tiny, windows
 
@@ -454,3 +456,58 @@ def test_an_expert_without_tokens_loses_its_smallest_weights_and_is_told(kind, m
 def elsewhere(index, lonely):
     """Tokens of one expert go to its neighbour."""
     return torch.where(index == lonely, lonely + 1, index)
+
+
+FUSED = ("phi3", "gpt2", "falcon", "mixtral", "qwen3_moe")  # matrices that are no nn.Linear of their own
+
+
+@pytest.mark.parametrize("kind", FUSED)
+def test_pruned_weights_stay_zero_in_retraining(kind):
+    model = tiny(kind)
+    pruners.prune(model, pruners.Magnitude(sparsity=0.5))
+    held = {name: linear.weight == 0 for b in anatomy.blocks(model) for name, linear in named(b)}
+    before = {name: linear.weight.clone() for b in anatomy.blocks(model) for name, linear in named(b)}
+    finetune(model, Trainable.full(), windows(kind), steps=2, learning_rate=1e-2)
+    for block in anatomy.blocks(model):
+        for name, linear in named(block):
+            assert torch.equal(linear.weight == 0, held[name])
+            assert not torch.equal(linear.weight, before[name])
+
+
+def named(block):
+    return [(f"{block.name}.{name}", linear) for name, linear in block.linears().items()]
+
+
+@pytest.mark.parametrize("kind", FUSED)
+def test_blocks_are_rebuilt(kind):
+    model, steps = tiny(kind), Reconstruction(Trainable(norms=True, biases=True), steps=20, learning_rate=1e-2)
+    report = pruners.prune(model, pruners.Wanda(sparsity=0.5), windows(kind), reconstruct=steps)
+    assert report.achieved == pytest.approx(0.5, abs=0.02)
+    assert all(block["final"] < block["initial"] for block in report.reconstruction)
+
+
+@pytest.mark.parametrize(("kind", "name"), [("gpt2", "attn.c_attn"), ("mixtral", "mlp.experts.0.gate")])
+def test_adapters_beside_what_is_no_linear_layer_are_refused(kind, name):
+    with pytest.raises(ValueError, match=rf"{name} is no torch\.nn\.Linear, which adapters stand beside; train biases"):
+        Trainable(adapters=LoRA(2)).attach(tiny(kind))
+
+
+@pytest.mark.parametrize(("kind", "longest"), [("bloom", None), ("mpt", 64), ("gpt2", 64)])
+def test_windows_may_be_as_long_as_the_family_has_positions(kind, longest):
+    tokens = windows(kind, count=1, length=65)
+    if longest is None:
+        pruners.prune(tiny(kind), pruners.Wanda(sparsity=0.5), tokens)
+        return
+    with pytest.raises(ValueError, match=f"Windows of 65 tokens are longer than the model's {longest} positions"):
+        pruners.prune(tiny(kind), pruners.Wanda(sparsity=0.5), tokens)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "mixtral"])
+def test_finished_blocks_are_kept_and_put_back(kind, tmp_path):
+    model, other = tiny(kind), tiny(kind)
+    pruners.prune(model, pruners.Magnitude(sparsity=0.5))
+    keeper = PrunedBlocks(tmp_path)
+    for block, twin in zip(anatomy.blocks(model), anatomy.blocks(other), strict=True):
+        keeper._write(block)
+        assert keeper.restore(twin)
+    assert all(map(torch.equal, model.state_dict().values(), other.state_dict().values()))

@@ -48,7 +48,7 @@ class PrunedBlocks(Keeper):
     def _write(self, block: Block) -> None:
         if self.refused:
             return
-        tensors = {name: linear.weight.data for name, linear in block.linears().items()}
+        tensors = {name: linear.weight.data.contiguous() for name, linear in block.linears().items()}
         size, limit = sum(tensor.nbytes for tensor in tensors.values()), cache.limit_bytes()
         self.bytes += size
         if self.bytes > limit:

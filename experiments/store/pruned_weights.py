@@ -18,7 +18,7 @@ def shared(root: Path, key: dict[str, Any], model: Any, method: Any, prune: Call
 
     def weights() -> dict[str, Any]:
         done.append(prune())
-        return {name: linear.weight.data for name, linear in linears.items()}
+        return {name: linear.weight.data.contiguous() for name, linear in linears.items()}
 
     tensors = cache.statistics(root, key, weights)
     if done:
