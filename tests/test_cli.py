@@ -193,8 +193,8 @@ def test_a_table_that_cannot_run_says_what_it_needs(capsys):
     assert main(["show", "llm_pruner.chatglm_6b"]) == 0
     assert main(["run", "llm_pruner.chatglm_6b"]) == 1
     found = capsys.readouterr()
-    assert "It needs a decoder family: ChatGLM" in found.out
-    assert "It needs a decoder family: ChatGLM" in found.err
+    assert "It needs DailyDialog for calibration" in found.out
+    assert "It needs DailyDialog for calibration" in found.err
 
 
 def test_a_failing_cell_exits_1(tiny, tmp_path, capsys):
