@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import special
 
 RESAMPLES = 2_000
 CONFIDENCE = 0.95
@@ -59,13 +59,15 @@ def half_width(values: ArrayLike, draws: float = math.inf) -> float:
     found = _scores(values)
     if len(found) < 2 or not draws > 0:
         raise ValueError(f"An interval needs two values or more and draws above 0; got {len(found)} and {draws!r}.")
+    from scipy import special
+
     spread = float(np.std(found, ddof=1)) * math.sqrt(1 / len(found) + 1 / draws)
     return float(special.stdtrit(len(found) - 1, (1 + CONFIDENCE) / 2)) * spread
 
 
 def normal_half_width(error: float) -> float:
     """Half the 95 % interval of a mean with this standard error over many documents."""
-    return float(special.ndtri((1 + CONFIDENCE) / 2)) * error
+    return NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * error
 
 
 def mean_over_tasks(scores: Mapping[str, ArrayLike], seed: int = 0, resamples: int = RESAMPLES) -> Interval:
