@@ -1,7 +1,8 @@
 # Each word here is one chore; `make demo` and `make test` are all a newcomer needs.
 PYTHON ?= python3
 RUN := .venv/bin/python
-PYTEST := -m pytest -n 2 --dist loadfile
+# In the order of collection, which tests/conftest.py sets: what mostly waits, for a cluster, begins first.
+PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 # Every package, transitive ones too, at the version that the tests passed with; a clone made in a year gets the same.
 LOCK := $(CURDIR)/requirements.lock
 # What comes as source is built with its setuptools, too: older pips hear the first, newer ones the second.

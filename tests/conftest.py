@@ -75,6 +75,11 @@ def tiny(kind: str, seed: int = 0) -> PreTrainedModel:
     return model
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest file first, so that two processes end at about the same time."""
+    items.sort(key=lambda item: item.path.name != "test_slurm_cluster.py")
+
+
 @pytest.fixture(autouse=True)
 def no_hub(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing was ever downloaded and the Hub is not asked, so that ids are the same on every machine."""
