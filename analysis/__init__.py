@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-def frame(*results: Path | str) -> pd.DataFrame:
+def frame(*results: Path | str, data_dir: Path | None = None) -> pd.DataFrame:
     """Every record of the results folders as one tidy table, a row for each value; see `analysis.tidy.frame`."""
     from analysis import tidy
 
-    return tidy.frame(*results)
+    return tidy.frame(*results, data_dir=data_dir)

@@ -66,17 +66,18 @@ def parser() -> argparse.ArgumentParser:
     readme.set_defaults(command=_readme)
     for command in (table, figure, compare, generation, speed):
         cli.add_table(command)
+    frame = commands.add_parser("frame", help="every record of several results folders as one tidy table")
+    frame.set_defaults(command=_frame)
+    frame.add_argument(
+        "--out", type=cli.path, metavar="FILE", help="a .csv or .parquet file (default: CSV to the screen)"
+    )
+    for command in (table, figure, compare, generation, speed, claims, report, frame):
         command.add_argument(
             "--data-dir",
             type=cli.path,
             default=os.environ.get("PRUNING_DATA_DIR"),
             help="withhold numbers of other texts than lie there (default: $PRUNING_DATA_DIR, otherwise all are shown)",
         )
-    frame = commands.add_parser("frame", help="every record of several results folders as one tidy table")
-    frame.set_defaults(command=_frame)
-    frame.add_argument(
-        "--out", type=cli.path, metavar="FILE", help="a .csv or .parquet file (default: CSV to the screen)"
-    )
     for command in commands.choices.values():
         several = {"nargs": "+", "default": [Path("results")]} if command is frame else {"default": Path("results")}
         command.add_argument("--results", type=_folder, metavar="DIR", help="default: results", **several)
@@ -139,7 +140,8 @@ def _speed(asked: argparse.Namespace) -> None:
 def _claims(asked: argparse.Namespace) -> None:
     from analysis.claims import statements
 
-    made = statements.frame(asked.results)
+    cli.refuse_absent(asked.data_dir)
+    made = statements.frame(asked.results, data_dir=asked.data_dir)
     atomic.write(asked.results / "claims.csv", made.to_csv(index=False))
     print(made.to_markdown(index=False))
 
@@ -147,8 +149,9 @@ def _claims(asked: argparse.Namespace) -> None:
 def _report(asked: argparse.Namespace) -> None:
     from analysis.pages import report
 
+    cli.refuse_absent(asked.data_dir)
     path = asked.results / "report.html"
-    atomic.write(path, report.html(asked.results))
+    atomic.write(path, report.html(asked.results, data_dir=asked.data_dir))
     print(f"Written: {path}", file=sys.stderr)
 
 
@@ -163,7 +166,8 @@ def _frame(asked: argparse.Namespace) -> None:
 
     if asked.out is not None:
         tidy.refuse_ending(asked.out)
-    made = tidy.frame(*asked.results)
+    cli.refuse_absent(asked.data_dir)
+    made = tidy.frame(*asked.results, data_dir=asked.data_dir)
     if asked.out is None:
         print(made.to_csv(index=False), end="")
     else:

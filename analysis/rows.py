@@ -96,22 +96,20 @@ def rows(
 
     With `data_dir` a record that was made from other texts than lie there is withheld.
     """
-    made = declared(table, root, papers.runs(table, model, dtype, limit, tasks))
-    if data_dir:
-        made = [_of_these_texts(row, data_dir) for row in made]
+    made = declared(table, root, papers.runs(table, model, dtype, limit, tasks), data_dir)
     if all(row.state == "missing" and not row.withheld for row in made):
         again = cli.selection(table.name, root, model, dtype, limit, tasks, data_dir)
         raise NoRecordsError(_nothing(table, root, [row.run for row in made], again))
     return made
 
 
-def declared(table: Table, root: Path, runs: Sequence[Run]) -> list[Row]:
-    """One row for each of the table's `runs`, in their order, whether or not any has a record.
+def declared(table: Table, root: Path, runs: Sequence[Run], data_dir: Path | None = None) -> list[Row]:
+    """One row for each of the table's `runs`, in their order, whether or not any has a record (`data_dir`: see `rows`).
 
     ValueError where records are of several models whose folders have the same name and which is meant cannot be told.
     """
     done, broken = _by_key(records.load(root, table.name)), _by_key(records.load_failures(root, table.name))
-    return [
+    made = [
         Row(
             method,
             setting,
@@ -121,6 +119,7 @@ def declared(table: Table, root: Path, runs: Sequence[Run]) -> list[Row]:
         )
         for run, (method, setting) in zip(runs, labels(runs, table.label), strict=True)
     ]
+    return [_of_these_texts(row, data_dir) for row in made] if data_dir else made
 
 
 def _of_these_texts(row: Row, data_dir: Path) -> Row:

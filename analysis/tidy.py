@@ -18,7 +18,7 @@ from analysis.rows import run_key, stable_key
 from analysis.tables.frames import QUANTITIES
 from experiments import papers
 from experiments.labels import labels
-from experiments.store import records
+from experiments.store import found, records
 from experiments.store.records import Record
 from pruners.suggest import UsageError
 
@@ -26,7 +26,7 @@ Labels = Mapping[str, tuple[str, str]]
 WRITERS = {".csv": "to_csv", ".parquet": "to_parquet"}
 
 
-def frame(*results: Path | str) -> pd.DataFrame:
+def frame(*results: Path | str, data_dir: Path | None = None) -> pd.DataFrame:
     """A row for each value of each trustworthy record under the results folders (default: `results`).
 
     Columns: `results` (the folder), `table`, `id`; `label` and `setting`, the paper's words for the cell (empty for a
@@ -35,9 +35,10 @@ def frame(*results: Path | str) -> pd.DataFrame:
     protocol key), `metric`, `value`, `standard_error` (in the value's unit); the cell's cost, `seconds` and
     `peak_bytes`; `device`, `commit`, `dirty`, `code` (digest of the source that made it, if recorded), `made_at`.
 
-    Raises FileNotFoundError for a folder without records.
+    With `data_dir`, records of other texts than lie there are left out.  Raises FileNotFoundError for a folder without
+    records.
     """
-    rows = [row for root in results or ("results",) for row in _folder(Path(root))]
+    rows = [row for root in results or ("results",) for row in _folder(Path(root), data_dir)]
     return pd.DataFrame(rows)
 
 
@@ -54,13 +55,15 @@ def refuse_ending(path: Path) -> None:
         raise UsageError(f"{path} ends in {path.suffix or 'nothing'}; a table is written as {' or '.join(WRITERS)}.")
 
 
-def _folder(root: Path) -> Iterator[dict[str, Any]]:
+def _folder(root: Path, data_dir: Path | None) -> Iterator[dict[str, Any]]:
     folders = sorted(path for path in (root / "runs").glob("*") if path.is_dir())
     if not folders:
         raise FileNotFoundError(f"{root} has no records; name a results folder, which has one folder a table in runs/.")
     for folder in folders:
         known = _labels(folder.name)
         for record in records.load(root, folder.name).values():
+            if data_dir and found.other_data(record, data_dir):
+                continue
             yield from _values(record, {"results": str(root), **_cell(record, known)})
 
 

@@ -23,6 +23,7 @@ from experiments.store import records
 if TYPE_CHECKING:
     from experiments.cells import Cell
     from experiments.spec import Run
+    from experiments.store.records import Record
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -44,6 +45,11 @@ def parser() -> argparse.ArgumentParser:
     for command in (show, run):
         cli.add_selection(command)
     cli.add_running(run)
+    run.add_argument(
+        "--allow-missing-tasks",
+        action="store_true",
+        help="exit status 0 although tasks could not be measured for want of their documents",
+    )
     cli.add_data(show)
     for command in (listing, show, run):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -79,15 +85,27 @@ def _show(asked: argparse.Namespace) -> int:
         records.load_failures(asked.results, asked.table),
     )
     chosen, rows = cli.chosen(asked), []
+    states = {cell: _state(cell, done.get(cell.id), cell.id in failed, asked.data_dir) for cell in chosen}
     for cell in chosen:
-        state = "done" if cell.id in done else "failed" if cell.id in failed else "missing"
         cost = (f"{estimate.gpu_gb(cell):.1f}", _hours(estimate.gpu_hours(cell)))
         about = (_calibration(cell.run), ", ".join(_keys(cell.run)))
-        rows.append((cell.label, cell.id, state, cell.run.model_name, *cost, *about))
+        rows.append((cell.label, cell.id, states[cell], cell.run.model_name, *cost, *about))
     heads = ("cell", "id", "state", "model", "GPU GB", "A100 h", "calibration", "measures")
     print(tabulate(rows, heads, disable_numparse=True))
-    print(_summary(chosen, [cell for cell in chosen if cell.id in done], asked.data_dir))
+    print(_summary(chosen, [cell for cell in chosen if states[cell] == "done"], asked.data_dir))
     return 0
+
+
+def _state(cell: Cell, record: Record | None, failed: bool, data_dir: Path | None) -> str:
+    """`outdated`: of other texts than `run` would read; `incomplete`: without a task, which `run` cannot make good."""
+    from experiments import measures
+    from experiments.store import found
+
+    if record is None:
+        return "failed" if failed else "missing"
+    if not found.stands(record, cell.run, data_dir):
+        return "outdated"
+    return "incomplete" if measures.missing(record.measures) else "done"
 
 
 def _summary(chosen: Sequence[Cell], done: Sequence[Cell], data_dir: Path | None) -> str:
@@ -137,8 +155,10 @@ def _run(asked: argparse.Namespace) -> int:
         outcome = run_table(asked.table, chosen, settings, watchers, group)
         resume.tidy(asked.results, asked.table, cli.chosen(_whole(asked)))
     counts = f"{len(outcome.done)} done now, {len(outcome.found)} before, {len(outcome.failed)} failed"
+    counts += f", {len(outcome.incomplete)} incomplete" if outcome.incomplete else ""
     print(f"{asked.table}: {counts}; python -m analysis table {cli.same_cells(asked)}", file=sys.stderr)
-    return cli.EXIT_FAILED if outcome.failed else 0
+    unmet = outcome.failed or (outcome.incomplete and not asked.allow_missing_tasks)
+    return cli.EXIT_FAILED if unmet else 0
 
 
 def _whole(asked: argparse.Namespace) -> argparse.Namespace:

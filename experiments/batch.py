@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from filelock import Timeout
 
-from experiments import errors, models
+from experiments import errors, measures, models
 from experiments.callbacks import Watcher, Watchers
 from experiments.cells import Cell, ordered
 from experiments.distributed import Group
@@ -25,11 +25,15 @@ from experiments.store.records import Failure, Record
 
 @dataclass
 class Outcome:
-    """Labels of the cells that were found finished, that finished now, and that failed."""
+    """Labels of the cells that were found finished, that finished now, and that failed.
+
+    `incomplete` are those of the first two whose record lacks a task.
+    """
 
     found: list[str] = field(default_factory=list)
     done: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
+    incomplete: list[str] = field(default_factory=list)
 
 
 def run_table(
@@ -50,7 +54,7 @@ def run_table(
     atomic.check_writable(records.folder(settings.root, table))
     known = records.load(settings.root, table)
     recorded = [(cell, known[cell.id]) for cell in chosen if cell.id in known]
-    finished = {cell.id: record for cell, record in recorded if _stands(cell, record, settings)}
+    finished = found.finished(chosen, known, settings.data_dir, settings.again)
     todo = ordered([cell for cell in chosen if cell.id not in finished])
     outcome, watcher = Outcome([cell.label for cell in chosen if cell.id in finished]), Watchers(watchers)
     with Board([cell.work for cell in todo], _pace(chosen, finished), watcher) as board:
@@ -61,7 +65,12 @@ def run_table(
         for cell in busy:
             board.say(f"Waiting for another process that is at {cell.label}.")
             worker.attempt(cell, wait=True)
-    return worker.outcome
+        known = records.load(settings.root, table)
+        made = [(cell.label, known[cell.id]) for cell in chosen if cell.id in known]
+        outcome.incomplete += [label for label, record in made if measures.missing(record.measures)]
+        for line in found.incomplete(made):
+            board.say(line)
+    return outcome
 
 
 @dataclass(frozen=True)
@@ -89,7 +98,7 @@ class _Worker:
     def _is_done(self, cell: Cell) -> bool:
         """Another process may have been faster."""
         record = records.find(self.settings.root, self.table, cell.id)
-        return record is not None and _stands(cell, record, self.settings)
+        return record is not None and found.stands(record, cell.run, self.settings.data_dir, self.settings.again)
 
     def _run(self, cell: Cell, resumed: int) -> None:
         started = time.monotonic()
@@ -98,6 +107,8 @@ class _Worker:
         try:
             record = execute(cell.run, self.table, self.settings, self.board, resumed, self.group)
             path = records.write(record, self.settings.root)
+        except BrokenPipeError:  # nobody reads what this command says, which is no fault of the cell
+            raise
         except Exception as error:  # whatever it was, the other cells go on and the table shows it
             self.outcome.failed.append(cell.label)
             self._keep_failure(cell, error)
@@ -138,10 +149,6 @@ class _Worker:
             records.write_failure(failure, self.settings.root)
         except atomic.StorageError as second:
             self.board.say(str(second))
-
-
-def _stands(cell: Cell, record: Record, settings: Settings) -> bool:
-    return found.stands(record, cell.run, settings.data_dir, settings.again)
 
 
 def _pace(chosen: Sequence[Cell], finished: Mapping[str, Record]) -> float | None:

@@ -83,14 +83,14 @@ def _printable() -> None:
 
 
 def _nobody_reads() -> bool:
-    """Whether the reader of this command's output is gone; what is left of it is then thrown away."""
-    output = sys.stdout.fileno()
-    asked = select.poll()
-    asked.register(output, 0)  # an error is told without being asked for
-    if not any(told & select.POLLERR for _, told in asked.poll(0)):
-        return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), output)  # or Python complains at its end
-    return True
+    """Whether a reader of what this command says is gone; what is left of it is then thrown away."""
+    outputs, asked = (sys.stdout.fileno(), sys.stderr.fileno()), select.poll()
+    for output in outputs:
+        asked.register(output, 0)  # an error is told without being asked for
+    gone = [output for output, told in asked.poll(0) if told & select.POLLERR]
+    for output in gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)  # or Python complains at its end
+    return bool(gone)
 
 
 @contextmanager

@@ -83,11 +83,22 @@ def _retry(asked: argparse.Namespace) -> int:
     return _launch(asked, [cells[id] for id in failed])
 
 
+def _refuse_unheeded(asked: argparse.Namespace) -> None:
+    """UsageError for options about the jobs of a cluster where none is asked."""
+    from pruners.suggest import UsageError
+
+    told = {"--memory-gb": asked.memory_gb, "--dry-run": asked.dry_run}
+    if asked.executor != "slurm" and (unheeded := [name for name, value in told.items() if value]):
+        which = " and ".join(unheeded)
+        raise UsageError(f"{which} means nothing without a cluster; leave it out, or --executor {asked.executor}.")
+
+
 def _launch(asked: argparse.Namespace, cells: Sequence[Cell]) -> int:
     from slurm import estimate, jobs, launch, profile
 
+    _refuse_unheeded(asked)
     plan, wanted = _plan(asked), profile.load(asked.profile)
-    todo = launch.missing(cells, plan.root, asked.table)
+    todo = launch.missing(plan, cells)
     if slow := estimate.slow(todo, wanted):
         print(_slowness(slow, len(todo), asked.profile), file=sys.stderr)
     if asked.dry_run:

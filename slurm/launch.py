@@ -24,7 +24,7 @@ from submitit.helpers import clean_env
 from submitit.slurm.slurm import _make_sbatch_string  # the only way to see the script without sending it
 
 from experiments.cells import Cell
-from experiments.store import records
+from experiments.store import found, records
 from slurm import jobs, ledger, queue, state
 from slurm.jobs import Array
 from slurm.ledger import Entry
@@ -35,10 +35,10 @@ from slurm.work import Work
 NEVER = 10**6  # submitit's own count of time-outs, which an interrupted cell could mistake for an error of its own
 
 
-def missing(chosen: Sequence[Cell], root: Path, table: str) -> list[Cell]:
-    """Cells that have no record and that no living job has."""
-    finished = records.load(root, table)
-    taken = {id for job in state.jobs(root, table) if job.alive for id in job.sent.cells}
+def missing(plan: Work, chosen: Sequence[Cell]) -> list[Cell]:
+    """Cells that have no record which `plan` would keep, and that no living job has."""
+    finished = found.finished(chosen, records.load(plan.root, plan.table), plan.data_dir, plan.again)
+    taken = {id for job in state.jobs(plan.root, plan.table) if job.alive for id in job.sent.cells}
     return [cell for cell in chosen if cell.id not in finished and cell.id not in taken]
 
 
@@ -54,7 +54,7 @@ def launch(
         queue.check()
     with ledger.launching(plan.root, plan.table):
         clear_broken(plan.root, plan.table)
-        todo = jobs.arrays(missing(chosen, plan.root, plan.table), profile, memory_gb)
+        todo = jobs.arrays(missing(plan, chosen), profile, memory_gb)
         if executor == "slurm":
             for array in todo:
                 yield _send(plan, array, profile, executor)
@@ -84,7 +84,7 @@ def _here(plan: Work, array: Array, profile: Profile, executor: str) -> Iterator
     """One job on this machine, of those of its cells that by now nobody else has."""
     with ledger.launching(plan.root, plan.table):
         (job,) = array.jobs
-        left = tuple(missing(job.cells, plan.root, plan.table))
+        left = tuple(missing(plan, job.cells))
         if not left:
             return
         entry = _send(plan, replace(array, jobs=(replace(job, cells=left),)), profile, executor)

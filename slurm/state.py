@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 from submitit.core.utils import JobPaths
 
-from experiments import callbacks
+from experiments import callbacks, measures
 from experiments.store import records
 from experiments.store.records import Failure, Record
 from experiments.store.redaction import redacted
@@ -90,7 +90,8 @@ class Job:
 
 @dataclass(frozen=True)
 class CellState:
-    """`state` is done, running, queued, failed or missing; `note` one sentence where something is to be said."""
+    """`state` is done, incomplete (without a task), running, queued, failed or missing; `note` one sentence where
+    something is to be said."""
 
     id: str
     label: str
@@ -114,23 +115,34 @@ def jobs(root: Path, table: str) -> list[Job]:
 def cells(root: Path, table: str, labels: Mapping[str, str]) -> list[CellState]:
     """Of these cells (labels by id), in their order."""
     done, failures = records.load(root, table), records.load_failures(root, table)
-    last = {id: job for job in jobs(root, table) for id in job.sent.cells}
+    last = {id: job for job in sorted(jobs(root, table), key=lambda job: job.alive) for id in job.sent.cells}
     return [_cell(id, label, done.get(id), failures.get(id), last.get(id)) for id, label in labels.items()]
 
 
 def _cell(id: str, label: str, record: Record | None, failure: Failure | None, job: Job | None) -> CellState:
     name = job.sent.id if job else ""
-    if record:
-        return CellState(id, label, "done", name, f"resumed {record.resumed} times" if record.resumed else "")
-    if job and job.queued and job.alive:
+    if job and job.queued and job.alive and not _since(job, record):
         if job.queued.state == "PENDING":
             return CellState(id, label, "queued", name, job.queued.reason)
         return CellState(id, label, "running" if job.current == id else "queued", name)
-    if failure:
+    if failure:  # later than a record, which would have removed it
         return CellState(id, label, "failed", name, failure.message, tuple(failure.traceback))
-    if job and job.current == id:
+    if job and job.current == id and not _since(job, record):
         return CellState(id, label, "failed", name, job.death, tuple(job.last_lines))
+    if record:
+        return _finished(id, label, name, record)
     return CellState(id, label, "missing", name, job.death if job else "")
+
+
+def _since(job: Job, record: Record | None) -> bool:
+    """Whether the record is younger than the job's submission, which may be there to make it again."""
+    return record is not None and record.made_by.at >= job.entry.at
+
+
+def _finished(id: str, label: str, job: str, record: Record) -> CellState:
+    if lacking := measures.missing(record.measures):
+        return CellState(id, label, "incomplete", job, f"without {', '.join(lacking)}: {next(iter(lacking.values()))}")
+    return CellState(id, label, "done", job, f"resumed {record.resumed} times" if record.resumed else "")
 
 
 def labels(root: Path, table: str) -> dict[str, str]:
@@ -170,8 +182,9 @@ def cancel(found: Sequence[Job]) -> list[str]:
 
 
 def _unfinished(entry: Entry) -> bool:
+    """Whether a cell has no record since it was sent: it may have been sent to be made again."""
     done = records.load(Path(entry.root), entry.table)
-    return any(id not in done for id in entry.cells)
+    return any(id not in done or done[id].made_by.at < entry.at for id in entry.cells)
 
 
 def _process(entry: Entry, index: int) -> Queued | None:

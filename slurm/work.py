@@ -15,7 +15,7 @@ from typing import Any
 from submitit import JobEnvironment
 from submitit.core.utils import DelayedSubmission
 
-from experiments import cli
+from experiments import callbacks, cli
 from experiments.callbacks import Events
 from experiments.store import redaction
 
@@ -26,7 +26,7 @@ class Work:
 
     A job that is told to stop (its time limit is near, or it is preempted) puts itself back into the queue, unless it
     has done so `requeues` times without finishing a cell; what it had finished is kept, and it goes on from there.
-    `finished` and `stalled` count cells with a record and such returns so far.
+    `finished` and `stalled` count cells that it finished and such returns so far.
     """
 
     arguments: dict[str, Any]
@@ -55,7 +55,7 @@ class Work:
 
     def checkpoint(self) -> DelayedSubmission:
         """What to go on with; leaves the process instead where going on has led nowhere too often."""
-        finished = sum((self.root / "runs" / self.table / f"{id}.json").exists() for id in self.cells)
+        finished = sum(event["event"] == "finished" for event in callbacks.read(Path(self.events)))
         stalled = 0 if finished > self.finished else self.stalled + 1
         if stalled > self.requeues:
             message = (
@@ -74,6 +74,15 @@ class Work:
     @property
     def root(self) -> Path:
         return Path(self.arguments["results"])
+
+    @property
+    def data_dir(self) -> Path | None:
+        folder = self.arguments["data_dir"]
+        return Path(folder) if folder else None
+
+    @property
+    def again(self) -> bool:
+        return bool(self.arguments.get("again"))
 
     @property
     def asked(self) -> Namespace:

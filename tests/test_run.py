@@ -7,6 +7,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -224,3 +226,20 @@ def test_the_time_left_follows_the_work_done(monkeypatch):
 
 def test_durations_are_short():
     assert [duration(s) for s in (3.4, 120, 7200)] == ["3 s", "2 min", "2.0 h"]
+
+
+def test_a_command_whose_reader_has_gone_stops_and_fails_no_cell(data, tmp_path):
+    """As before `| head`."""
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import small_table as small\n"
+        "from experiments import papers\n"
+        "from experiments.__main__ import main\n"
+        "papers.TABLES['tiny'] = small.table()\n"
+        "sys.exit(main(['run', 'tiny', '--results', sys.argv[2], '--data-dir', sys.argv[3]]))\n"
+    )
+    words = [sys.executable, "-c", program, str(Path(__file__).parent), str(tmp_path), str(data)]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=Path(__file__).parents[1])
+    process.stdout.close()
+    assert process.wait() == 141
+    assert list(tmp_path.rglob("*.error.json")) == []

@@ -202,12 +202,61 @@ def test_a_job_gives_up_after_it_went_back_too_often_without_a_finished_cell(tmp
     assert job.stalled == 1
     with pytest.raises(SystemExit, match="2 times in a row"):
         job.checkpoint()
-    (tmp_path / "runs/flap.perplexity").mkdir(parents=True)
-    (tmp_path / "runs/flap.perplexity/ab.json").touch()
+    callbacks.Events(tmp_path / "e.jsonl").write("finished")
     assert job.checkpoint().function.stalled == 0
     assert [event["event"] for event in callbacks.read(tmp_path / "e.jsonl")] == [
-        "job requeued", "job gave up", "job requeued",
+        "job requeued", "job gave up", "finished", "job requeued",
     ]  # fmt: skip
+
+
+def test_records_of_earlier_work_are_no_progress_of_a_job(tmp_path):
+    job = replace(work(tmp_path), cells=("ab",), events=str(tmp_path / "e.jsonl"), requeues=1)
+    (tmp_path / "runs/flap.perplexity").mkdir(parents=True)
+    (tmp_path / "runs/flap.perplexity/ab.json").touch()
+    assert job.checkpoint().function.stalled == 1
+
+
+def test_cells_of_other_texts_and_on_demand_of_other_code_are_sent_again(tiny, tmp_path, capsys):
+    def sent(*words: str) -> int:
+        assert main(["submit", *tiny, "--method", "dense", "--executor", "debug", *words]) == 0
+        return int(capsys.readouterr().err.rpartition("cells sent: ")[2].partition(",")[0])
+
+    assert [sent(), sent(), sent("--again")] == [1, 0, 0]
+    (record,) = records.load(tmp_path / "results", "tiny").values()
+    records.write(record.model_copy(update={"code": {}}), tmp_path / "results")
+    assert [sent(), sent("--again"), sent("--again")] == [0, 1, 0]
+    ptb = tmp_path / "data/ptb/ptb_test.jsonl"
+    ptb.write_text("".join(reversed(ptb.read_text().splitlines(keepends=True))))
+    assert [sent(), sent()] == [1, 0]
+
+
+def test_a_job_that_makes_a_record_again_is_asked_for_until_it_has(tiny, tmp_path, monkeypatch, capsys):
+    """Its cell has a record all the while, which is no reason to send a second job."""
+    assert main(["submit", *tiny, "--method", "dense", "--executor", "debug"]) == 0
+    (record,) = records.load(tmp_path / "results", "tiny").values()
+    earlier = record.made_by.model_copy(update={"at": "2020-01-01T00:00:00+00:00"})
+    records.write(record.model_copy(update={"code": {}, "made_by": earlier}), tmp_path / "results")
+    monkeypatch.setattr(queue, "check", lambda: None)
+    monkeypatch.setitem(launch.SENDERS, "slurm", lambda entry, works, *_: [str(n) for n, _ in enumerate(works)])
+    pending = queue.Queued("PENDING", "", "", "Priority")
+    monkeypatch.setattr(queue, "jobs", lambda names: {"0": pending} if names else {})
+    words = ["submit", *tiny, "--method", "dense", "--again"]
+    assert main(words) == main(words) == 0
+    assert [line for line in capsys.readouterr().err.splitlines() if "cells sent" in line][-1].startswith(
+        "tiny: cells sent: 0, done or queued already: 1"
+    )
+    assert status(tiny) == 0
+    assert "1 queued" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options", [["--memory-gb", "8"], ["--dry-run"]])
+@pytest.mark.parametrize("executor", ["local", "debug"])
+def test_what_only_a_cluster_heeds_is_refused_elsewhere(options, executor, tmp_path, capsys):
+    words = ["submit", "flap.perplexity", "--results", str(tmp_path), "--executor", executor, *options]
+    assert main(words) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"{options[0]} means nothing without a cluster")
+    assert f"--executor {executor}" in said
 
 
 @pytest.mark.parametrize(

@@ -174,9 +174,9 @@ CLAIMS = (
 )  # fmt: skip
 
 
-def frame(root: Path, claims: Sequence[Claim] = CLAIMS) -> pd.DataFrame:
-    """A row a claim with its three answers."""
-    ours = Ours(root)
+def frame(root: Path, claims: Sequence[Claim] = CLAIMS, data_dir: Path | None = None) -> pd.DataFrame:
+    """A row a claim with its three answers; with `data_dir` records of other texts than lie there answer nothing."""
+    ours = Ours(root, data_dir)
     return pd.DataFrame(
         [
             {

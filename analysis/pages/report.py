@@ -66,13 +66,16 @@ class Grid:
     origins: list[list[str]]
 
 
-def html(root: Path, known_as: Path | None = None) -> str:
-    """The page; NoRecordsError where there is no record at all.  Its hints name `root` as a reader knows it."""
+def html(root: Path, known_as: Path | None = None, data_dir: Path | None = None) -> str:
+    """The page; NoRecordsError where there is no record at all.  Its hints name `root` as a reader knows it.
+
+    With `data_dir` records of other texts than lie there are withheld.
+    """
     place = known_as or root
-    sections = [section for table in papers.TABLES.values() if (section := _section(table, root, place))]
+    sections = [section for table in papers.TABLES.values() if (section := _section(table, root, place, data_dir))]
     if not sections:
         raise NoRecordsError(f"No record of any table under {root}. Run `python -m experiments run TABLE` first.")
-    answered_first = sorted(grid.judged(statements.CLAIMS, root), key=lambda one: not one.ours.of)
+    answered_first = sorted(grid.judged(statements.CLAIMS, root, data_dir), key=lambda one: not one.ours.of)
     shown = {section.name for section in sections}
     return _environment().get_template(TEMPLATE).render(
         sections=[replace(section, claims=grid.about(section.name, answered_first)) for section in sections],
@@ -93,9 +96,9 @@ def _environment() -> Environment:
     return made
 
 
-def _section(table: Table, root: Path, known_as: Path) -> Section | None:
+def _section(table: Table, root: Path, known_as: Path, data_dir: Path | None) -> Section | None:
     try:
-        made = rows(table, root)
+        made = rows(table, root, data_dir=data_dir)
     except NoRecordsError:
         return None
     found = compare.cells(table, made)

@@ -94,8 +94,8 @@ def _printed(cell: Cell | None) -> str:
     return compare.printed(paper.value, cell) if cell and paper and paper.value is not None else ""
 
 
-def judged(claims: Sequence[Claim], root: Path) -> list[Verdict]:
-    ours = Ours(root)
+def judged(claims: Sequence[Claim], root: Path, data_dir: Path | None = None) -> list[Verdict]:
+    ours = Ours(root, data_dir)
     return [Verdict(claim, on_paper(claim), on_ours(claim, ours), on_ours(claim, ours, noise=True)) for claim in claims]
 
 

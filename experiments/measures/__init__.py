@@ -62,6 +62,11 @@ def lacking(measured: Mapping[str, Mapping[str, Any]], data_dir: Path | None) ->
     return any(zero_shot.obtainable(value, data_dir) for value in measured.values())
 
 
+def missing(measured: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """The tasks that a record lacks, each with the reason."""
+    return {task: about["reason"] for value in measured.values() for task, about in value.get("missing", {}).items()}
+
+
 def _perplexity(what: spec.Perplexity, subject: Subject, progress: Progress | None) -> Values:
     from eval.intervals import perplexity_interval
     from eval.perplexity import perplexity

@@ -47,14 +47,17 @@ def measure(
     result = zero_shot.zero_shot(
         model, tokenizer, found, what.limit, resume=store, progress=progress, examples=what.examples
     )
-    missing |= {task: {"reason": reason, "tried": _source(data_dir)} for task, reason in result.missing.items()}
+    place_of_texts = folder(data_dir)
+    missing |= {
+        task: {"reason": reason, "tried": provenance(task, place_of_texts)} for task, reason in result.missing.items()
+    }
     for task, score in result.tasks.items():
         values |= _task(what, task, score)
     values[what.key] |= {
         **_mean(what, {task: score.per_document for task, score in result.tasks.items()}),
         "lm_eval": result.lm_eval,
         "samples": _keep(result.samples, what, place),
-        "data": {task: provenance(task, folder(data_dir)) for task in found if task not in missing},
+        "data": {task: provenance(task, place_of_texts) for task in found if task not in missing},
     }
     return values
 
@@ -77,10 +80,10 @@ def documents(
 
 
 def obtainable(measured: Mapping[str, Any], data_dir: Path | None) -> bool:
-    """Whether a task that a record lacks has documents now, from where they were not tried before."""
-    missing = measured.get("missing", {})
+    """Whether a task that a record lacks can be tried: on other documents than before, or again from the Hub."""
+    missing, place = measured.get("missing", {}), folder(data_dir)
     found = documents(missing, data_dir, measured.get("examples", 0))[0] if missing else {}
-    return any(missing[task]["tried"] != _source(data_dir) for task in found)
+    return any(place is None or missing[task]["tried"] != provenance(task, place) for task in found)
 
 
 def downloadable() -> bool:
@@ -109,10 +112,6 @@ def folder(data_dir: Path | None) -> Path | None:
     """The folder of local documents: the one that was asked for, or the environment's; None is the Hub."""
     asked = data_dir or os.environ.get(DATA_DIR)
     return Path(asked).expanduser() if asked else None
-
-
-def _source(data_dir: Path | None) -> str:
-    return "hub" if folder(data_dir) is None else "folder"
 
 
 def _name(what: ZeroShot) -> str:

@@ -26,6 +26,17 @@ def stands(record: Record, run: Run, data_dir: Path | None, again: bool = False)
     return not again or code.made_by(record.code, run) == "same"
 
 
+def finished(
+    chosen: Sequence[Cell], known: Mapping[str, Record], data_dir: Path | None, again: bool = False
+) -> dict[str, Record]:
+    """Of these cells, by id, the records that are to be kept."""
+    return {
+        cell.id: known[cell.id]
+        for cell in chosen
+        if cell.id in known and stands(known[cell.id], cell.run, data_dir, again)
+    }
+
+
 def lines(recorded: Sequence[tuple[Cell, Record]], data_dir: Path | None, again: bool = False) -> list[str]:
     """What a user is told of the records of these cells: which were made from other texts, how many by other code."""
     other: dict[str, list[str]] = {}
@@ -40,8 +51,7 @@ def lines(recorded: Sequence[tuple[Cell, Record]], data_dir: Path | None, again:
 
 
 def _from_other(text: str, labels: Sequence[str]) -> str:
-    whose = labels[0] if len(labels) == 1 else f"{labels[0]} and {len(labels) - 1} more"
-    return f"{text} is not what the record of {whose} was made from: made again."
+    return f"{text} is not what the record of {_some(labels)} was made from: made again."
 
 
 def _by_other(makers: Mapping[str, int], again: bool) -> list[str]:
@@ -52,6 +62,24 @@ def _by_other(makers: Mapping[str, int], again: bool) -> list[str]:
     made = [f"{makers[kind]} made {words}" for kind, words in told.items() if makers[kind]]
     way = "made again" if again else "--again makes them again"
     return [f"Of the records found, {' and '.join(made)}: {way}."] if made else []
+
+
+def incomplete(made: Sequence[tuple[str, Record]]) -> list[str]:
+    """Which tasks these records lack and why, a line a reason; `made` are labels with their records."""
+    cells: dict[str, dict[str, None]] = {}
+    tasks: dict[str, dict[str, None]] = {}
+    for label, record in made:
+        for task, reason in measures.missing(record.measures).items():
+            cells.setdefault(reason, {})[label] = None
+            tasks.setdefault(reason, {})[task] = None
+    return [
+        f"Incomplete: {_some(list(labels))}, without {', '.join(tasks[reason])}: {reason}."
+        for reason, labels in cells.items()
+    ]
+
+
+def _some(labels: Sequence[str]) -> str:
+    return labels[0] if len(labels) == 1 else f"{labels[0]} and {len(labels) - 1} more"
 
 
 def other_data(record: Record, data_dir: Path | None) -> list[str]:
