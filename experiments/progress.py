@@ -14,6 +14,12 @@ from experiments.callbacks import Watcher
 Callback = Callable[[int, int], None]
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave it to the command, which knows its exit status; rich would end the process with 1."""
+        raise  # the error at hand
+
+
 class Board:
     """`works` is the rough work of every cell to come; `seconds_per_work` what is known before the first is done.
 
@@ -24,7 +30,7 @@ class Board:
         self, works: Sequence[float] = (), seconds_per_work: float | None = None, watcher: Watcher | None = None
     ) -> None:
         self.watcher = watcher or Watcher()
-        self.console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+        self.console = _Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
         self.total, self.cells = sum(works), len(works)
         self.finished_work, self.finished_cells, self.partial = 0.0, 0, 0.0
         self.prior, self.label = seconds_per_work, ""
