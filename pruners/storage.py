@@ -89,7 +89,7 @@ def replacing(path: Path, otherwise: str = OTHERWISE) -> Iterator[Path]:
 
 
 @contextmanager
-def filling(folder: Path) -> Iterator[Path]:
+def filling(folder: Path, otherwise: str = OTHERWISE) -> Iterator[Path]:
     """A place to write files to, which become those of `folder`, new or empty, when the block ends without an error.
 
     Raises FileExistsError for a folder that holds something, StorageError, and leaves nothing behind, where it cannot
@@ -99,7 +99,7 @@ def filling(folder: Path) -> Iterator[Path]:
     place = folder if folder.is_dir() else folder.parent  # one that is there may be a mount or a working folder
     mine = f".{folder.name}.{platform.node()}-"
     try:
-        with explained(folder):
+        with explained(folder, otherwise):
             place.mkdir(parents=True, exist_ok=True)
             for path in leftovers(place, folder.name):
                 process = path.name.removeprefix(mine).removesuffix(".tmp")
@@ -108,7 +108,7 @@ def filling(folder: Path) -> Iterator[Path]:
             used = folder.exists() and (place is not folder or any(folder.iterdir()))
         if used:
             raise FileExistsError(f"{folder} is there already and not empty; choose another folder or empty this one.")
-        with explained(folder):
+        with explained(folder, otherwise):
             beside = place / f"{mine}{os.getpid()}.tmp"
             beside.mkdir()
             try:

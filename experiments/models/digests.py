@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import stat
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -65,8 +66,13 @@ def _computed(path: Path, state: dict[str, Any]) -> str:
 
 
 def _state(path: Path) -> dict[str, Any]:
-    """What changes when the content does; the time of change also where the time of modification was put back."""
+    """What changes when the content does; the time of change also where the time of modification was put back.
+
+    OSError for anything but a regular file: a pipe would be waited for.
+    """
     found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(f"{path} is no regular file")
     return {
         "path": str(path),
         "size": found.st_size,

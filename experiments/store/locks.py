@@ -19,18 +19,20 @@ from pathlib import Path
 from filelock import BaseFileLock, FileLock, SoftFileLease, Timeout
 
 from experiments.store import atomic
+from pruners import storage
 
 LEASE_SECONDS = 180.0
 NO_FLOCK = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 
 
 @contextmanager
-def held(path: Path, timeout: float = -1) -> Iterator[None]:
+def held(path: Path, timeout: float = -1, otherwise: str = atomic.OTHERWISE) -> Iterator[None]:
     """The lock is held within the block; its folder is made where it is not there.
 
-    Raises filelock.Timeout after `timeout` seconds (0: at once, -1: never), StorageError where no lock can be made.
+    Raises filelock.Timeout after `timeout` seconds (0: at once, -1: never), StorageError where no lock can be made,
+    which names `otherwise` as a way out.
     """
-    with atomic.explained(path):
+    with storage.explained(path, otherwise):
         path.parent.mkdir(parents=True, exist_ok=True)
         taken = lock(path, timeout)
         with suppress(Timeout):  # an OSError, and no fault of the disk
