@@ -7,10 +7,9 @@ from functools import cached_property
 from typing import Any
 
 from pruners import matrices
-from pruners.families import FAMILIES, REFUSED, Family
+from pruners.families import FAMILIES, Family, family
 from pruners.lazy import Int, Tensor, nn, torch
 from pruners.matrices import Matrix
-from pruners.suggest import unknown
 
 __all__ = ["FAMILIES", "Block", "Family", "Part", "blocks", "family"]
 
@@ -249,41 +248,6 @@ class Block:
             (listed,) = norm.children()
             return size * sum(p.numel() for p in next(listed.children()).parameters())
         return size * sum(p[0].numel() for p in norm.parameters(recurse=False))
-
-
-def family(model: nn.Module) -> Family:
-    """The model's entry; ValueError says what to add where there is none.
-
-    TypeError for what wraps a model (adapters of peft, data parallelism) and for a model without its head.
-    """
-    _refuse_wrapped(model)
-    model_type = str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
-    model_type = model_type.removeprefix("pruned_")
-    if model_type in REFUSED:
-        raise ValueError(f"{type(model).__name__} cannot be pruned here: {REFUSED[model_type]}.")
-    if model_type not in FAMILIES:
-        raise ValueError(
-            f"{unknown('decoder family', model_type, FAMILIES)} To add one, name its blocks and projections in "
-            f"pruners/families.py: FAMILIES[{model_type!r}] = Family(blocks=..., qkv=..., output=..., inward=..., "
-            "outward=...)."
-        )
-    kind = FAMILIES[model_type]
-    try:
-        model.get_submodule(kind.blocks)
-    except AttributeError:
-        raise TypeError(
-            f"A {type(model).__name__} has no {kind.blocks}; pruning needs the whole language model, as "
-            "transformers.AutoModelForCausalLM loads it."
-        ) from None
-    return kind
-
-
-def _refuse_wrapped(model: nn.Module) -> None:
-    kind = f"{type(model).__module__}.{type(model).__qualname__}"
-    if hasattr(model, "merge_and_unload"):
-        raise TypeError(f"Got a {kind}; merge its adapters first: model = model.merge_and_unload().")
-    if not hasattr(model, "config") and isinstance(getattr(model, "module", None), nn.Module):
-        raise TypeError(f"Got a {kind} around a {type(model.module).__name__}; give what it wraps: model.module.")
 
 
 def blocks(model: nn.Module) -> list[Block]:

@@ -3,14 +3,18 @@
 attention   query, key, value share one input; output reads the heads' concatenation
 MLP         inward projections (gate and up, or fc1) share one input; outward (down, or fc2) reads the channels
 
-An entry holds names and a layout and no code, and nothing else is known about a family anywhere.
+An entry holds names and a layout and no code, and nothing else is known about a family anywhere.  `family` finds a
+model's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from pruners.lazy import nn
+from pruners.suggest import unknown
 
 LAYOUTS = ("separate", "stacked", "grouped")
 NOT_NARROWED = "only LLaMA, Mistral, Qwen2, SmolLM3 and OPT are known to compute the same once it is cut"
@@ -30,6 +34,7 @@ class Family:
     `slopes`: the argument of attention that holds a number for every head (ALiBi).
     `experts`: the module of routed experts, in whose place blocks may have a plain MLP.  `router`: its router.
     `passes_on`: what the configuration must say for a block of zeros to pass its input on; None where none does.
+    `calls_layers`: what the configuration must say for every projection to run as the layer that it is.
     `fixed_width`: why no channels of the residual stream can be removed; empty where they can.
     """
 
@@ -45,6 +50,7 @@ class Family:
     experts: str = ""
     router: str = ""
     passes_on: Mapping[str, Any] | None = None
+    calls_layers: Mapping[str, Any] = field(default_factory=dict)
     fixed_width: str = NOT_NARROWED
 
     def __post_init__(self) -> None:
@@ -91,6 +97,7 @@ BLOOM = Family(
     outward="mlp.dense_4h_to_h",
     slopes="alibi",
     passes_on={"apply_residual_connection_post_layernorm": False},
+    calls_layers={"slow_but_exact": False},
 )
 GPT2 = Family(
     blocks="transformer.h",
@@ -116,6 +123,7 @@ FAMILIES = {
     "olmo2": NORM_OF_ALL_HEADS,
     "olmo3": NORM_OF_ALL_HEADS,
     "cohere": NORM_OF_ALL_HEADS,
+    "cohere2": FIXED,
     "stablelm": replace(FIXED, query_norm="self_attn.q_layernorm", key_norm="self_attn.k_layernorm"),
     "phi": replace(FIXED, output="self_attn.dense", inward=("mlp.fc1",), outward="mlp.fc2"),
     "phi3": replace(GLM, qkv=("self_attn.qkv_proj",), layout="stacked"),
@@ -168,3 +176,59 @@ REFUSED = {  # by model type: why no entry can describe it
     ),
     "gpt_oss": "its experts lie transposed, with the rows of gate and up in turn",
 }
+
+
+def family(model: nn.Module) -> Family:
+    """The model's entry; ValueError says what to add where there is none.
+
+    TypeError for what wraps a model (adapters of peft, data parallelism) and for a model without its head.
+    """
+    _refuse_wrapped(model)
+    model_type = str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
+    model_type = model_type.removeprefix("pruned_")
+    if model_type in REFUSED:
+        raise ValueError(f"{type(model).__name__} cannot be pruned here: {REFUSED[model_type]}.")
+    if model_type not in FAMILIES:
+        _refuse_more_than_text(model, model_type)
+        raise ValueError(
+            f"{unknown('decoder family', model_type, FAMILIES)} To add one, name its blocks and projections in "
+            f"pruners/families.py: FAMILIES[{model_type!r}] = Family(blocks=..., qkv=..., output=..., inward=..., "
+            "outward=...)."
+        )
+    kind = FAMILIES[model_type]
+    try:
+        model.get_submodule(kind.blocks)
+    except AttributeError:
+        raise TypeError(
+            f"A {type(model).__name__} has no {kind.blocks}; pruning needs the whole language model, as "
+            "transformers.AutoModelForCausalLM loads it."
+        ) from None
+    for name, value in kind.calls_layers.items():
+        if (told := getattr(model.config, name, value)) != value:
+            raise ValueError(
+                f"With {name}={told} a {type(model).__name__} multiplies by parts of its matrices instead of running "
+                f"its layers; set {name} to {value} in its configuration before loading it."
+            )
+    return kind
+
+
+def _refuse_more_than_text(model: nn.Module, model_type: str) -> None:
+    """ValueError for a model that reads more than text around a decoder that could be pruned."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if text is not config and text.model_type in FAMILIES:
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+        alone: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(text)]
+        raise ValueError(
+            f"{type(model).__name__} ({model_type}) reads more than text, and language models alone are pruned; give a "
+            f"transformers.{alone.__name__} of its text configuration, with its language model and head in it."
+        )
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    kind = f"{type(model).__module__}.{type(model).__qualname__}"
+    if hasattr(model, "merge_and_unload"):
+        raise TypeError(f"Got a {kind}; merge its adapters first: model = model.merge_and_unload().")
+    if not hasattr(model, "config") and isinstance(getattr(model, "module", None), nn.Module):
+        raise TypeError(f"Got a {kind} around a {type(model.module).__name__}; give what it wraps: model.module.")

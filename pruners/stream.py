@@ -90,9 +90,11 @@ class Stream:
         }
         reached: set[tuple[str, ...]] = set()
         pending: set[Any] = set()
+        silent = set(groups)
 
         def seen(*which: Any) -> None:
             pending.difference_update(which)
+            silent.difference_update(which)
             if not pending and outputs is None:
                 raise Caught
 
@@ -121,6 +123,11 @@ class Stream:
                     made_here = self.run(block, here)
                     if outputs is not None:
                         outputs[here] = made_here
+        if silent:
+            raise ValueError(
+                f"{block.name}.{min(silent)[0]} was not called while its block ran, so what it reads is not known; its "
+                "block multiplies by its weight in another way, and methods that read inputs cannot prune it."
+            )
         idle = set(block.expert_groups) - reached
         return {name: None if names in idle else made[names] for names in groups for name in names}
 

@@ -43,6 +43,7 @@ TINY: dict[str, dict[str, Any]] = {  # what differs from SIZES; `type: variant` 
     "olmo3": GROUPED | SLIDING,
     "cohere": GROUPED,
     "cohere: q/k norm": GROUPED | {"use_qk_norm": True},
+    "cohere2": GROUPED | SLIDING,
     "stablelm": GROUPED,
     "stablelm: q/k norm": GROUPED | {"qk_layernorm": True, "use_parallel_residual": True, "use_qkv_bias": True},
     "phi": {"qk_layernorm": True},
