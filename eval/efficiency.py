@@ -6,11 +6,13 @@ dtype and shapes written beside them and to nothing else.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
@@ -18,10 +20,12 @@ from transformers import PreTrainedModel
 from eval import latency
 from eval.checks import Progress, check_fits, check_model
 from eval.marks import begun
+from eval.matrices import decoder_matrices
 from pruners import checks
 from pruners.checks import Count
 
 MACS_TOKENS = 64  # as LLM-Pruner counts, one sequence
+GROUPED = (torch.ops.aten._grouped_mm, torch.ops.transformers.grouped_mm_fallback)  # of experts, unknown to torch
 ZEROS_WORTH_A_NOTE = 0.01
 NO_SPEED_UP = (
     "Unstructured: no speed-up expected. The zeros lie inside dense matrices, so the same bytes move and the same "
@@ -103,10 +107,29 @@ def macs(model: PreTrainedModel, tokens: Count = MACS_TOKENS) -> int:
     """
     check_fits(model, tokens, 0)
     ids = begun(model, torch.zeros(1, tokens, dtype=torch.long, device=model.device))
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+    counter = FlopCounterMode(display=False, custom_mapping=dict.fromkeys(GROUPED, _grouped_flops))
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _countable(model), counter:
         model(ids, use_cache=True)  # with a cache transformers reads no values of the mask, which meta tensors lack
     return counter.get_total_flops() // 2
+
+
+@contextmanager
+def _countable(model: PreTrainedModel) -> Iterator[None]:
+    """On the meta device no token can be looked up among the padding, and grouped kernels of experts refuse to run."""
+    changes = {"pad_token_id": None, "_experts_implementation": "batched_mm"} if model.device.type == "meta" else {}
+    before = {name: getattr(model.config, name) for name in changes}
+    for name, value in changes.items():
+        setattr(model.config, name, value if before[name] is not None else None)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(model.config, name, value)
+
+
+def _grouped_flops(rows: Sequence[int], weights: Sequence[int], *_: Any, **__: Any) -> int:
+    """Of rows [tokens, inp], each multiplied by the matrix of one expert; `weights` is [experts, inp, out]."""
+    return 2 * rows[0] * rows[1] * weights[2]
 
 
 def decoder_blocks(model: nn.Module) -> nn.ModuleList:
@@ -129,11 +152,10 @@ def bytes_per_step(model: PreTrainedModel) -> int:
 
 
 def speed_note(model: PreTrainedModel) -> str | None:
-    """Why zeros in the decoder's matrices bring no speed; None where there are hardly any."""
+    """Why zeros in the decoder's matrices bring no speed; None without any."""
     if model.device.type == "meta":
         return None
-    linears = [module.weight for module in decoder_blocks(model).modules() if isinstance(module, nn.Linear)]
-    weights = [weight for weight in linears if weight.numel()]  # structured pruning may have left nothing of some
+    weights = [weight for _, _, weight in decoder_matrices(model) if weight.numel()]  # some may have nothing left
     zeros = sum(weight.numel() - int(weight.count_nonzero()) for weight in weights)
     if not zeros or zeros < ZEROS_WORTH_A_NOTE * sum(weight.numel() for weight in weights):
         return None

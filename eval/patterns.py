@@ -11,18 +11,15 @@ this as pictures of masks (Das et al. 2023, arXiv:2311.04902); the number says h
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from eval.matrices import decoder_matrices
 from pruners import checks
 from pruners.checks import Count, Whole
-
-IN_A_BLOCK = re.compile(r"\.(\d+)\.(.+)$")
 
 
 @checks.arguments
@@ -39,7 +36,7 @@ def mask_patterns(model: nn.Module, block: Whole, side: Count = 64) -> dict[str,
         raise TypeError(f"The model is one of transformers, loaded; got {checks.typed(model)}.")
     matrices: dict[str, dict[str, list[float | None]]] = {}
     maps = {}
-    for index, name, weight in _matrices(model):
+    for index, name, weight in decoder_matrices(model):
         there = weight != 0
         told = matrices.setdefault(name, {"kept": [], "rows": [], "columns": []})
         told["kept"].append(_rounded(float(there.double().mean())) if there.numel() else None)
@@ -63,13 +60,6 @@ def overdispersion(there: Tensor, dim: int) -> float | None:
     if kept in (0.0, 1.0) or len(shares) < 2:
         return None
     return _rounded(float(shares.var()) * there.shape[dim] / (kept * (1 - kept)))
-
-
-def _matrices(model: nn.Module) -> Iterator[tuple[int, str, Tensor]]:
-    for path, module in model.named_modules():
-        found = IN_A_BLOCK.search(path)
-        if found and isinstance(module, nn.Linear):
-            yield int(found[1]), found[2], module.weight.detach()
 
 
 def _map(there: Tensor, side: int) -> list[str]:

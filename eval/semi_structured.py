@@ -6,14 +6,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.sparse import to_sparse_semi_structured
 from transformers import PreTrainedModel
 
 from eval.checks import check_model
-from eval.efficiency import decoder_blocks, is_two_four
+from eval.efficiency import is_two_four
 from eval.latency import WARM_UP, timed
+from eval.matrices import decoder_matrices
 from pruners import checks
 from pruners.checks import Count
 
@@ -27,13 +28,13 @@ def probe(model: PreTrainedModel, tokens: Count = 2_048, repetitions: Count = 20
     check_model(model)
     if reason := _why_not(model):
         return {"skipped": reason}
-    first: dict[tuple[int, ...], tuple[str, nn.Linear]] = {}
-    for name, module in decoder_blocks(model)[0].named_modules():
-        if isinstance(module, nn.Linear) and module.weight.numel() and is_two_four(module.weight):
-            first.setdefault(tuple(module.weight.shape), (name, module))
+    first: dict[tuple[int, ...], tuple[str, Tensor]] = {}
+    for block, name, weight in decoder_matrices(model):
+        if block == 0 and weight.numel() and is_two_four(weight):
+            first.setdefault(tuple(weight.shape), (name, weight))
     if not first:
         return {"skipped": "no projection of the first decoder block is 2:4"}
-    return {name: _times(module, tokens, repetitions) for name, module in first.values()}
+    return {name: _times(weight, tokens, repetitions) for name, weight in first.values()}
 
 
 def _why_not(model: PreTrainedModel) -> str | None:
@@ -44,8 +45,7 @@ def _why_not(model: PreTrainedModel) -> str | None:
     return None if model.dtype in DTYPES else f"semi-structured kernels need float16 or bfloat16; this is {model.dtype}"
 
 
-def _times(module: nn.Linear, tokens: int, repetitions: int) -> dict[str, Any]:
-    weight = module.weight.detach()
+def _times(weight: Tensor, tokens: int, repetitions: int) -> dict[str, Any]:
     inputs = torch.randn(tokens, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
     try:
         sparse = to_sparse_semi_structured(weight.contiguous())

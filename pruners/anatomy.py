@@ -7,11 +7,11 @@ from functools import cached_property
 from typing import Any
 
 from pruners import matrices
-from pruners.families import FAMILIES, Family, family
+from pruners.families import FAMILIES, Family, family, known
 from pruners.lazy import Int, Tensor, nn, torch
 from pruners.matrices import Matrix
 
-__all__ = ["FAMILIES", "Block", "Family", "Part", "blocks", "family"]
+__all__ = ["FAMILIES", "Block", "Family", "Part", "blocks", "family", "known"]
 
 
 @dataclass(frozen=True)

@@ -178,14 +178,24 @@ REFUSED = {  # by model type: why no entry can describe it
 }
 
 
+def known(model: nn.Module) -> bool:
+    """Whether the model's family has an entry and its layers are plain, neither wrapped nor quantised."""
+    plain = not (hasattr(model, "merge_and_unload") or hasattr(model, "hf_quantizer"))
+    return plain and _model_type(model) in FAMILIES
+
+
+def _model_type(model: nn.Module) -> str:
+    told = str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
+    return told.removeprefix("pruned_")
+
+
 def family(model: nn.Module) -> Family:
     """The model's entry; ValueError says what to add where there is none.
 
     TypeError for what wraps a model (adapters of peft, data parallelism) and for a model without its head.
     """
     _refuse_wrapped(model)
-    model_type = str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
-    model_type = model_type.removeprefix("pruned_")
+    model_type = _model_type(model)
     if model_type in REFUSED:
         raise ValueError(f"{type(model).__name__} cannot be pruned here: {REFUSED[model_type]}.")
     if model_type not in FAMILIES:

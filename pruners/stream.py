@@ -180,7 +180,7 @@ def inputs_of(model: nn.Module, windows: Tensor, returned: list[tuple[Any, ...]]
 
     with ExitStack() as stack, suppress(Caught):
         for module in blocks:
-            stack.enter_context(_instead(module, partial(stand_in, module.forward)))
+            stack.enter_context(instead(module, partial(stand_in, module.forward)))
         model(input_ids=windows.to(next(model.parameters()).device), use_cache=False)
     return hidden[0], found
 
@@ -196,7 +196,7 @@ def _split(told: inspect.BoundArguments) -> tuple[Tensor, Arguments]:
 
 
 @contextmanager
-def _instead(module: nn.Module, forward: Any) -> Iterator[None]:
+def instead(module: nn.Module, forward: Any) -> Iterator[None]:
     """Another forward pass for a while; what stood there before, such as accelerate's wrapper, comes back."""
     own = vars(module).get("forward")
     module.forward = forward

@@ -154,9 +154,10 @@ def test_a_folder_of_65b_is_asked_as_many_documents_and_has_as_many_cells(publis
 @pytest.mark.parametrize(
     ("change", "length"),
     [(lambda c: None, 512), (lambda c: c.update(n_positions=c.pop("max_position_embeddings") // 2), 256),
+     (lambda c: c.update(max_seq_len=c.pop("max_position_embeddings") // 2), 256),
      (lambda c: c.update(seq_length=c.pop("max_position_embeddings") // 4), 128),
      (lambda c: c.pop("max_position_embeddings") and c.update(x=1), 512)],
-    ids=["max_position_embeddings", "n_positions", "seq_length", "tokenizer"],
+    ids=["max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "tokenizer"],
 )  # fmt: skip
 def test_the_context_length_is_the_folders_own_by_one_rule(copy, change, length):
     folder = str(copy(change))
@@ -201,6 +202,7 @@ def test_a_configuration_that_is_no_object_is_refused_in_a_sentence(copy, text, 
      ({"num_hidden_layers": "five"}, "expected int, got str"), ({"num_hidden_layers": 0}, "without decoder blocks"),
      ({"dtype": "float9"}, 'gives dtype as "float9"; use one of float32'), ({"dtype": 3}, "gives dtype as 3"),
      ({"model_type": "nothing"}, "`nothing`"), ({"model_type": "t5"}, "no language model"),
+     ({"model_type": "nothing", "auto_map": {"AutoConfig": "x.Y"}}, "asks for code of its own to be run (auto_map)"),
      ({"vocab_size": -1}, "no language model"), ({"rope_parameters": "x"}, "no language model")],
     ids=str,
 )  # fmt: skip

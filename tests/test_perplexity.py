@@ -95,14 +95,24 @@ def test_losses_that_are_not_finite_are_refused(tokens):
         perplexity(model, tokens, 16)
 
 
-def test_families_that_change_logits_after_the_head_are_refused(tokens):
+def test_what_happens_to_logits_after_the_head_happens(tokens):
     model = tiny("llama multi-head")
-    plain = model.forward
+    plain, dense = model.forward, perplexity(model, tokens, 16).perplexity
     model.forward = lambda **inputs: scaled(plain(**inputs))
-    with pytest.raises(ValueError, match="changes its logits after the output head"):
-        perplexity(model, tokens, 16)
+    halved = perplexity(model, tokens, 16).perplexity
+    model.lm_head.weight.data *= 0.5
+    model.forward = plain
+    assert halved == pytest.approx(perplexity(model, tokens, 16).perplexity)
+    assert abs(halved - dense) > 0.1
 
 
 def scaled(output):
     output.logits = output.logits * 0.5
     return output
+
+
+def test_a_model_that_does_not_run_its_decoder_is_refused(tokens):
+    model, other = tiny("llama multi-head"), tiny("llama multi-head")
+    model.get_decoder = lambda: other.model
+    with pytest.raises(ValueError, match=r"does not run what its get_decoder\(\) gives"):
+        perplexity(model, tokens, 16)

@@ -10,7 +10,14 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length")  # by precedence
+POSITIONS = (
+    "max_position_embeddings",
+    "n_positions",
+    "n_ctx",
+    "max_sequence_length",
+    "max_seq_len",
+    "seq_length",
+)  # by precedence
 UNLIMITED = 10**9  # transformers writes 1e30 where a tokenizer sets no limit
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 
@@ -56,6 +63,7 @@ def _shape(folder: Path, config: bytes, tokenizer: bytes) -> Shape:
     told = _object(folder, config)
     positions = _positions(folder, told, tokenizer)
     _check_dtype(folder, told)
+    _check_architecture(folder, told)
     try:
         known = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
@@ -107,6 +115,17 @@ def _check_dtype(folder: Path, told: dict[str, Any]) -> None:
                 f"The config.json of {folder} gives {name} as {json.dumps(told[name])[:40]}; use one of "
                 f"{', '.join(DTYPES)}."
             )
+
+
+def _check_architecture(folder: Path, told: dict[str, Any]) -> None:
+    from transformers import CONFIG_MAPPING
+
+    if told.get("auto_map") and told.get("model_type") not in CONFIG_MAPPING:
+        raise ValueError(
+            f"The config.json of {folder} asks for code of its own to be run (auto_map), and "
+            f"{told.get('model_type')!r} is no architecture of transformers; no such code runs here, so save the "
+            "model as an architecture that transformers has."
+        )
 
 
 def reason(error: BaseException) -> str:
