@@ -56,8 +56,8 @@ def gated(runs) -> int:
 def test_every_cell_of_a_model_with_a_known_dense_value_is_gated():
     runs = [run for name, table in papers.TABLES.items() if not name.startswith("embedded.") for run in table.runs()]
     without = Counter(run.model for run in runs if not dense_gate.asked(run.measures, models.find(run.model)))
-    assert set(without) == {name for name, model in CATALOGUE.items() if not model.dense} - {"vicuna-13b"}
-    assert (len(runs), gated(runs)) == (1835, 1835 - without.total())
+    assert set(without) == {run.model for run in runs if not CATALOGUE[run.model].dense}
+    assert (len(runs), without.total()) == (1891, 121)
 
 
 def test_every_model_with_a_dense_value_of_the_papers_has_one_in_the_catalogue():
@@ -67,8 +67,8 @@ def test_every_model_with_a_dense_value_of_the_papers_has_one_in_the_catalogue()
         for cell in published.read(paper)
         if cell.method == "Dense" and cell.metric in ("perplexity", "score") and cell.protocol and not cell.caveat
     }
-    assert {name for name in printed if name in CATALOGUE and not CATALOGUE[name].dense} == set()
-    assert len(printed & set(CATALOGUE)) > 15
+    assert {name for name in printed if name in CATALOGUE and not CATALOGUE[name].dense} == {"chatglm-6b"}  # accuracies
+    assert len(printed & set(CATALOGUE)) > 20
 
 
 @pytest.mark.parametrize("name", [name for name, table in papers.TABLES.items() if name.startswith("embedded.")])

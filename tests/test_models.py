@@ -1,10 +1,11 @@
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig, OPTConfig
 
 from experiments import models
 
@@ -43,6 +44,8 @@ OPT = {
     "opt-66b": (9216, 9216, 64, 72),
 }
 
+OTHERS = json.loads(Path(__file__).with_name("model_configs.json").read_text())  # as their config.json has it
+
 
 @pytest.fixture
 def copy(tmp_path):
@@ -71,6 +74,8 @@ def config_of(name):
             num_attention_heads=heads,
             do_layer_norm_before=name != "opt-350m",
         )
+    if name in OTHERS:
+        return CONFIG_MAPPING[OTHERS[name]["model_type"]](**OTHERS[name])
     hidden, mlp, blocks, heads, kv_heads, vocabulary = LLAMA[name]
     return LlamaConfig(
         hidden_size=hidden,

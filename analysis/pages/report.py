@@ -125,7 +125,7 @@ def _grid(frame: pd.DataFrame, behind: list[list[str]]) -> Grid:
 
 def _methods(sections: Iterator[list[Row]]) -> list[str]:
     """What each method does, in the first sentence of its own file."""
-    kinds = {type(row.run.method): None for made in sections for row in made if not row.is_dense}
+    kinds = {type(row.run.method): None for made in sections for row in made if row.run.method is not None}
     said = {(sys.modules[kind.__module__].__doc__ or "").splitlines()[0]: None for kind in kinds}
     return list(said)
 

@@ -1,4 +1,4 @@
-"""The models of the papers' tables and the embedded one: a line each.
+"""The models of the papers' tables and the embedded one: a line each; `today.py` has those of later families.
 
 A Hub revision is pinned where a commit is publicly known to hold safetensors weights. The others stand at `main`, for
 which `hub.py` finds the commit: OPT and Vicuna repositories hold pickled weights only, and the commit is then that of
@@ -8,35 +8,12 @@ the Hub's own safetensors conversion.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
 from pathlib import Path
 
+from experiments.models.model import Model
+from experiments.models.today import TODAY
 
-@dataclass(frozen=True)
-class Model:
-    """One model: where it comes from and what is known of it.
-
-    `revision` is the Hub commit; None stands for `main`, whose commit `models.commit` tells.
-    `parameters` is counted on the meta device from the public
-    configuration, tied weights once; `blocks` are its decoder blocks, `heads` the query heads of each, `positions` the
-    tokens it takes.  `dense` maps a protocol key to the published perplexity of the unpruned model; a careful run lands
-    within the relative `tolerance` of it.  The first key is the one to check where a cell measures none of them.
-    """
-
-    name: str
-    hub: str | None = None
-    revision: str | None = None
-    parameters: int | None = None
-    positions: int | None = None
-    licence: str = ""
-    dtype: str = "float16"
-    dense: dict[str, float] = field(default_factory=dict, hash=False)
-    tolerance: float = 0.01
-    note: str = ""
-    package: str | None = None
-    folder: Path | None = None
-    blocks: int | None = None
-    heads: int | None = None
+__all__ = ["CATALOGUE", "Model", "absolute", "called", "split"]
 
 
 LLAMA = "LLaMA licence (non-commercial research)"
@@ -140,7 +117,7 @@ _MODELS = (
         heads=32,
     ),
 )
-CATALOGUE: dict[str, Model] = {model.name: model for model in _MODELS}
+CATALOGUE: dict[str, Model] = {model.name: model for model in (*_MODELS, *TODAY)}
 
 
 def split(model: str | Path) -> tuple[str | None, str | None]:

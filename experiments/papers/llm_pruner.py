@@ -156,16 +156,25 @@ more_data = Table(
 # The paper says of its pruned model that 3.6B parameters are left.  The blocks are those of "50 %", which leaves 3.35B.
 to_3_6b = partial(sparing, *SPARED[0.5], target_parameters=0.466, target_of="model")
 
+STABLELM = "StableLM-3B (stablelm-tuned-alpha-3b), Alpaca-tuned"
+
+
+def tuned(method: Any, model: str, pruned: bool) -> Run | None:
+    """Two columns: a pruned model, and a small one that is tuned as it is."""
+    if pruned is (method is None):
+        return None
+    measures = (MEASURES[-1], Efficiency((), ()))
+    return Run(model, method and method(model), WINDOWS, measures, "float16", POST_TRAINING)
+
+
 stablelm = Table(
     name="llm_pruner.stablelm",
-    title="LLaMA-7B pruned to 3.6B parameters, tuned (table 9, without its StableLM-3B)",
-    rows=(to_3_6b,),
-    columns=(("llama-7b",),),
-    run=lambda method, model: Run(
-        model, method(model), WINDOWS, (MEASURES[-1], Efficiency((), ())), "float16", POST_TRAINING
-    ),
+    title="LLaMA-7B pruned to 3.6B parameters beside StableLM-3B, both tuned (table 9)",
+    rows=(to_3_6b, None),
+    columns=(("llama-7b", True), ("stablelm-tuned-alpha-3b", False)),
+    run=tuned,
     published="llm_pruner: table 9",
-    label=lambda run: ("Element^1 (Block), 3.6B parameters", "tuned"),
+    label=lambda run: ("Element^1 (Block), 3.6B parameters" if run.method else STABLELM, "tuned"),
 )
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -236,7 +245,11 @@ more_models = Table(
     name="llm_pruner.more_models",
     title="Grouped-query models, 25 % of the groups (the repository's more results)",
     rows=("Dense", "L2", "Element^1 (Block)"),
-    columns=(("llama-3-8b", 0.2), ("tinyllama-1.1b", 0.2)),
+    columns=tuple(
+        product(
+            ("llama-3-8b", "tinyllama-1.1b", "llama-3-8b-instruct", "llama-3.1-8b", "llama-3.1-8b-instruct"), (0.2,)
+        )
+    ),
     run=partial(pruned, measures=(*WINDOWS_BOTH, Efficiency((), ()))),
     published="llm_pruner: more results",
     label=lambda run: (label(run)[0], "25 % of the groups" if run.method else ""),

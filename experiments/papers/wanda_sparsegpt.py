@@ -8,6 +8,7 @@ WikiText-2, PTB and C4 at 2,048.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -18,6 +19,7 @@ from experiments.spec import Run, Table, Windows
 
 LLAMA = ("llama-7b", "llama-13b", "llama-30b", "llama-65b")
 LLAMA_2 = ("llama-2-7b", "llama-2-13b", "llama-2-70b")
+BLOOM = ("bloom-560m", "bloom-1.1b", "bloom-1.7b", "bloom-3b", "bloom-7.1b")
 OPT = ("opt-125m", "opt-350m", "opt-1.3b", "opt-2.7b", "opt-6.7b", "opt-13b")
 METHODS = (None, pruners.Magnitude, pruners.SparseGPT, pruners.Wanda)
 PATTERNS: tuple[dict[str, Any], ...] = ({"sparsity": 0.5}, {"pattern": "4:8"}, {"pattern": "2:4"})
@@ -78,9 +80,9 @@ comparison_group = Table(
 
 sparsity = Table(
     name="baselines.sparsity",
-    title="OPT-13B by sparsity (Wanda, table 9)",
+    title="OPT-13B and Pythia-12B by sparsity (Wanda, table 9)",
     rows=METHODS,
-    columns=tuple(product(("opt-13b",), ({"sparsity": tenth / 10} for tenth in range(1, 6)))),
+    columns=tuple(product(("opt-13b", "pythia-12b"), ({"sparsity": tenth / 10} for tenth in range(1, 6)))),
     run=pruned,
     published="wanda: table 9",
     label=label,
@@ -96,6 +98,21 @@ opt_sizes = Table(
     label=label,
 )
 
+bloom_sizes = Table(
+    name="baselines.bloom_sizes",
+    title="BLOOM at 50 % (Wanda, table 11)",
+    rows=METHODS,
+    columns=tuple(product(BLOOM, PATTERNS[:1])),
+    run=pruned,
+    published="wanda: table 11",
+    label=label,
+)
+
+
+def _group_label(run: Run) -> tuple[str, str]:
+    return "Wanda", f"50 %, per {'layer' if run.method.group == 'matrix' else 'output'}"
+
+
 opt_groups = Table(
     name="baselines.opt_groups",
     title="Wanda on OPT by comparison group (Wanda, table 12)",
@@ -103,7 +120,15 @@ opt_groups = Table(
     columns=tuple(product(OPT, ({"sparsity": 0.5, "group": group} for group in GROUPS))),
     run=pruned,
     published="wanda: table 12",
-    label=lambda run: ("Wanda", f"50 %, per {'layer' if run.method.group == 'matrix' else 'output'}"),
+    label=_group_label,
+)
+
+bloom_groups = replace(
+    opt_groups,
+    name="baselines.bloom_groups",
+    title="Wanda on BLOOM by comparison group (Wanda, table 13)",
+    columns=tuple(product(BLOOM, ({"sparsity": 0.5, "group": group} for group in GROUPS))),
+    published="wanda: table 13",
 )
 
 calibration_size = Table(
