@@ -38,6 +38,7 @@ _SEVEN = _metrics(
 _WITH_RTE = _metrics("boolq rte hellaswag winogrande arc_easy arc_challenge openbookqa")
 TASK_SETS = {
     "llm_pruner": _SEVEN,
+    "llm_pruner_chatglm": _SEVEN[1:],  # without BoolQ
     "flap": _SEVEN,
     "wanda": _WITH_RTE,
     "perp": _WITH_RTE,
@@ -59,17 +60,18 @@ def perplexity(name: str, positions: int | None = None) -> tuple[Perplexity, ...
     return tuple(Perplexity(corpus, window or _own_length(name, positions), limit) for corpus, window, limit in rows)
 
 
-def zero_shot(name: str, limit: int | None = None, parameters: int = 0) -> ZeroShot:
+def zero_shot(name: str, limit: int | None = None, parameters: int = 0, released_marks: bool = False) -> ZeroShot:
     """The zero-shot tasks of the paper `name`, with the metrics that enter its mean.
 
     `limit` keeps the first so many documents of each task; without one, models of 60e9 `parameters` and more are asked
-    as many as the paper asked them.  Raises ValueError with the nearest names for an unknown task set.
+    as many as the paper asked them.  `released_marks` is ZeroShot's.  Raises ValueError with the nearest names for an
+    unknown task set.
     """
     if name not in TASK_SETS:
         raise ValueError(unknown("task set", name, TASK_SETS))
     if limit is None and parameters >= LARGE_PARAMETERS:
         limit = LARGE_LIMITS.get(name)
-    return ZeroShot(name, TASK_SETS[name], limit)
+    return ZeroShot(name, TASK_SETS[name], limit, released_marks=released_marks)
 
 
 def tasks(*names: str, limit: int | None = None, examples: int = 0) -> ZeroShot:

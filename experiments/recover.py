@@ -125,6 +125,11 @@ def _instructions(text: Instructions, tokenizer: Any, data_dir: Path | None, par
 def _answered(tokenizer: Any, record: Any, length: int) -> Record:
     """Prompt and answer, ended where they fit; loss on the answer alone."""
     prompt = corpora.alpaca_prompt(record)
+    if marks := getattr(tokenizer, "text_prefix", ()):
+        told = (tokenizer.encode(text, add_special_tokens=False) for text in (prompt, record["output"]))
+        ids = tokenizer.build_inputs_with_special_tokens(*told)[:length]
+        before = min(ids.index(marks[-1]) if marks[-1] in ids else length, len(ids))
+        return {"input_ids": ids, "labels": [IGNORED] * before + ids[before:]}
     asked, ids = _cut(tokenizer, prompt, length), _cut(tokenizer, prompt + record["output"], length)
     if len(ids) < length and ids[-1] != tokenizer.eos_token_id:
         ids = [*ids, tokenizer.eos_token_id]
@@ -132,4 +137,6 @@ def _answered(tokenizer: Any, record: Any, length: int) -> Record:
 
 
 def _cut(tokenizer: Any, text: str, length: int) -> list[int]:
+    if marks := getattr(tokenizer, "text_prefix", ()):  # which it would put behind the text
+        return [*marks, *tokenizer.encode(text, add_special_tokens=False)][:length]
     return tokenizer(text, truncation=True, max_length=length).input_ids

@@ -17,7 +17,7 @@ from experiments.models import catalogue
 from pruners import checks
 from pruners.checks import Count, Counts, Flag, Number, Rule, Seed, Text
 
-SAMPLING = ("documents", "stream", "sentences", "first")
+SAMPLING = ("documents", "stream", "sentences", "first", "dialogues")
 DTYPES = ("float32", "bfloat16", "float16")
 Metrics = Annotated[
     tuple[tuple[str, str], ...],
@@ -35,7 +35,8 @@ class Windows:
 
     `sampling` is how the papers draw them: `documents` (Wanda, SparseGPT, GBLM, PERP: one window from a random
     document longer than the window), `stream` (FLAP: random windows of the joined text), `sentences` (LLM-Pruner:
-    rows of at least `length` tokens, none twice) or `first` (the head of the joined text, cut into windows).
+    rows of at least `length` tokens, none twice), `first` (the head of the joined text, cut into windows) or
+    `dialogues` (LLM-Pruner's ChatGLM: the first dialogues' first turn and the answer to it, padded).
     """
 
     corpus: Text
@@ -87,7 +88,8 @@ class ZeroShot:
 
     `metrics` pairs each task with the metric that a table shows (acc and acc_norm are always stored).  A `convention`
     names the paper whose unweighted mean it is; without one there is no mean.  `protocols.zero_shot` makes them.
-    Without `detail` a table shows the mean alone.
+    Without `detail` a table shows the mean alone.  `released_marks` asks ChatGLM as LLM-Pruner's released harness does,
+    with its marks behind every choice, too.
     """
 
     convention: Text | None
@@ -95,6 +97,7 @@ class ZeroShot:
     limit: Count | None = None
     detail: Flag = field(default=True, metadata={"result": False})
     examples: Number = field(default=0, metadata={"since": "later"})
+    released_marks: Flag = field(default=False, metadata={"since": "later"})
 
     shown: ClassVar[tuple[str, ...]] = ("score",)
 
@@ -105,11 +108,15 @@ class ZeroShot:
     def key(self) -> str:
         """Of the mean, e.g. `mean.wanda@0shot[:100]`, or of what all tasks share, `tasks@0shot`."""
         what = f"mean.{self.convention}" if self.convention else "tasks"
-        return f"{what}@{self.examples}shot{_head(self.limit)}"
+        return f"{what}@{self._how}"
 
     def task_key(self, task: str, metric: str) -> str:
         """E.g. `boolq.acc@0shot`."""
-        return f"{task}.{metric}@{self.examples}shot{_head(self.limit)}"
+        return f"{task}.{metric}@{self._how}"
+
+    @property
+    def _how(self) -> str:
+        return f"{self.examples}shot{'+marks' * self.released_marks}{_head(self.limit)}"
 
     @property
     def keys(self) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
-from pruners import anatomy
+from pruners import anatomy, inputs
 from pruners.calibrate import Progress, evaluating
 from pruners.lazy import Int, Tensor, nn, torch
 
@@ -51,7 +51,7 @@ def backward(
         batches = windows.split(batch_size)
         for index, batch in enumerate(batches):
             batch = batch.to(next(iter(weights.values())).device)
-            loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+            loss = model(input_ids=batch, labels=inputs.labels(model.config, batch), use_cache=False).loss
             (loss * scale).backward()
             if not loss.isfinite():  # a gradient that is not finite has been named by now
                 raise ValueError(

@@ -11,7 +11,23 @@ from pruners import anatomy
 from pruners.checks import shown, typed
 from pruners.lazy import PreTrainedModel, Tensor, nn, torch
 
+IGNORED = -100  # a label that carries no loss
 WINDOWS = "Calibration windows are a LongTensor [count, length]"
+
+
+def labels(config: Any, tokens: Tensor) -> Tensor:
+    """Which of these tokens [..., length] are to be predicted, with IGNORED in place of the others.
+
+    All of them, but for families whose prompt is read as a whole (ChatGLM): from the mark on that ends the prompt, up
+    to the first end of an answer.
+    """
+    marks = getattr(config, "text_prefix", ())
+    if not marks:
+        return tokens
+    begun = (tokens == marks[-1]).cumsum(-1) > 0
+    end = begun & (tokens == config.eos_token_id)
+    over = end.cumsum(-1) - end.long() > 0
+    return tokens.masked_fill(~begun | over, IGNORED)
 
 
 @contextmanager

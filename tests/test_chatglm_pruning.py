@@ -95,22 +95,10 @@ def test_llm_pruner_cuts_the_released_channels(case):
         mlp_blocks=blocks,
     )
     model = golden()
-    statistics = of_labelled_loss(method, model, values) if method.needs_windows else None
-    report = pruners.prune(model, method, tokens if method.needs_windows else None, statistics=statistics)
+    report = pruners.prune(model, method, tokens if method.needs_windows else None)
     assert report.structure.after.size.model == model.num_parameters() == told["parameters"][1]
     with torch.no_grad():
         assert_close(model(tokens[:3]).logits, values[f"{case}/logits"], atol=2e-5, rtol=0.0)
-
-
-def of_labelled_loss(method, model, values):
-    """Scores as `gather` returns them, of the released calibration: the loss of the answers in one batch."""
-    twin = golden()
-    twin(values["tiny/calibration/input_ids"], labels=values["tiny/calibration/labels"]).loss.backward()
-    weights = {name: twin.get_parameter(name) for name in method.statistics_shapes(model)}
-    return {
-        name: llm_pruner.score(method.importance, w.detach(), int("4h_to_h" in name or ".dense." in name), w.grad)
-        for name, w in weights.items()
-    }
 
 
 @needs_shared
@@ -118,13 +106,10 @@ def of_labelled_loss(method, model, values):
 def test_the_entry_finds_every_heads_rows(importance):
     values = load_file(GOLDEN / "pruning.safetensors")
     model, method = golden(), LLMPruner(importance=importance, attention_blocks=(0, 3), mlp_blocks=(0, 3))
-    if method.needs_windows:
-        scores = of_labelled_loss(method, model, values)
-    else:
-        dims = dict.fromkeys(method.statistics_shapes(model), 0) | {
-            f"{block.name}.attention.dense.weight": 1 for block in anatomy.blocks(model)
-        }
-        scores = llm_pruner.index_scores(model, None, importance, dims)
+    dims = {name: int("4h_to_h" in name or ".dense." in name) for name in method.statistics_shapes(model)}
+    dims |= {f"{block.name}.attention.dense.weight": 1 for block in anatomy.blocks(model)}
+    tokens = values["tiny/calibration/input_ids"] if method.needs_windows else None
+    scores = llm_pruner.index_scores(model, tokens, importance, dims)
     expected = values[f"tiny/attention_member_scores/{importance}"]
     for block, members in zip(anatomy.blocks(model), expected, strict=True):
         names = [f"{block.name}.{block.parameter(part.projection)[0]}" for part in block.parts["attention"]]

@@ -170,11 +170,15 @@ def _corpus(dataset: str, paper: str) -> str:
 def _accuracy_key(row: dict[str, Any], paper: str, model: str) -> str:
     limit = LARGE_LIMITS.get(paper) if model.endswith(LARGE) else None
     head = f"[:{limit}]" if limit else ""
+    if model == "chatglm-6b":
+        head = "+marks"
     metric = "acc_norm" if row["metric"] == "acc_norm" else "acc"
     if few_shot := re.fullmatch(r"MMLU (\d+)-shot", row["dataset"]):
         return f"mmlu.{metric}@{few_shot[1]}shot{head}"
     if row["dataset"] in TASKS:
         return f"{TASKS[row['dataset']]}.{metric}@0shot{head}"
+    if row["dataset"] == "Average-6":
+        return f"mean.{paper}_chatglm@0shot{head}"
     whole = (
         row["dataset"] in ("Average-7", "BoolQ,RTE,HellaSwag,WinoGrande,ARC-e,OBQA") or row["dataset"].count(",") == 6
     )

@@ -42,7 +42,8 @@ def rows(name: str, data_dir: Folder = None) -> Sequence[str]:
         return records[source.column]
     if source.column:
         return [record[source.column] for record in records]
-    return [alpaca_prompt(record) + record["output"] for record in records]
+    asked = (lambda record: f"{record['instruction']}\n") if source.turns else alpaca_prompt
+    return [asked(record) + record["output"] for record in records]
 
 
 def instructions(name: str, data_dir: Folder = None) -> Sequence[Mapping[str, str]]:
@@ -51,7 +52,16 @@ def instructions(name: str, data_dir: Folder = None) -> Sequence[Mapping[str, st
     if source.column or source.package:
         raise ValueError(f"{name} holds texts, not instructions; alpaca/train does.")
     records = _records(name, data_dir).rows
+    if source.turns:
+        return [_turns(name, row, record.get(source.turns)) for row, record in enumerate(records, start=1)]
     return records if source.answer == "output" else _without_input(records, source.answer)
+
+
+def _turns(name: str, row: int, turns: Any) -> dict[str, str]:
+    """The first turn of a dialogue as an instruction and the second as its answer, without blanks around them."""
+    if not isinstance(turns, list) or len(turns) < 2 or not all(isinstance(turn, str) for turn in turns[:2]):
+        raise ValueError(f"{name}: record {row:,} is no dialogue of two turns or more, each a text; fetch it again.")
+    return {"instruction": turns[0].strip(), "input": "", "output": turns[1].strip()}
 
 
 def _without_input(records: Any, answer: str) -> Sequence[Mapping[str, str]]:
@@ -77,13 +87,22 @@ def token_ids(name: str, tokenizer: Any, data_dir: Folder = None) -> Int[Tensor,
 def calibration(windows: Windows, tokenizer: Any, data_dir: Folder = None) -> Int[Tensor, "count length"]:
     """Windows of tokens, drawn as the released code draws them; `random.Random(seed)` gives its very sequence.
 
+    A model that needs marks in front of text (ChatGLM: `[gMASK] <sop>`) has them as the first of a window's tokens.
     Raises ValueError where the corpus is too short for them, saying what there is and what was asked.
     """
     if windows.sampling not in SAMPLINGS:
         raise ValueError(unknown("sampling", windows.sampling, SAMPLINGS))
     if windows.count < 1 or windows.length < 1:
         raise ValueError(f"Calibration needs at least one window of one token; got {windows.count} x {windows.length}.")
-    return SAMPLINGS[windows.sampling](windows, tokenizer, data_dir)
+    drawn = SAMPLINGS[windows.sampling](windows, tokenizer, data_dir)
+    if windows.sampling == "dialogues" or not (marks := _marks(tokenizer)):
+        return drawn
+    if windows.length <= len(marks):
+        raise ValueError(
+            f"Windows of {windows.length} tokens have no room for text behind the {len(marks)} marks that this model "
+            "needs in front; ask for longer ones."
+        )
+    return torch.cat([torch.tensor(marks).expand(len(drawn), -1), drawn[:, : -len(marks)]], 1)
 
 
 def _documents(windows: Windows, tokenizer: Any, data_dir: Folder) -> Tensor:
@@ -141,11 +160,36 @@ def _first(windows: Windows, tokenizer: Any, data_dir: Folder) -> Tensor:
     return tokens[:needed].view(windows.count, windows.length)
 
 
+def _dialogues(windows: Windows, tokenizer: Any, data_dir: Folder) -> Tensor:
+    """LLM-Pruner's ChatGLM: of the first dialogues, `prompt [gMASK] <sop> answer <eop>`, padded on the right.
+
+    Half of a window's tokens, and one, are the most that a prompt has with its marks; the answer is cut to the rest.
+    """
+    marks, source = _marks(tokenizer), windows.length // 2
+    if not marks or windows.length < 2 * len(marks) + 2:
+        raise ValueError(
+            "Dialogues are asked as `prompt [gMASK] <sop> answer <eop>`, which takes a model that knows these marks "
+            f"(ChatGLM) and windows of {2 * len(marks) + 2} tokens or more; this model has {len(marks)} marks and the "
+            f"windows have {windows.length} tokens. Use another sampling."
+        )
+    records = instructions(windows.corpus, data_dir)
+    if len(records) < windows.count:
+        raise ValueError(f"{windows.corpus} has {len(records):,} dialogues; {windows.count:,} were asked.")
+    rows = torch.full((windows.count, windows.length), tokenizer.pad_token_id)
+    for row, record in zip(rows, records[: windows.count], strict=True):
+        asked, answer = (tokenizer.encode(record[part], add_special_tokens=False) for part in ("instruction", "output"))
+        room = windows.length - source - len(marks)
+        whole = tokenizer.build_inputs_with_special_tokens(asked[: source - 1], answer[:room])
+        row[: len(whole)] = torch.tensor(whole)
+    return rows
+
+
 SAMPLINGS: dict[str, Callable[[Windows, Any, Folder], Tensor]] = {
     "documents": _documents,
     "sentences": _sentences,
     "stream": _stream,
     "first": _first,
+    "dialogues": _dialogues,
 }
 
 
@@ -159,7 +203,13 @@ def _need(windows: Windows, found: int, needed: int) -> None:
 
 def _tokenize(tokenizer: Any, text: str) -> Int[Tensor, " tokens"]:
     # verbose=False: a stream longer than the model's window is meant, and no reason to warn.
-    return tokenizer(text, return_tensors="pt", verbose=False).input_ids[0].long()
+    plain = {"add_special_tokens": False} if _marks(tokenizer) else {}  # which would stand behind the text
+    return tokenizer(text, return_tensors="pt", verbose=False, **plain).input_ids[0].long()
+
+
+def _marks(tokenizer: Any) -> tuple[int, ...]:
+    """What must stand in front of plain text; nothing for most models."""
+    return tuple(getattr(tokenizer, "text_prefix", ()))
 
 
 def _source(name: str) -> Source:

@@ -29,7 +29,8 @@ DATA_DIR = "PRUNING_DATA_DIR"
 class Source:
     """One corpus: `rows` texts in full; `join` stands between them, and `head` limits them, in an evaluation stream.
 
-    `column` holds the text of a record (None: the record is an instruction, whose answer is in the column `answer`).
+    `column` holds the text of a record (None: the record is an instruction, whose answer is in the column `answer`, or
+    a dialogue, whose turns are the list in the column `turns`).
     `local` names the files looked for in a data folder, each plain or gzipped, the first found wins; `hub` is (data
     set, revision, files).  A text `file` in a `package` is cut into documents after every `end`, which stays with its
     document.
@@ -45,6 +46,7 @@ class Source:
     file: str = ""
     end: str = ""
     answer: str = "output"
+    turns: str = ""
 
 
 def _wikitext2(split: str, rows: int, *local: str) -> Source:
@@ -105,6 +107,14 @@ SOURCES: dict[str, Source] = {
         ),
         column=None,
         answer="response",
+    ),
+    "dailydialog/train": Source(
+        11_118,
+        "\n\n",
+        ("dailydialog/dailydialog_train.jsonl", "dailydialog/dailydialog_train_400.jsonl"),
+        ("li2017dailydialog/daily_dialog", "refs/convert/parquet", ("default/train/0000.parquet",)),
+        column=None,
+        turns="dialog",
     ),
     "embedded/c4": Source(584, "", package="exllamav3", file="standard_cal_data/c4.utf8", end="\n"),
     "embedded/wiki": Source(2_349, "", package="exllamav3", file="standard_cal_data/wiki.utf8", end="</doc>\n"),
@@ -193,6 +203,8 @@ def _local(name: str, source: Source, folder: Path) -> Path:
 
 def _texts(source: Source) -> tuple[str, ...]:
     """The columns that hold text in every record; an instruction's `input` may be empty."""
+    if source.turns:
+        return ()
     return (source.column,) if source.column else ("instruction", source.answer)
 
 

@@ -45,7 +45,14 @@ def measure(
 
     store = place.unfinished / f"{_name(what)}.answers"
     result = zero_shot.zero_shot(
-        model, tokenizer, found, what.limit, resume=store, progress=progress, examples=what.examples
+        model,
+        tokenizer,
+        found,
+        what.limit,
+        resume=store,
+        progress=progress,
+        examples=what.examples,
+        released_marks=what.released_marks,
     )
     place_of_texts = folder(data_dir)
     missing |= {

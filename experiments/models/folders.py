@@ -30,6 +30,7 @@ class Shape:
     heads: int
     positions: int | None
     parameters: int
+    marks: bool
 
 
 def shape(folder: Path) -> Shape:
@@ -77,7 +78,8 @@ def _shape(folder: Path, config: bytes, tokenizer: bytes) -> Shape:
         raise ValueError(
             f"The config.json of {folder} describes a model without decoder blocks; there is none to prune."
         )
-    return Shape(text.num_hidden_layers, text.num_attention_heads, positions, empty.num_parameters())
+    marks = bool(getattr(known, "text_prefix", ()))
+    return Shape(text.num_hidden_layers, text.num_attention_heads, positions, empty.num_parameters(), marks)
 
 
 def _object(folder: Path, config: bytes) -> dict[str, Any]:

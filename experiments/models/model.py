@@ -13,7 +13,8 @@ class Model:
     `revision` is the Hub commit; None stands for `main`, whose commit `models.commit` tells.
     `parameters` is counted on the meta device from the public
     configuration, tied weights once; `blocks` are its decoder blocks, `heads` the query heads of each, `positions` the
-    tokens it takes.  `dense` maps a protocol key to the published perplexity of the unpruned model; a careful run lands
+    tokens it takes.  `marks`: whether sequences need marks between prompt and answer, as
+    ChatGLM's.  `dense` maps a protocol key to the published perplexity of the unpruned model; a careful run lands
     within the relative `tolerance` of it.  The first key is the one to check where a cell measures none of them.
     """
 
@@ -31,3 +32,4 @@ class Model:
     folder: Path | None = None
     blocks: int | None = None
     heads: int | None = None
+    marks: bool = False

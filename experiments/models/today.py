@@ -34,11 +34,25 @@ def _model(
     wikitext2: float | None = None,
     dtype: str = "bfloat16",
     note: str = "",
+    marks: bool = False,
 ) -> Model:
     """`shape` is blocks and heads."""
     dense = {"wikitext2/test@2048": wikitext2} if wikitext2 else {}
     blocks, heads = shape
-    return Model(name, hub, None, parameters, positions, licence, dtype, dense, note=note, blocks=blocks, heads=heads)
+    return Model(
+        name,
+        hub,
+        None,
+        parameters,
+        positions,
+        licence,
+        dtype,
+        dense,
+        note=note,
+        blocks=blocks,
+        heads=heads,
+        marks=marks,
+    )
 
 
 _half = partial(_model, dtype="float16")  # published, and pruned by the papers, in float16
@@ -90,5 +104,5 @@ TODAY = (
     ),
     _model("stablelm-3b-4e1t", "stabilityai/stablelm-3b-4e1t", 2_795_443_200, 4096, (32, 32), STABLE),
     _model("mixtral-8x7b", "mistralai/Mixtral-8x7B-v0.1", 46_702_792_704, 32_768, (32, 32), APACHE),
-    _half("chatglm-6b", "zai-org/chatglm-6b", 6_173_286_400, 2048, (28, 32), CHATGLM, note=PICKLED),
+    _half("chatglm-6b", "zai-org/chatglm-6b", 6_173_286_400, 2048, (28, 32), CHATGLM, note=PICKLED, marks=True),
 )

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from experiments import models, protocols
-from experiments.papers import embedded, flap, gblm, headlines, llm_pruner, perp, wanda_sparsegpt
+from experiments.papers import embedded, flap, gblm, headlines, llm_pruner, llm_pruner_chatglm, perp, wanda_sparsegpt
 from experiments.spec import Run, Table, ZeroShot
 from pruners.suggest import UsageError, unknown
 
@@ -18,6 +18,7 @@ MODULES = (
     gblm,
     perp,
     llm_pruner,
+    llm_pruner_chatglm,
     wanda_sparsegpt,
 )
 TABLES = {thing.name: thing for module in MODULES for thing in vars(module).values() if isinstance(thing, Table)}

@@ -288,12 +288,6 @@ def _lacking(name: str, title: str, published: str, missing: str) -> Table:
     return Table(f"llm_pruner.{name}", title, (), (), pruned, f"llm_pruner: {published}", missing=missing)
 
 
-chatglm_6b = _lacking(
-    "chatglm_6b",
-    "ChatGLM-6B at 10 % (table 5)",
-    "table 5",
-    "DailyDialog for calibration, and its own way of asking choices as a field of ZeroShot",
-)
 quantised = _lacking(
     "quantised", "Pruning and LLM.int8 (table 13)", "table 13", "a quantisation stage (bitsandbytes' LLM.int8) of a Run"
 )

@@ -70,6 +70,11 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         )
 
     @property
+    def text_prefix(self) -> tuple[int, ...]:
+        """`[gMASK] <sop>`, which must stand in front of plain text."""
+        return (self._vocabulary[str(self.gmask_token)], self.bos_token_id)
+
+    @property
     def vocab_size(self) -> int:
         return len(self._vocabulary)
 
@@ -106,9 +111,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
     ) -> list[int]:
-        gmask = self._vocabulary[str(self.gmask_token)]
         second = [] if token_ids_1 is None else [*token_ids_1, self.eos_token_id]
-        return [*token_ids_0, gmask, self.bos_token_id, *second]
+        return [*token_ids_0, *self.text_prefix, *second]
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
         name = (f"{filename_prefix}-" if filename_prefix else "") + self.vocab_files_names["vocab_file"]

@@ -9,9 +9,9 @@ from typing import Any
 
 from pruners import inputs
 from pruners.checks import shown, typed
+from pruners.inputs import IGNORED
 from pruners.lazy import Tensor, nn, torch
 
-IGNORED = -100  # a label that carries no loss
 EXAMPLES = "Examples are a LongTensor [count, length], or records with `input_ids`"
 
 
@@ -52,7 +52,7 @@ class Batches:
         self.examples, self.batch_size, self.seed, self.shuffle = Packed(), batch_size, seed, shuffle
         _check_kind(examples)
         for index, example in enumerate(examples):
-            tokens, labels = _tokens_and_labels(index, example)
+            tokens, labels = _tokens_and_labels(index, example, config)
             _check(index, tokens, labels, config)
             self.examples.append(tokens, labels)
         if not len(self.examples):
@@ -100,16 +100,18 @@ def _check_kind(examples: Any) -> None:
         raise ValueError(f"{EXAMPLES}; got a tensor of {examples.dtype} {list(examples.shape)}{values}.")
 
 
-def _tokens_and_labels(index: int, example: Any) -> tuple[Tensor, Tensor]:
+def _tokens_and_labels(index: int, example: Any, config: Any) -> tuple[Tensor, Tensor]:
     if isinstance(example, Tensor):
         tokens = _row(f"Example {index}", example)
-        return tokens, tokens
+        return tokens, inputs.labels(config, tokens)
     if not isinstance(example, Mapping):
         raise TypeError(f"{EXAMPLES}; example {index} is {typed(example)}.")
     if "input_ids" not in example:
         raise ValueError(f"Example {index} has no `input_ids`; it has {shown(sorted(map(str, example)))}.")
     tokens = _row(f"`input_ids` of example {index}", example["input_ids"])
-    return tokens, _row(f"`labels` of example {index}", example["labels"]) if "labels" in example else tokens
+    return tokens, _row(f"`labels` of example {index}", example["labels"]) if "labels" in example else inputs.labels(
+        config, tokens
+    )
 
 
 def _row(what: str, value: Any) -> Tensor:
