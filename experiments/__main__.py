@@ -12,12 +12,13 @@ import argparse
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
 from experiments import cli
 from experiments.data import corpora
+from experiments.own.arguments import add_compare, add_prune
 from experiments.store import records
 
 if TYPE_CHECKING:
@@ -28,9 +29,11 @@ if TYPE_CHECKING:
 
 def main(words: Sequence[str] | None = None) -> int:
     """The exit status."""
-    return cli.carry_out(
-        parser().parse_args(words), "Stopped. Finished cells are kept; the same command continues with the others."
-    )
+    made = parser()
+    asked, rest = made.parse_known_args(words)
+    if rest and asked.command is not _prune:
+        made.error(f"unrecognized arguments: {' '.join(rest)}")
+    return cli.carry_out(asked, "Stopped. Finished cells are kept; the same command continues with the others.", rest)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -42,16 +45,26 @@ def parser() -> argparse.ArgumentParser:
     show.set_defaults(command=_show)
     run = commands.add_parser("run", help="run the cells that have no record yet")
     run.set_defaults(command=_run)
+    prune = commands.add_parser(
+        "prune", help="one model by one method beside the dense model, and the pruned model to keep", add_help=False,
+        allow_abbrev=False,
+    )  # fmt: skip
+    prune.set_defaults(command=_prune, parser=prune)
+    add_prune(prune)
+    compare = commands.add_parser("compare", help="methods beside each other, at several settings and seeds")
+    compare.set_defaults(command=_compare)
+    add_compare(compare)
     for command in (show, run):
         cli.add_selection(command)
     cli.add_running(run)
+    cli.add_saving(run)
     run.add_argument(
         "--allow-missing-tasks",
         action="store_true",
         help="exit status 0 although tasks could not be measured for want of their documents",
     )
     cli.add_data(show)
-    for command in (listing, show, run):
+    for command in (listing, show, run, prune, compare):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return top
 
@@ -143,7 +156,7 @@ def _run(asked: argparse.Namespace) -> int:
     from experiments import distributed, resume
     from experiments.batch import run_table
 
-    settings = cli.settings(asked)
+    settings = cli.settings(asked, cli.chosen(asked) if asked.save_models else ())
     with distributed.joined() as group:
         if group and group.rank > 0:
             group.follow(lambda: cli.chosen(asked), settings)
@@ -159,6 +172,29 @@ def _run(asked: argparse.Namespace) -> int:
     print(f"{asked.table}: {counts}; python -m analysis table {cli.same_cells(asked)}", file=sys.stderr)
     unmet = outcome.failed or (outcome.incomplete and not asked.allow_missing_tasks)
     return cli.EXIT_FAILED if unmet else 0
+
+
+def _prune(asked: argparse.Namespace, rest: Sequence[str] = ()) -> int:
+    from experiments.own import prune
+
+    return prune.run(asked, rest)
+
+
+def _compare(asked: argparse.Namespace) -> int:
+    from experiments.own import comparison
+
+    path = comparison.file(asked)
+    every: dict[str, Any] = {
+        "model": None,
+        "dtype": None,
+        "limit": None,
+        "tasks": [],
+        "method": [],
+        "only": [],
+    }  # as the table says
+    table = argparse.Namespace(**vars(asked) | every, table=str(path), save_models=None, allow_missing_tasks=False)
+    cli.resolve(table)
+    return _run(table) or comparison.show(path, asked)
 
 
 def _whole(asked: argparse.Namespace) -> argparse.Namespace:

@@ -55,6 +55,7 @@ def run_table(
     known = records.load(settings.root, table)
     recorded = [(cell, known[cell.id]) for cell in chosen if cell.id in known]
     finished = found.finished(chosen, known, settings.data_dir, settings.again)
+    finished = {id: record for id, record in finished.items() if _is_kept(id, settings)}
     todo = ordered([cell for cell in chosen if cell.id not in finished])
     outcome, watcher = Outcome([cell.label for cell in chosen if cell.id in finished]), Watchers(watchers)
     with Board([cell.work for cell in todo], _pace(chosen, finished), watcher) as board:
@@ -98,7 +99,9 @@ class _Worker:
     def _is_done(self, cell: Cell) -> bool:
         """Another process may have been faster."""
         record = records.find(self.settings.root, self.table, cell.id)
-        return record is not None and found.stands(record, cell.run, self.settings.data_dir, self.settings.again)
+        if record is None or not _is_kept(cell.id, self.settings):
+            return False
+        return found.stands(record, cell.run, self.settings.data_dir, self.settings.again)
 
     def _run(self, cell: Cell, resumed: int) -> None:
         started = time.monotonic()
@@ -149,6 +152,11 @@ class _Worker:
             records.write_failure(failure, self.settings.root)
         except atomic.StorageError as second:
             self.board.say(str(second))
+
+
+def _is_kept(id: str, settings: Settings) -> bool:
+    """Whether the model of a cell lies where it is wanted, if it is."""
+    return id not in settings.save or (settings.save[id] / "config.json").is_file()
 
 
 def _pace(chosen: Sequence[Cell], finished: Mapping[str, Record]) -> float | None:

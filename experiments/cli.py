@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_PIPE, EXIT_TERMINATED = 1, 2, 130, 141, 143
 RESULTS = Path("results")
 LARGEST_GB = 100_000
+_SOURCES: dict[str, tuple[str, list[str]]] = {}  # of the tables at hand, what they were asked for by
 LARGEST = 10**9  # documents or windows: more than any data set has
 
 
@@ -44,8 +45,10 @@ class Parser(argparse.ArgumentParser):
         self.exit(EXIT_USAGE, f"{self.prog}: {' '.join(message.split())}; --help lists what there is.\n")
 
 
-def carry_out(asked: argparse.Namespace, stopped: str) -> int:
-    """Run the asked command and return its exit status; an error becomes one sentence without secrets.
+def carry_out(asked: argparse.Namespace, stopped: str, rest: Sequence[str] = ()) -> int:
+    """Run the asked command, with the words that only it understands (`rest`), and return its exit status.
+
+    An error becomes one sentence without secrets.
 
     0 all well, 1 something failed, 2 asked for something unknown; 130 interrupted and 143 terminated, for which
     `stopped` is said; 141 where nobody reads on, such as `head`.
@@ -54,7 +57,8 @@ def carry_out(asked: argparse.Namespace, stopped: str) -> int:
     _printable()
     try:  # commands import what they need: torch takes seconds, and --help should not
         with _terminable(), redaction.quiet_logs():
-            status = int(asked.command(asked) or 0)
+            resolve(asked)
+            status = int((asked.command(asked, rest) if rest else asked.command(asked)) or 0)
             sys.stdout.flush()
             return status
     except KeyboardInterrupt as error:
@@ -110,6 +114,23 @@ def _terminate(*_: Any) -> None:
     raise Terminated
 
 
+def resolve(asked: argparse.Namespace) -> None:
+    """Make methods and a table from outside the repository known.
+
+    `table` is then the table's own name and `source` what it was asked for by.
+    """
+    files, source = getattr(asked, "plugin", []), getattr(asked, "source", None) or getattr(asked, "table", None)
+    if not files and not source:
+        return
+    from experiments.own import tables
+    from pruners import plugin
+
+    plugin.use(files)
+    if source:
+        asked.source, asked.table = source, tables.find(source).name
+        _SOURCES[asked.table] = (source, [str(file) for file in files])
+
+
 def say(sentence: str) -> None:
     """To the user, naming the process where several were launched together."""
     rank = os.environ.get("RANK", "0")
@@ -138,7 +159,8 @@ def add_data(command: argparse.ArgumentParser) -> None:
 
 def add_table(command: argparse.ArgumentParser) -> None:
     """A table, and what its cells are beyond what it declares."""
-    command.add_argument("table", type=word, metavar="TABLE")
+    command.add_argument("table", type=word, metavar="TABLE", help="of a paper, or FILE.py or FILE.py:NAME of your own")
+    add_plugin(command)
     command.add_argument(
         "--model",
         type=word,
@@ -159,6 +181,12 @@ def add_table(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_plugin(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--plugin", nargs="+", type=path, default=[], metavar="FILE", help="Python files with methods of your own"
+    )
+
+
 def selection(
     table: str,
     results: Path,
@@ -172,7 +200,9 @@ def selection(
     told = {"--model": model, "--dtype": dtype, "--limit": limit, "--data-dir": data_dir}
     options = [word for name, value in told.items() if value for word in (name, str(value))]
     asked = ["--tasks", *tasks] if tasks else []
-    return shlex.join([table, *options, *asked, *_results(results)])
+    source, plugin = _SOURCES.get(table, (table, []))
+    files = ["--plugin", *plugin] if plugin else []
+    return shlex.join([source, *files, *options, *asked, *_results(results)])
 
 
 def same_cells(asked: argparse.Namespace, data_dir: Path | None = None) -> str:
@@ -211,6 +241,12 @@ def add_running(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_saving(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--save-models", type=path, metavar="DIR", help="keep the model of every cell that changes it, a folder each"
+    )
+
+
 def chosen(asked: argparse.Namespace) -> list[Cell]:
     from experiments import cells, papers
 
@@ -223,10 +259,15 @@ def chosen(asked: argparse.Namespace) -> list[Cell]:
     return cells.choose(cells.cells(runs, table.label), asked.method, asked.only)
 
 
-def settings(asked: argparse.Namespace) -> Settings:
+def settings(asked: argparse.Namespace, found: Sequence[Cell] = ()) -> Settings:
+    """`found` are the cells whose models are kept, if any are."""
+    from experiments.own import saved
     from experiments.settings import Settings
 
-    return Settings(asked.results, asked.device, asked.batch_size, asked.data_dir, not asked.no_dense_gate, asked.again)
+    folder = getattr(asked, "save_models", None)
+    save = saved.places(list(found), folder, asked.table) if folder else {}
+    gate = not asked.no_dense_gate
+    return Settings(asked.results, asked.device, asked.batch_size, asked.data_dir, gate, asked.again, save)
 
 
 def watchers(asked: argparse.Namespace) -> list[Watcher]:
@@ -283,8 +324,17 @@ def device(text: str) -> str:
 
 def positive(text: str) -> int:
     """A whole number from 1 on."""
-    if not text.isdecimal() or len(text) > len(str(LARGEST)) or not 1 <= int(text) <= LARGEST:
-        raise argparse.ArgumentTypeError(f"{shorten(text)} is no whole number from 1 on (to {LARGEST:,})")
+    return _whole(text, 1)
+
+
+def number(text: str) -> int:
+    """A whole number from 0 on."""
+    return _whole(text, 0)
+
+
+def _whole(text: str, least: int) -> int:
+    if not text.isdecimal() or len(text) > len(str(LARGEST)) or not least <= int(text) <= LARGEST:
+        raise argparse.ArgumentTypeError(f"{shorten(text)} is no whole number from {least} on (to {LARGEST:,})")
     return int(text)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from experiments import measures, models
 from experiments.cells import Cell
 from experiments.data import wheels
-from experiments.data.sources import SOURCES
+from experiments.data.corpora import find as find_corpus
 from experiments.measures import dense_gate, zero_shot
 from experiments.models import hub
 from experiments.recovery import Retraining, schedule, training_tokens
@@ -97,7 +97,7 @@ def _model(name: str) -> Iterator[str]:
 
 
 def _corpus(name: str, folder: Path | None) -> Iterator[str]:
-    source = SOURCES[name]
+    source = find_corpus(name)
     if source.package:
         if not _installed(source.package):
             yield f"{name} (package {source.package})"

@@ -16,6 +16,7 @@ from experiments.data import corpora, tokens
 from experiments.data.tokens import Tokenizer
 from experiments.measures import dense_gate, zero_shot
 from experiments.measures.zero_shot import Values
+from experiments.own import saved
 from experiments.progress import Board
 from experiments.recovery import Retraining, work_tokens
 from experiments.settings import Settings
@@ -66,7 +67,7 @@ def execute(
     if session.retrains:
         achieved["recovery"] = _retrain(session)
     identity = dict(session.subject.identity)
-    return Record(
+    record = Record(
         id=session.id,
         table=table,
         spec=run.spec(identity),
@@ -79,6 +80,10 @@ def execute(
         resumed=resumed,
         code=code.of(run),
     )
+    if folder := settings.save.get(session.id):
+        session.board.stage("saving")
+        saved.write(session.subject.model, session.subject.tokenizer.inner, run, record, folder, settings.root)
+    return record
 
 
 def _open(run: Run, table: str, settings: Settings, board: Board, group: distributed.Group | None) -> Session:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from experiments import processes
@@ -16,7 +17,8 @@ class Settings:
 
     `root` is the results folder; `device` None is CUDA where there is some, of several processes launched together each
     its own.  ValueError for a device that is not there.  `again` makes records again that other code of their
-    method or measures made, or that do not tell.
+    method or measures made, or that do not tell.  `save` says, by the ids of cells, in which new folder a cell's model
+    is to be kept; a cell whose folder is not there yet is run, whether or not it has a record.
     """
 
     root: AnyPath = Path("results")
@@ -25,9 +27,11 @@ class Settings:
     data_dir: Folder | None = None
     dense_gate: Flag = True
     again: Flag = False
+    save: Mapping[str, Path] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         checks.fields(self)
+        checks.mapping("Settings: save", self.save, "folders by the ids of cells")
         object.__setattr__(self, "root", Path(self.root))
         object.__setattr__(self, "data_dir", None if self.data_dir is None else Path(self.data_dir))
         object.__setattr__(self, "device", _device(self.device))

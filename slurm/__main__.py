@@ -13,6 +13,7 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tabulate import tabulate
@@ -45,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     for command in (submit, retry):
         cli.add_selection(command)
         cli.add_running(command)
+        cli.add_saving(command)
         _add_sending(command)
     status = commands.add_parser("status", help="how the cells and jobs of a table stand")
     cancel = commands.add_parser("cancel", help="stop every job of a table")
@@ -134,13 +136,19 @@ def _slowness(slow: Mapping[Cell, float], count: int, name: str) -> str:
 
 
 def _plan(asked: argparse.Namespace) -> Work:
+    from experiments.own import tables
     from slurm.work import Work
 
     ours = {"command", "debug", "profile", "executor", "memory_gb", "dry_run", "failed"}
     told = {name: value for name, value in vars(asked).items() if name not in ours}
-    data_dir = str(asked.data_dir.expanduser().resolve()) if asked.data_dir else None
-    model = told["model"] and catalogue.absolute(told["model"])  # jobs may run in another folder
-    return Work({**told, "model": model, "results": str(asked.results), "data_dir": data_dir})
+    places = {name: _absolute(told[name]) for name in ("data_dir", "save_models")}  # jobs may run in another folder
+    model = told["model"] and catalogue.absolute(told["model"])
+    own = {"plugin": [_absolute(file) for file in asked.plugin], "source": tables.absolute(asked.source)}
+    return Work({**told, "model": model, "results": str(asked.results), **places, **own})
+
+
+def _absolute(place: Path | None) -> str | None:
+    return str(place.expanduser().resolve()) if place else None
 
 
 def _show(array: Array) -> None:

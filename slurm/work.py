@@ -19,6 +19,8 @@ from experiments import callbacks, cli
 from experiments.callbacks import Events
 from experiments.store import redaction
 
+PATHS = ("results", "data_dir", "save_models")
+
 
 @dataclass(frozen=True)
 class Work:
@@ -44,10 +46,12 @@ class Work:
 
         asked = self.asked
         with redaction.quiet_logs():
+            cli.resolve(asked)
+            chosen = cli.chosen(asked)
             outcome = batch.run_table(
                 asked.table,
-                cli.chosen(asked),
-                cli.settings(asked),
+                chosen,
+                cli.settings(asked, chosen),
                 [self._events, *cli.watchers(asked)],
             )
         self._events.write("job finished", found=outcome.found, done=outcome.done, failed=outcome.failed)
@@ -90,8 +94,9 @@ class Work:
         parser = ArgumentParser()
         cli.add_selection(parser)
         cli.add_running(parser)
+        cli.add_saving(parser)
         defaults = vars(parser.parse_args([self.table]))
-        paths = {name: Path(value) for name in ("results", "data_dir") if (value := self.arguments[name])}
+        paths = {name: Path(value) for name in PATHS if (value := self.arguments.get(name))}
         return Namespace(**{**defaults, **self.arguments, **paths, "only": list(self.cells)})
 
     @property

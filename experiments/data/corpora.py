@@ -31,7 +31,7 @@ def rows(name: str, data_dir: Folder = None) -> Sequence[str]:
     Its place is its package, the folder `data_dir` (or the environment variable PRUNING_DATA_DIR) or else the Hub.
     Raises ValueError for an unknown corpus; `sources.read` says what else can fail.
     """
-    source = _source(name)
+    source = find(name)
     holds_texts = source.column or source.package
     records: Any = _records(name, data_dir).rows if holds_texts else instructions(name, data_dir)
     if not records:
@@ -48,7 +48,7 @@ def rows(name: str, data_dir: Folder = None) -> Sequence[str]:
 
 def instructions(name: str, data_dir: Folder = None) -> Sequence[Mapping[str, str]]:
     """The records of an instruction corpus: `instruction`, `input` and `output`.  ValueError for any other corpus."""
-    source = _source(name)
+    source = find(name)
     if source.column or source.package:
         raise ValueError(f"{name} holds texts, not instructions; alpaca/train does.")
     records = _records(name, data_dir).rows
@@ -75,12 +75,12 @@ def _without_input(records: Any, answer: str) -> Sequence[Mapping[str, str]]:
 def provenance(name: str, data_dir: Folder = None) -> dict[str, Any]:
     """Where the texts came from: data set and commit, or files and their SHA-256; and whether the split is complete."""
     records = _records(name, data_dir)
-    return {**records.origin, "rows": len(records.rows), "complete": len(records.rows) == _source(name).rows}
+    return {**records.origin, "rows": len(records.rows), "complete": len(records.rows) == find(name).rows}
 
 
 def token_ids(name: str, tokenizer: Any, data_dir: Folder = None) -> Int[Tensor, " tokens"]:
     """The corpus as one stream, joined the way the papers evaluate on it (C4: the first 1,100 documents)."""
-    source = _source(name)
+    source = find(name)
     return _tokenize(tokenizer, source.join.join(rows(name, data_dir)[: source.head]))
 
 
@@ -212,7 +212,8 @@ def _marks(tokenizer: Any) -> tuple[int, ...]:
     return tuple(getattr(tokenizer, "text_prefix", ()))
 
 
-def _source(name: str) -> Source:
+def find(name: str) -> Source:
+    """Where a corpus lies and how it is read; ValueError with the nearest names for one that nobody knows."""
     if name not in SOURCES:
         raise ValueError(unknown("corpus", name, SOURCES))
     return SOURCES[name]
@@ -223,12 +224,12 @@ def origin(name: str, data_dir: Folder = None) -> dict[str, Any]:
 
     Raises FileNotFoundError, or ModuleNotFoundError for a package, where they cannot be had here.
     """
-    return sources.origin(name, _source(name), folder(data_dir))
+    return sources.origin(name, find(name), folder(data_dir))
 
 
 def version(name: str, data_dir: Folder = None) -> str | None:
     """What changes with the local file that the texts are read from; None for packages and the Hub."""
-    return sources.version(name, _source(name), folder(data_dir))
+    return sources.version(name, find(name), folder(data_dir))
 
 
 def folder(data_dir: Folder = None) -> str | None:

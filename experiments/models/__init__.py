@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import lru_cache
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -38,6 +39,8 @@ def find(name: str | Path) -> Model:
     known, place = catalogue.split(name)
     if place is None:
         return CATALOGUE[str(known)]
+    if known is None and catalogue.is_hub_id(place):
+        return _of_hub(place)
     folder = Path(place).expanduser()
     if not place or not folder.is_dir():
         raise ValueError(_nowhere(str(name), known, place))
@@ -47,6 +50,27 @@ def find(name: str | Path) -> Model:
         _check_shape(CATALOGUE[known], found, folder)
         return replace(CATALOGUE[known], hub=None, revision=None, package=None, folder=folder)
     return Model(str(name), folder=folder, dtype="auto", **asdict(found))
+
+
+@lru_cache
+def _of_hub(repository: str) -> Model:
+    """What a repository's config.json says of its model, which is fetched; ValueError where it cannot be."""
+    revision = hub.model_commit(repository)
+    if revision is None:
+        raise ValueError(f"{repository} is no folder here, and as a model of the Hub {hub.refusal(repository)}.")
+    place = hub.configuration(repository, revision)
+    return Model(repository, repository, revision, dtype=folders.dtype(place), **asdict(folders.shape(place)))
+
+
+def canonical(name: str) -> str:
+    """The catalogue's name of a Hub id that it has."""
+    return next((model.name for model in CATALOGUE.values() if model.hub == name), name)
+
+
+def own_dtype(name: str | Path) -> str:
+    """The number format in which a model is published or saved."""
+    found = find(name)
+    return folders.dtype(found.folder) if found.folder else found.dtype
 
 
 def check(name: str | Path) -> None:
@@ -64,7 +88,10 @@ def _nowhere(name: str, known: str | None, place: str) -> str:
     left, equals, right = name.partition("=")
     if equals and Path(right).expanduser().is_dir():
         return f"{unknown('catalogue model', left, CATALOGUE)} NAME=FOLDER says which of them a folder is."
-    return f"{unknown('model', name, CATALOGUE)} A local folder would do, too; there is none there."
+    return (
+        f"{unknown('model', name, CATALOGUE)} A local folder would do, too, and there is none there; so would an id of "
+        "the Hub, OWNER/NAME."
+    )
 
 
 def _check_shape(model: Model, found: folders.Shape, folder: Path) -> None:

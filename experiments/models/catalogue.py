@@ -8,12 +8,13 @@ the Hub's own safetensors conversion.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from experiments.models.model import Model
 from experiments.models.today import TODAY
 
-__all__ = ["CATALOGUE", "Model", "absolute", "called", "split"]
+__all__ = ["CATALOGUE", "Model", "absolute", "called", "is_hub_id", "split"]
 
 
 LLAMA = "LLaMA licence (non-commercial research)"
@@ -21,6 +22,8 @@ LLAMA_2 = "Llama 2 Community License (accept it on the model's page)"
 LLAMA_3 = "Meta Llama 3 Community License (accept it on the model's page)"
 OPT = "OPT licence (non-commercial research)"
 VICUNA_NOTE = "v1.3, whose weights are complete; LLM-Pruner pruned v0, which was published as a difference to LLaMA"
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def _opt(size: str, parameters: int, shape: tuple[int, int], wikitext2: float, ptb: float, c4: float) -> Model:
@@ -129,11 +132,19 @@ def split(model: str | Path) -> tuple[str | None, str | None]:
     return (text, None) if text in CATALOGUE else (None, text)
 
 
+def is_hub_id(model: str | Path) -> bool:
+    """Whether it has the form OWNER/NAME and no folder is there; `./OWNER/NAME` always is a folder."""
+    text = str(model)
+    return bool(HUB_ID.fullmatch(text)) and not Path(text).expanduser().is_dir()
+
+
 def called(model: str | Path) -> str:
-    """What a reader calls a model: the catalogue's name, or the last part of its folder's path (also for `.`)."""
+    """What a reader calls a model: the catalogue's name, the Hub id, or the last part of its folder's path."""
     name, folder = split(model)
     if name is not None:
         return name
+    if is_hub_id(model):
+        return str(model)
     path = Path(os.path.abspath(Path(str(folder)).expanduser()))
     return path.name or str(path)
 

@@ -38,6 +38,13 @@ def shape(folder: Path) -> Shape:
     return _shape(folder, _bytes(folder / "config.json"), _tokenizer_bytes(folder))
 
 
+def dtype(folder: Path) -> str:
+    """In which the weights were saved; float32 where the configuration does not tell one of ours."""
+    told = _object(folder, _bytes(folder / "config.json"))
+    found = told.get("dtype", told.get("torch_dtype"))
+    return found if found in DTYPES[:3] else DTYPES[0]
+
+
 def _bytes(path: Path) -> bytes:
     try:
         if not path.is_file():  # a pipe would be waited for

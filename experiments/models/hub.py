@@ -44,6 +44,37 @@ def data_commit(repository: str, revision: str) -> str | None:
     return _downloaded("dataset", repository, revision) or _asked_data(repository, revision)
 
 
+def configuration(repository: str, revision: str) -> Path:
+    """A folder with the config.json and tokenizer_config.json of a model; ValueError where they cannot be had."""
+    import httpx
+    from huggingface_hub import hf_hub_download
+
+    try:
+        path = hf_hub_download(repository, "config.json", revision=revision)
+    except (httpx.HTTPError, OSError) as error:
+        raise ValueError(f"The configuration of {repository} did not come from the Hub: {error}") from error
+    return Path(path).parent
+
+
+def refusal(repository: str) -> str:
+    """Why nothing can be had of a repository, to complete "as a model of the Hub ..."."""
+    if not reachable():
+        return "it was never downloaded and the Hub does not answer"
+    import httpx
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    try:
+        HfApi().model_info(repository, timeout=TIMEOUT_S)
+    except GatedRepoError:
+        return "it is gated: accept its licence on its page and run `hf auth login`"
+    except RepositoryNotFoundError:
+        return "it does not exist, or is private: check its name, or run `hf auth login`"
+    except (httpx.HTTPError, OSError) as error:
+        return f"it cannot be reached ({error})"
+    return "it holds no weights as safetensors"
+
+
 def is_cached(repository: str, file: str, revision: str | None, kind: str = "model") -> bool:
     """Whether a file of the Hub was downloaded at that commit or branch; `kind` is model or dataset."""
     from huggingface_hub import try_to_load_from_cache

@@ -22,6 +22,7 @@ MODULES = (
     wanda_sparsegpt,
 )
 TABLES = {thing.name: thing for module in MODULES for thing in vars(module).values() if isinstance(thing, Table)}
+PAPERS = frozenset(TABLES)  # `experiments.own.tables` adds tables of one's own
 
 
 def find(name: str) -> Table:
@@ -45,6 +46,7 @@ def runs(
     where there is no such task.
     """
     if model is not None:
+        model = models.canonical(model)
         models.check(model)
     asked = table.runs(model)
     if limit and not tasks and not any(isinstance(what, ZeroShot) for run in asked for what in run.measures):

@@ -41,7 +41,16 @@ def of(run: Run) -> dict[str, Any]:
         "method": method(run.method),
         "recovery": recovery(run.recovery),
         "measures": {what.key: measure(what) for what in run.measures},
+        **_file(run.method),
     }
+
+
+def _file(thing: Any) -> dict[str, Any]:
+    """Name and SHA-256 of the file that declares a method of one's own."""
+    kind = type(thing)
+    if thing is None or kind.__module__.partition(".")[0] in PACKAGES or not (path := inspect.getsourcefile(kind)):
+        return {}
+    return {"file": {Path(path).name: hashlib.sha256(Path(path).read_bytes()).hexdigest()}}
 
 
 def made_by(recorded: dict[str, Any], run: Run) -> str:

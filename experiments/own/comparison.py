@@ -1,0 +1,134 @@
+"""Methods beside each other on one's own models, at several settings and seeds: a table without a file.
+
+python -m experiments compare MODEL... --methods wanda sparsegpt gblm --settings 0.5 2:4 --seeds 3
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pruners
+from experiments import models, protocols
+from experiments.own import defaults
+from experiments.spec import Perplexity, Run, Table
+from experiments.store import atomic
+from pruners.select import Pattern
+from pruners.structured import Structured
+from pruners.suggest import UsageError, unknown
+
+FILE = '''"""Declared by `python -m experiments compare`; a table like any other."""
+
+from experiments.own.comparison import comparison
+{plugins}
+table = comparison({arguments})
+'''
+
+
+def comparison(
+    models: Sequence[str],
+    methods: Sequence[str],
+    settings: Sequence[str],
+    seeds: int = 1,
+    *,
+    name: str = "compare",
+    measures: Sequence[str] = (),
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
+    calibration: str | None = None,
+    nsamples: int | None = None,
+    seqlen: int | None = None,
+    dtype: str | None = None,
+) -> Table:
+    """The dense model and every method by name, with its own hyperparameters, at every setting.
+
+    A setting is the share removed, such as `0.5`, or a pattern, such as `2:4`, which structured methods do not have.
+    `seeds` draws of the calibration text, from seed 0 on, are averaged.  `measures` are protocol keys of perplexities,
+    `tasks` what `protocols.named` takes; what is left out is the default of `experiments prune`.
+    """
+    for method in methods:
+        if method not in pruners.METHODS:
+            raise UsageError(unknown("method", method, pruners.METHODS))
+    for setting in settings:
+        _setting(setting)
+    how: dict[str, Any] = {"corpus": calibration, "count": nsamples, "length": seqlen}
+
+    def cell(method: str | None, model: str, setting: str, seed: int) -> Run | None:
+        made, windows = None, None
+        if method is not None:
+            if (made := _made(method, model, setting, seed)) is None:
+                return None
+            given = {part: value for part, value in how.items() if value}
+            windows = replace(defaults.windows(method, model), **{**given, "seed": seed})
+        return Run(model, made, windows, _measures(model, measures, tasks, limit), dtype or defaults.dtype(model))
+
+    return Table(
+        name=name,
+        title=f"{', '.join(methods)} at {', '.join(settings)}",
+        rows=(None, *methods),
+        columns=tuple(product(models, settings, range(seeds))),
+        run=cell,
+    )
+
+
+def _setting(text: str) -> dict[str, Any]:
+    """As the field of an unstructured method; UsageError for what is neither a share nor a pattern."""
+    try:
+        if ":" in text:
+            Pattern.parse(text)
+            return {"pattern": text}
+        return {"sparsity": float(text)}
+    except ValueError as error:
+        raise UsageError(f"{text!r} is no setting: a share removed such as 0.5, or a pattern such as 2:4.") from error
+
+
+def _made(method: str, model: str, setting: str, seed: int) -> Any:
+    kind, how = pruners.METHODS[method], _setting(setting)
+    drawn = {"seed": seed} if any(f.name == "seed" for f in fields(kind)) else {}
+    own = {**defaults.hyperparameters(method, model), **drawn}
+    if issubclass(kind, Structured):
+        return kind(ratio=how["sparsity"], **own) if "sparsity" in how else None
+    return kind(**how, **own)
+
+
+def _measures(model: str, keys: Sequence[str], tasks: Sequence[str], limit: int | None) -> tuple[Any, ...]:
+    kept: list[Any] = [Perplexity.of(key) for key in keys] or [defaults.measure(model)]
+    if tasks:
+        asked = protocols.named(tasks, models.find(model).parameters or 0)
+        kept.append(replace(asked, limit=limit) if limit else asked)
+    return tuple(kept)
+
+
+def file(asked: argparse.Namespace) -> Path:
+    """A file under the results folder that declares the comparison, for every other command to take.
+
+    UsageError where another comparison has its name.
+    """
+    names = ("methods", "settings", "seeds", "measures", "tasks", "limit", "calibration", "nsamples", "seqlen", "dtype")
+    told: dict[str, Any] = {"models": tuple(map(models.canonical, asked.models)), "name": asked.name}
+    told |= {name: getattr(asked, name) for name in names if getattr(asked, name)}
+    comparison(**told).runs()  # before anything is written, whatever is wrong with it
+    arguments = "".join(f"\n    {name}={value!r}," for name, value in told.items())
+    files = [str(file.expanduser().resolve()) for file in asked.plugin]
+    plugins = f"from pruners.plugin import use\n\nuse({files!r})\n" if files else ""
+    text = FILE.format(plugins=plugins, arguments=f"{arguments}\n")
+    path: Path = asked.results / f"{asked.name}.py"
+    if path.exists() and path.read_text(encoding="utf-8") != text:
+        raise UsageError(f"{path} declares another comparison; give this one another --name.")
+    atomic.write(path, text)
+    return path
+
+
+def show(path: Path, asked: argparse.Namespace) -> int:
+    """The table as Markdown, CSV and LaTeX, and its figure, by the analysis' own commands; the exit status."""
+    where = [str(path), "--results", str(asked.results)]
+    for command in ("table", "figure"):
+        if status := subprocess.run([sys.executable, "-m", "analysis", command, *where], check=False).returncode:
+            return status
+    return 0

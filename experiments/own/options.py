@@ -1,0 +1,128 @@
+"""A dataclass's fields as options of a command line, by tyro: names, types, defaults and help are the class's own."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import re
+import sys
+import types
+import typing
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from dataclasses import MISSING, Field, field, fields, make_dataclass
+from typing import Annotated, Any
+
+import tyro
+
+from pruners.checks import Rule
+from pruners.suggest import UsageError, unknown
+
+Options = dict[str, Any]
+
+
+def parse(
+    kind: type[Any],
+    words: Sequence[str],
+    what: str,
+    *,
+    skip: Collection[str] = (),
+    names: Mapping[str, str] | None = None,
+) -> tuple[Options, list[str]]:
+    """The fields that the words give, by name, and the words that are none of its options.
+
+    `skip` are fields that are no options, `names` other names for some.  UsageError for a value that is of no such
+    type; `what` names the thing whose options they are.
+    """
+    told = io.StringIO()
+    try:
+        with redirect_stderr(told):
+            made, rest = tyro.cli(_form(kind, skip, names or {}), args=list(words), return_unknown_args=True, prog=what)
+    except SystemExit:
+        raise UsageError(f"{what}: {_first_sentence(told.getvalue())}") from None
+    given = {f.name: getattr(made, f.name) for f in fields(made)}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}, rest
+
+
+def help_of(kind: type[Any], what: str, *, skip: Collection[str] = (), names: Mapping[str, str] | None = None) -> str:
+    """What the class says of itself and of each option."""
+    told = io.StringIO()
+    with redirect_stdout(told), suppress(SystemExit):
+        tyro.cli(_form(kind, skip, names or {}), args=["--help"], prog=what)
+    return told.getvalue()
+
+
+def refuse(rest: Sequence[str], known: Mapping[str, Sequence[str]]) -> None:
+    """UsageError for the first word that nobody knows; `known` maps what has options to its options' names."""
+    if not rest:
+        return
+    asked, every = rest[0].partition("=")[0], {f"--{name}": what for what, names in known.items() for name in names}
+    if not asked.startswith("--"):
+        raise UsageError(f"{rest[0]!r} belongs to no option; --help lists what there is.")
+    raise UsageError(unknown(f"option of {' or '.join(known)}", asked, every))
+
+
+def names_of(kind: type[Any], *, skip: Collection[str] = (), names: Mapping[str, str] | None = None) -> list[str]:
+    return [(names or {}).get(f.name, f.name.replace("_", "-")) for f in fields(kind) if f.name not in skip]
+
+
+def _form(kind: type[Any], skip: Collection[str], names: Mapping[str, str]) -> type[Any]:
+    """A class of the same fields without the project's rules, which the real class applies afterwards."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    kept = [f for f in fields(kind) if f.name not in skip]
+    kept.sort(key=lambda f: f.default is not MISSING)
+    made: Any = make_dataclass(
+        kind.__name__, [(f.name, _option(hints[f.name], names.get(f.name)), _default(f)) for f in kept]
+    )
+    said = (sys.modules[kind.__module__].__doc__, kind.__doc__ if _is_said(kind) else None)
+    made.__doc__ = "\n\n".join(inspect.cleandoc(text) for text in said if text)
+    return made
+
+
+def _option(hint: Any, name: str | None) -> Any:
+    return Annotated[_plain(hint), tyro.conf.arg(name=name, help=_words(hint))]
+
+
+def _is_said(kind: type[Any]) -> bool:
+    """Whether the class has words of its own; a dataclass without gets its signature."""
+    return bool(kind.__doc__) and not str(kind.__doc__).startswith(f"{kind.__name__}(")
+
+
+def _default(f: Field[Any]) -> Any:
+    return field() if f.default is MISSING else field(default=f.default)
+
+
+def _plain(hint: Any) -> Any:
+    """The type without rules."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return _plain(inner[0])
+    if origin in (typing.Union, types.UnionType):
+        return typing.Union[tuple(_plain(part) for part in inner)]  # noqa: UP007  (made at run time)
+    return hint
+
+
+def _words(hint: Any) -> str:
+    """What the rule of a field says."""
+    found = [rule for rule in _rules(hint) if rule.words]
+    return found[0].words if found else ""
+
+
+def _rules(hint: Any) -> list[Rule]:
+    own = [part for part in getattr(hint, "__metadata__", ()) if isinstance(part, Rule)]
+    return own + [rule for part in typing.get_args(hint) for rule in _rules(part) if not isinstance(part, Rule)]
+
+
+def _first_sentence(box: str) -> str:
+    """Of tyro's framed complaint."""
+    lines = [line.strip("│ ").strip() for line in box.splitlines()]
+    said: list[str] = []
+    for line in lines:
+        if set(line) <= set("─╭╮╰╯ ") or line.startswith(("╭", "╰")):
+            if said:
+                break
+            continue
+        if not line:
+            break
+        said.append(line)
+    return re.sub(r"\{None\}\|", "", " ".join(said))

@@ -1,0 +1,229 @@
+"""One model, one method, one number beside the dense model's, and the pruned model to keep.
+
+python -m experiments prune Qwen/Qwen2.5-0.5B --method wanda --sparsity 0.5 --save pruned/qwen-wanda
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+import pruners
+from experiments import cells, cli, models, protocols, recovery
+from experiments.batch import Outcome, run_table
+from experiments.cells import Cell
+from experiments.labels import full, labels
+from experiments.own import defaults, options
+from experiments.recovery import Documents, Retraining
+from experiments.spec import Perplexity, Run, Windows
+from experiments.store import records
+from experiments.store.records import Record
+from pruners.retrain import Reconstruction
+from pruners.suggest import UsageError, unknown
+
+TABLE = "adhoc"
+SEED = ("seed",)  # one --seed for the windows, the method and the recovery
+TRAINED = {"batch_size": "train-batch-size"}  # --batch-size is how many windows go through the model at once
+STEPS, LEARNING_RATE = 1000, 5e-4  # PERP's released defaults
+BETWEEN = ("trainable", "text", "seed")
+
+
+def explained(name: str) -> str:
+    """What a method or kind of recovery does and every option that it has; UsageError for a name nobody knows."""
+    kinds: dict[str, Any] = {**pruners.METHODS, "retraining": Retraining, "reconstruction": Reconstruction}
+    if name not in kinds:
+        raise UsageError(unknown("method", name, kinds))
+    if name in pruners.METHODS:
+        return options.help_of(kinds[name], f"prune --method {name}", skip=SEED)
+    return options.help_of(kinds[name], f"prune --{name.removesuffix('ing')}", skip=BETWEEN, names=TRAINED)
+
+
+def run(asked: argparse.Namespace, rest: Sequence[str]) -> int:
+    """The exit status; `rest` are the options of the method and of the recovery."""
+    if asked.help is not None:
+        print(explained(asked.help) if asked.help else asked.parser.format_help())
+        return 0
+    if asked.model is None or asked.method is None:
+        raise UsageError("prune needs a MODEL and a --method NAME; --help lists what there is.")
+    runs = declared(asked, rest)
+    found = cells.cells(runs)
+    _refuse_taken(asked.save)
+    _refuse_lacking(runs, asked.data_dir)
+    for line in _choices(runs[-1]):
+        cli.say(line)
+    settings = cli.settings(asked)
+    if asked.save:
+        settings = replace(settings, save={found[-1].id: asked.save})
+    outcome = run_table(TABLE, found, settings, cli.watchers(asked))
+    known = records.load(asked.results, TABLE)
+    if all(cell.id in known for cell in found):
+        print(beside(found, known))
+    return _status(outcome, asked, found[-1])
+
+
+def declared(asked: argparse.Namespace, rest: Sequence[str]) -> list[Run]:
+    """The dense model's run and the pruned one's; UsageError for what is asked and does not exist or fit."""
+    asked.model = models.canonical(asked.model)
+    if asked.method not in pruners.METHODS:
+        raise UsageError(unknown("method", asked.method, pruners.METHODS))
+    for option in ("recover", "reconstruct"):
+        if (name := getattr(asked, option)) and name not in defaults.TRAINABLE:
+            raise UsageError(unknown(f"choice of what to train (--{option})", name, defaults.TRAINABLE))
+    if asked.recover and asked.reconstruct:
+        raise UsageError("--recover retrains the pruned model and --reconstruct its blocks one by one; ask for one.")
+    models.check(asked.model)
+    cli.refuse_absent(asked.data_dir)
+    cli.refuse_unknown(asked.tasks)
+    try:
+        method, rest = _method(asked, rest)
+        windows = _windows(asked)
+        after = _recovery(asked, rest, windows)
+        measures = _measures(asked)
+        pruned = Run(asked.model, method, windows, measures, asked.dtype or defaults.dtype(asked.model), after)
+    except (ValueError, TypeError) as error:
+        raise error if isinstance(error, UsageError) else UsageError(str(error)) from error
+    if not pruned.calibrates:
+        _refuse_unread(asked)
+        pruned = replace(pruned, windows=None)
+    return [replace(pruned, method=None, windows=None, recovery=None), pruned]
+
+
+def _method(asked: argparse.Namespace, rest: Sequence[str]) -> tuple[Any, list[str]]:
+    kind = pruners.METHODS[asked.method]
+    given, rest = options.parse(kind, rest, f"--method {asked.method}", skip=SEED)
+    for name, value in defaults.hyperparameters(asked.method, asked.model).items():
+        if given[name] == next(f.default for f in fields(kind) if f.name == name):
+            given[name] = value
+    return kind(**given, **_seed(kind, asked)), rest
+
+
+def _seed(kind: type[Any], asked: argparse.Namespace) -> dict[str, int]:
+    return {"seed": asked.seed} if any(f.name == "seed" for f in fields(kind)) else {}
+
+
+def _windows(asked: argparse.Namespace) -> Windows:
+    own = defaults.windows(asked.method, asked.model)
+    return Windows(
+        asked.calibration or own.corpus,
+        asked.nsamples or own.count,
+        asked.seqlen or own.length,
+        asked.seed,
+        asked.sampling or own.sampling,
+    )
+
+
+def _recovery(asked: argparse.Namespace, rest: Sequence[str], windows: Windows) -> Any:
+    kinds = {"--recover": (asked.recover, Retraining), "--reconstruct": (asked.reconstruct, Reconstruction)}
+    known: dict[str, list[str]] = {
+        f"--method {asked.method}": options.names_of(pruners.METHODS[asked.method], skip=SEED)
+    }
+    made: Any = None
+    for option, (name, kind) in kinds.items():
+        if name:
+            known[option] = options.names_of(kind, skip=BETWEEN, names=TRAINED)
+            words = _with_defaults(rest) if kind is Retraining else list(rest)
+            given, rest = options.parse(kind, words, option, skip=BETWEEN, names=TRAINED)
+            made = _made(kind, defaults.TRAINABLE[name], given, asked.seed, windows)
+    options.refuse(rest, known)
+    return made
+
+
+def _with_defaults(words: Sequence[str]) -> list[str]:
+    """What `Retraining` leaves open and the papers do not."""
+    told = {word.partition("=")[0] for word in words}
+    steps = [] if "--steps" in told else ["--steps", str(STEPS)]
+    return [*words, *steps, *([] if "--learning-rate" in told else ["--learning-rate", str(LEARNING_RATE)])]
+
+
+def _made(kind: type[Any], trainable: Any, given: dict[str, Any], seed: int, windows: Windows) -> Any:
+    if kind is Reconstruction:
+        return Reconstruction(trainable, seed=seed, **given)
+    text = Documents(windows.corpus, given["steps"] * given["batch_size"], windows.length)
+    return Retraining(trainable, text, seed=seed, **given)
+
+
+def _measures(asked: argparse.Namespace) -> tuple[Any, ...]:
+    if asked.limit and not asked.tasks:
+        raise UsageError("--limit cuts the documents of --tasks; ask for tasks, or leave it out.")
+    kept: list[Any] = [Perplexity.of(key) for key in asked.measures] or [defaults.measure(asked.model)]
+    if asked.tasks:
+        tasks = protocols.named(asked.tasks, models.find(asked.model).parameters or 0)
+        kept.append(replace(tasks, limit=asked.limit) if asked.limit else tasks)
+    return tuple(dict.fromkeys(kept))
+
+
+def _refuse_unread(asked: argparse.Namespace) -> None:
+    told = {"--calibration": asked.calibration, "--nsamples": asked.nsamples, "--seqlen": asked.seqlen}
+    if given := [name for name, value in told.items() if value]:
+        raise UsageError(f"--method {asked.method} reads no calibration text; leave {', '.join(given)} out.")
+
+
+def _refuse_taken(folder: Path | None) -> None:
+    if folder and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"--save {folder} exists already; name a new or empty folder.")
+
+
+def _refuse_lacking(runs: Sequence[Run], data_dir: Path | None) -> None:
+    """UsageError for texts that are not here where nothing can be downloaded."""
+    from experiments import estimate
+    from experiments.models import hub
+
+    try:
+        lacking = dict.fromkeys(text for run in runs for text in estimate.lacking(run, data_dir))
+    except ValueError as error:  # a corpus that nobody knows
+        raise UsageError(str(error)) from error
+    if lacking and not hub.reachable():
+        raise UsageError(f"The Hub does not answer, and not on this machine: {'; '.join(lacking)}.")
+
+
+def _choices(run: Run) -> list[str]:
+    """What was left open and what stands for it."""
+    windows = run.windows
+    drawn = "none"
+    if windows:
+        drawn = f"{windows.count} x {windows.length} tokens of {windows.corpus}, sampling {windows.sampling}"
+        drawn += f", seed {windows.seed}"
+    keys = [key for what in run.measures for key in (what.keys or (what.key,))]
+    after = recovery.label(run.recovery).removeprefix(" + ")
+    steps = f" ({run.recovery.steps} steps, learning rate {run.recovery.learning_rate:g})" if run.recovery else ""
+    lines = [f"Method: {run.method!r}", f"Calibration: {drawn}", f"Recovery: {after}{steps}" if after else ""]
+    return [*filter(None, lines), f"Measures in {run.dtype}: {', '.join(keys)}"]
+
+
+def beside(found: Sequence[Cell], known: dict[str, Record]) -> str:
+    """Every measured value of the dense and the pruned model with its interval, and what each cell cost."""
+    dense, pruned = (known[cell.id] for cell in found)
+    names = [full(label) for label in labels([cell.run for cell in found])]
+    shown = [key for key, value in pruned.measures.items() if _value(value)]
+    lines = [(key, _value(dense.measures[key]), _value(pruned.measures[key])) for key in shown]
+    lines.append(("sparsity of what was pruned", "", f"{pruned.achieved['sparsity']:.4f}"))
+    lines.append(("cost", _cost(dense), _cost(pruned)))
+    return tabulate(lines, ("", *names), disable_numparse=True)
+
+
+def _cost(record: Record) -> str:
+    return f"{record.cost.seconds['total']:.0f} s, peak {record.cost.peak_bytes / 1e9:.1f} GB"
+
+
+def _value(measured: dict[str, Any]) -> str:
+    for name, scale, unit in (("perplexity", 1, ""), ("score", 100, " %")):
+        if (value := measured.get(name)) is not None:
+            low, high, error = measured.get("low"), measured.get("high"), measured.get("standard_error")
+            if low is not None and high is not None:
+                return f"{scale * value:.2f}{unit} [{scale * low:.2f}, {scale * high:.2f}]"
+            return f"{scale * value:.2f}{unit}" + (f" ± {scale * error:.2f}" if error is not None else "")
+    return ""
+
+
+def _status(outcome: Outcome, asked: argparse.Namespace, pruned: Cell) -> int:
+    if outcome.failed:
+        return cli.EXIT_FAILED
+    path = records.folder(asked.results, TABLE) / f"{pruned.id}.json"
+    print(f"Record: {path}{f'; model: {asked.save}' if asked.save else ''}", file=sys.stderr)
+    return cli.EXIT_FAILED if outcome.incomplete else 0

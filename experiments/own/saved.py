@@ -1,0 +1,135 @@
+"""A pruned model that is kept: a folder that transformers opens, with a model card of what was done and measured."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from experiments import models
+from experiments.cells import Cell
+from experiments.models.gguf import quiet
+from experiments.spec import Run
+from experiments.store import records
+from experiments.store.records import Record
+from pruners import storage
+
+CARD = """---
+{front}
+---
+
+# {title}
+
+{model} pruned by `{method}`{recovery}. {sparsity}
+
+{calibration}
+
+| measure | dense | this model |
+| --- | --- | --- |
+{values}
+
+{opening}
+
+Record {id} of the table {table}, made {at} on {device} by commit {commit} with {packages}.{licence}
+"""
+STOCK = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{folder}")
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+```"""
+OWN = """Its blocks have widths of their own. With this project installed, `import pruners` and then
+
+{stock}
+
+or without it, by the two modules that lie in this folder: `from_pretrained("{folder}", trust_remote_code=True)`."""
+
+
+def places(cells: list[Cell], folder: Path, table: str) -> dict[str, Path]:
+    """By id, the folder of every cell that changes its model."""
+    changed = [cell for cell in cells if cell.run.method is not None or cell.run.recovery is not None]
+    return {cell.id: folder / table / f"{_slug(f'{cell.run.model_name} {cell.label}')}-{cell.id}" for cell in changed}
+
+
+def write(model: Any, tokenizer: Any, run: Run, record: Record, folder: Path, root: Path) -> None:
+    """All of it or nothing; FileExistsError for a folder that holds something, StorageError where the disk refuses."""
+    from pruners import checkpoint
+
+    with storage.filling(folder) as partial, quiet():
+        checkpoint.save(model, tokenizer, partial)
+        (partial / "README.md").write_text(card(run, record, partial, folder.name, root), encoding="utf-8")
+
+
+def card(run: Run, record: Record, folder: Path, name: str, root: Path) -> str:
+    """The model card of the model that lies in `folder`."""
+    kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+    stock = STOCK.format(folder=name)
+    known, made = models.find(run.model), record.made_by
+    method = type(run.method).__name__ if run.method else "no pruning"
+    dense = _dense(record, root)
+    return CARD.format(
+        front=_front(known.hub, method),
+        title=f"{run.model_name}, {method}",
+        model=run.model_name,
+        method=run.method,
+        recovery=f", then `{run.recovery}`" if run.recovery else "",
+        sparsity=_removed(record),
+        calibration=_calibration(run),
+        values="\n".join(_values(record.measures, dense.measures if dense else {})),
+        opening=OWN.format(stock=stock, folder=name) if kind.startswith("pruned_") else stock,
+        id=record.id,
+        table=record.table,
+        at=made.at,
+        device=made.device,
+        commit=made.commit or "unknown",
+        packages=", ".join(f"{name} {version}" for name, version in made.packages.items()),
+        licence=f" The weights stand under the licence of their model: {known.licence}." if known.licence else "",
+    )
+
+
+def _front(hub: str | None, method: str) -> str:
+    base = [f"base_model: {hub}"] if hub else []
+    return "\n".join([*base, "library_name: transformers", "tags:", "- pruning", f"- {method.lower()}"])
+
+
+def _removed(record: Record) -> str:
+    return f"Sparsity of what was pruned: {record.achieved['sparsity']:.4f} (asked: {record.achieved['asked']:.4f})."
+
+
+def _calibration(run: Run) -> str:
+    windows = run.windows
+    if not windows or not run.calibrates:
+        return "No calibration text was read."
+    return (
+        f"Calibration: {windows.count} windows of {windows.length} tokens of {windows.corpus}, sampling "
+        f"{windows.sampling}, seed {windows.seed}."
+    )
+
+
+def _values(measured: dict[str, dict[str, Any]], dense: dict[str, dict[str, Any]]) -> Iterator[str]:
+    for key, value in measured.items():
+        if shown := _shown(value):
+            yield f"| {key} | {_shown(dense.get(key, {})) or 'not measured'} | {shown} |"
+
+
+def _shown(value: dict[str, Any]) -> str:
+    if "perplexity" in value:
+        return f"{value['perplexity']:.2f}"
+    if value.get("score") is not None:
+        return f"{100 * value['score']:.2f} %"
+    return f"{value['parameters']:,} parameters" if "parameters" in value else ""
+
+
+def _dense(record: Record, root: Path) -> Record | None:
+    """The record of the model as it was, in the same number format."""
+    for other in records.load(root, record.table).values():
+        same = all(other.spec[part] == record.spec[part] for part in ("model", "dtype"))
+        if same and other.spec["method"] is None and "recovery" not in other.spec:
+            return other
+    return None
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower()

@@ -1,0 +1,85 @@
+"""Tables from a file of one's own, or from an installed package.
+
+A table is a `Table` of experiments.spec at the top of a file, with methods beside it where it wants.  An installed
+package offers its own by the entry point group `llm_pruning.tables`.
+"""
+
+from __future__ import annotations
+
+import re
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from experiments import papers
+from experiments.spec import Table
+from pruners import plugin
+from pruners.suggest import UsageError, unknown
+
+GROUP = "llm_pruning.tables"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def find(asked: str) -> Table:
+    """The table of a paper, of an installed package, or of `FILE.py` or `FILE.py:NAME`, which is known by its own name
+    from then on.
+
+    Raises UsageError for a file that cannot be imported or that does not tell which table is meant, for a name that is
+    no folder's and for that of another table.
+    """
+    file, name = _file_of(asked)
+    if file is None:
+        for entry in metadata.entry_points(group=GROUP):
+            if entry.name == asked and asked not in papers.TABLES:
+                papers.TABLES[asked] = _of_its_kind(plugin.loaded(entry), f"The entry point {asked}")
+        return papers.find(asked)
+    made = plugin.module(file)
+    for kind in plugin.methods(made):
+        plugin.register(kind)
+    declared = {thing.name: thing for thing in vars(made).values() if isinstance(thing, Table)}
+    found = _chosen(declared, {key: t for key, t in vars(made).items() if isinstance(t, Table)}, name, file)
+    _check_name(found, file)
+    papers.TABLES[found.name] = found
+    return found
+
+
+def absolute(asked: str) -> str:
+    """The same table for a process that runs in another folder."""
+    file, name = _file_of(asked)
+    return asked if file is None else f"{file.resolve()}{f':{name}' if name else ''}"
+
+
+def _file_of(asked: str) -> tuple[Path | None, str]:
+    path, _, name = asked.partition(".py:")
+    if name:
+        return Path(f"{path}.py").expanduser(), name
+    return (Path(asked).expanduser(), "") if asked.endswith(".py") else (None, "")
+
+
+def _chosen(declared: dict[str, Table], variables: dict[str, Table], name: str, file: Path) -> Table:
+    if not declared:
+        raise UsageError(f"{file} declares no table; put a Table of experiments.spec at its top level.")
+    if name:
+        known = {**variables, **declared}
+        if name not in known:
+            raise UsageError(unknown(f"table in {file}", name, known))
+        return known[name]
+    if len(declared) > 1:
+        raise UsageError(f"{file} declares {len(declared)} tables; say which: {file}:{' or '.join(declared)}.")
+    return next(iter(declared.values()))
+
+
+def _check_name(found: Table, file: Path) -> None:
+    if not NAME.fullmatch(found.name):
+        raise UsageError(
+            f"The table {found.name!r} in {file} names a folder of records: letters, digits, '.', '-' and '_'."
+        )
+    other = papers.TABLES.get(found.name)
+    if other is not None and found.name in papers.PAPERS:
+        raise UsageError(f"{file} calls its table {found.name}, as a paper's table here is called; give it another.")
+
+
+def _of_its_kind(thing: Any, what: str) -> Table:
+    if not isinstance(thing, Table):
+        raise UsageError(f"{what} is no Table of experiments.spec but {type(thing).__name__}.")
+    return thing

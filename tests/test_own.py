@@ -1,0 +1,391 @@
+"""A bench of one's own: methods, tables and models from outside the repository, and the pruned model to keep."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import small_table as small
+import torch
+from transformers import AutoModelForCausalLM
+
+import pruners
+from analysis.__main__ import main as analysis
+from experiments import papers
+from experiments.__main__ import main
+from experiments.own import defaults, options, tables
+from experiments.store import records
+from pruners import plugin
+from pruners.__main__ import main as pruners_main
+from pruners.suggest import UsageError
+from slurm.__main__ import main as slurm
+
+needs_model = pytest.mark.skipif(not small.MODEL.is_dir(), reason=f"{small.MODEL} is absent")
+METHOD = '''"""RIA."""
+from dataclasses import dataclass
+
+from pruners.calibrate import InputNorm
+from pruners.unstructured import Unstructured
+
+
+@dataclass(frozen=True)
+class RIA(Unstructured):
+    """A weight's share of its row and column, times the root of its input's norm."""
+
+    power: float = 0.5
+
+    NEEDS = InputNorm
+
+    def score(self, name, weight, x, dense):
+        size = weight.float().abs()
+        return (size / size.sum(1, keepdim=True) + size / size.sum(0)) * x.norm**self.power
+'''
+TABLE = """
+from experiments.spec import Perplexity, Run, Table, Windows
+from pruners import Magnitude, Wanda
+
+
+def cell(method, model, sparsity):
+    windows = Windows("c4/train", 2, 32)
+    return Run(model, method and method(sparsity=sparsity), windows, (Perplexity("ptb/test", 64, 4),))
+
+
+mine = Table("mine", "Mine", (None, Magnitude, Wanda), tuple(({model!r}, share) for share in (0.3, 0.5)), cell)
+"""
+SHORT = "--calibration c4/train --nsamples 2 --seqlen 32 --measure ptb/test@64[:4]"
+
+
+@pytest.fixture(autouse=True)
+def no_trace(monkeypatch):
+    """Methods and tables that a test makes known are forgotten after it."""
+    monkeypatch.setattr(pruners, "METHODS", dict(pruners.METHODS))
+    monkeypatch.setattr(papers, "TABLES", dict(papers.TABLES))
+
+
+@pytest.fixture
+def ria(tmp_path) -> Path:
+    path = tmp_path / "ria.py"
+    path.write_text(METHOD)
+    return path
+
+
+@pytest.fixture
+def mine(tmp_path) -> Path:
+    path = tmp_path / "mine.py"
+    path.write_text(TABLE.replace("{model!r}", repr(str(small.MODEL))))
+    return path
+
+
+@pytest.fixture
+def where(tmp_path) -> list[str]:
+    return ["--results", str(tmp_path / "results"), "--data-dir", str(small.data(tmp_path / "data"))]
+
+
+def prune(words: str, where: list[str]) -> int:
+    return main(["prune", str(small.MODEL), *shlex.split(words), *where])
+
+
+@needs_model
+def test_one_command_prunes_measures_and_keeps_a_model_that_plain_transformers_opens(where, tmp_path, capsys):
+    kept = tmp_path / "kept"
+    assert prune(f"--method wanda --sparsity 0.5 {SHORT} --save {kept}", where) == 0
+    told = capsys.readouterr()
+    assert "Calibration: 2 x 32 tokens of c4/train, sampling documents, seed 0" in told.err
+    known = records.load(tmp_path / "results", "adhoc").values()
+    found = {record.spec["method"] and record.spec["method"]["name"]: record for record in known}
+    assert set(found) == {None, "wanda"}
+    for record in found.values():
+        assert f"{record.measures['ptb/test@64[:4]']['perplexity']:.2f} [" in told.out
+    model = AutoModelForCausalLM.from_pretrained(kept)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    assert (weight == 0).double().mean().item() == pytest.approx(0.5, abs=0.01)
+    card = (kept / "README.md").read_text()
+    assert "Wanda(sparsity=0.5" in card
+    assert found["wanda"].id in card
+    assert f"| {found[None].measures['ptb/test@64[:4]']['perplexity']:.2f} |" in card
+    assert str(tmp_path) not in card
+
+
+@needs_model
+def test_what_is_kept_is_never_written_over_and_a_finished_cell_is_kept_later(where, tmp_path, capsys):
+    asked = f"--method magnitude --sparsity 0.5 --measure ptb/test@64[:4] --save {tmp_path / 'kept'}"
+    assert prune(asked.partition(" --save")[0], where) == 0
+    assert prune(asked, where) == 0
+    assert (tmp_path / "kept/config.json").is_file()
+    capsys.readouterr()
+    assert prune(asked, where) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+@needs_model
+@pytest.mark.parametrize(
+    ("method", "recovery"),
+    [
+        ("flap --ratio 0.3 --metric IFV", ""),
+        ("sparsegpt --pattern 2:4", ""),
+        ("wanda --sparsity 0.5", "--recover masklora --steps 2 --learning-rate 1e-3 --train-batch-size 1"),
+        ("magnitude --sparsity 0.5", "--reconstruct norms --steps 2"),
+        ("random --sparsity 0.5 --seed 3", ""),
+    ],
+)
+def test_methods_and_recovery_are_told_by_their_own_options(method, recovery, where, tmp_path):
+    asked = SHORT if "random" not in method else "--measure ptb/test@64[:4]"
+    assert prune(f"--method {method} {recovery} {asked}", where) == 0
+    (record,) = [r for r in records.load(tmp_path / "results", "adhoc").values() if r.spec["method"]]
+    spec = {**record.spec["method"], **(record.spec.get("recovery") or {})}
+    words = shlex.split(f"{method.partition(' ')[2]} {recovery}")
+    told = dict(zip(words[::2], words[1::2], strict=True))
+    for option, value in told.items():
+        name = {"--train-batch-size": "batch_size"}.get(option, option.removeprefix("--").replace("-", "_"))
+        if name not in ("recover", "reconstruct"):
+            assert str(spec[name]) == str(type(spec[name])(value)), name
+
+
+@needs_model
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--method wandaa", "Unknown method 'wandaa'. Did you mean wanda"),
+        ("--method wanda --ratio 0.5", "Unknown option of --method wanda '--ratio'"),
+        ("--method wanda --sparsity abc", "--sparsity"),
+        ("--method wanda --sparsity 1.5", "sparsity is the share removed"),
+        ("--method wanda --sparsity 0.5 --pattern 2:4 --steps 3", "'--steps'"),
+        ("--method wanda --sparsity 0.5 stray", "'stray' belongs to no option"),
+        ("--method magnitude --sparsity 0.5 --nsamples 3", "reads no calibration text"),
+        ("--method wanda --sparsity 0.5 --recover nothing", "Unknown choice of what to train (--recover) 'nothing'"),
+        ("--method wanda --sparsity 0.5 --recover norms --reconstruct norms", "ask for one"),
+        ("--method wanda --sparsity 0.5 --measure ppl", "is no protocol key"),
+        ("--method wanda --sparsity 0.5 --limit 3", "--limit cuts the documents of --tasks"),
+        ("--method wanda --sparsity 0.5 --calibration nowhere/train", "nowhere/train"),
+        ("--method wanda --sparsity 0.5 --calibration wikitext2/train", "not on this machine: wikitext2/train"),
+        ("--sparsity 0.5", "prune needs a MODEL and a --method NAME"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_any_work(words, said, where, capsys, tmp_path):
+    if "--measure" not in words:
+        words += " --measure ptb/test@64[:4]"
+    if "magnitude" not in words and "--calibration" not in words:
+        words += " --calibration c4/train --nsamples 2 --seqlen 32"
+    assert prune(words, where) == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert len(err.splitlines()) == 1
+    assert not (tmp_path / "results/runs").exists()
+
+
+def test_every_method_and_recovery_explains_its_options(capsys):
+    for name in [*pruners.METHODS, "retraining", "reconstruction"]:
+        assert main(["prune", "--help", name]) == 0
+        assert "--" in capsys.readouterr().out
+    assert main(["prune", "--help", "flap"]) == 0
+    told = capsys.readouterr().out
+    assert "--heads-removed" in told
+    assert "An et al. 2024" in told
+    assert main(["prune", "--help", "nobody"]) == 2
+    assert main(["prune", "--help"]) == 0
+
+
+def test_the_defaults_are_the_papers():
+    for name in pruners.METHODS:
+        windows = defaults.windows(name, "llama-7b")
+        own = defaults.WINDOWS.get(name)
+        assert windows == own or (windows.corpus, windows.count, windows.length) == ("c4/train", 128, 2048)
+    assert defaults.hyperparameters("llm_pruner", "llama-7b")["mlp_blocks"] == (4, 30)
+    assert defaults.hyperparameters("llm_pruner", "opt-125m")["mlp_blocks"] == (4, 10)
+
+
+def test_an_unknown_option_is_never_passed_over():
+    with pytest.raises(UsageError, match=r"Unknown option of a or b '--sparsty'\. Did you mean --sparsity"):
+        options.refuse(["--sparsty", "1"], {"a": ["sparsity"], "b": ["steps"]})
+
+
+@needs_model
+def test_a_method_of_a_file_runs_like_any_other_and_its_record_holds_the_file(ria, where, tmp_path):
+    asked = f"--plugin {ria} --method ria --sparsity 0.5 --power 1.0 {SHORT}"
+    assert prune(asked, where) == 0
+    (record,) = [r for r in records.load(tmp_path / "results", "adhoc").values() if r.spec["method"]]
+    assert record.spec["method"] == {"name": "ria", "sparsity": 0.5, "pattern": None, "power": 1.0}
+    assert list(record.code["file"]) == ["ria.py"]
+
+
+def test_a_method_that_is_plugged_twice_is_one_and_two_of_one_name_are_refused(ria, tmp_path):
+    plugin.use([ria, ria])
+    assert pruners.METHODS["ria"].__name__ == "RIA"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/ria.py").write_text(METHOD)
+    with pytest.raises(UsageError, match="Two methods are called ria"):
+        plugin.use([tmp_path / "other/ria.py"])
+    (tmp_path / "wanda.py").write_text(METHOD.replace("RIA(", "Wanda("))
+    with pytest.raises(UsageError, match="Two methods are called wanda"):
+        plugin.use([tmp_path / "wanda.py"])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("import nowhere_at_all\n", r"line 1 \(import nowhere_at_all\): ModuleNotFoundError"),
+        ("x = 1\ny = x +\n", r"line 2 \(y = x \+\): invalid syntax"),
+        ("x = 1\n", "declares no method"),
+        (METHOD.replace("@dataclass(frozen=True)\n", ""), "no frozen dataclass"),
+        (METHOD.replace("frozen=True", "frozen=False"), "cannot inherit non-frozen"),
+        ("raise SystemExit(3)\n", "SystemExit: 3"),
+    ],
+)
+def test_a_file_that_holds_no_method_says_why(text, said, tmp_path):
+    path = tmp_path / "bad.py"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=said):
+        plugin.use([path])
+
+
+@needs_model
+def test_a_table_of_a_file_is_taken_by_every_command(mine, where, tmp_path, capsys):
+    words = [str(mine), *where]
+    assert main(["show", *words]) == 0
+    assert "Wanda 50 %" in capsys.readouterr().out
+    assert main(["run", *words, "--method", "dense", "magnitude"]) == 0
+    assert f"python -m analysis table {mine}" in capsys.readouterr().err
+    assert slurm(["submit", f"{mine}:mine", *where, "--executor", "debug"]) == 0
+    assert "cells sent: 2" in capsys.readouterr().err
+    assert slurm(["submit", *words, "--executor", "local"]) == 0
+    assert len(records.load(tmp_path / "results", "mine")) == 5
+    assert slurm(["status", str(mine), *where[:2]]) == 0
+    assert analysis(["table", str(mine), *where[:2]]) == 0
+    assert "(`mine`)" in capsys.readouterr().out
+
+
+@needs_model
+def test_a_job_of_a_table_and_method_of_one_s_own_finds_both_in_its_own_process(ria, tmp_path, where, capsys):
+    text = TABLE.replace("{model!r}", repr(str(small.MODEL))).replace("Wanda)", "METHODS['ria'])")
+    path = tmp_path / "with_ria.py"
+    path.write_text(text.replace("import Magnitude, Wanda", "import METHODS, Magnitude"))
+    words = [str(path), "--plugin", str(ria), *where, "--method", "ria"]
+    assert slurm(["submit", *words, "--executor", "local"]) == 0
+    assert len(records.load(tmp_path / "results", "mine")) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "said"),
+    [
+        ("x = 1\n", "", "declares no table"),
+        (TABLE, ":nobody", "Unknown table in"),
+        (TABLE + "other = Table('other', '', (), (), cell)\n", "", "declares 2 tables; say which"),
+        (TABLE.replace('"mine"', '"../up"'), "", "names a folder of records"),
+        (TABLE.replace('"mine"', '"flap.perplexity"'), "", "as a paper's table here is called"),
+    ],
+)
+def test_a_file_that_leaves_the_table_open_says_so(text, name, said, tmp_path):
+    path = tmp_path / "tables.py"
+    path.write_text(text.replace("{model!r}", "'llama-7b'"))
+    with pytest.raises(UsageError, match=said):
+        tables.find(f"{path}{name}")
+
+
+def test_a_file_that_is_not_there_is_said_to_be_absent(capsys):
+    assert main(["show", "nowhere.py"]) == 2
+    assert "nowhere.py is no file" in capsys.readouterr().err
+
+
+@needs_model
+def test_models_of_a_table_s_cells_are_kept(mine, where, tmp_path):
+    assert main(["run", str(mine), *where, "--method", "dense", "wanda", "--save-models", str(tmp_path / "kept")]) == 0
+    folders = sorted(path.name for path in (tmp_path / "kept/mine").iterdir())
+    assert [name.rpartition("-")[0] for name in folders] == ["hf-wanda-30", "hf-wanda-50"]
+    model, _ = pruners.checkpoint.load(tmp_path / "kept/mine" / folders[1])
+    assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
+
+
+@needs_model
+def test_methods_are_compared_without_a_file(ria, where, tmp_path, capsys):
+    words = f"--methods magnitude ria flap --plugin {ria} --settings 0.3 2:4 --seeds 2 {SHORT} --name beside"
+    assert main(["compare", str(small.MODEL), *shlex.split(words), *where]) == 0
+    written = {path.name for path in (tmp_path / "results").glob("beside*")}
+    assert {"beside.py", "beside.md", "beside.tex", "beside.csv", "beside.svg"} <= written
+    assert len(records.load(tmp_path / "results", "beside")) == 9  # dense, 2 x magnitude, 2 x 2 x ria, 2 x flap
+    text = (tmp_path / "results/beside.md").read_text()
+    assert "| RIA " in text
+    capsys.readouterr()
+    assert main(["compare", str(small.MODEL), *shlex.split(words.replace("0.3", "0.4")), *where]) == 2
+    assert "declares another comparison" in capsys.readouterr().err
+
+
+def test_a_comparison_of_nonsense_is_refused(tmp_path, capsys):
+    where = ["--results", str(tmp_path)]
+    assert main(["compare", "llama-7b", "--methods", "wanda", "--settings", "half", *where]) == 2
+    assert "'half' is no setting" in capsys.readouterr().err
+    assert main(["compare", "llama-7b", "--methods", "wnda", "--settings", "0.5", *where]) == 2
+    assert "Unknown method 'wnda'" in capsys.readouterr().err
+
+
+def test_the_promises_of_a_method_are_checked(ria, tmp_path, capsys):
+    assert pruners_main(["check", str(ria), "--family", "llama", "opt"]) == 0
+    assert "RIA: 12 of 12 promises kept." in capsys.readouterr().out
+    broken = tmp_path / "broken.py"
+    broken.write_text(
+        METHOD.replace("RIA", "Drawn").replace(
+            "        size = weight", "        import torch\n        size = torch.rand_like(weight) * weight"
+        )
+    )
+    assert pruners_main(["check", str(broken), "--family", "llama"]) == 1
+    assert "llama, deterministic: " in capsys.readouterr().out
+    broken.write_text(METHOD.replace("x.norm**self.power", "x.nothing"))
+    assert pruners_main(["check", str(ria.with_name("ria2.py")), "--family", "llama"]) == 2
+    assert pruners_main(["check", str(ria), "--family", "lama"]) == 2
+
+
+def test_structured_methods_keep_their_promises(tmp_path, capsys):
+    path = tmp_path / "narrow.py"
+    path.write_text(
+        "from dataclasses import dataclass\nfrom pruners.structured_baselines import WandaSP\n\n\n"
+        "@dataclass(frozen=True)\nclass Narrow(WandaSP):\n    pass\n"
+    )
+    assert pruners_main(["check", str(path), "--family", "llama", "mixtral", "gpt2"]) == 0
+    assert "Narrow: 8 of 8 promises kept." in capsys.readouterr().out
+
+
+def test_the_digest_of_a_file_of_one_s_own_changes_with_it(ria, tmp_path):
+    from experiments.store import code
+
+    one = plugin.methods(plugin.module(ria))[0](sparsity=0.5)
+    changed = tmp_path / "changed.py"
+    changed.write_text(METHOD.replace("0.5\n", "0.7\n"))
+    other = plugin.methods(plugin.module(changed))[0](sparsity=0.5)
+    assert code.method(one) != code.method(other)
+    assert json.dumps(code._file(one)) != json.dumps(code._file(other))
+
+
+def readme_says() -> tuple[list[str], dict[str, str]]:
+    """The commands of README's section, and its files by name."""
+    text = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+    section = text.partition("## Your own work")[2].partition("\n## ")[0]
+    blocks = re.findall(r"```(sh|python)\n(.*?)```", section, flags=re.S)
+    commands = [line for kind, block in blocks if kind == "sh" for line in block.replace("\\\n", "").splitlines()]
+    files = [block for kind, block in blocks if kind == "python"]
+    return commands, dict(zip(("ria.py", "mine.py"), files, strict=True))
+
+
+@needs_model
+def test_readme_s_own_work_runs_as_it_stands_but_for_model_and_texts(where, tmp_path, monkeypatch, capsys):
+    commands, files = readme_says()
+    small_ones = {"smollm2-135m": str(small.MODEL), "embedded/c4": "c4/train", "embedded/wiki": "ptb/test"}
+    small_ones |= {"wiki@512": "wiki@64", "512, limit": "64, limit", "=256": "=32", "seqlen 256": "seqlen 32"}
+
+    def smaller(text: str) -> str:
+        for ours, theirs in reversed(small_ones.items()):
+            text = text.replace(ours, theirs)
+        return text
+
+    monkeypatch.chdir(tmp_path)
+    for name, text in files.items():
+        (tmp_path / name).write_text(smaller(text))
+    mains = {"experiments": main, "pruners": pruners_main, "analysis": analysis}
+    for command in commands:
+        _, _, package, *words = shlex.split(smaller(command))
+        own = {"experiments": where, "analysis": where[:2], "pruners": ["--family", "llama"]}[package]
+        assert mains[package]([*words, *own]) == 0, command
+    assert (tmp_path / "pruned/smollm2-wanda/config.json").is_file()
+    assert len(records.load(tmp_path / "results", "mine")) == 6
+    assert "| RIA " in (tmp_path / "results/compare.md").read_text()
