@@ -6,7 +6,7 @@ dtype and shapes written beside them and to nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,7 +21,7 @@ from eval import latency
 from eval.checks import Progress, check_fits, check_model
 from eval.marks import begun
 from eval.matrices import decoder_matrices
-from pruners import checks
+from pruners import checks, homes
 from pruners.checks import Count
 
 MACS_TOKENS = 64  # as LLM-Pruner counts, one sequence
@@ -59,7 +59,7 @@ def counts(model: PreTrainedModel, macs_tokens: Count = MACS_TOKENS) -> Counts:
     return Counts(
         parameters=_numel(model),
         decoder_parameters=_numel(decoder_blocks(model)),
-        nonzero_parameters=None if model.device.type == "meta" else _nonzero(model),
+        nonzero_parameters=None if model.device.type == "meta" else sum(map(_nonzero, homes.each(model))),
         macs=macs(model, macs_tokens),
         macs_tokens=macs_tokens,
         weight_bytes=weight_bytes(model),
@@ -81,6 +81,11 @@ def efficiency(
     and where a prompt and its new tokens are longer than the model's positions.
     """
     check_model(model, values=bool(batch_sizes and lengths))
+    if batch_sizes and lengths and homes.of(model) is not None:
+        raise ValueError(
+            f"Speed is that of weights in place, and these, {weight_bytes(model) / 1e9:.1f} GB, are away from home; "
+            "load the model whole on the device, or ask for the counts alone."
+        )
     cells = [(batch, length) for batch in batch_sizes for length in lengths]
     found = {**asdict(counts(model)), "note": speed_note(model)}
     if not cells:
@@ -155,11 +160,14 @@ def speed_note(model: PreTrainedModel) -> str | None:
     """Why zeros in the decoder's matrices bring no speed; None without any."""
     if model.device.type == "meta":
         return None
-    weights = [weight for _, _, weight in decoder_matrices(model) if weight.numel()]  # some may have nothing left
-    zeros = sum(weight.numel() - int(weight.count_nonzero()) for weight in weights)
-    if not zeros or zeros < ZEROS_WORTH_A_NOTE * sum(weight.numel() for weight in weights):
+    total, zeros, two_four = 0, 0, True
+    for _, _, weight in decoder_matrices(model):
+        total += weight.numel()
+        zeros += weight.numel() - int(weight.count_nonzero())
+        two_four = two_four and (not weight.numel() or is_two_four(weight))  # some may have nothing left
+    if not zeros or zeros < ZEROS_WORTH_A_NOTE * total:
         return None
-    return TWO_FOUR if all(is_two_four(weight) for weight in weights) else NO_SPEED_UP
+    return TWO_FOUR if two_four else NO_SPEED_UP
 
 
 def is_two_four(weight: torch.Tensor) -> bool:
@@ -173,5 +181,5 @@ def _numel(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _nonzero(module: nn.Module) -> int:
-    return sum(int(parameter.count_nonzero()) for parameter in module.parameters())
+def _nonzero(parameters: Mapping[str, nn.Parameter]) -> int:
+    return sum(int(parameter.count_nonzero()) for parameter in parameters.values())

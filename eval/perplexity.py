@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from eval.checks import Progress, check_model
 from eval.marks import prefixed, text_prefix
-from pruners import checks, inputs
+from pruners import checks, inputs, sweep
 from pruners.checks import Count, Whole
 from pruners.stream import instead
 
@@ -60,7 +60,8 @@ def perplexity(
 ) -> PerplexityResult:
     """Perplexity of `model` over the windows of `token_ids`, in float32 log-softmax whatever the model's dtype.
 
-    The head runs on as many tokens at a time as keep the logits within 128 MiB.  A model that needs marks in front of
+    A model whose weights are away from home reads them once for as many windows as there is memory.  The head runs on
+    as many tokens at a time as keep the logits within 128 MiB.  A model that needs marks in front of
     text (ChatGLM: `[gMASK] <sop>`) gets them before every window, where they are not scored.  Raises TypeError for
     arguments that are none, ValueError where the stream is shorter than one window, the window longer than the model's
     positions, a token outside the vocabulary, or a loss is not finite.
@@ -69,10 +70,11 @@ def perplexity(
     windows = _windows(model, token_ids, window)
     losses: list[Tensor] = []
     with _evaluating(model), torch.inference_mode():
-        for start in range(0, len(windows), batch_size):
-            losses += _nll(model, windows[start : start + batch_size].to(model.device)).cpu()
+        batches = [prefixed(model, batch.to(model.device)) for batch in windows.split(batch_size)]
+        for number in sweep.over(model, batches):
+            losses += _nll(model, batches[number]).cpu()
             if progress:
-                progress(min(start + batch_size, len(windows)), len(windows))
+                progress(len(losses), len(windows))
     nll = torch.stack(losses)
     if not nll.isfinite().all():
         raise ValueError("The loss is NaN or inf in some windows: the model overflows; use bfloat16 or float32.")
@@ -117,12 +119,12 @@ def _windows(model: PreTrainedModel, token_ids: Any, window: int) -> Int[Tensor,
     return token_ids.flatten()[: count * window].view(count, window)
 
 
-def _nll(model: PreTrainedModel, batch: Int[Tensor, "windows window"]) -> Float[Tensor, " windows"]:
-    """Mean next-token loss of each window, float64."""
-    begin = len(text_prefix(model))  # before the window, not scored and no part of it
-    made = model.get_decoder()(input_ids=prefixed(model, batch), use_cache=False)
+def _nll(model: PreTrainedModel, batch: Int[Tensor, "windows longer"]) -> Float[Tensor, " windows"]:
+    """Mean next-token loss of each window, float64; the windows come with the tokens that belong before text."""
+    begin = len(text_prefix(model))  # not scored and no part of the window
+    made = model.get_decoder()(input_ids=batch, use_cache=False)
     hidden = made.last_hidden_state[:, begin:-1]
-    flat, labels = hidden.flatten(0, 1), batch[:, 1:].flatten()
+    flat, labels = hidden.flatten(0, 1), batch[:, begin + 1 :].flatten()
     chunk = max(1, LOGITS // model.config.vocab_size)
     with _logits_of(model, type(made)) as logits:
         losses = [

@@ -10,7 +10,8 @@ import copy
 import hashlib
 import inspect
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -21,10 +22,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from eval.answers import Answer, AnswerStore
 from eval.checks import Progress, check_tokenizer
 from eval.marks import prefixed
+from pruners import homes, sweep
 
 Request = tuple[Any, list[int], list[int]]  # what was asked, the tokens before, the tokens to score
 TOKENS_PER_BATCH = {"cpu": 1_024}  # more fall out of a CPU's caches and take longer
 ACCELERATOR_TOKENS_PER_BATCH = 32_768  # halved on out-of-memory
+
+
+class Seen(Exception):  # noqa: N818  (a signal that a batch's tokens are known, not an error)
+    pass
 
 
 class Scorer(HFLM):
@@ -50,6 +56,8 @@ class Scorer(HFLM):
         self._asked_size, self._store, self._progress = batch_size, store, progress
         self._largest = batch_size or ACCELERATOR_TOKENS_PER_BATCH
         self._keep = 0
+        self._seen: torch.Tensor | None = None  # by a pass that only looks at its tokens
+        self._looks = False
         self._takes_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[Answer]:
@@ -64,11 +72,38 @@ class Scorer(HFLM):
         self._refuse_long(requests)
         self._cut = [len(before) + len(scored) > self.max_length + 1 for _, before, scored in requests]
         answers: dict[int, Answer] = {}
-        for batch in self._batches(requests):
-            answers.update(zip(batch, self._known_or_asked([requests[i] for i in batch]), strict=True))
+        batches = self._batches(requests)
+        asked = [[requests[i] for i in batch] for batch in batches]
+        for number, found in (
+            self._swept(asked) if homes.of(self.model) else enumerate(map(self._known_or_asked, asked))
+        ):
+            answers.update(zip(batches[number], found, strict=True))
             if self._progress:
                 self._progress(len(answers), len(requests))
         return [answers[i] for i in range(len(requests))]
+
+    def _swept(self, batches: Sequence[list[Request]]) -> Iterator[tuple[int, list[Answer]]]:
+        """The same answers of a model whose weights are away from home, read once for many batches."""
+        new = []
+        for number, requests in enumerate(batches):
+            if self._store is not None and (known := self._store.get(digest(requests))):
+                yield number, known
+            else:
+                new.append(number)
+        for at in sweep.over(self.model, [self._tokens_of(batches[number]) for number in new]):
+            self._largest = max(self._largest, len(batches[new[at]]))  # the blocks have taken them all
+            yield new[at], self._known_or_asked(batches[new[at]])
+
+    def _tokens_of(self, requests: list[Request]) -> torch.Tensor:
+        """What lm-eval would have the model read."""
+        self._seen, self._looks = None, True
+        try:
+            with suppress(Seen):
+                self._ask(requests)
+        finally:
+            self._looks = False
+        assert self._seen is not None  # lm-eval calls the model for every batch
+        return self._seen
 
     def _refuse_long(self, requests: Sequence[Request]) -> None:
         """ValueError for an answer that the model cannot take in one piece, or that has no token."""
@@ -126,6 +161,9 @@ class Scorer(HFLM):
         return None
 
     def _model_call(self, inps: torch.Tensor, attn_mask: Any = None, labels: Any = None) -> torch.Tensor:
+        if self._looks:
+            self._seen = inps
+            raise Seen
         if not self._takes_keep:
             return super()._model_call(inps, attn_mask, labels)
         with torch.inference_mode():
@@ -137,7 +175,8 @@ def fingerprint(model: PreTrainedModel) -> str:
     rows = len(model.get_input_embeddings().get_parameter("weight"))
     tokens = prefixed(model, torch.arange(1, 17, device=model.device).remainder(rows)[None])
     with torch.inference_mode():
-        logits = model(tokens, use_cache=False).logits
+        for _ in sweep.over(model, [tokens]):
+            logits = model(tokens, use_cache=False).logits
     return hashlib.sha256(logits.float().cpu().numpy().tobytes()).hexdigest()
 
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from experiments.spec import Run
     from experiments.store.records import Record
 
+HOMES = {"device": "device", "away": "host or disk", None: "too large"}
+
 
 def main(words: Sequence[str] | None = None) -> int:
     """The exit status."""
@@ -64,6 +66,9 @@ def parser() -> argparse.ArgumentParser:
         help="exit status 0 although tasks could not be measured for want of their documents",
     )
     cli.add_data(show)
+    show.add_argument(
+        "--card", type=cli.gigabytes, default=80, metavar="GB", help="memory of one accelerator (default: 80)"
+    )
     for command in (listing, show, run, prune, compare):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return top
@@ -88,7 +93,8 @@ def _list(asked: argparse.Namespace) -> int:
 
 
 def _show(asked: argparse.Namespace) -> int:
-    from experiments import estimate, papers
+    from experiments import papers
+    from experiments.placement import needs
 
     if missing := papers.find(asked.table).missing:
         print(f"{asked.table} cannot run yet. It needs {missing}.")
@@ -100,12 +106,13 @@ def _show(asked: argparse.Namespace) -> int:
     chosen, rows = cli.chosen(asked), []
     states = {cell: _state(cell, done.get(cell.id), cell.id in failed, asked.data_dir) for cell in chosen}
     for cell in chosen:
-        cost = (f"{estimate.gpu_gb(cell):.1f}", _hours(estimate.gpu_hours(cell)))
+        home, gigabytes = needs.home_on(cell.run, asked.card)
+        cost = (HOMES[home], f"{gigabytes:.1f}", "" if home is None else _hours(_card_hours(cell, asked.card)))
         about = (_calibration(cell.run), ", ".join(_keys(cell.run)))
         rows.append((cell.label, cell.id, states[cell], cell.run.model_name, *cost, *about))
-    heads = ("cell", "id", "state", "model", "GPU GB", "A100 h", "calibration", "measures")
+    heads = ("cell", "id", "state", "model", "weights", "GPU GB", "A100 h", "calibration", "measures")
     print(tabulate(rows, heads, disable_numparse=True))
-    print(_summary(chosen, [cell for cell in chosen if states[cell] == "done"], asked.data_dir))
+    print(_summary(chosen, [cell for cell in chosen if states[cell] == "done"], asked.data_dir, asked.card))
     return 0
 
 
@@ -121,31 +128,44 @@ def _state(cell: Cell, record: Record | None, failed: bool, data_dir: Path | Non
     return "incomplete" if measures.missing(record.measures) else "done"
 
 
-def _summary(chosen: Sequence[Cell], done: Sequence[Cell], data_dir: Path | None) -> str:
+def _card_hours(cell: Cell, card: float) -> float:
     from experiments import estimate
+    from experiments.placement import needs
+
+    return estimate.gpu_hours(cell, away=needs.home_on(cell.run, card)[0] == "away")
+
+
+def _summary(chosen: Sequence[Cell], done: Sequence[Cell], data_dir: Path | None, card: float) -> str:
+    from experiments import estimate
+    from experiments.placement import needs
 
     left = [cell for cell in chosen if cell not in done]
-    large = [cell for cell in left if estimate.gpu_gb(cell) > estimate.CARD_GB]
-    fitting = [cell for cell in left if cell not in large]
+    home = {cell: needs.home_on(cell.run, card)[0] for cell in left}
+    large = [cell for cell in left if home[cell] is None]
+    fitting, away = [cell for cell in left if home[cell]], [cell for cell in left if home[cell] == "away"]
     others = f"{len(fitting)} of the others" if large else "the others"
-    hours = f"about {_hours(estimate.total_gpu_hours(fitting))} hours on one A100".replace("about <", "<")
+    total = estimate.total_gpu_hours([cell for cell in left if home[cell] == "device"])
+    total += sum(estimate.gpu_hours(cell, away=True) for cell in away)
+    hours = f"about {_hours(total)} hours on one A100".replace("about <", "<")
     cost = f"; {others} take {hours}" if fitting else ""
+    cost += f", {len(away)} of them with their weights in CPU memory or on the disk" if away else ""
     lacking = dict.fromkeys(text for cell in left for text in estimate.lacking(cell.run, data_dir))
     missing = [f"Not on this machine: {'; '.join(lacking)}."] if lacking else []
-    return "\n".join([f"{len(done)} of {len(chosen)} cells are done{cost}.", *_too_large(large), *missing])
+    return "\n".join([f"{len(done)} of {len(chosen)} cells are done{cost}.", *_too_large(large, card), *missing])
 
 
-def _too_large(cells: Sequence[Cell]) -> list[str]:
-    from experiments import estimate
+def _too_large(cells: Sequence[Cell], card: float) -> list[str]:
+    from experiments.placement import needs
 
     most: dict[str, float] = {}
     for cell in cells:
         name = cell.run.model_name
-        most[name] = max(most.get(name, 0), estimate.gpu_gb(cell))
+        most[name] = max(most.get(name, 0), needs.home_on(cell.run, card)[1])
     models = ", ".join(f"{name} (up to {gigabytes:.0f} GB)" for name, gigabytes in most.items())
     need = f"{len(cells)} cells need" if len(cells) > 1 else "1 cell needs"
-    card = f"{need} more than one {estimate.CARD_GB} GB card, which no command here splits a model over"
-    return [f"{card}: {models}."] if cells else []
+    whole = " and ".join(dict.fromkeys(filter(None, (needs.needs_all_weights(cell.run) for cell in cells))))
+    why = f", as {whole} needs all weights in place" if whole else ""
+    return [f"{need} more than one {card:g} GB card{why}: {models}."] if cells else []
 
 
 def _hours(hours: float) -> str:

@@ -224,6 +224,13 @@ def add_running(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--batch-size", type=positive, default=8, help="windows at once; changes no number (default: 8)"
     )
+    command.add_argument(
+        "--weights",
+        choices=("device", "host", "disk", "auto"),
+        default="auto",
+        help="where weights are while they are not used: on the device, in CPU memory, on the disk, or by the room "
+        "that there is; changes no number (default: auto)",
+    )
     add_data(command)
     command.add_argument(
         "--again", action="store_true", help="make records again that other code of their method or measures made"
@@ -265,9 +272,16 @@ def settings(asked: argparse.Namespace, found: Sequence[Cell] = ()) -> Settings:
     from experiments.settings import Settings
 
     folder = getattr(asked, "save_models", None)
-    save = saved.places(list(found), folder, asked.table) if folder else {}
-    gate = not asked.no_dense_gate
-    return Settings(asked.results, asked.device, asked.batch_size, asked.data_dir, gate, asked.again, save)
+    return Settings(
+        asked.results,
+        asked.device,
+        asked.batch_size,
+        asked.data_dir,
+        dense_gate=not asked.no_dense_gate,
+        again=asked.again,
+        save=saved.places(list(found), folder, asked.table) if folder else {},
+        weights=asked.weights,
+    )
 
 
 def watchers(asked: argparse.Namespace) -> list[Watcher]:

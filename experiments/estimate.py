@@ -1,7 +1,6 @@
 """What a cell will cost and what it lacks here, before it runs.
 
-    GPU memory    weights, gradient norms (4 bytes a weight), one buffer of hidden states, one block's Hessians; where
-                  all weights are retrained their float32 copy, gradient and moments (16 bytes a weight)
+    GPU memory    see `needs`
     GPU hours     2 * parameters * tokens / (half of an A100's 312 TFLOP/s), a backward pass counting twice, and
                   the weights read once
 
@@ -20,31 +19,32 @@ from experiments.data import wheels
 from experiments.data.corpora import find as find_corpus
 from experiments.measures import dense_gate, zero_shot
 from experiments.models import hub
+from experiments.placement.needs import BYTES
 from experiments.recovery import Retraining, schedule, training_tokens
 from experiments.spec import Run, ZeroShot
+from pruners.unstructured import Unstructured
 
 SUSTAINED_FLOPS = 156e12
 READ_BYTES_PER_SECOND = 1e9
 CARD_GB = 80  # an A100 or H100
-BYTES = {"float32": 4, "float64": 8}
-CHANNELS_A_BLOCK = 128  # hidden channels for each block of the usual decoders
 
 
-def gpu_gb(cell: Cell) -> float:
-    run, parameters = cell.run, parameters_of(cell.run.model)
-    width = (CHANNELS_A_BLOCK * parameters / 12) ** (1 / 3)
-    weights = BYTES.get(run.dtype, 2) * parameters
-    key = run.method.statistics_key if run.method is not None else None
-    statistics = 4 * parameters if key and key["kind"] == "gradient_norms" else 0
-    trained = 16 * parameters if run.recovery and run.recovery.trainable.weights else 0
-    hessians = 8 * 7.3 * width**2 if run.calibrates else 0
-    return 1.1e-9 * (weights + statistics + trained + BYTES.get(run.dtype, 2) * width * _tokens(run) + hessians) + 1
-
-
-def gpu_hours(cell: Cell) -> float:
+def gpu_hours(cell: Cell, away: bool = False) -> float:
+    """`away`: the weights are read in every sweep, which hides behind the arithmetic or hides it."""
     parameters = parameters_of(cell.run.model)
     reading = BYTES.get(cell.run.dtype, 2) * parameters / READ_BYTES_PER_SECOND
-    return (reading + 2 * parameters * cell.work / SUSTAINED_FLOPS) / 3600
+    computing = 2 * parameters * cell.work / SUSTAINED_FLOPS
+    return (max(sweeps(cell.run) * reading, computing) if away else reading + computing) / 3600
+
+
+def sweeps(run: Run) -> int:
+    """How often a cell reads its weights where they are away from home, roughly."""
+    count = 2 * len(run.measures)  # a few tokens that show the model is sound, and the text
+    if run.method is not None:
+        kind = str((run.method.statistics_key or {}).get("kind"))
+        count += {"gradient_norms": 2, "group_scores": 4, "moments": 1}.get(kind, 0)
+        count += 1 if isinstance(run.method, Unstructured) else 3  # weights to check, to score and to cut
+    return count
 
 
 def total_gpu_hours(cells: Sequence[Cell]) -> float:
@@ -124,7 +124,3 @@ def _installed(package: str) -> bool:
     except ModuleNotFoundError:
         return False
     return True
-
-
-def _tokens(run: Run) -> int:
-    return run.windows.count * run.windows.length if run.windows and run.calibrates else 0

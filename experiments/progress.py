@@ -34,6 +34,7 @@ class Board:
         self.total, self.cells = sum(works), len(works)
         self.finished_work, self.finished_cells, self.partial = 0.0, 0, 0.0
         self.prior, self.label = seconds_per_work, ""
+        self.said: set[str] = set()
         self.started = time.monotonic()
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"))
         self.bars = Progress(*columns, console=self.console, disable=not self.console.is_terminal, transient=True)
@@ -81,6 +82,11 @@ class Board:
 
     def say(self, line: str) -> None:
         self.console.print(line)
+
+    def say_once(self, line: str) -> None:
+        if line not in self.said:
+            self.said.add(line)
+            self.say(line)
 
     def left(self) -> str:
         """E.g. `about 4 min left`."""

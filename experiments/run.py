@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -11,7 +12,7 @@ from typing import Any
 
 import pruners
 from eval.perplexity import token_sha256
-from experiments import distributed, measures, models, provenance, recover, resume
+from experiments import distributed, measures, models, placement, provenance, recover, resume
 from experiments.data import corpora, tokens
 from experiments.data.tokens import Tokenizer
 from experiments.measures import dense_gate, zero_shot
@@ -21,8 +22,7 @@ from experiments.progress import Board
 from experiments.recovery import Retraining, work_tokens
 from experiments.settings import Settings
 from experiments.spec import Perplexity, Run, describe, digest
-from experiments.store import cache, code, pruned_weights, records
-from experiments.store.blocks import PrunedBlocks
+from experiments.store import blocks, cache, code, pruned_weights, records
 from experiments.store.records import Record
 from pruners import retrain
 from pruners.lazy import torch
@@ -43,6 +43,7 @@ class Session:
     settings: Settings
     board: Board
     stages: provenance.Stages
+    placed: placement.Placement
     begun: Path
     steps: Path
     group: distributed.Group | None
@@ -88,17 +89,20 @@ def execute(
 
 def _open(run: Run, table: str, settings: Settings, board: Board, group: distributed.Group | None) -> Session:
     stages, identity = provenance.Stages(), models.identity(run.model)
+    id, placed = run.id(identity), placement.choose(run, settings)
+    begun, steps = resume.begun(run, id, table, settings), resume.steps(run, id, table, settings)
     board.stage("loading")
+    board.say_once(str(placed))
+    if placed.home == "disk" and run.method is not None:
+        placement.check_disk(run, begun)
     with stages("load"):
-        model, inner = models.load(run.model, run.dtype, settings.device)
+        model, inner = models.load(run.model, run.dtype, settings.device, placed.home, begun / "weights", mark=id)
     if models.identity(run.model) != identity:
         raise ValueError(f"{run.model} changed while it was loaded; run again, so that the record is of one model.")
-    id = run.id(identity)
     place = zero_shot.Place(records.folder(settings.root, table) / id, resume.answers(run, id, table, settings))
     tokenizer = Tokenizer(digest(identity), inner)
     subject = measures.Subject(model, tokenizer, settings.batch_size, settings.data_dir, place, identity)
-    begun, steps = resume.begun(run, id, table, settings), resume.steps(run, id, table, settings)
-    return Session(run, id, subject, settings, board, stages, begun / "pruned", steps, group)
+    return Session(run, id, subject, settings, board, stages, placed, begun / "pruned", steps, group)
 
 
 def _prune(session: Session) -> dict[str, Any]:
@@ -124,7 +128,7 @@ def _prune(session: Session) -> dict[str, Any]:
         statistics=statistics,
         reconstruct=run.recovery if isinstance(run.recovery, Reconstruction) else None,
         folder=session.begun,
-        keeper=PrunedBlocks(session.begun, settings.root),
+        keeper=blocks.keeper(model, session.begun, settings.root),
         progress=session.board.stage("pruning", work),
     )
     with session.stages("prune"):
@@ -183,7 +187,7 @@ def _calibration_key(session: Session, windows: Any) -> dict[str, Any]:
     }
 
 
-def _statistics(session: Session, windows: Any, key: dict[str, Any]) -> dict[str, torch.Tensor] | None:
+def _statistics(session: Session, windows: Any, key: dict[str, Any]) -> Mapping[str, torch.Tensor] | None:
     """The dense statistics that other cells share, from the cache or computed for it; None where there are none."""
     method = session.run.method
     if method.statistics_key is None or session.run.windows is None:
@@ -259,4 +263,5 @@ def _made_by(session: Session) -> records.MadeBy:
         seed=run.windows.seed if run.windows else None,
         batch_size=session.settings.batch_size,
         at=records.now(),
+        weights=placement.told(session.placed, subject.model),
     )

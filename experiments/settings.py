@@ -10,6 +10,8 @@ from experiments import processes
 from pruners import checks
 from pruners.checks import AnyPath, Count, Flag, Folder, Text
 
+WEIGHTS = ("device", "host", "disk", "auto")
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -18,7 +20,8 @@ class Settings:
     `root` is the results folder; `device` None is CUDA where there is some, of several processes launched together each
     its own.  ValueError for a device that is not there.  `again` makes records again that other code of their
     method or measures made, or that do not tell.  `save` says, by the ids of cells, in which new folder a cell's model
-    is to be kept; a cell whose folder is not there yet is run, whether or not it has a record.
+    is to be kept; a cell whose folder is not there yet is run, whether or not it has a record.  `weights` is where they
+    are while they are not used: device, host (CPU memory), disk, or auto by the room that there is.
     """
 
     root: AnyPath = Path("results")
@@ -28,10 +31,12 @@ class Settings:
     dense_gate: Flag = True
     again: Flag = False
     save: Mapping[str, Path] = field(default_factory=dict)
+    weights: Text = "auto"
 
     def __post_init__(self) -> None:
         checks.fields(self)
         checks.mapping("Settings: save", self.save, "folders by the ids of cells")
+        checks.choice("weights", self.weights, WEIGHTS)
         object.__setattr__(self, "root", Path(self.root))
         object.__setattr__(self, "data_dir", None if self.data_dir is None else Path(self.data_dir))
         object.__setattr__(self, "device", _device(self.device))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import wrapt
 
-from pruners import apply, checks, inputs
+from pruners import apply, checks, homes, inputs
 from pruners.calibrate import NOTHING, Execution, Keeper, Progress
 from pruners.checks import Count, Flag, Folder
 from pruners.flap import Flap
@@ -85,7 +85,7 @@ def gather(
     batch_size: Count = 8,
     device: torch.device | str | None = None,
     progress: Progress | None = None,
-) -> dict[str, Tensor]:
+) -> Mapping[str, Tensor]:
     """The dense model's statistics that `method` needs, for methods of the same `statistics_key` to share.
 
     The arguments are those of `prune`.
@@ -95,8 +95,10 @@ def gather(
         model = inputs.language_model(model, method.reads_weights)
         _check_family(model, method)
         windows = _calibration(model, method, windows, needed=method.statistics_key is not None)
-        how = Execution(batch_size, _place(model, method, device, method.walks), progress)
-        return {} if method.statistics_key is None else method.gather(model, windows, how)
+        with homes.lent(model, _place(model, method, device)):
+            return (
+                {} if method.statistics_key is None else method.gather(model, windows, Execution(batch_size, progress))
+            )
 
 
 @checks.arguments
@@ -122,7 +124,7 @@ def prune(
     `windows` are calibration tokens [count, length] (None for methods that need none); `statistics` what `gather`
     returned for them, computed here if absent; `batch_size` windows go through a block at once and change no result;
     `device` holds one block at a time (None: where the model is); `progress(done, total)` is called per block.
-    Backward passes, and methods without a pass over the blocks, work where the model is, in batches of their own.
+    Backward passes work in batches of their own.
     `reconstruct`, a retrain.Reconstruction, trains every block after it was pruned to give the dense block's outputs;
     what is finished is kept in `folder`, if there is one, and a killed run goes on from there.  Without it `keeper`
     keeps the blocks of unstructured methods that read inputs.
@@ -139,15 +141,15 @@ def prune(
 
         checkpoint.check(model)
         windows = _calibration(model, method, windows, needed=method.needs_windows or reconstruct is not None)
-        device = _place(model, method, device, walks=method.walks or reconstruct is not None)
-        how = Execution(batch_size, device, progress, NOTHING if keeper is None else keeper, cut)
+        place = _place(model, method, device)
+        how = Execution(batch_size, progress, NOTHING if keeper is None else keeper, cut)
         if statistics is not None:
             _check_statistics(model, method, statistics)
-        if reconstruct is None:
-            return _timed(model, method, windows, statistics, how)
-        rebuilder = _rebuilder(reconstruct, model, method, windows, folder)
-        report = _timed(model, method, windows, statistics, replace(how, keeper=rebuilder))
-        report.reconstruction = [asdict(block) for block in rebuilder.blocks]
+        rebuilder = None if reconstruct is None else _rebuilder(reconstruct, model, method, windows, folder)
+        with homes.lent(model, place), homes.intact(model):
+            report = _timed(model, method, windows, statistics, replace(how, keeper=rebuilder) if rebuilder else how)
+        if rebuilder:
+            report.reconstruction = [asdict(block) for block in rebuilder.blocks]
         return report
 
 
@@ -187,15 +189,22 @@ def _calibration(model: PreTrainedModel, method: Any, windows: Any, needed: bool
     return None if windows is None else inputs.calibration(model, windows)
 
 
-def _place(model: PreTrainedModel, method: Any, device: Any, walks: bool) -> torch.device | None:
-    """The device; ValueError for another than the model's where no block is moved."""
+def _place(model: PreTrainedModel, method: Any, device: Any) -> torch.device | None:
+    """The device; ValueError where the method cannot work there."""
     found = inputs.usable_device(device)
-    if found is None or walks or (found.type == model.device.type and found.index in (None, model.device.index)):
-        return found
-    raise ValueError(
-        f"{type(method).__name__} works where the model is, on {model.device}, and not block by block on {found}; drop "
-        "device=, or move the model there first."
-    )
+    home = homes.of(model)
+    elsewhere = found is not None and not homes.same(found, model.device)
+    if home is not None and elsewhere:
+        raise ValueError(
+            f"The model's weights come to {model.device} and not to {found}; drop device=, or open it there."
+        )
+    if method.needs_all_weights and (home is not None or elsewhere):
+        where = f"and not block by block on {found}" if elsewhere else "and they are away from home"
+        raise ValueError(
+            f"{method!r} needs all weights in place at once, on {model.device}, {where}; load the model whole, and "
+            "move it to a device that holds it."
+        )
+    return found
 
 
 def _check_statistics(model: PreTrainedModel, method: Any, statistics: Any) -> None:

@@ -8,11 +8,10 @@ one statistic.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pruners import anatomy, checks, inputs
+from pruners import anatomy, checks, homes
 from pruners.anatomy import Block
 from pruners.checks import Count, Flag
 from pruners.lazy import Float, Int, Tensor, nn, no_grad, torch
@@ -51,7 +50,8 @@ class Passage:
         """Mean squared error of the block's outputs as it is now."""
         total = 0.0
         for here in torch.arange(len(self.inputs)).split(self.batch_size):
-            difference = self.run(block, here).float() - self.targets[here].float()
+            made = self.run(block, here).float()
+            difference = made - self.targets[here].to(made.device).float()
             total += float(difference.square().sum(dtype=torch.float64))
         return total / self.targets.numel()
 
@@ -83,14 +83,12 @@ NOTHING = Keeper()
 class Execution:
     """How a method does its work; none of it but `cut` and a rebuilding `keeper` changes what comes out.
 
-    `batch_size` windows go through a block at once.  `device` holds one block at a time (None: where the model is).
-    `progress(done, total)` is called per block.  `keeper` is for unstructured methods that read inputs.  `cut` is
-    whether structured methods take units out or zero them.
-    Raises TypeError or ValueError for values that are none of these, and for a device that is not there.
+    `batch_size` windows go through a block at once.  `progress(done, total)` is called per block.  `keeper` is for
+    unstructured methods that read inputs.  `cut` is whether structured methods take units out or zero them.
+    Raises TypeError or ValueError for values that are none of these.
     """
 
     batch_size: Count = 8
-    device: Any = None  # a torch.device or its name; torch is not loaded for the annotation
     progress: Progress | None = None
     keeper: Keeper = NOTHING
     cut: Flag = True
@@ -99,7 +97,6 @@ class Execution:
         checks.fields(self)
         if not isinstance(self.keeper, Keeper):
             raise TypeError(f"keeper is a pruners.calibrate.Keeper; got {checks.typed(self.keeper)}.")
-        object.__setattr__(self, "device", inputs.usable_device(self.device))
 
     def report(self, block: Block, total: int) -> None:
         """Call `progress` once the block is done."""
@@ -119,19 +116,21 @@ def walk(
     keeper: Keeper = NOTHING,
     sequential: bool = True,
     groups: Callable[[Block], tuple[tuple[str, ...], ...]] = lambda block: block.shared_inputs,
+    finished: Callable[[Block], None] = lambda block: None,
 ) -> Iterator[tuple[Block, dict[str, Any]]]:
     """Yield each block with the statistics of its projections' inputs, by projection name.
 
     Whatever the caller does to the block before asking for the next one is seen by the later blocks when
     `sequential`; else later blocks get dense outputs and one pass serves both.  `keeper` is told when the caller is
-    done with a block; blocks that it restores are not yielded.  Raises ValueError, naming block and projection, for
-    inputs that are not finite.  An expert that no token was routed to has None for a statistic.
+    done with a block; blocks that it restores are not yielded.  `finished` sees every block once it is as it stays.
+    Raises ValueError, naming block and projection, for inputs that are not finite.  An expert that no token was routed
+    to has None for a statistic.
     """
     blocks = anatomy.blocks(model)
     with evaluating(model):
-        stream = Stream(model, windows, how.batch_size, how.device, also=keeper.rebuild_batch)
+        stream = Stream(model, windows, how.batch_size, also=keeper.rebuild_batch)
         for block in blocks:
-            with _moved(block.module, how.device):
+            with homes.held(block.module, changes=sequential):
                 last = block is blocks[-1]
                 if not keeper.restore(block):
                     outputs = torch.empty_like(stream.hidden) if keeper.rebuild_batch else None
@@ -143,6 +142,7 @@ def walk(
                     if keeper.rebuild_batch and outputs is not None:
                         keeper.rebuild(block, Passage(stream.hidden, outputs, stream.batch_size, stream.run))
                     keeper.keep(block)
+                finished(block)
                 if sequential and not last:
                     stream.advance(block)
 
@@ -154,16 +154,3 @@ def _refuse_non_finite(block: Block, seen: Mapping[str, Any]) -> None:
                 f"The inputs of {block.name}.{name} hold NaN or inf. Check the checkpoint, or use --dtype bfloat16 or "
                 "float32: float16 overflows in some models."
             )
-
-
-@contextmanager
-def _moved(module: nn.Module, device: torch.device | str | None) -> Iterator[None]:
-    """The module on `device` for a while, then back where it was."""
-    home = next(module.parameters()).device
-    if device is not None:
-        module.to(device)
-    try:
-        yield
-    finally:
-        if device is not None:
-            module.to(home)

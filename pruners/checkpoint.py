@@ -14,9 +14,11 @@ from __future__ import annotations
 import copy
 import logging
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,7 +26,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from pruners import anatomy, chatglm, checks, inputs, peft_targets, storage  # noqa: F401  (registers its model type)
+from pruners import anatomy, chatglm, checks, homes, inputs, peft_targets, storage  # noqa: F401  (registers its model type)
 from pruners.anatomy import Block
 from pruners.checks import Folder, Text
 from pruners.families import FAMILIES
@@ -40,9 +42,11 @@ peft_targets.register({f"pruned_{_name}": _name for _name in FAMILIES})
 
 
 @checks.arguments
-def save(model: Any, tokenizer: Any, folder: Folder | str, *, max_shard_size: Text = "5GB") -> Path:
+def save(model: Any, tokenizer: Any, folder: Folder | str, *, max_shard_size: Text | None = None) -> Path:
     """Write the model, and the tokenizer unless it is None, to a new or empty folder; all of it or nothing.
 
+    One file of at most `max_shard_size` is in memory at a time where weights are away from home; None is 5GB, and 1GB
+    there.
     Flags of the generation configuration that it does not use itself, such as a temperature without `do_sample`, are
     dropped with a warning.  Raises what `check` does, FileExistsError for a folder that holds something,
     storage.StorageError where the disk refuses.
@@ -57,10 +61,31 @@ def save(model: Any, tokenizer: Any, folder: Folder | str, *, max_shard_size: Te
         raise ValueError(f"{meta} is on the meta device and holds no values to save; load the model whole.")
     plain = _as_stock(model) if isinstance(model, PrunedModel) else None
     with storage.filling(folder) as partial, _saveable_generation(plain or model):
-        (plain or model).save_pretrained(partial, max_shard_size=max_shard_size)
+        _write(model, plain or model, partial, max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
     return folder
+
+
+def _write(model: Any, subject: Any, folder: Path, max_shard_size: str | None) -> None:
+    """`subject` is the model, or the same weights in its stock class."""
+    home = homes.of(model)
+    if home is None:
+        subject.save_pretrained(folder, max_shard_size=max_shard_size or "5GB")
+        return
+    away = homes.Values(home)
+    state = {
+        name: torch.empty_like(tensor, device="meta") if name in away else tensor
+        for name, tensor in subject.state_dict().items()
+    }
+    # transformers fetches tensors that accelerate keeps elsewhere, file by file; these are kept by us
+    subject.hf_device_map, subject._hf_hook = {"": "disk"}, SimpleNamespace(weights_map=away)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
+            type(subject).save_pretrained(subject, folder, state_dict=state, max_shard_size=max_shard_size or "1GB")
+    finally:
+        del subject.hf_device_map, subject._hf_hook
 
 
 def check(model: Any) -> None:

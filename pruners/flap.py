@@ -28,7 +28,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from pruners import anatomy, calibrate, checks, select
+from pruners import anatomy, calibrate, checks, homes, select
 from pruners.anatomy import Block
 from pruners.apply import KINDS, Kept
 from pruners.calibrate import PLAIN, Execution, Moments
@@ -122,25 +122,24 @@ class Flap(Structured):
         self, model: nn.Module, windows: Tensor | None, dense: Mapping[str, Tensor], how: Execution = PLAIN
     ) -> list[Kept]:
         blocks = anatomy.blocks(model)
-        scores = [{kind: self._unit_scores(block, kind, dense) for kind in KINDS} for block in blocks]
+        scores = [self._scores(block, dense) for block in blocks]
         if self.structure.startswith("AL"):
             return self.ranked_together(model, scores, partial(self._gone_of_all, model))
         per_block = self.even_counts(model) if self.structure == "UL-UM" else [self._counts(model)] * len(blocks)
         return [self.lowest(*one) for one in zip(blocks, scores, per_block, strict=True)]
 
     def repairs(
-        self, blocks: Sequence[Block], kept: Sequence[Kept], dense: Mapping[str, Tensor]
+        self, block: Block, kept: Kept, dense: Mapping[str, Tensor]
     ) -> list[tuple[Matrix, Float[Tensor, " out"]]]:
         found = []
-        for block, keep in zip(blocks, kept, strict=True):
-            for kind in KINDS:
-                part = block.reader(kind)
-                linear = block.linear(part.projection)
-                gone = torch.zeros(linear.in_features, dtype=torch.bool)
-                gone[part.index[~keep[kind]].flatten()] = True
-                if self.bias and gone.any():
-                    mean = dense[f"{block.name}.{part.projection}.mean"].to(linear.weight.device)
-                    found.append((linear, repair(linear.weight, mean.half() if self.reference else mean, gone)))
+        for kind in KINDS:
+            part = block.reader(kind)
+            linear = block.linear(part.projection)
+            gone = torch.zeros(linear.in_features, dtype=torch.bool)
+            gone[part.index[~kept[kind]].flatten()] = True
+            if self.bias and gone.any():
+                mean = dense[f"{block.name}.{part.projection}.mean"].to(linear.weight.device)
+                found.append((linear, repair(linear.weight, mean.half() if self.reference else mean, gone)))
         return found
 
     def added_parameters(self, model: nn.Module) -> int:
@@ -148,6 +147,10 @@ class Flap(Structured):
             return 0
         readers = [block.linear(block.reader(kind).projection) for block in anatomy.blocks(model) for kind in KINDS]
         return sum(linear.out_features for linear in readers if linear.bias is None)
+
+    def _scores(self, block: Block, dense: Mapping[str, Tensor]) -> dict[str, Float[Tensor, " units"]]:
+        with homes.held(block.module):
+            return {kind: self._unit_scores(block, kind, dense) for kind in KINDS}
 
     def _unit_scores(self, block: Block, kind: str, dense: Mapping[str, Tensor]) -> Float[Tensor, " units"]:
         projection = block.reader(kind).projection

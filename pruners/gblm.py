@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pruners import anatomy, checks, gradients, matrices
+from pruners.anatomy import Block
+from pruners.aside import Aside
 from pruners.calibrate import PLAIN, Execution, InputNorm, Progress
 from pruners.checks import Finite
 from pruners.lazy import Float, Int, Tensor, nn, torch
@@ -38,27 +40,42 @@ def gradient_norms(
     *,
     checkpointing: bool = False,
     progress: Progress | None = None,
-) -> dict[str, Float[Tensor, "out inp"]]:
-    """G of every projection in float32, by full name; memory is the weights, G and one gradient."""
+) -> Mapping[str, Float[Tensor, "out inp"]]:
+    """G of every projection in float32, by full name; memory is the weights, G and one gradient.
+
+    Of a model whose weights are away from home G lies there, too, and one block's is on the device at a time.
+    """
     blocks = anatomy.blocks(model)
     weights = {f"{b.name}.{name}": p for b in blocks for name, p in map(b.parameter, b.linears())}
-    sums = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
+    sums: dict[str, Tensor] = {}
+    kept = Aside(model, "gradient_norms")
 
     def add(name: str, gradient: Tensor) -> None:
         gradient = gradient.float()
+        if name not in sums:
+            sums[name] = torch.zeros_like(gradient)
         if norm == "l1":
             sums[name] += gradient.abs_()
         else:
             sums[name].addcmul_(gradient, gradient)
 
-    gradients.backward(model, windows, weights, add, checkpointing=checkpointing, progress=progress)
-    for total in sums.values() if norm == "l2" else ():
-        total.sqrt_()
-    return {
-        f"{b.name}.{name}": matrices.view(linear, sums[f"{b.name}.{b.parameter(name)[0]}"])
-        for b in blocks
-        for name, linear in b.linears().items()
-    }
+    def left(block: Block) -> None:
+        found = {}
+        for name, parameter in map(block.parameter, block.linears()):
+            total = sums.pop(f"{block.name}.{name}", None)
+            if total is None:  # of experts that no token has reached, all in one parameter
+                total = torch.zeros_like(parameter, dtype=torch.float32)
+            found[name] = total.sqrt_() if norm == "l2" else total
+        kept.add(
+            block.name,
+            {
+                f"{block.name}.{name}": matrices.view(linear, found[block.parameter(name)[0]])
+                for name, linear in block.linears().items()
+            },
+        )
+
+    gradients.backward(model, windows, weights, add, checkpointing=checkpointing, progress=progress, left=left)
+    return kept.all()
 
 
 @dataclass(frozen=True)
@@ -83,8 +100,8 @@ class Gradient(Unstructured):
             for name, linear in block.linears().items()
         }
 
-    def gather(self, model: nn.Module, windows: Tensor, how: Execution = PLAIN) -> dict[str, Tensor]:
-        """One window a backward pass, on the model's device, whatever batches and devices others work in."""
+    def gather(self, model: nn.Module, windows: Tensor, how: Execution = PLAIN) -> Mapping[str, Tensor]:
+        """One window a backward pass, whatever batches others work in."""
         return gradient_norms(model, windows, self.norm, progress=how.progress)
 
     def score(self, name: str, weight: Tensor, x: Any, dense: Mapping[str, Tensor]) -> Tensor:

@@ -2,30 +2,44 @@
 
 from __future__ import annotations
 
+import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Any
 
-from pruners import anatomy, inputs
+from pruners import anatomy, homes, inputs, memory
+from pruners.anatomy import Block
 from pruners.calibrate import Progress, evaluating
-from pruners.lazy import Int, Tensor, nn, torch
+from pruners.inputs import IGNORED
+from pruners.lazy import F, Int, Tensor, nn, torch
+from pruners.stream import Stream, handing_on, instead
+
+LOGITS = 2**25  # of one pass through the head, where it works on its own
+Consume = Callable[[str, Tensor], None]
+Left = Callable[[Block], None]
 
 
 def backward(
-    model: nn.Module,
+    model: Any,
     windows: Int[Tensor, "count length"],
     weights: Mapping[str, Tensor],
-    consume: Callable[[str, Tensor], None],
+    consume: Consume,
     *,
     batch_size: int = 1,
     checkpointing: bool = False,
     progress: Progress | None = None,
+    left: Left = lambda block: None,
 ) -> None:
     """Backward passes of the mean next-token loss; `consume(name, gradient)` sees each weight's gradient once a batch.
 
     A gradient is handed over and freed as soon as backward has produced it, so memory stays at weights plus one
     gradient plus activations.  Dropout is off; no other parameter gets a gradient.  float16 losses are scaled by
     1024 during backward and unscaled before `consume`, so that small gradients do not underflow.
+
+    A model whose weights are away from home goes back one block at a time, all batches through each, with the inputs
+    of every block kept; the gradients are the same.  `left(block)` is called when a block's gradients are complete.
 
     Raises ValueError for windows of one token, which predict nothing, and for a loss or gradient that is not finite.
     """
@@ -48,51 +62,125 @@ def backward(
             stack.enter_context(checkpointed(model))
         for name, weight in weights.items():
             stack.callback(weight.register_post_accumulate_grad_hook(partial(handle, name)).remove)
+        if homes.of(model) is not None:
+            _by_block(model, windows, weights, batch_size, scale, progress, left)
+            return
         batches = windows.split(batch_size)
         for index, batch in enumerate(batches):
             batch = batch.to(next(iter(weights.values())).device)
             loss = model(input_ids=batch, labels=inputs.labels(model.config, batch), use_cache=False).loss
             (loss * scale).backward()
-            if not loss.isfinite():  # a gradient that is not finite has been named by now
-                raise ValueError(
-                    f"The loss on calibration batch {index} is {loss.item()}; look for NaN in the model, or use "
-                    "--dtype bfloat16 or float32."
-                )
+            _check_loss(index, loss)
             if progress:
                 progress(index + 1, len(batches))
+        for block in anatomy.blocks(model):
+            left(block)
+
+
+def _by_block(
+    model: Any,
+    windows: Tensor,
+    weights: Mapping[str, Tensor],
+    batch_size: int,
+    scale: float,
+    progress: Progress | None,
+    left: Left,
+) -> None:
+    """All batches forward, block after block, and back again; a weight's gradients come in the order of the batches."""
+    blocks, home = anatomy.blocks(model), homes.of(model)
+    assert home is not None  # the caller has looked
+    first = min(block.index for block in blocks if any(name.startswith(f"{block.name}.") for name in weights))
+    batches = torch.arange(len(windows)).split(batch_size)
+    with torch.no_grad():
+        stream = Stream(model, windows, batch_size)
+        folder = disk.folder if (disk := homes.on_disk(model)) else None
+        kept = memory.roomy((len(blocks), *stream.hidden.shape), stream.hidden.dtype, folder)
+        for block in blocks:
+            kept[block.index].copy_(stream.hidden)
+            with homes.held(block.module):
+                stream.advance(block)
+    gradient, device = torch.empty_like(stream.hidden), stream.device
+    with homes.held(*homes.around_the_blocks(model)):  # backward reads what forward has read
+        for index, rows in enumerate(batches):
+            hidden = stream.hidden[rows].to(device).requires_grad_(True)
+            with handing_on(model, hidden, stream.returned):
+                _check_loss(index, _from_the_loss(model, windows[rows].to(hidden.device), scale))
+            assert hidden.grad is not None  # the loss depends on it
+            gradient[rows] = hidden.grad
+    home.backwards = True
+    try:
+        for done, block in enumerate(reversed(blocks[first:]), start=1):
+            with homes.held(block.module):
+                for rows in batches:
+                    states = kept[block.index][rows].to(device).requires_grad_(block.index > first)
+                    outputs = stream.run(block, rows, states)
+                    if outputs.requires_grad:
+                        outputs.backward(gradient[rows].to(device))
+                    if states.grad is not None:
+                        gradient[rows] = states.grad
+                left(block)
+            if progress:
+                progress(done, len(blocks) - first)
+    finally:
+        home.backwards = False
+
+
+def _from_the_loss(model: Any, batch: Int[Tensor, "windows length"], scale: float) -> Tensor:
+    """Backward from the mean next-token loss to the last block's outputs, in pieces where the logits are many."""
+    labels, (count, length) = inputs.labels(model.config, batch), batch.shape
+    at_once = max(1, LOGITS // (count * model.config.vocab_size))
+    if at_once >= length or "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        loss: Tensor = model(input_ids=batch, labels=labels, use_cache=False).loss
+        (loss * scale).backward()
+        return loss
+    predicted = (labels[:, 1:] != IGNORED).sum()
+    total = batch.new_zeros((), dtype=torch.float32)
+    for places in torch.arange(length - 1, device=batch.device).split(at_once):
+        logits = model(input_ids=batch, use_cache=False, logits_to_keep=places).logits.float()
+        targets = labels[:, places + 1].flatten()
+        part = F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=IGNORED, reduction="sum") / predicted
+        (part * scale).backward()
+        total += part.detach()
+    return total
+
+
+def _check_loss(index: int, loss: Tensor) -> None:
+    if not loss.isfinite():  # a gradient that is not finite has been named by now
+        raise ValueError(
+            f"The loss on calibration batch {index} is {loss.item()}; look for NaN in the model, or use "
+            "--dtype bfloat16 or float32."
+        )
 
 
 def of_mean_loss(
     model: nn.Module,
     windows: Int[Tensor, "count length"],
     weights: Mapping[str, Tensor],
-    consume: Callable[[str, Tensor], None],
+    consume: Consume,
     *,
     at_once: int,
     progress: Progress | None = None,
 ) -> None:
     """`consume(name, gradient)` sees each weight's gradient of the mean loss over all windows once, in float32.
 
-    Up to `at_once` windows go through the model together; where there are more, their gradients are added up in one
-    float32 copy of the weights.
+    Up to `at_once` windows go through the model together; where there are more, their gradients are added up in
+    float32, one copy of the weights, or of one block's where the weights are away from home.
     """
     sums: dict[str, Tensor] = {}
+    seen: Counter[str] = Counter()
     batches = windows.split(at_once)
-    for index, batch in enumerate(batches):
-        share, last = len(batch) / len(windows), index == len(batches) - 1
 
-        def add(name: str, gradient: Tensor, share: float = share, last: bool = last) -> None:
-            total = share * gradient.float()
-            if name in sums:
-                total += sums.pop(name)
-            if last:
-                consume(name, total)
-            else:
-                sums[name] = total
+    def add(name: str, gradient: Tensor) -> None:
+        total = len(batches[seen[name]]) / len(windows) * gradient.float()
+        seen[name] += 1
+        if name in sums:
+            total += sums.pop(name)
+        if seen[name] == len(batches):
+            consume(name, total)
+        else:
+            sums[name] = total
 
-        backward(model, batch, weights, add, batch_size=len(batch))
-        if progress:
-            progress(index + 1, len(batches))
+    backward(model, windows, weights, add, batch_size=at_once, progress=progress)
 
 
 @contextmanager
@@ -114,11 +202,8 @@ def _only_trainable(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator
 @contextmanager
 def checkpointed(model: nn.Module) -> Iterator[None]:
     """Blocks recompute their activations during backward (transformers' own switch works in training mode only)."""
-    modules = list(model.get_submodule(anatomy.family(model).blocks).children())
-    for module in modules:
-        module.forward = partial(torch.utils.checkpoint.checkpoint, module.forward, use_reentrant=False)
-    try:
+    with ExitStack() as stack:
+        for module in model.get_submodule(anatomy.family(model).blocks).children():
+            recomputing = partial(torch.utils.checkpoint.checkpoint, module.forward, use_reentrant=False)
+            stack.enter_context(instead(module, recomputing))
         yield
-    finally:
-        for module in modules:
-            del module.forward

@@ -107,8 +107,8 @@ def _check_weight(model: nn.Module, name: str, weight: Tensor, read: bool) -> No
         raise ValueError(
             f"{name} is on the meta device and holds no values"
             + (" here (accelerate has offloaded it)" if offloaded else "")
-            + "; load the model whole, without device_map or offloading. prune(device=...) holds one block at a time "
-            "there, which needs less memory."
+            + "; load the model whole, without device_map or offloading, or by pruners.opening.open_folder(folder), "
+            "which reads one block at a time from its files."
         )
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise ValueError(

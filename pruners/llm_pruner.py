@@ -35,7 +35,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-from pruners import anatomy, apply, checks, gradients, matrices, select, whole_model
+from pruners import anatomy, apply, aside, checks, gradients, homes, matrices, select, whole_model
 from pruners.anatomy import Block
 from pruners.apply import KINDS, Kept
 from pruners.calibrate import PLAIN, Execution, Progress
@@ -105,15 +105,22 @@ def index_scores(
             add(name, squares=square)
 
     def first_order(name: str, gradient: Tensor) -> None:
-        add(name, gradient=gradient, squares=squares.pop(name, None))
+        own = squares.pop(name, None)
+        add(name, gradient=gradient, squares=None if own is None else own.to(gradient.device))
+
+    def keep_squares(block: Block) -> None:
+        for name in squares:
+            if name.startswith(f"{block.name}."):
+                squares[name] = aside.put(model, squares[name])
 
     if importance not in TAYLOR:
-        for name in weights:
-            add(name)
-        return found
+        for part in homes.each(model):
+            for name in weights.keys() & part.keys():
+                add(name)
+        return {name: found[name] for name in dims}
     assert windows is not None  # pruners.prune has checked them
     if importance in ("element2", "element_mix"):
-        gradients.backward(model, windows, weights, second_order, progress=progress)
+        gradients.backward(model, windows, weights, second_order, progress=progress, left=keep_squares)
     if importance != "element2":
         at_once = max(1, TOKENS_AT_ONCE // windows.shape[1])
         gradients.of_mean_loss(model, windows, weights, first_order, at_once=at_once, progress=progress)
@@ -163,6 +170,10 @@ class LLMPruner(Structured):
         return {"kind": "group_scores", "importance": self.importance, "granularity": self.granularity}
 
     @property
+    def needs_all_weights(self) -> bool:
+        return self.granularity == "channel"
+
+    @property
     def setting(self) -> str:
         if self.target_parameters is not None or self.granularity != "block":
             return f"{super().setting} by {self.granularity}"
@@ -179,7 +190,7 @@ class LLMPruner(Structured):
     def gather(self, model: nn.Module, windows: Tensor, how: Execution = PLAIN) -> dict[str, Tensor]:
         """Scores of the dense model by parameter, one a row or column, for every ratio, reduction, range and scope.
 
-        Backward passes run where the model is, on as many windows at once as `TOKENS_AT_ONCE` holds.
+        Backward passes take as many windows at once as `TOKENS_AT_ONCE` holds.
         """
         return index_scores(model, windows, self.importance, self._dims(model), how.progress)
 
@@ -237,7 +248,8 @@ class LLMPruner(Structured):
             kept = self._next(model, scores, step / self.steps)
             if step < self.steps:
                 for block, keep in zip(blocks, kept, strict=True):
-                    apply.zero(block, keep)
+                    with homes.held(block.module, changes=True):
+                        apply.zero(block, keep)
         return kept
 
     def _next(self, model: nn.Module, scores: Sequence[Scores], stage: float) -> list[Kept]:

@@ -251,7 +251,7 @@ def check_shards(folder):
     folder = Path(folder)
     if not folder.is_dir():
         return
-    named, single = _indexed(folder), (folder / "model.safetensors").is_file()
+    named, single = indexed(folder), (folder / "model.safetensors").is_file()
     present = [name for name in named if (folder / name).is_file()]
     shards = {path.name for path in folder.glob("model-*-of-*.safetensors")}
     if single and "model.safetensors" not in named and (present or shards):
@@ -266,7 +266,7 @@ def check_shards(folder):
         )
 
 
-def _indexed(folder):
+def indexed(folder):
     """The files that the index names, sorted; none without an index."""
     index = folder / "model.safetensors.index.json"
     if not index.is_file():

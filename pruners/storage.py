@@ -69,10 +69,11 @@ def explained(path: Path, otherwise: str = OTHERWISE) -> Iterator[None]:
 
 
 @contextmanager
-def replacing(path: Path, otherwise: str = OTHERWISE) -> Iterator[Path]:
+def replacing(path: Path, otherwise: str = OTHERWISE, flushed: bool = True) -> Iterator[Path]:
     """A temporary name to write a file to; it takes the place of `path` when the block ends without an error.
 
-    Raises StorageError, and leaves nothing behind, where the folder cannot be written or the disk is full.
+    What is not `flushed` outlives the process, not the machine.  Raises StorageError, and leaves nothing behind, where
+    the folder cannot be written or the disk is full.
     """
     with explained(path, otherwise):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,9 +82,11 @@ def replacing(path: Path, otherwise: str = OTHERWISE) -> Iterator[Path]:
             temporary = beside / path.name
             yield temporary
             temporary.chmod(0o666 & ~UMASK)
-            flush(temporary)
+            if flushed:
+                flush(temporary)
             temporary.replace(path)
-            flush(path.parent)
+            if flushed:
+                flush(path.parent)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
 
@@ -178,12 +181,16 @@ def size(path: Path) -> int:
 
 
 def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any], otherwise: str = OTHERWISE
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    about: Mapping[str, Any],
+    otherwise: str = OTHERWISE,
+    flushed: bool = True,
 ) -> None:
     """A safetensors file, whole or not at all; `about` is plain JSON.  A checksum covers every tensor and `about`."""
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(about)
-    with replacing(path, otherwise) as temporary:
+    with replacing(path, otherwise, flushed) as temporary:
         from safetensors.torch import save_file
 
         save_file(ready, temporary, metadata={"about": text, "sha256": _checksum(ready, text)})

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
-from pruners import anatomy
+from pruners import anatomy, homes, memory
 from pruners.anatomy import Block
 from pruners.lazy import Float, Tensor, nn, no_grad, torch
 from pruners.matrices import owner
@@ -28,43 +28,30 @@ class Stream:
     together; where they depend on the windows' contents, as ChatGLM's do, window by window.
     """
 
-    def __init__(
-        self, model: nn.Module, windows: Tensor, batch_size: int, device: torch.device | str | None, also: int = 0
-    ) -> None:
+    def __init__(self, model: Any, windows: Tensor, batch_size: int, also: int = 0) -> None:
         """`also` is another number of windows that will run together."""
-        self.batch_size, self.device = min(batch_size, len(windows)), device
-        self.hidden = torch.empty(0)
+        self.batch_size = min(batch_size, len(windows))
+        self.hidden, self.device = torch.empty(0), torch.device("cpu")
         self.returned: list[tuple[Any, ...]] = []
         self.shared: dict[int, list[Arguments]] = {}
-        for here in torch.arange(len(windows)).split(self.batch_size):
-            hidden, arguments = self._caught(model, windows[here])
-            if not self.hidden.numel():
-                self.hidden = hidden.new_empty((len(windows), *hidden.shape[1:]), device=device or hidden.device)
-            self.hidden[here] = hidden.to(self.hidden.device)
-            self.shared.setdefault(len(here), arguments)
-        if also:
-            self.shared.setdefault(also, self._caught(model, windows[:also])[1])
-        self.single = self._by_window(model, windows)
+        with homes.held(model.get_input_embeddings()):
+            for here in torch.arange(len(windows)).split(self.batch_size):
+                hidden, arguments = inputs_of(model, windows[here], self.returned)
+                if not self.hidden.numel():
+                    self.device, self.hidden = hidden.device, _buffer(model, hidden, len(windows))
+                self.hidden[here] = hidden
+                self.shared.setdefault(len(here), arguments)
+            if also:
+                self.shared.setdefault(also, inputs_of(model, windows[:also], self.returned)[1])
+            self.single = self._by_window(model, windows)
 
     def _by_window(self, model: nn.Module, windows: Tensor) -> list[list[Arguments]]:
         """The arguments for each window alone; none where all windows have the same."""
-        found = [self._caught(model, windows[:1])[1]]
+        found = [inputs_of(model, windows[:1], self.returned)[1]]
         for window in windows[1:]:
-            told = self._caught(model, window[None])[1]
+            told = inputs_of(model, window[None], self.returned)[1]
             found.append(found[0] if _equal(found[0], told) else told)
         return found if any(told is not found[0] for told in found) else []
-
-    def _caught(self, model: nn.Module, windows: Tensor) -> tuple[Tensor, list[Arguments]]:
-        hidden, arguments = inputs_of(model, windows, self.returned)
-        moved: dict[int, Tensor] = {}  # blocks share most of their arguments
-        place = self.device or hidden.device
-
-        from accelerate.utils import recursively_apply
-
-        def move(tensor: Tensor) -> Tensor:
-            return moved.setdefault(id(tensor), tensor.to(place))
-
-        return hidden, [recursively_apply(move, told) for told in arguments]
 
     def arguments(self, block: Block, rows: Tensor) -> Arguments:
         """The block's, for the windows of these numbers together."""
@@ -85,9 +72,7 @@ class Stream:
         An expert that no token reaches has None for a statistic.
         """
         groups = groups if statistic else ()
-        made = {
-            names: statistic(block.linear(names[0]).in_features, self.hidden.device) for names in groups if statistic
-        }
+        made = {names: statistic(block.linear(names[0]).in_features, self.device) for names in groups if statistic}
         reached: set[tuple[str, ...]] = set()
         pending: set[Any] = set()
         silent = set(groups)
@@ -136,10 +121,23 @@ class Stream:
         for here in torch.arange(len(self.hidden)).split(self.batch_size):
             self.hidden[here] = self.run(block, here)
 
-    def run(self, block: Block, rows: Tensor) -> Tensor:
-        """The block's outputs for the windows of these numbers."""
-        outputs = block.module(self.hidden[rows], **self.arguments(block, rows))
+    def run(self, block: Block, rows: Tensor, inputs: Tensor | None = None) -> Tensor:
+        """The block's outputs for the windows of these numbers, from the hidden states here or from `inputs`."""
+        states = self.hidden[rows].to(self.device) if inputs is None else inputs
+        outputs = block.module(states, **self.arguments(block, rows))
         return outputs if isinstance(outputs, Tensor) else outputs[0]
+
+
+def _buffer(model: nn.Module, hidden: Tensor, count: int) -> Tensor:
+    """For the hidden states of so many windows: on the device, or where weights are away from home and those states
+    would take most of the room there, in CPU memory."""
+    shape = (count, *hidden.shape[1:])
+    if homes.of(model) is not None and hidden.device.type != "cpu":
+        size = hidden[0].nbytes * count
+        if size > memory.SHARE * memory.free_bytes(hidden.device):
+            disk = homes.on_disk(model)
+            return memory.roomy(shape, hidden.dtype, disk.folder if disk else None)
+    return hidden.new_empty(shape)
 
 
 def _routed(
@@ -183,6 +181,26 @@ def inputs_of(model: nn.Module, windows: Tensor, returned: list[tuple[Any, ...]]
             stack.enter_context(instead(module, partial(stand_in, module.forward)))
         model(input_ids=windows.to(next(model.parameters()).device), use_cache=False)
     return hidden[0], found
+
+
+@contextmanager
+def handing_on(model: nn.Module, hidden: Tensor, returned: Sequence[tuple[Any, ...]]) -> Iterator[None]:
+    """For a while the blocks compute nothing and the last one hands on `hidden`, what it made of the same tokens.
+
+    RuntimeError for another number of tokens.
+    """
+    modules = [block.module for block in anatomy.blocks(model)]
+
+    def stand_in(last: bool, states: Tensor, *_: Any, **__: Any) -> Any:
+        if states.shape != hidden.shape:
+            raise RuntimeError(f"Hidden states {list(hidden.shape)} are handed on in a pass of {list(states.shape)}.")
+        states = hidden if last else states
+        return (states, *returned[0]) if returned and returned[0] else states
+
+    with ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(instead(module, partial(stand_in, module is modules[-1])))
+        yield
 
 
 def _split(told: inspect.BoundArguments) -> tuple[Tensor, Arguments]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from pruners import anatomy, apply, checks, select
+from pruners import anatomy, apply, checks, homes, select
 from pruners.anatomy import Block
 from pruners.apply import KINDS, Kept
 from pruners.calibrate import PLAIN, Execution
@@ -59,6 +59,11 @@ class Structured:
         return False
 
     @property
+    def needs_all_weights(self) -> bool:
+        """Whether all weights of the model must be in place at once, so that none can be away from home."""
+        return False
+
+    @property
     def reads_weights(self) -> bool:
         """Whether it matters what the weights are."""
         return True
@@ -82,7 +87,7 @@ class Structured:
 
     def gather(
         self, model: nn.Module, windows: Int[Tensor, "count length"], how: Execution = PLAIN
-    ) -> dict[str, Tensor]:
+    ) -> Mapping[str, Tensor]:
         """Statistics of the dense model that other settings of the method share; most methods have none."""
         return {}
 
@@ -93,9 +98,9 @@ class Structured:
         raise TypeError(f"{type(self).__name__} chooses nothing.")
 
     def repairs(
-        self, blocks: Sequence[Block], kept: Sequence[Kept], dense: Mapping[str, Tensor]
+        self, block: Block, kept: Kept, dense: Mapping[str, Tensor]
     ) -> list[tuple[Matrix, Float[Tensor, " out"]]]:
-        """Biases to add, computed before anything is removed."""
+        """Biases to add to a block, computed before anything is removed from it."""
         return []
 
     def prune(
@@ -111,7 +116,7 @@ class Structured:
         kept = self.choose(model, windows, dense, how)
         rounding = sum(keep.rounding * block.unit_cost("mlp") for keep, block in zip(kept, blocks, strict=True))
         left = [_left(block, keep) for block, keep in zip(blocks, kept, strict=True)]
-        gone = self._carry_out(model, kept, self.repairs(blocks, kept, dense), how.cut)
+        gone = self._carry_out(model, kept, dense, how.cut)
         after = State(before.size.less(Size(gone, gone)), left, before.hidden_size)
         return self.reported(Structure(self.setting, Size(asked, asked), rounding, before, after), started)
 
@@ -123,7 +128,8 @@ class Structured:
         """ValueError or TypeError for a model that the method cannot prune as asked."""
         apply.check(model)
         for block in anatomy.blocks(model):
-            refuse_non_finite({f"{block.name}.{name}": linear for name, linear in block.linears().items()})
+            with homes.held(block.module):
+                refuse_non_finite(block)
 
     def open(self, block: Block, kind: str) -> bool:
         """Whether units of that kind may be removed from the block."""
@@ -209,18 +215,20 @@ class Structured:
     def _places(self, model: nn.Module) -> list[tuple[Block, str]]:
         return [(block, kind) for kind in KINDS for block in anatomy.blocks(model) if self.open(block, kind)]
 
-    def _carry_out(
-        self, model: nn.Module, kept: Sequence[Kept], repairs: Sequence[tuple[Matrix, Tensor]], cut: bool
-    ) -> int:
+    def _carry_out(self, model: nn.Module, kept: Sequence[Kept], dense: Mapping[str, Tensor], cut: bool) -> int:
         """Remove units and add biases; returns how many parameters fewer cutting leaves."""
         pairs = list(zip(anatomy.blocks(model), kept, strict=True))
         gone = sum(block.lost(kind, keep[kind]) for block, keep in pairs for kind in KINDS)
-        gone -= sum(len(bias) for linear, bias in repairs if linear.bias is None)
-        for linear, bias in repairs:
-            apply.add_bias(linear, bias)
+        repaired = 0
         for block, keep in pairs:
-            (apply.cut if cut else apply.zero)(block, keep)
-        if repairs or (cut and gone):
+            with homes.held(block.module, changes=True):
+                repairs = self.repairs(block, keep, dense)
+                gone -= sum(len(bias) for linear, bias in repairs if linear.bias is None)
+                for linear, bias in repairs:
+                    apply.add_bias(linear, bias)
+                (apply.cut if cut else apply.zero)(block, keep)
+                repaired += len(repairs)
+        if repaired or (cut and gone):
             apply.describe(model)
         return gone
 

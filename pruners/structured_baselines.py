@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pruners import anatomy, apply, calibrate
+from pruners import anatomy, apply, calibrate, homes
 from pruners.anatomy import Block
 from pruners.apply import KINDS, Kept
 from pruners.calibrate import PLAIN, Execution, InputNorm
@@ -40,7 +40,8 @@ class MagnitudeSP(Structured):
     ) -> list[Kept]:
         kept = []
         for block, counts in zip(anatomy.blocks(model), self.even_counts(model), strict=True):
-            scores = {kind: magnitude_score(block.linear(block.reader(kind).projection).weight) for kind in KINDS}
+            with homes.held(block.module):
+                scores = {kind: magnitude_score(block.linear(block.reader(kind).projection).weight) for kind in KINDS}
             kept.append(self.lowest(block, _summed(block, scores), counts))
         return kept
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-from pruners import anatomy, calibrate, checks, select
+from pruners import anatomy, calibrate, checks, homes, select
 from pruners.anatomy import Block
 from pruners.calibrate import PLAIN, Execution, Statistic
 from pruners.checks import Rule, Share
@@ -47,6 +47,11 @@ class Unstructured:
         return self.NEEDS is not None
 
     @property
+    def needs_all_weights(self) -> bool:
+        """Whether all weights of the model must be in place at once, so that none can be away from home."""
+        return False
+
+    @property
     def reads_weights(self) -> bool:
         """Whether it matters what the weights are."""
         return True
@@ -57,7 +62,7 @@ class Unstructured:
 
     def gather(
         self, model: nn.Module, windows: Int[Tensor, "count length"], how: Execution = PLAIN
-    ) -> dict[str, Tensor]:
+    ) -> Mapping[str, Tensor]:
         """Statistics of the dense model by projection name; most methods need none."""
         return {}
 
@@ -92,10 +97,20 @@ class Unstructured:
         report = Report(repr(self), self.asked)
         started = time.perf_counter()
         blocks = anatomy.blocks(model)
-        linears = {f"{block.name}.{name}": linear for block in blocks for name, linear in block.linears().items()}
         self._check_widths(blocks)
-        refuse_non_finite(linears)
-        for block, seen in self._walk(model, windows, how):
+        disk = homes.on_disk(model)
+        for block in () if disk else blocks:  # from a disk each weight is read once, and nothing has changed there
+            with homes.held(block.module):
+                refuse_non_finite(block)
+
+        def finished(block: Block) -> None:
+            report.projections += [
+                Projection.of(f"{block.name}.{name}", linear, self.asked) for name, linear in block.linears().items()
+            ]
+
+        for block, seen in self._walk(model, windows, how, finished):
+            if disk:
+                refuse_non_finite(block)
             for names in block.shared_inputs:
                 together = {f"{block.name}.{name}": block.linear(name) for name in names}
                 x = seen.get(names[0])
@@ -105,7 +120,6 @@ class Unstructured:
                 else:
                     self.remove(together, x, dense)
             how.report(block, len(blocks))
-        report.projections = [Projection.of(name, linear, self.asked) for name, linear in linears.items()]
         report.seconds["prune"] = time.perf_counter() - started
         return report
 
@@ -121,11 +135,11 @@ class Unstructured:
             weight.masked_fill_(self.gone(weight.float().abs()), 0)
 
     def _walk(
-        self, model: nn.Module, windows: Tensor | None, how: Execution
+        self, model: nn.Module, windows: Tensor | None, how: Execution, finished: Callable[[Block], None]
     ) -> Iterator[tuple[Block, Mapping[str, Any]]]:
         if windows is None or not (self.walks or how.keeper.rebuild_batch):
-            return ((block, {}) for block in anatomy.blocks(model))
-        return calibrate.walk(model, windows, self.NEEDS, how, keeper=how.keeper)
+            return _one_by_one(model, finished)
+        return calibrate.walk(model, windows, self.NEEDS, how, keeper=how.keeper, finished=finished)
 
     def _check_widths(self, blocks: list[Block]) -> None:
         if self.pattern is None:
@@ -140,10 +154,18 @@ class Unstructured:
                     )
 
 
-def refuse_non_finite(linears: Mapping[str, Matrix]) -> None:
-    """ValueError, naming the first matrix that holds NaN or inf."""
-    for name, linear in linears.items():
+def _one_by_one(model: nn.Module, finished: Callable[[Block], None]) -> Iterator[tuple[Block, Mapping[str, Any]]]:
+    for block in anatomy.blocks(model):
+        with homes.held(block.module, changes=True):
+            yield block, {}
+            finished(block)
+
+
+def refuse_non_finite(block: Block) -> None:
+    """ValueError, naming the first matrix of the block that holds NaN or inf."""
+    for name, linear in block.linears().items():
         if not linear.weight.is_meta and not linear.weight.isfinite().all():
             raise ValueError(
-                f"{name}.weight holds NaN or inf; nothing sound can be pruned from it. Check the checkpoint."
+                f"{block.name}.{name}.weight holds NaN or inf; nothing sound can be pruned from it. Check the "
+                "checkpoint."
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pruners import anatomy, apply, select
+from pruners import anatomy, apply, homes, select
 from pruners.lazy import Float, Tensor, torch
 from pruners.report import Size, State, Structure
 from pruners.structured import Structured
@@ -46,7 +46,8 @@ def shorten(method: Structured, model: Any, cut: bool) -> Structure:
         apply.keep_first(model, stays)
     else:
         for block in blocks[stays:]:
-            apply.silence(block)
+            with homes.held(block.module, changes=True):
+                apply.silence(block)
     lost_now = sum(sizes[stays:])
     after = State(before.size.less(Size(lost_now, lost_now)), before.blocks[:stays], before.hidden_size)
     return Structure(method.setting, Size(asked, asked), 0, before, after)

@@ -122,7 +122,7 @@ def _launch(asked: argparse.Namespace, cells: Sequence[Cell]) -> int:
 
 
 def _slowness(slow: Mapping[Cell, float], count: int, name: str) -> str:
-    from experiments.estimate import gpu_gb
+    from experiments.placement.needs import device_gb
     from slurm import estimate, profile
 
     said = (
@@ -131,7 +131,8 @@ def _slowness(slow: Mapping[Cell, float], count: int, name: str) -> str:
     )
     others = {other: profile.load(other).gpu_memory_gb for other in profile.names() if other != name}
     cards = ", ".join(f"{other} ({held:g} GB)" for other, held in others.items() if held)
-    needed = f"profiles with accelerators: {cards}; these cells need up to {max(map(gpu_gb, slow)):.0f} GB on one"
+    most = max(device_gb(cell.run) for cell in slow)
+    needed = f"profiles with accelerators: {cards}; these cells need up to {most:.0f} GB on one"
     return f"{said}; {needed}." if cards else f"{said}."
 
 

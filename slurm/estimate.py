@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from experiments.cells import Cell
-from experiments.estimate import BYTES, gpu_gb, parameters_of, taken_over
+from experiments.estimate import BYTES, parameters_of, taken_over
+from experiments.placement import needs
 from experiments.spec import Run
 from slurm.profile import Profile
 
@@ -49,8 +50,11 @@ def request(cells: Sequence[Cell], profile: Profile, memory_gb: float | None = N
 
     Raises TooLargeError where the profile's accelerator or memory limit is below that.
     """
-    device = max(map(gpu_gb, cells))
-    host = LIBRARIES_GB + max(map(_host_gb, cells)) + (0 if profile.gres else device)
+    card = profile.gpu_memory_gb or math.inf if profile.gres else math.inf
+    homes = {cell: needs.home_on(cell.run, card) for cell in cells}
+    device = max(gigabytes for _, gigabytes in homes.values())
+    host = LIBRARIES_GB + max(_host_gb(cell, homes[cell][0], profile) for cell in cells)
+    host += 0 if profile.gres else device
     asked = math.ceil(host if memory_gb is None else memory_gb)
     needed = max(SHORTEST_HOURS, needed_hours(cells, profile))
     _check(cells[0].run.model, device, asked, profile)
@@ -89,7 +93,10 @@ def _saved_tokens(cells: Sequence[Cell]) -> int:
     return every - sum(shared.values())
 
 
-def _host_gb(cell: Cell) -> float:
+def _host_gb(cell: Cell, home: str | None, profile: Profile) -> float:
+    """Weights away from the device are in CPU memory where the profile allows so much, else on the disk."""
+    if home == "away" and profile.memory_gb and 1.2 * _weights_gb(cell.run) > profile.memory_gb - LIBRARIES_GB:
+        return 4 * _weights_gb(cell.run) / needs.shape_of(cell.run.model).blocks
     key = cell.run.method.statistics_key if cell.run.method is not None else None
     gradients = 4e-9 * parameters_of(cell.run.model) if key and key["kind"] == "gradient_norms" else 0
     return 1.2 * _weights_gb(cell.run) + gradients

@@ -133,7 +133,7 @@ def test_windows_of_other_contents_are_replayed_with_masks_of_their_own():
     """Every row's context ends elsewhere, and batches of three and one take rows in any order."""
     model, tokens = odd(), prompts(4)
     tokens[1:] = torch.stack([torch.roll(row, shift) for shift, row in enumerate(tokens[1:], 1)])
-    stream = Stream(model, tokens, 3, None)
+    stream = Stream(model, tokens, 3)
     block, rows = anatomy.blocks(model)[0], torch.tensor([3, 0])
     with torch.no_grad():
         expected = model(tokens[rows], output_hidden_states=True).hidden_states[1]

@@ -86,12 +86,20 @@ def test_show_tells_what_a_paper_table_costs_and_lacks(capsys, tmp_path):
     assert f"c4/train (not in {tmp_path})" in shown
 
 
-def test_show_counts_no_hours_on_one_card_for_cells_that_do_not_fit_on_it(capsys, tmp_path):
-    assert main(["show", "flap.perplexity", "--results", str(tmp_path), "--data-dir", str(tmp_path)]) == 0
+def test_show_says_where_weights_are_on_a_card_and_which_cells_do_not_fit_on_it(capsys, tmp_path):
+    words = ["show", "flap.perplexity", "--results", str(tmp_path), "--data-dir", str(tmp_path)]
+    assert main(words) == 0
     shown = capsys.readouterr().out
-    assert "0 of 60 cells are done; 47 of the others take about 12.9 hours on one A100." in shown
-    assert "13 cells need more than one 80 GB card" in shown
-    assert "llama-65b (up to 152 GB)." in shown
+    away = "of them with their weights in CPU memory or on the disk."
+    assert f"0 of 60 cells are done; the others take about 15.4 hours on one A100, 13 {away}" in shown
+    assert [line.count("host or disk") for line in shown.splitlines()[2:62]] == [
+        int("llama-65b" in line) for line in shown.splitlines()[2:62]
+    ]
+    assert main([*words, "--card", "24"]) == 0
+    shown = capsys.readouterr().out
+    assert f"58 of the others take about 8.4 hours on one A100, 41 {away}" in shown
+    assert "2 cells need more than one 24 GB card, as retraining needs all weights in place: llama-13b" in shown
+    assert sum("too large" in line for line in shown.splitlines()) == 2
 
 
 def test_show_tells_which_tasks_it_has_no_documents_of(capsys, tmp_path, monkeypatch):

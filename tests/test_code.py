@@ -96,7 +96,7 @@ def test_a_package_that_forgets_a_module_would_be_noticed(tree):
     }
     of_methods = {name for method in METHODS.values() for name in code._classes(type(method))}
     expected = {f"pruners.{path.stem}" for path in (tree / "pruners").glob("*.py")}
-    around = ("__init__", "__main__", "checkpoint", "contract", "peft_targets", "plugin", "storage")
+    around = ("__init__", "__main__", "checkpoint", "contract", "opening", "peft_targets", "plugin", "sweep")
     assert expected - of_methods == {f"pruners.{name}" for name in around}
 
 

@@ -84,7 +84,7 @@ def outputs(model, tokens):
 @pytest.mark.parametrize("kind", TINY)
 def test_replayed_blocks_give_what_the_model_does(kind):
     model, tokens = tiny(kind), windows(kind)
-    stream = Stream(model, tokens, 3, None)  # of four windows: the last batch is shorter
+    stream = Stream(model, tokens, 3)  # of four windows: the last batch is shorter
     for block, expected in zip(anatomy.blocks(model), outputs(model, tokens), strict=True):
         stream.advance(block)
         assert_close(stream.hidden, expected, rtol=1e-6, atol=1e-6)

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 import pruners
-from pruners import calibrate, gblm
+from pruners import gblm
 from tests.conftest import CONFIGS, tiny
 
 LONGEST = 500
@@ -229,11 +229,11 @@ def test_weights_that_are_not_finite_are_refused_before_any_is_pruned(name, wind
     unchanged(model, before)
 
 
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if not method.walks])
-def test_another_device_for_a_method_that_moves_no_block(monkeypatch, name, windows):
-    monkeypatch.setattr(calibrate.inputs, "usable_device", lambda device: torch.device(device))
+def test_another_device_for_what_needs_all_weights_at_once(monkeypatch, windows):
+    monkeypatch.setattr(pruners.inputs, "usable_device", lambda device: torch.device(device))
     refused(
-        "works where the model is, on cpu", lambda: pruners.prune(tiny(KIND), METHODS[name], windows, device="cuda")
+        "needs all weights in place at once, on cpu, and not block by block on cuda; load the model whole",
+        lambda: pruners.prune(tiny(KIND), pruners.LLMPruner(0.2, granularity="channel"), windows, device="cuda"),
     )
 
 

@@ -96,11 +96,23 @@ def test_a_job_that_takes_longer_than_allowed_asks_for_what_is_allowed():
 
 @pytest.mark.parametrize(
     ("changes", "said"),
-    [({}, "needs about .* GB on one accelerator and this profile's hold 80"), ({"memory_gb": 10}, "allows 10")],
+    [
+        ({"gpu_memory_gb": 4}, "needs about .* GB on one accelerator and this profile's hold 4"),
+        ({"gpu_memory_gb": 24, "memory_gb": 4}, "allows 4"),
+    ],
 )
 def test_a_model_that_is_too_large_is_refused_before_it_queues(changes, said):
     with pytest.raises(estimate.TooLargeError, match=said):
-        jobs.arrays(found("llama-65b" if not changes else "llama-7b"), with_changes(**changes))
+        jobs.arrays(found("llama-65b"), with_changes(**changes))
+
+
+def test_a_model_larger_than_the_card_has_its_weights_in_memory_or_on_the_disk():
+    request = estimate.request(found("llama-65b"), with_changes(gpu_memory_gb=80, memory_gb=480))
+    assert 8 < request.gpu_memory_gb < 24
+    assert 130 < request.memory_gb < 480
+    poor = estimate.request(found("llama-65b"), with_changes(gpu_memory_gb=80, memory_gb=64))
+    assert poor.gpu_memory_gb == request.gpu_memory_gb
+    assert poor.memory_gb < 24
 
 
 def test_the_batch_script_is_the_stored_one(tmp_path):
@@ -182,7 +194,7 @@ def test_a_plan_of_months_is_warned_of_with_the_profiles_that_have_accelerators(
     assert main(words) == 0
     (warning,) = capsys.readouterr().err.splitlines()
     assert "10 of 60 cells would take more than 30 days each with the profile cpu, up to 703;" in warning
-    assert "gpu_partition (80 GB); these cells need up to 152 GB on one." in warning
+    assert "gpu_partition (80 GB); these cells need up to 142 GB on one." in warning
     assert main([*words, "--method", "dense", "--model", "llama-7b"]) == 0
     assert capsys.readouterr().err == ""
 

@@ -19,6 +19,7 @@ from experiments.models import catalogue, folders, hub
 from experiments.models.catalogue import CATALOGUE, Model
 from experiments.models.fingerprint import fingerprint, weight_files
 from experiments.models.gguf import converted, quiet
+from pruners import homes
 from pruners.lazy import torch
 from pruners.suggest import UsageError, unknown
 
@@ -138,36 +139,52 @@ def commit(name: str | Path) -> str | None:
 
 
 def load(
-    name: str | Path, dtype: str | torch.dtype | None = None, device: str | torch.device | None = None
+    name: str | Path,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    weights: str = "device",
+    work: Path | None = None,
+    mark: str = "",
 ) -> tuple[Any, Any]:
     """The model in evaluation mode, on `device` (CPU by default), and its tokenizer.
 
-    `dtype` is a torch dtype or its name; None takes the catalogue's, or for a folder the one it was saved in.
+    `weights` says where they are: on the `device`, in CPU memory (host), from where they come there block by block, or
+    on the disk, where changes go to the folder `work` with `mark` (see pruners.opening).  `dtype` is a torch dtype or
+    its name; None takes the catalogue's, or for a folder the one it was saved in.
     Raises ValueError for weights that are missing, left over or damaged, OSError if the Hub refuses.
     """
     from transformers import AutoModelForCausalLM
 
+    from pruners import opening
+
     found = find(name)
     source = found.folder or (converted(found.package) if found.package else str(found.hub))
-    options = {"revision": _commit_to_load(found) if found.hub else MAIN, "trust_remote_code": False}
+    options: dict[str, Any] = {"revision": _commit_to_load(found) if found.hub else MAIN, "trust_remote_code": False}
     with nullcontext() if found.hub else quiet():
         try:
             tokenizer = _tokenizer(found, source, options)
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source,
-                dtype=_dtype(dtype or found.dtype),
-                device_map={"": device} if device is not None else None,
-                use_safetensors=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # told apart below, in one sentence
-                **options,
-            )
+            kind: Any = _dtype(dtype or found.dtype)
+            if weights == "disk":
+                folder = hub.downloaded(found.hub, options["revision"]) if found.hub else Path(source)
+                loaded: Any = opening.opened(folder, dtype=kind, device=device, work=work, mark=mark)
+            else:
+                loaded = AutoModelForCausalLM.from_pretrained(
+                    source,
+                    dtype=kind,
+                    device_map={"": device} if device is not None and weights == "device" else None,
+                    use_safetensors=True,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,  # told apart below, in one sentence
+                    **options,
+                )
         except SafetensorError as error:
             raise ValueError(f"The weights of {name} are damaged ({error}); fetch them again.") from error
         except OSError as error:
             raise OSError(_refused(found, error)) from error
     model, info = loaded
     _check_complete(found, info)
+    if weights == "host":
+        homes.settle(model, homes.Memory(model), device or "cpu")
     return model.eval(), tokenizer
 
 

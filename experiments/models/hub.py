@@ -7,6 +7,7 @@ Hub asked.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -80,6 +81,23 @@ def is_cached(repository: str, file: str, revision: str | None, kind: str = "mod
     from huggingface_hub import try_to_load_from_cache
 
     return isinstance(try_to_load_from_cache(repository, file, revision=revision, repo_type=kind), str)
+
+
+def downloaded(repository: str, revision: str) -> Path:
+    """The folder of that commit, with its configuration and its safetensors weights, fetched where they are not here.
+
+    Raises OSError where the Hub refuses.
+    """
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        index = json.loads(Path(hf_hub_download(repository, WEIGHTS[1], revision=revision)).read_text(encoding="utf-8"))
+        files = [WEIGHTS[1], *sorted(set(index["weight_map"].values()))]
+    except EntryNotFoundError:
+        files = [WEIGHTS[0]]
+    wanted = ["config.json", "generation_config.json", *files]
+    return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
 
 
 def reachable() -> bool:

@@ -8,13 +8,29 @@ from __future__ import annotations
 import logging
 import time
 from pathlib import Path
+from typing import Any
 
 from experiments.store import atomic, cache, room
+from pruners import homes
 from pruners.anatomy import Block
 from pruners.calibrate import Keeper
 
 SECONDS_BETWEEN = 30.0
 logger = logging.getLogger(__name__)
+
+
+class WrittenBlocks(Keeper):
+    """The finished blocks of a model at home on the disk, as a process that was killed has left them there."""
+
+    def __init__(self, disk: homes.Disk) -> None:
+        self.disk = disk
+
+    def restore(self, block: Block) -> bool:
+        if not self.disk.restore(block.name):
+            return False
+        for name, parameter in block.module.named_parameters(block.name):
+            parameter.data.copy_(self.disk.read(name))
+        return True
 
 
 class PrunedBlocks(Keeper):
@@ -71,3 +87,9 @@ class PrunedBlocks(Keeper):
     def _key(self, block: Block) -> str:
         """Cell, origin and block: a file of another place is noticed, wherever the results folder lies."""
         return "/".join(self._path(block).absolute().parts[-4:])
+
+
+def keeper(model: Any, folder: Path, root: Path | None = None) -> Keeper:
+    """For this model: one at home on the disk has its finished blocks there anyhow."""
+    disk = homes.on_disk(model)
+    return PrunedBlocks(folder, root) if disk is None else WrittenBlocks(disk)

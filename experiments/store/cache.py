@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,12 @@ logger = logging.getLogger(__name__)
 Statistics = dict[str, Tensor]
 
 
-def statistics(root: Path, key: dict[str, Any], compute: Callable[[], Statistics]) -> Statistics:
+def statistics(root: Path, key: dict[str, Any], compute: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
     """The tensors stored under `key`, or those of `compute()`, which are then stored.
 
     `key` names everything that can move them.  A second process asking for the same key waits for the first.  What
-    cannot be stored is reported and used all the same.
+    cannot be stored is reported and used all the same; what is no dictionary, but read from a disk when it is asked
+    for, stays there for the cell alone.
     """
     path, limit, told = folder(root) / f"{digest(key)}.safetensors", limit_bytes(), json.dumps(key, sort_keys=True)
     with ExitStack() as stack:
@@ -39,10 +40,14 @@ def statistics(root: Path, key: dict[str, Any], compute: Callable[[], Statistics
             stack.enter_context(locks.held(path.with_suffix(".lock")))
         except atomic.StorageError as error:
             _not_kept(error)
-            return _on_cpu(compute())
+            computed = compute()
+            return _on_cpu(computed) if isinstance(computed, dict) else computed
         found = read(path, told)
         if found is None:
-            found = _on_cpu(compute())
+            computed = compute()
+            if not isinstance(computed, dict):  # on the disk, where the weights are at home
+                return computed
+            found = _on_cpu(computed)
             _keep(root, path, found, told, limit)
         return found
 

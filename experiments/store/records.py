@@ -38,7 +38,8 @@ class Cost(BaseModel):
 class MadeBy(BaseModel):
     """What a reader needs to make the record again; `commit` is None where there is no git repository.
 
-    `model_commit` is the Hub commit that the model's name stood for, `at` the time in UTC.
+    `model_commit` is the Hub commit that the model's name stood for, `at` the time in UTC.  `weights` says where they
+    were and why, and of those away from home how often they were read; empty in records of an earlier day.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -52,6 +53,7 @@ class MadeBy(BaseModel):
     seed: int | None
     batch_size: int
     at: str
+    weights: dict[str, Any] = Field(default_factory=dict)
 
 
 class _Stored(BaseModel):

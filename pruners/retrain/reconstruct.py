@@ -141,14 +141,15 @@ class Rebuilder(Keeper):
         if not attached.tensors:  # structured pruning has left nothing of this block
             return
         schedule, count = self.settings.schedule, len(passage.inputs)
-        precision = precision_for(None, self.dtype, passage.inputs.device)
+        device = next(block.module.parameters()).device
+        precision = precision_for(None, self.dtype, device)
         optimizer = schedule.optimizer(attached.tensors)
         with _dropping_out(block, self.settings.seed) if self.settings.reference else nullcontext():
             for step in range(schedule.steps):
                 rows = torch.arange(step * self.rebuild_batch, (step + 1) * self.rebuild_batch) % count
-                with autocast(precision, passage.inputs.device):
+                with autocast(precision, device):
                     outputs = passage.run(block, rows)
-                loss = F.mse_loss(outputs.float(), passage.targets[rows].float())
+                loss = F.mse_loss(outputs.float(), passage.targets[rows].to(device).float())
                 self._finite(block, loss.item(), step)
                 loss.backward()
                 attached.mask_gradients()

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pruners import storage
+from pruners import homes, storage
 from pruners.lazy import Tensor, nn, torch
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -28,7 +28,8 @@ class OtherRunError(ValueError):
 
 def fingerprint(model: nn.Module, *settings: object) -> str:
     """Of the settings' reprs and of every parameter's bits, summed up plainly and weighted by their places."""
-    sums = [(name, list(p.shape), _sums(p.detach())) for name, p in model.named_parameters()]
+    found = {name: (list(p.shape), _sums(p.detach())) for part in homes.each(model) for name, p in part.items()}
+    sums = [(name, *found[name]) for name, _ in model.named_parameters()]
     return hashlib.sha256(repr((settings, sums)).encode()).hexdigest()
 
 

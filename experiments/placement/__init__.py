@@ -1,0 +1,91 @@
+"""Where a cell's weights are: on the device, in CPU memory, or on the disk; chosen by the room that there is.
+
+No choice moves a number.  What must have all weights in place (retraining, speed, channels of the residual stream) is
+told before any work where it is asked elsewhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiments.placement import needs
+from experiments.spec import Run
+from pruners import homes, memory, storage
+
+if TYPE_CHECKING:
+    from experiments.settings import Settings
+
+HOMES = ("device", "host", "disk")
+ROOM = 0.9  # of the free memory that an estimate may fill
+SPARE_BYTES = 2**30  # on a disk, beside the pruned copy
+
+
+@dataclass(frozen=True)
+class Placement:
+    """`home` is device, host or disk; `reason` completes the sentence "weights on the disk: ..."."""
+
+    home: str
+    reason: str
+
+    def __str__(self) -> str:
+        where = {"device": "on the device", "host": "in CPU memory", "disk": "on the disk"}[self.home]
+        return f"Weights {where}: {self.reason}."
+
+
+def choose(run: Run, settings: Settings) -> Placement:
+    """As asked, or by the room; ValueError where the cell cannot run with its weights there."""
+    whole = needs.needs_all_weights(run)
+    if settings.weights == "auto":
+        return _by_room(run, str(settings.device), settings.batch_size, whole)
+    if settings.weights != "device" and whole:
+        raise ValueError(
+            f"{whole} needs all weights of {run.model_name} on the device, {needs.weights_gb(run):.1f} GB; leave out "
+            f"--weights {settings.weights}."
+        )
+    return Placement(settings.weights, "asked for")
+
+
+def check_disk(run: Run, folder: Path) -> None:
+    """StorageError where the disk of `folder` has no room for the pruned copy of a model at home on the disk."""
+    import shutil
+
+    place = next(path for path in (folder, *folder.parents) if path.exists())
+    needed, free = 1e9 * needs.weights_gb(run) + SPARE_BYTES, shutil.disk_usage(place).free
+    if free < needed:
+        raise storage.StorageError(
+            f"The pruned copy of {run.model_name} takes {needed / 1e9:.1f} GB and the disk of {place} has "
+            f"{free / 1e9:.1f} GB left; free some, or choose another folder with --results."
+        )
+
+
+def told(placement: Placement, model: Any) -> dict[str, Any]:
+    """For the record: the choice, and of weights away from home how often and how much of them was read."""
+    home = homes.of(model)
+    if home is None:
+        return asdict(placement)
+    return {**asdict(placement), "sweeps": home.sweeps, "bytes_read": home.source.bytes_read}
+
+
+def _by_room(run: Run, device: str, batch: int, whole: str | None) -> Placement:
+    kind, free = device.partition(":")[0], memory.free_bytes(device) / 1e9
+    needed = needs.device_gb(run, batch=batch)
+    there = f"about {needed:.1f} GB needed, {free:.1f} GB free on {kind}"
+    if needed <= ROOM * free:
+        return Placement("device", there)
+    if whole:
+        if needs.weights_gb(run) > free:
+            raise ValueError(
+                f"{whole} needs all weights of {run.model_name} on the device, {needs.weights_gb(run):.1f} GB, and "
+                f"{device} has {free:.1f} GB free; take a larger one."
+            )
+        return Placement("device", f"{there}, and {whole} needs all weights there")
+    host = memory.free_bytes() / 1e9
+    if kind != "cpu" and needs.weights_gb(run) <= ROOM * host:
+        return Placement(
+            "host", f"{there}; the weights are {needs.weights_gb(run):.1f} GB, {host:.1f} GB of CPU memory free"
+        )
+    return Placement(
+        "disk", f"{there}; the weights are {needs.weights_gb(run):.1f} GB, {host:.1f} GB of CPU memory free"
+    )

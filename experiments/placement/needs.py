@@ -1,0 +1,187 @@
+"""How much device memory a cell takes, by what takes it: the one formula of `show`, `slurm` and the choice of a home.
+
+    weights        all of them; away from home the block in hand and the next, or what lies around the blocks
+    activations    hidden states of the calibration windows, what a batch makes inside a block, logits
+    statistics     Hessians with their factorisation; gradients and their sums, of all blocks or of one
+    training       what is trained in float32 with gradient and moments (16 bytes), activations that backward reads
+
+Shapes come from a folder's configuration, or from the catalogue's parameters and blocks, as usual decoders have them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from experiments import models
+from experiments.recovery import Retraining
+from experiments.spec import Efficiency, Perplexity, Run, ZeroShot
+
+BYTES = {"float32": 4, "float64": 8}
+BATCH = 8  # windows at once, by default
+HELD_TOKENS = 2**18  # whose hidden states stay on the device where weights are away; those of more are in CPU memory
+SCORED_TOKENS = 32_768  # of a batch of answers on an accelerator
+LOGITS_BYTES = 2 * 4 * 2**25  # logits in float32 and what the loss makes of them
+CONTEXT_BYTES = 0.8e9  # of the accelerator's own libraries
+SLACK = 1.05  # of an allocator
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a decoder: `width` of the residual stream, `channels` of the MLP; `block` and `around` count parameters."""
+
+    blocks: int
+    width: int
+    channels: int
+    vocabulary: int
+    block: int
+    around: int
+
+    @property
+    def parameters(self) -> int:
+        return self.blocks * self.block + self.around
+
+
+def shape_of(model: str) -> Shape:
+    found = models.find(model)
+    if found.folder is not None:
+        return _configured(found.folder, found.parameters or 0)
+    return _usual(found.parameters or 0, found.blocks or 1)
+
+
+@lru_cache
+def _configured(folder: Path, parameters: int) -> Shape:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+    width = config.hidden_size
+    named = (getattr(config, name, None) for name in ("intermediate_size", "ffn_dim", "n_inner"))
+    channels = next(filter(None, named), 4 * width)
+    around = (1 if config.tie_word_embeddings else 2) * config.vocab_size * width
+    blocks = config.num_hidden_layers
+    return Shape(blocks, width, channels, config.vocab_size, max(0, parameters - around) // blocks, around)
+
+
+@lru_cache
+def _usual(parameters: int, blocks: int) -> Shape:
+    """12 width^2 parameters a block, and two matrices of 32,000 tokens around them, as LLaMA has."""
+    a, b = 12 * blocks, 2 * 32_000
+    width = round((math.sqrt(b * b + 4 * a * parameters) - b) / (2 * a))
+    around = min(parameters, b * width)
+    return Shape(blocks, width, round(8 * width / 3), 32_000, (parameters - around) // blocks, around)
+
+
+def device_bytes(run: Run, away: bool = False, batch: int = BATCH) -> dict[str, float]:
+    """By item, at the stage where all of them together take most; `away`: weights in CPU memory or on the disk."""
+    return max(_stages(run, away, batch), key=lambda items: sum(items.values()))
+
+
+def device_gb(run: Run, away: bool = False, batch: int = BATCH) -> float:
+    """What they are together, with an allocator's slack and the accelerator's libraries."""
+    return 1e-9 * (SLACK * sum(device_bytes(run, away, batch).values()) + CONTEXT_BYTES)
+
+
+def home_on(run: Run, card_gb: float) -> tuple[str | None, float]:
+    """Where weights are on a card of that size, and the memory of the card that the cell takes then in GB.
+
+    `device`, or `away`; None, with what the nearest of the two takes, where neither fits.
+    """
+    whole = device_gb(run)
+    if whole <= card_gb:
+        return "device", whole
+    if needs_all_weights(run):
+        return None, whole
+    part = device_gb(run, away=True)
+    return ("away" if part <= card_gb else None), part
+
+
+def weights_gb(run: Run) -> float:
+    return 1e-9 * BYTES.get(run.dtype, 2) * (models.find(run.model).parameters or 0)
+
+
+def needs_all_weights(run: Run) -> str | None:
+    """What of a cell cannot be done with weights away from the device."""
+    if isinstance(run.recovery, Retraining):
+        return "retraining"
+    if run.method is not None and run.method.needs_all_weights:
+        return "pruning channels of the residual stream"
+    if any(isinstance(what, Efficiency) and what.batch_sizes and what.lengths for what in run.measures):
+        return "the speed of a model"
+    return None
+
+
+def _stages(run: Run, away: bool, batch: int) -> list[dict[str, float]]:
+    shape, size = shape_of(run.model), BYTES.get(run.dtype, 2)
+    weights = size * (max(2 * shape.block, shape.block + shape.around) if away else shape.parameters)
+    stages = [{"weights": weights, "activations": _measured(run, shape, size, batch)}]
+    if run.calibrates and run.windows:
+        stages += _pruning(run, shape, size, weights, away, batch)
+    if isinstance(run.recovery, Retraining):
+        stages.append({"weights": weights, **_training(run.recovery, shape, size)})
+    return stages
+
+
+def _pruning(run: Run, shape: Shape, size: int, weights: float, away: bool, batch: int) -> list[dict[str, float]]:
+    assert run.windows is not None
+    assert run.method is not None
+    length, tokens = run.windows.length, run.windows.count * run.windows.length
+    key = run.method.statistics_key or {}
+    stages = []
+    if key.get("kind") in ("gradient_norms", "group_scores"):
+        at_once = length if key["kind"] == "gradient_norms" else max(length, min(tokens, 2048))
+        blocks = 1 if away else shape.blocks
+        sums = 4 * shape.block * blocks if key["kind"] == "gradient_norms" else 0
+        logits = min(LOGITS_BYTES, 12 * at_once * shape.vocabulary) if away else 12 * at_once * shape.vocabulary
+        kept = 2 * size * min(tokens, HELD_TOKENS) * shape.width if away else 0
+        graph = at_once * blocks * (14 * shape.width + 5 * shape.channels) * size
+        stages.append(
+            {"weights": weights, "activations": graph + logits + kept, "statistics": sums + size * shape.block}
+        )
+    if run.method.walks:
+        rows = min(batch, run.windows.count) * length
+        hidden = size * shape.width * (min(tokens, HELD_TOKENS) if away else tokens)
+        name = type(run.method).__name__
+        squares = 3 * shape.width**2 + shape.channels**2
+        hessians = 4 * squares + (2 * 4 + 3 * 8) * max(shape.channels, shape.width) ** 2 if name == "SparseGPT" else 0
+        sums = 0 if away or key.get("kind") != "gradient_norms" else 4 * shape.block * shape.blocks
+        stages.append(
+            {
+                "weights": weights,
+                "activations": hidden + _inside(shape, size, rows),
+                "statistics": hessians + sums + 8 * shape.width * shape.channels,  # scores of one matrix
+            }
+        )
+    return stages
+
+
+def _measured(run: Run, shape: Shape, size: int, batch: int) -> float:
+    most = 0.0
+    for what in run.measures:
+        if isinstance(what, Perplexity):
+            most = max(most, _inside(shape, size, batch * what.window) + LOGITS_BYTES)
+        elif isinstance(what, ZeroShot):
+            most = max(most, _inside(shape, size, SCORED_TOKENS) + LOGITS_BYTES)
+        elif isinstance(what, Efficiency) and what.batch_sizes and what.lengths:
+            rows = max(what.batch_sizes) * (max(what.lengths) + what.new_tokens)
+            most = max(most, _inside(shape, size, rows) + 2 * size * rows * shape.blocks * shape.width)
+    return most
+
+
+def _inside(shape: Shape, size: int, tokens: int) -> float:
+    """What so many tokens take within a block: hidden states and the MLP's channels, or the heads' queries and keys."""
+    return size * tokens * (4 * shape.width + 3 * shape.channels)
+
+
+def _training(recovery: Retraining, shape: Shape, size: int) -> dict[str, float]:
+    """Blocks recompute their activations, so each keeps its inputs alone."""
+    tokens = (recovery.micro_batch_size or recovery.batch_size) * recovery.text.length
+    trainable = recovery.trainable
+    trained = shape.parameters if trainable.weights else 0
+    rank = getattr(trainable.adapters, "rank", 0)
+    trained += rank * shape.blocks * (9 * shape.width + 3 * (shape.width + shape.channels))
+    trained += shape.vocabulary * shape.width * (trainable.head + trainable.embeddings)
+    kept = size * tokens * shape.width * shape.blocks
+    graph = size * tokens * (14 * shape.width + 5 * shape.channels)
+    return {"training": 16 * trained, "activations": kept + graph + 12 * tokens * shape.vocabulary}

@@ -1,0 +1,409 @@
+"""Where a model's weights are while nobody uses them: in place, in CPU memory, or on the disk.
+
+A model away from home has a placeholder for every weight: the right shape, type and device, one NaN in memory.  Its
+parts (each decoder block, each other layer that holds weights) come to the device when they run and go again; `held`
+keeps one there for as long as something is done with it.  A thread fetches the part that comes next meanwhile.
+
+    homes.settle(model, homes.Memory(model), "cuda")          # from CPU memory
+    model = opening.open_folder(folder, device="cuda")        # from the checkpoint's own files
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pruners import anatomy, storage
+from pruners.lazy import Tensor, nn, torch
+from pruners.shards import Shards
+
+ATTRIBUTE = "_weights_home"  # of the model and of the module of every part
+
+
+class Source(ABC):
+    """Keeps tensors by their names in the model."""
+
+    kind: str
+
+    @abstractmethod
+    def read(self, name: str) -> Tensor: ...
+
+    @abstractmethod
+    def write(self, part: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep what a part holds now; `part` is its name."""
+
+    @property
+    def bytes_read(self) -> int:
+        return 0
+
+
+class Memory(Source):
+    """CPU memory: the tensors that the model came with."""
+
+    kind = "host"
+
+    def __init__(self, model: nn.Module) -> None:
+        self.tensors = {name: p.data for name, p in model.named_parameters()}
+
+    def read(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def write(self, part: str, tensors: Mapping[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            before = self.tensors.get(name)
+            self.tensors[name] = tensor.to("cpu" if before is None else before.device)
+
+
+class Disk(Source):
+    """The files of a checkpoint, which stay as they are, and what was changed since, a file for each part in `folder`.
+
+    `names` maps names in the model to those in the files.  `mark` says what the changes belong to: a part that another
+    process left in `folder` is taken over by `restore` where it carries the same mark.
+    """
+
+    kind = "disk"
+
+    def __init__(
+        self, shards: Shards, names: Mapping[str, str], folder: Path | None = None, mark: str = "", otherwise: str = ""
+    ) -> None:
+        self.shards, self.names, self.mark = shards, dict(names), mark
+        self._own = tempfile.TemporaryDirectory(prefix="pruned-weights-") if folder is None else None
+        self.folder = Path(folder or self._own.name)  # type: ignore[union-attr]
+        self.otherwise = otherwise or storage.OTHERWISE
+        self._changed: dict[str, Shards] = {}  # by name in the model
+        self._read_before = 0
+
+    def read(self, name: str) -> Tensor:
+        changed = self._changed.get(name)
+        return self.shards[self.names[name]] if changed is None else changed[name]
+
+    def write(self, part: str, tensors: Mapping[str, Tensor]) -> None:
+        storage.write_tensors(self._path(part), tensors, {"mark": self.mark}, self.otherwise, flushed=False)
+        self._take(part)
+
+    def restore(self, part: str) -> bool:
+        """Whether a finished file of that part was there, verified by its checksum; it is read from now on."""
+        try:
+            if storage.read_tensors(self._path(part))[1].get("mark") != self.mark:
+                return False
+        except (FileNotFoundError, storage.DamagedError):
+            return False
+        self._take(part)
+        return True
+
+    def forget(self) -> None:
+        self._changed.clear()
+
+    def _take(self, part: str) -> None:
+        found = Shards([self._path(part)])
+        for name in found:
+            if name in self._changed:
+                self._read_before += self._changed[name].bytes_read
+                self._changed[name].bytes_read = 0
+            self._changed[name] = found
+
+    def _path(self, part: str) -> Path:
+        return self.folder / f"{part}.safetensors"
+
+    @property
+    def bytes_read(self) -> int:
+        changed = {id(shards): shards.bytes_read for shards in self._changed.values()}
+        return self.shards.bytes_read + self._read_before + sum(changed.values())
+
+
+class Values(Mapping[str, Tensor]):
+    """The tensors of a model at home by name, tied ones under every name, of the types that the model has them in."""
+
+    def __init__(self, home: Home) -> None:
+        self._home = home
+        self._parameters = dict(home.model.named_parameters(remove_duplicate=False))
+
+    def __getitem__(self, name: str) -> Tensor:
+        parameter = self._parameters[name]
+        return self._home.source.read(self._home.first_name(parameter, name)).to(parameter.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parameters)
+
+    def __len__(self) -> int:
+        return len(self._parameters)
+
+
+@dataclass
+class Part:
+    """A decoder block, or another module that holds weights of its own."""
+
+    name: str
+    module: nn.Module
+    recurse: bool
+    uses: int = 0
+    changed: bool = False
+    loads: int = 0
+    taken: list[nn.Parameter] = field(default_factory=list)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """By their names in the model."""
+        return dict(self.module.named_parameters(self.name, recurse=self.recurse))
+
+
+class Home:
+    """Brings the parts of one model to `device` and back; made by `settle`."""
+
+    def __init__(self, model: nn.Module, source: Source, device: torch.device) -> None:
+        self.model, self.source, self.device = model, source, device
+        self.backwards = False  # which part comes next
+        self._all = _parts(model)
+        self._names = {p: name for name, p in model.named_parameters()}  # tied ones have their first name
+        self._uses: Counter[nn.Parameter] = Counter()
+        self._ahead: tuple[Part, Future[dict[str, Tensor]]] | None = None
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights")
+        self._buffers = _move_buffers(model, device)
+        self._forwards = [vars(part.module).get("forward") for part in self._all]
+        for part in self._all:
+            part.module.forward = self._holding(part, part.module.forward)
+            for parameter in part.parameters().values():
+                parameter.data = placeholder(parameter, device)
+            setattr(part.module, ATTRIBUTE, self)
+        setattr(model, ATTRIBUTE, self)
+        vars(model)["save_pretrained"] = _refuse_saving
+
+    @property
+    def parts(self) -> list[Part]:
+        """Those that the model still has."""
+        there = set(map(id, self.model.modules()))
+        return [part for part in self._all if id(part.module) in there]
+
+    def __deepcopy__(self, memo: Any) -> Home:
+        raise TypeError("A model whose weights are away from home cannot be copied; open its folder once more.")
+
+    @property
+    def sweeps(self) -> int:
+        """How often the blocks came from home, on average."""
+        loads = [part.loads for part in self.parts if part.recurse]
+        return round(sum(loads) / len(loads)) if loads else 0
+
+    @contextmanager
+    def hold(self, part: Part, changes: bool) -> Iterator[None]:
+        """The part's weights are on the device meanwhile; with `changes` they go home as they are at the end.
+
+        After an error they do not.
+        """
+        if not part.uses:
+            self._bring(part)
+        part.uses += 1
+        try:
+            yield
+            part.changed |= changes
+        finally:
+            part.uses -= 1
+            if not part.uses:
+                self._send(part)
+
+    def first_name(self, parameter: nn.Parameter, name: str) -> str:
+        """Of a parameter that is tied, where it is named first."""
+        return self._names.get(parameter, name)
+
+    def part_of(self, module: nn.Module) -> Part:
+        return next(part for part in self.parts if module is part.module)
+
+    def leave(self) -> None:
+        """Put every weight and buffer back in place, in the memory where it is kept."""
+        self._thread.shutdown()
+        for part, own in zip(self._all, self._forwards, strict=True):
+            del part.module.forward
+            if own is not None:
+                part.module.forward = own
+            for name, parameter in part.parameters().items():
+                parameter.data = self.source.read(self.first_name(parameter, name))
+            delattr(part.module, ATTRIBUTE)
+        for module, name, buffer in self._buffers:
+            module._buffers[name] = buffer
+        delattr(self.model, ATTRIBUTE)
+        del vars(self.model)["save_pretrained"]
+
+    def _holding(self, part: Part, forward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(forward)
+        def held_forward(*args: Any, **kwargs: Any) -> Any:
+            with self.hold(part, changes=False):
+                return forward(*args, **kwargs)
+
+        return held_forward
+
+    def _bring(self, part: Part) -> None:
+        there = part.parameters()
+        if any(not self._uses[p] for p in there.values()):
+            tensors = self._fetched(part)
+            part.loads += 1
+            with torch.inference_mode(False), torch.no_grad():
+                for name, parameter in there.items():
+                    if not self._uses[parameter]:
+                        parameter.data = tensors[name]
+        part.taken = list(there.values())
+        self._uses.update(part.taken)
+        self._fetch_next(part)
+
+    def _send(self, part: Part) -> None:
+        now = part.parameters()
+        if part.changed:
+            self.source.write(part.name, {self.first_name(p, name): p.data for name, p in now.items()})
+        part.changed = False
+        self._uses = +(self._uses - Counter(part.taken))
+        with torch.inference_mode(False), torch.no_grad():
+            for parameter in (*part.taken, *now.values()):
+                if not self._uses[parameter]:
+                    parameter.data = placeholder(parameter, self.device)
+
+    def _fetched(self, part: Part) -> dict[str, Tensor]:
+        ahead, self._ahead = self._ahead, None
+        if ahead and ahead[0] is part:
+            return ahead[1].result()
+        if ahead:  # of a part that did not come next
+            ahead[1].cancel()
+        return self._fetch(part)
+
+    def _fetch_next(self, part: Part) -> None:
+        parts = self.parts
+        at = parts.index(part) + (-1 if self.backwards else 1)
+        if 0 <= at < len(parts) and not parts[at].uses and self._ahead is None:
+            self._ahead = parts[at], self._thread.submit(self._fetch, parts[at])
+
+    def _fetch(self, part: Part) -> dict[str, Tensor]:
+        """The part's tensors on the device, of the types that the model has them in."""
+        with torch.inference_mode(False), torch.no_grad():
+            return {name: self._placed(name, p) for name, p in part.parameters().items()}
+
+    def _placed(self, name: str, parameter: nn.Parameter) -> Tensor:
+        tensor = self.source.read(self.first_name(parameter, name))
+        if tensor.shape != parameter.shape:
+            raise ValueError(
+                f"{name} is {list(tensor.shape)} where its weights are kept and {list(parameter.shape)} in the model; "
+                "the files changed under way. Run again."
+            )
+        if self.device.type != "cuda" or tensor.device.type != "cpu":
+            return tensor.to(self.device, parameter.dtype)
+        stream = torch.cuda.Stream(self.device)
+        with torch.cuda.stream(stream):
+            moved = tensor.pin_memory().to(self.device, non_blocking=True).to(parameter.dtype)
+        stream.synchronize()
+        moved.record_stream(torch.cuda.default_stream(self.device))
+        return moved
+
+
+def placeholder(parameter: Tensor, device: torch.device) -> Tensor:
+    """One NaN in the shape of a weight: what reads it by mistake is noticed, and writing to it is an error."""
+    return torch.full((), torch.nan, dtype=parameter.dtype, device=device).expand(parameter.shape)
+
+
+def settle(model: nn.Module, source: Source, device: Any) -> Home:
+    """From now on the model's weights are at `source` and work on `device`; buffers stay there."""
+    return Home(model, source, torch.device(device))
+
+
+def of(model: nn.Module) -> Home | None:
+    """The model's home; None where its weights are in place."""
+    home: Home | None = vars(model).get(ATTRIBUTE)
+    return home
+
+
+def on_disk(model: nn.Module) -> Disk | None:
+    """Where the weights of a model are whose home is the disk."""
+    home = of(model)
+    return home.source if home is not None and isinstance(home.source, Disk) else None
+
+
+@contextmanager
+def held(*modules: nn.Module, changes: bool = False) -> Iterator[None]:
+    """The weights of these parts of a model (a block's module, its embeddings, its head) are in place meanwhile.
+
+    With `changes` what is done to them stays.  Nothing happens where weights are in place anyhow.
+    """
+    with ExitStack() as stack:
+        for module in modules:
+            if (home := of(module)) is not None:
+                stack.enter_context(home.hold(home.part_of(module), changes))
+        yield
+
+
+def around_the_blocks(model: nn.Module) -> list[nn.Module]:
+    """The parts that are no decoder blocks: embeddings, norms and projections outside of them, the head."""
+    home = of(model)
+    return [] if home is None else [part.module for part in home.parts if not part.recurse]
+
+
+@contextmanager
+def lent(model: nn.Module, device: torch.device | None) -> Iterator[None]:
+    """The parts of a model in memory come to `device` when they run, for a while; None: it works where it is."""
+    if device is None or of(model) is not None or same(device, next(model.parameters()).device):
+        yield
+        return
+    home = settle(model, Memory(model), device)
+    try:
+        yield
+    finally:
+        home.leave()
+
+
+@contextmanager
+def intact(model: nn.Module) -> Iterator[None]:
+    """After an error within, a model at home on the disk is again what it was opened as."""
+    try:
+        yield
+    except BaseException:
+        if disk := on_disk(model):
+            disk.forget()
+        raise
+
+
+def each(model: nn.Module) -> Iterator[Mapping[str, nn.Parameter]]:
+    """The parameters of the model's parts by name, one part after the other in place; tied ones come once."""
+    home = of(model)
+    if home is None:
+        yield dict(model.named_parameters())
+        return
+    for part in home.parts:
+        with home.hold(part, changes=False):
+            yield {name: p for name, p in part.parameters().items() if home.first_name(p, name) == name}
+
+
+def same(one: torch.device, other: torch.device) -> bool:
+    """Whether two devices are one; a kind without a number is its first."""
+    return one.type == other.type and (one.index or 0) == (other.index or 0)
+
+
+def _refuse_saving(*_: Any, **__: Any) -> None:
+    raise ValueError(
+        "This model's weights are away from home, and transformers would save their placeholders; use "
+        "pruners.checkpoint.save(model, tokenizer, folder)."
+    )
+
+
+def _move_buffers(model: nn.Module, device: torch.device) -> list[tuple[nn.Module, str, Tensor]]:
+    """Those that were elsewhere, as they were."""
+    moved = []
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device != device:
+                moved.append((module, name, buffer))
+                module._buffers[name] = buffer.to(device)
+    return moved
+
+
+def _parts(model: nn.Module) -> list[Part]:
+    """What lies before the blocks, the blocks, what lies behind them, as the model names them."""
+    blocks = {block.name: block.module for block in anatomy.blocks(model)}
+    inside = tuple(f"{name}." for name in blocks)
+    found: list[Part] = []
+    for name, module in model.named_modules():
+        if name in blocks:
+            found.append(Part(name, module, recurse=True))
+        elif not name.startswith(inside) and any(True for _ in module.parameters(recurse=False)):
+            found.append(Part(name, module, recurse=False))
+    return found

@@ -1,0 +1,135 @@
+"""Models whose weights stay in the files of their checkpoint, to be read part by part.
+
+    model = opening.open_folder("llama-65b", device="cuda")
+    pruners.prune(model, pruners.Wanda(0.5), windows)        # as any other model; what changes lies in `work`
+    pruners.checkpoint.save(model, tokenizer, "wanda-50")
+
+transformers builds the model, renames and ties its weights as always, but of tensors without values; which tensor of
+the files became which parameter is told by their storage.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig, PreTrainedModel
+
+from pruners import checks, homes, inputs
+from pruners.checks import AnyPath, Folder
+from pruners.modeling_pruned import check_complete, check_shards, indexed
+from pruners.shards import Shards
+
+
+@checks.arguments
+def open_folder(
+    folder: AnyPath, *, dtype: Any = "auto", device: Any = None, work: Folder | None = None, mark: str = ""
+) -> PreTrainedModel:
+    """The model of a folder with its weights at home on the disk, in evaluation mode, to be run on `device` (the CPU).
+
+    What is changed about it goes to `work`, a folder of its own (None: a temporary one), with `mark`, by which another
+    process knows finished parts of the same work.  `dtype` is a torch dtype, or `auto` for the one it was saved in.
+    Raises ValueError where tensors and configuration disagree, for damaged files, and for a checkpoint whose tensors
+    are put together while they are loaded (experts one by one); FileNotFoundError for files that are not there.
+    """
+    folder = Path(folder).expanduser()
+    model, info = opened(folder, dtype=dtype, device=device, work=work, mark=mark)
+    check_complete(folder, info)
+    return model
+
+
+def opened(
+    folder: Path, *, dtype: Any = "auto", device: Any = None, work: Path | None = None, mark: str = ""
+) -> tuple[Any, dict[str, Any]]:
+    """The same with what transformers tells of missing, unexpected and mismatched weights, which nobody has checked."""
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} is no model folder: it has no config.json.")
+    place = inputs.usable_device(device) or torch.device("cpu")
+    check_shards(folder)
+    shards = Shards(_files(folder))
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    model, info, names = _built(config, shards, dtype, folder)
+    if (folder / "generation_config.json").is_file() and model.can_generate():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    _fill_buffers(model, shards, names, place)
+    _hollow(model, place)
+    if info["missing_keys"] or info["mismatched_keys"]:
+        return model, info  # nobody may use it
+    homes.settle(model, homes.Disk(shards, names, work, mark), place)
+    return model.eval(), info
+
+
+def _files(folder: Path) -> list[Path]:
+    named = [folder / name for name in indexed(folder)]
+    if named and all(path.is_file() for path in named):
+        return named
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    raise FileNotFoundError(f"{folder} has no weights as model.safetensors or as the files of an index of them.")
+
+
+def _built(config: Any, shards: Shards, dtype: Any, folder: Path) -> tuple[Any, dict[str, Any], dict[str, str]]:
+    """The model on the meta device, and by parameter and buffer the tensor of the files that it is."""
+    state = {name: shards.empty(name) for name in shards}
+    kind = config.dtype if dtype == "auto" else dtype
+    kind = kind or next((t.dtype for t in state.values() if t.is_floating_point()), torch.float32)
+    state = {name: tensor.to(kind) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    whose = {_storage(tensor): name for name, tensor in state.items()}
+    load: Any = PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]  # subclasses' need a folder
+    model, info = load(
+        MODEL_FOR_CAUSAL_LM_MAPPING[type(config)],
+        None,
+        config=config,
+        state_dict=state,
+        dtype=kind,
+        device_map={"": "meta"},
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # told apart by the caller
+    )
+    names, made = {}, []
+    absent = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if (source := whose.get(_storage(tensor))) or (name in shards and shards.empty(name).shape == tensor.shape):
+            names[name] = source or name
+        elif isinstance(tensor, nn.Parameter) and name not in absent:
+            made.append(name)
+    if made:
+        raise ValueError(
+            f"{made[0]} of {folder} is put together from several tensors while it is loaded, so it cannot be read part "
+            "by part; keep this model's weights on the device or in CPU memory."
+        )
+    return model, info, names
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _fill_buffers(model: Any, shards: Shards, names: dict[str, str], place: torch.device) -> None:
+    """Buffers of the files from there; the others as the model computes them."""
+    for path, module in model.named_modules():
+        computed = []
+        for name, buffer in module._buffers.items():
+            if buffer is None or not buffer.is_meta:
+                continue
+            source = names.get(f"{path}.{name}" if path else name)
+            if source is None:
+                module._buffers[name] = torch.empty_like(buffer, device=place)
+                computed.append(name)
+            else:
+                module._buffers[name] = shards[source].to(place, buffer.dtype)
+        if computed:
+            model._init_weights(module)
+
+
+def _hollow(model: nn.Module, place: torch.device) -> None:
+    """A placeholder for every weight, the same for those that are tied."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, old in module._parameters.items():
+            if old is not None and old.is_meta:
+                if old not in made:
+                    made[old] = nn.Parameter(homes.placeholder(old, place), requires_grad=old.requires_grad)
+                module._parameters[name] = made[old]

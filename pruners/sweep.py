@@ -1,0 +1,64 @@
+"""Forward passes over many inputs that read the weights once: a block's weights come, all inputs go through it.
+
+    for number in sweep.over(model, inputs):
+        logits = model(inputs[number], use_cache=False).logits      # or the decoder's hidden states
+
+What stands in the loop runs what lies before and behind the blocks; the blocks hand on what they have made of that
+input.  Every input keeps its own shape, so the numbers are those of separate passes to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from pruners import anatomy, homes, memory
+from pruners.lazy import Int, Tensor, nn
+from pruners.stream import Arguments, handing_on, inputs_of
+
+COPIES = 3  # of an input's hidden states: before and after a block, and what stands beside them
+
+
+def over(model: nn.Module, inputs: Sequence[Int[Tensor, "rows tokens"]]) -> Iterator[int]:
+    """The numbers of the inputs in order; where weights are in place the loop's own passes compute everything."""
+    if homes.of(model) is None:
+        yield from range(len(inputs))
+        return
+    done = 0
+    while done < len(inputs):
+        together = _fitting(model, inputs[done:])
+        for number in _one(model, inputs[done : done + together]):
+            yield done + number
+        done += together
+
+
+def _one(model: Any, inputs: Sequence[Tensor]) -> Iterator[int]:
+    hidden: list[Any] = []
+    others: list[list[Arguments]] = []
+    returned: list[tuple[Any, ...]] = []
+    with homes.held(model.get_input_embeddings()):
+        for tokens in inputs:
+            states, arguments = inputs_of(model, tokens, returned)
+            hidden.append(states)
+            others.append(arguments)
+    for block in anatomy.blocks(model):
+        with homes.held(block.module):
+            for number, states in enumerate(hidden):
+                made = block.module(states, **others[number][block.index])
+                hidden[number] = made if isinstance(made, Tensor) else made[0]
+    with homes.held(*homes.around_the_blocks(model)):
+        for number, states in enumerate(hidden):
+            with handing_on(model, states, returned):
+                yield number
+            hidden[number] = None
+
+
+def _fitting(model: Any, inputs: Sequence[Tensor]) -> int:
+    """How many inputs from the first on have room for their hidden states; one at least."""
+    room = memory.SHARE * memory.free_bytes(model.device)
+    width = model.config.hidden_size * model.dtype.itemsize * COPIES
+    for number, tokens in enumerate(inputs):
+        room -= tokens.numel() * width
+        if room < 0:
+            return max(number, 1)
+    return len(inputs)

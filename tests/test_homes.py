@@ -1,0 +1,152 @@
+"""Weights away from home, in CPU memory or in a checkpoint's files: part by part, and the same numbers to the bit."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import pruners
+from eval.perplexity import perplexity
+from pruners import checkpoint, gradients, homes, opening
+from tests import families
+
+
+@pytest.fixture(params=families.TINY)
+def family(request):
+    return request.param
+
+
+def saved(kind, folder, dtype=torch.float32):
+    model = families.tiny(kind).to(dtype)
+    model.save_pretrained(folder, max_shard_size="20KB")
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+
+
+def test_a_model_on_the_disk_computes_what_it_computes_in_memory(family, tmp_path):
+    dtype = torch.bfloat16
+    plain, tokens = saved(family, tmp_path, dtype), families.windows(family)
+    if family in families.EXPERTS:
+        with pytest.raises(ValueError, match=r"put together from several tensors .* keep this model's weights on"):
+            opening.open_folder(tmp_path)
+        return
+    model = opening.open_folder(tmp_path)
+    assert model.dtype == dtype
+    assert all(p.untyped_storage().nbytes() <= 8 for p in model.parameters())
+    with torch.inference_mode():
+        assert torch.equal(model(tokens).logits, plain(tokens).logits)
+        assert torch.equal(model(tokens).logits, plain(tokens).logits)
+    assert all(p.untyped_storage().nbytes() <= 8 for p in model.parameters())
+    assert homes.of(model).sweeps == 2
+    assert model.num_parameters() == plain.num_parameters()
+
+
+KIND = "llama"
+BLOCKS = {"attention_blocks": (0, 3), "mlp_blocks": (0, 3)}
+METHODS = {
+    **{name: pruners.METHODS[name](sparsity=0.5) for name in ("magnitude", "wanda", "sparsegpt", "gblm", "random")},
+    "gradient, l1": pruners.Gradient(0.5, norm="l1"),
+    "wanda 2:4": pruners.Wanda(pattern="2:4"),
+    "flap": pruners.Flap(ratio=0.4),
+    "flap UL-UM": pruners.Flap(ratio=0.4, structure="UL-UM"),
+    "wanda_sp": pruners.WandaSP(ratio=0.4),
+    "magnitude_sp": pruners.MagnitudeSP(ratio=0.4),
+    **{
+        f"llm_pruner {importance}": pruners.LLMPruner(ratio=0.4, importance=importance, **BLOCKS)
+        for importance in ("vector", "element1", "element2", "element_mix", "l1", "l2", "random")
+    },
+    "llm_pruner in steps": pruners.LLMPruner(ratio=0.5, steps=2, **BLOCKS),
+    "llm_pruner layers": pruners.LLMPruner(ratio=0.4, granularity="layer"),
+}
+
+
+def same_weights(model, plain):
+    found = {name: p.detach().clone() for part in homes.each(model) for name, p in part.items()}
+    expected = dict(plain.named_parameters())
+    return found.keys() == expected.keys() and all(torch.equal(found[name], p) for name, p in expected.items())
+
+
+def at_home(home, folder):
+    """The saved model with its weights there."""
+    if home == "disk":
+        return opening.open_folder(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    if home == "host":
+        homes.settle(model, homes.Memory(model), "cpu")
+    return model
+
+
+@pytest.mark.parametrize("home", ["host", "disk"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("cut", [True, False])
+def test_every_method_prunes_the_same_from_every_home(home, method, cut, tmp_path):
+    if not cut and isinstance(METHODS[method], pruners.Unstructured):
+        pytest.skip("cut is for structured methods")
+    plain, tokens = saved(KIND, tmp_path), families.windows(KIND, 5)
+    model = at_home(home, tmp_path)
+    expected = pruners.prune(plain, METHODS[method], tokens, batch_size=2, cut=cut).to_dict()
+    found = pruners.prune(model, METHODS[method], tokens, batch_size=3, cut=cut).to_dict()
+    assert {**found, "seconds": 0} == {**expected, "seconds": 0}
+    assert same_weights(model, plain)
+    with torch.inference_mode():
+        assert torch.equal(model(tokens).logits, plain(tokens).logits)
+
+
+@pytest.mark.parametrize("method", ["gblm", "flap"])
+def test_every_family_prunes_the_same_from_the_disk(family, method, tmp_path):
+    if family in families.EXPERTS:
+        pytest.skip("its checkpoint is put together while it is loaded")
+    plain, tokens = saved(family, tmp_path), families.windows(family)
+    model = opening.open_folder(tmp_path)
+    for subject, size in ((plain, 4), (model, 2)):
+        pruners.prune(subject, METHODS[method], tokens, batch_size=size)
+    assert same_weights(model, plain)
+
+
+def test_perplexity_reads_the_weights_once(family, tmp_path):
+    if family in families.EXPERTS:
+        pytest.skip("its checkpoint is put together while it is loaded")
+    plain, tokens = saved(family, tmp_path), families.windows("any", 12).flatten()
+    model = opening.open_folder(tmp_path)
+    try:
+        expected = perplexity(plain, tokens, 16, batch_size=5)
+    except ValueError as error:
+        with pytest.raises(ValueError, match=re.escape(str(error))):
+            perplexity(model, tokens, 16, batch_size=5)
+        return
+    assert perplexity(model, tokens, 16, batch_size=5) == expected
+    assert homes.of(model).sweeps <= 3  # of the text, of a few tokens to see what follows the head, of the first block
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "bloom", "falcon: multi-query", "gpt2", "chatglm"])
+def test_a_pruned_model_is_saved_shard_by_shard(tmp_path, family):
+    plain, model = saved(family, tmp_path / "dense"), opening.open_folder(tmp_path / "dense")
+    for place, subject in (("plain", plain), ("disk", model)):
+        pruners.prune(subject, pruners.MagnitudeSP(0.5))
+        checkpoint.save(subject, None, tmp_path / place, max_shard_size="20KB")
+    kept, alike = (
+        {p.name for p in (tmp_path / place).iterdir() if "-of-" not in p.name} for place in ("plain", "disk")
+    )
+    assert kept == alike
+    assert json.loads((tmp_path / "disk" / "config.json").read_text()) == json.loads(
+        (tmp_path / "plain" / "config.json").read_text()
+    )
+    again, _ = checkpoint.load(tmp_path / "disk")
+    assert same_weights(opening.open_folder(tmp_path / "disk"), again)
+    expected, _ = checkpoint.load(tmp_path / "plain")
+    assert same_weights(again, expected)
+
+
+@pytest.mark.parametrize("kind", ["llama", "chatglm"])
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+def test_the_loss_in_pieces_gives_the_same_gradients(kind, norm, tmp_path, monkeypatch):
+    plain, tokens = saved(kind, tmp_path), families.windows(kind)
+    expected = pruners.gather(plain, pruners.Gradient(0.5, norm=norm), tokens)
+    monkeypatch.setattr(gradients, "LOGITS", 5 * plain.config.vocab_size)
+    found = pruners.gather(opening.open_folder(tmp_path), pruners.Gradient(0.5, norm=norm), tokens)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)

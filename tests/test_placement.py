@@ -1,0 +1,228 @@
+"""Where a cell's weights are moves no number, is chosen by the room there is, and is refused before any work."""
+
+from __future__ import annotations
+
+import copy
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import small_table as small
+import torch
+
+import pruners
+from eval.scorer import Scorer
+from experiments import cells, models, placement
+from experiments.__main__ import main
+from experiments.batch import run_table
+from experiments.settings import Settings
+from experiments.spec import Efficiency, Generation, MaskPatterns, Run
+from experiments.store import records
+from pruners import homes, memory, opening, retrain
+
+needs_model = pytest.mark.skipif(not small.MODEL.is_dir(), reason=f"{small.MODEL} is absent")
+RUN = Run("llama-7b", pruners.Wanda(0.5), small.WINDOWS, (small.PPL,), dtype="float16")
+BLOCKS = {"attention_blocks": (1, 5), "mlp_blocks": (1, 5)}
+METHODS = (
+    None,
+    pruners.Wanda(sparsity=0.5),
+    pruners.GBLM(sparsity=0.5),
+    pruners.Flap(ratio=0.3),
+    pruners.LLMPruner(ratio=0.4, **BLOCKS),
+)
+MEASURES = (small.PPL, Efficiency((), ()), MaskPatterns(1), Generation(new_tokens=4))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return small.data(tmp_path_factory.mktemp("data"))
+
+
+def results(root: Path) -> dict[str, tuple]:
+    return {id: (r.spec, r.achieved, r.measures, r.data) for id, r in records.load(root, "tiny").items()}
+
+
+@needs_model
+def test_records_are_the_same_wherever_the_weights_were(tmp_path, data, capsys):
+    chosen = cells.cells(small.table(METHODS, measures=MEASURES).runs())
+    reconstructed = replace(chosen[1].run, recovery=retrain.Reconstruction(retrain.Trainable(norms=True), steps=2))
+    chosen += cells.cells([reconstructed])
+    for home in ("device", "disk"):
+        assert not run_table("tiny", chosen, Settings(tmp_path / home, data_dir=data, weights=home)).failed
+    expected = without_seconds(results(tmp_path / "device"))
+    assert without_seconds(results(tmp_path / "disk")) == expected
+    told = {home: records.load(tmp_path / home, "tiny")[chosen[1].id].made_by.weights for home in ("device", "disk")}
+    assert told["device"] == {"home": "device", "reason": "asked for"}
+    weights = sum(path.stat().st_size for path in small.MODEL.glob("*.safetensors"))
+    assert weights / 2 < told["disk"]["bytes_read"] / told["disk"]["sweeps"] < 2 * weights
+    assert capsys.readouterr().err.count("Weights on the disk: asked for.") == 1
+    assert not list((tmp_path / "disk" / ".cache").rglob("*/weights/*"))
+
+
+def without_seconds(found):
+    """Reconstruction tells its blocks' seconds, which no two runs share."""
+    return json.loads(json.dumps(found), object_hook=lambda told: {k: v for k, v in told.items() if k != "seconds"})
+
+
+@needs_model
+def test_answers_are_the_same_and_the_weights_are_read_once(tmp_path):
+    plain, tokenizer = models.load(small.MODEL)
+    away, _ = models.load(small.MODEL, weights="disk")
+    draw = torch.Generator().manual_seed(0)
+    requests = []
+    for number in range(70):
+        tokens = torch.randint(5, 500, (9 + number,), generator=draw).tolist()
+        requests.append((("before", str(number)), tokens[:-3], tokens[-3:]))
+    expected = Scorer(plain, tokenizer)._loglikelihood_tokens(requests)
+    assert Scorer(away, tokenizer)._loglikelihood_tokens(requests) == expected
+    assert homes.of(away).sweeps <= 2
+
+
+def killed(root: Path, data: Path) -> None:
+    """Run a cell of seven blocks slowly, until the process is killed."""
+    from experiments.store import blocks
+
+    restore = blocks.WrittenBlocks.keep
+    blocks.WrittenBlocks.keep = lambda self, block: (restore(self, block), time.sleep(0.2))
+    run_table("tiny", cells.cells([slow_run()]), Settings(root, data_dir=data, weights="disk"))
+
+
+def slow_run() -> Run:
+    return Run(str(small.MODEL), pruners.SparseGPT(sparsity=0.5), small.WINDOWS, (small.PPL,))
+
+
+@needs_model
+def test_a_killed_cell_goes_on_from_the_blocks_on_the_disk(tmp_path, data, monkeypatch):
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=killed, args=(tmp_path / "killed", data))
+    process.start()
+    deadline = time.monotonic() + 120
+    while len(list(tmp_path.rglob("*/weights/*.safetensors"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    finished = len(list((tmp_path / "killed").rglob("*/weights/model.layers.*.safetensors")))
+    pruned = []
+    remove = pruners.SparseGPT.remove
+    monkeypatch.setattr(
+        pruners.SparseGPT, "remove", lambda self, linears, *rest: (pruned.extend(linears), remove(self, linears, *rest))
+    )
+    found = cells.cells([slow_run()])
+    for root in ("killed", "whole"):
+        before = len(pruned)
+        assert not run_table("tiny", found, Settings(tmp_path / root, data_dir=data, weights="disk")).failed
+        done_now = len({name.split(".")[2] for name in pruned[before:]})
+        assert done_now == (5 - finished if root == "killed" else 5)
+    assert 2 <= finished < 5
+    assert results(tmp_path / "killed") == results(tmp_path / "whole")
+
+
+def chosen(monkeypatch, run, device_gb, host_gb, device="cuda:0", weights="auto"):
+    monkeypatch.setattr(memory, "free_bytes", lambda where="cpu": 1e9 * (host_gb if where == "cpu" else device_gb))
+    settings = Settings(device="cpu", weights=weights)
+    object.__setattr__(settings, "device", device)
+    return placement.choose(run, settings)
+
+
+def test_auto_takes_the_nearest_home_that_has_room(monkeypatch):
+    homes_found = [chosen(monkeypatch, RUN, *room).home for room in ((80, 200), (12, 200), (12, 8))]
+    assert homes_found == ["device", "host", "disk"]
+    assert chosen(monkeypatch, RUN, 0, 64, "cpu").home == "device"
+    assert chosen(monkeypatch, RUN, 0, 8, "cpu").home == "disk"
+    placed = chosen(monkeypatch, RUN, 12, 8)
+    assert str(placed).startswith("Weights on the disk: about 1")
+    assert "12.0 GB free on cuda; the weights are 13.5 GB, 8.0 GB of CPU memory free." in str(placed)
+
+
+WHOLE = {
+    "retraining": replace(RUN, recovery=small.retrained().runs()[0].recovery),
+    "pruning channels of the residual stream": replace(RUN, method=pruners.LLMPruner(0.2, granularity="channel")),
+    "the speed of a model": replace(RUN, measures=(Efficiency((1,), (64,)),)),
+}
+
+
+@pytest.mark.parametrize("what", WHOLE)
+def test_what_needs_all_weights_is_refused_away_from_the_device(monkeypatch, what):
+    said = f"{what} needs all weights of llama-7b on the device, 13.5 GB"
+    for home in ("host", "disk"):
+        with pytest.raises(ValueError, match=f"{said}; leave out --weights {home}"):
+            chosen(monkeypatch, WHOLE[what], 80, 80, weights=home)
+    with pytest.raises(ValueError, match=f"{said}, and cuda:0 has 12.0 GB free; take a larger one"):
+        chosen(monkeypatch, WHOLE[what], 12, 200)
+    assert chosen(monkeypatch, WHOLE[what], 200, 200).home == "device"
+
+
+@needs_model
+def test_too_little_disk_for_the_pruned_copy_is_said_before_the_start(tmp_path, data, monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(2**40, 2**40, 2**20))
+    monkeypatch.setattr(models, "load", lambda *_: pytest.fail("nothing was to be loaded"))
+    found = cells.cells(small.table((pruners.Wanda(sparsity=0.5),)).runs())
+    assert run_table("tiny", found, Settings(tmp_path, data_dir=data, weights="disk")).failed
+    assert "takes 1.1 GB and the disk of" in capsys.readouterr().err
+
+
+@needs_model
+def test_a_shard_that_changes_or_goes_under_way_is_named(tmp_path, windows):
+    folder = tmp_path / "model"
+    shutil.copytree(small.MODEL, folder)
+    (file,) = folder.glob("*.safetensors")
+    model = opening.open_folder(folder)
+    tokens = windows.clamp(max=90)
+    pruners.prune(model, pruners.Wanda(0.5), tokens)
+    os.utime(file, ns=(1, 1))
+    with pytest.raises(ValueError, match=rf"{file} changed while its weights were being read"):
+        model(tokens)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match="a file of weights is gone"):
+        model(tokens)
+    with pytest.raises(FileNotFoundError, match=r"has no weights as model\.safetensors"):
+        opening.open_folder(folder)
+    file.write_bytes(b"\xff" * 64)
+    with pytest.raises(ValueError, match=rf"The weights in {file} are damaged"):
+        opening.open_folder(folder)
+
+
+@needs_model
+def test_an_error_leaves_a_model_on_the_disk_as_it_was(windows):
+    model = opening.open_folder(small.MODEL)
+    before = {name: p.clone() for part in homes.each(model) for name, p in part.items()}
+
+    def stop(done, total):
+        if done == 3:
+            raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        pruners.prune(model, pruners.Wanda(0.5), windows, progress=stop)
+    assert all(torch.equal(before[name], p) for part in homes.each(model) for name, p in part.items())
+
+
+@needs_model
+def test_homes_that_cannot_serve_are_refused(windows, tmp_path):
+    model = opening.open_folder(small.MODEL)
+    with pytest.raises(ValueError, match="needs all weights in place at once, on cpu, and they are away from home"):
+        pruners.prune(model, pruners.LLMPruner(0.2, granularity="channel"), windows)
+    with pytest.raises(TypeError, match="cannot be copied"):
+        copy.deepcopy(model)
+    with pytest.raises(ValueError, match=r"use pruners\.checkpoint\.save"):
+        model.save_pretrained(tmp_path)
+
+
+@needs_model
+def test_the_command_line_says_where_weights_go(tmp_path, data, monkeypatch, capsys):
+    from experiments import papers
+
+    monkeypatch.setitem(papers.TABLES, "tiny", small.table((pruners.Wanda(sparsity=0.5),)))
+    words = ["run", "tiny", "--results", str(tmp_path), "--data-dir", str(data)]
+    assert main([*words, "--weights", "disk"]) == 0
+    assert "Weights on the disk: asked for." in capsys.readouterr().err
+    (record,) = records.load(tmp_path, "tiny").values()
+    assert record.made_by.weights["home"] == "disk"
+    with pytest.raises(SystemExit):
+        main([*words, "--weights", "moon"])
+    assert "moon" in capsys.readouterr().err
