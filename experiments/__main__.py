@@ -69,7 +69,10 @@ def parser() -> argparse.ArgumentParser:
     show.add_argument(
         "--card", type=cli.gigabytes, default=80, metavar="GB", help="memory of one accelerator (default: 80)"
     )
-    for command in (listing, show, run, prune, compare):
+    audit = commands.add_parser("check-records", help="whether records can be believed, and which cells they fill")
+    audit.add_argument("results", nargs="+", type=cli.path, metavar="DIR", help="results folders")
+    audit.set_defaults(command=_check_records)
+    for command in (listing, show, run, prune, compare, audit):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return top
 
@@ -198,6 +201,23 @@ def _prune(asked: argparse.Namespace, rest: Sequence[str] = ()) -> int:
     from experiments.own import prune
 
     return prune.run(asked, rest)
+
+
+def _check_records(asked: argparse.Namespace) -> int:
+    from experiments.store import audit
+
+    broken = 0
+    for root in asked.results:
+        found = audit.audit(root)
+        broken += len(found.faults)
+        print("\n".join(found.faults))
+        rows = [(name, f"{filled} of {count}") for name, (filled, count) in found.filled.items()]
+        rows += [
+            (name, f"{count} records of a table that is not declared here") for name, count in found.strange.items()
+        ]
+        print(tabulate(rows, ("table", "cells filled"), disable_numparse=True))
+        print(f"{root}: {found.records} records, {len(found.faults)} faults.")
+    return cli.EXIT_FAILED if broken else 0
 
 
 def _compare(asked: argparse.Namespace) -> int:
