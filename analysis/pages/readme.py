@@ -32,7 +32,7 @@ FOLDER = "embedded"  # under results: the report and the figures
 BEGIN, END = "<!-- results: by `python -m analysis readme`, not by hand -->", "<!-- end of results -->"
 TABLES_BEGIN, TABLES_END = "<!-- tables: by `python -m analysis readme`, not by hand -->", "<!-- end of tables -->"
 PAPERS = {"flap": "FLAP", "gblm": "GBLM-Pruner", "perp": "PERP", "llm_pruner": "LLM-Pruner",
-          "baselines": "Wanda and SparseGPT", "embedded": "The embedded model, SmolLM2-135M"}  # fmt: skip
+          "baselines": "Wanda and SparseGPT", "embedded": "The embedded models"}  # fmt: skip
 WORDS = {"holds": "hold", "holds so far": "hold so far", "fails": "fail", "undecided": "undecided"}
 READING = (
     "Mean perplexity on SmolLM2-135M, a model small enough for two CPU cores; lower is better. ± is half the 95 % "

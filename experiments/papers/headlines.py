@@ -19,7 +19,7 @@ from experiments.labels import setting
 from experiments.papers import flap as flap_tables
 from experiments.papers import gblm as gblm_tables
 from experiments.papers import llm_pruner as llm_pruner_tables
-from experiments.papers.embedded import MODEL
+from experiments.papers.embedded import MODEL, label
 from experiments.recovery import Retraining
 from experiments.spec import MaskPatterns, Perplexity, Run, Table, Windows
 from pruners import GBLM, Flap, LLMPruner, Magnitude, MagnitudeSP, SparseGPT, Wanda, WandaSP
@@ -28,6 +28,7 @@ from pruners.retrain import MaskLoRA, Reconstruction, ScaleLoRA, Trainable
 SEEDS = (0, 1, 2)
 DTYPE = "bfloat16"
 PPL = Perplexity("embedded/wiki", window=512, limit=128)
+SHORT = Perplexity("embedded/wiki", window=512, limit=8)
 COUNT = 32
 ALPHA = 100 * 128 / COUNT  # the gradient term grows with the number of windows, and 100 belongs to 128
 SPARED = llm_pruner_tables.SPARED[0.2]
@@ -111,6 +112,33 @@ llm_pruner = Table(
         if run.method is None
         else ({value: name for name, value in IMPORTANCES.items()}[run.method.importance], "20 %")
     ),
+)
+
+
+def _short(method: Any, model: str, seed: int) -> Run:
+    """In float32, and with few tokens, so that it ends in half an hour on a CPU without bfloat16."""
+    windows = Windows("embedded/c4", 8, 256, seed)
+    if isinstance(method, Flap):
+        windows = Windows("embedded/c4", 16, 128, seed, "stream")
+    if method is LLMPruner:
+        method, windows = _by("element1", model, seed), Windows("embedded/c4", 10, 64, seed, "sentences")
+    return Run(model, method, windows, (SHORT,))
+
+
+architectures = Table(
+    name="embedded.architectures",
+    title="Two architectures, three calibration seeds: LLaMA's (SmolLM2-135M) and Gemma 3's (270M, after `make gemma`)",
+    rows=(
+        None,
+        Wanda(sparsity=0.5),
+        SparseGPT(sparsity=0.5),
+        GBLM(sparsity=0.5, norm="l1", alpha=100 * 128 / 8),
+        Flap(target_parameters=0.2),
+        LLMPruner,
+    ),
+    columns=tuple(product((MODEL, "gemma-3-270m-q4"), SEEDS)),
+    run=_short,
+    label=label,
 )
 
 # 8,192 tokens of retraining for every row, or of reconstruction for every block.  Each learning rate is the best of a
