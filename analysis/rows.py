@@ -54,7 +54,7 @@ class Row:
 
     @property
     def is_dense(self) -> bool:
-        return self.run.method is None and self.run.recovery is None
+        return self.run.method is None and self.run.recovery is None and not self.run.quantised
 
     @property
     def partial(self) -> list[str]:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from eval import latency
 from eval.checks import Progress, check_fits, check_model
+from eval.int8 import as_floats
 from eval.marks import begun
 from eval.matrices import decoder_matrices
 from pruners import checks, homes
@@ -113,7 +114,7 @@ def macs(model: PreTrainedModel, tokens: Count = MACS_TOKENS) -> int:
     check_fits(model, tokens, 0)
     ids = begun(model, torch.zeros(1, tokens, dtype=torch.long, device=model.device))
     counter = FlopCounterMode(display=False, custom_mapping=dict.fromkeys(GROUPED, _grouped_flops))
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _countable(model), counter:
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _countable(model), as_floats(model), counter:
         model(ids, use_cache=True)  # with a cache transformers reads no values of the mask, which meta tensors lack
     return counter.get_total_flops() // 2
 

@@ -21,7 +21,12 @@ def labels(runs: Sequence[Run], label: Callable[[Run], tuple[str, str]] | None =
     if label:
         return [label(run) for run in runs]
     varying = _varying([run.method for run in runs if run.method is not None])
-    return [(_method(run.method, varying) + recovery.label(run.recovery), setting(run.method)) for run in runs]
+    return [(_method(run.method, varying) + _stages(run), setting(run.method)) for run in runs]
+
+
+def _stages(run: Run) -> str:
+    """What follows pruning."""
+    return recovery.label(run.recovery) + (" + LLM.int8" if run.quantised else "")
 
 
 def setting(method: Any) -> str:

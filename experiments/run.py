@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pruners
+from eval import int8
 from eval.perplexity import token_sha256
 from experiments import distributed, measures, models, placement, provenance, recover, resume
 from experiments.data import corpora, tokens
@@ -62,11 +64,17 @@ def execute(
     group: distributed.Group | None = None,
 ) -> Record:
     """One cell from its model to its record, which is not stored yet; the ranks of `group` retrain it together."""
+    if run.quantised:
+        int8.library()
     session = _open(run, table, settings, board or Board(), group)
     passed = _dense_gate(session)
     achieved = _prune(session)
     if session.retrains:
         achieved["recovery"] = _retrain(session)
+    if run.quantised:
+        with session.stages("quantise"):
+            int8.quantise(session.subject.model)
+        achieved["quantised"] = f"bitsandbytes {metadata.version('bitsandbytes')}"
     identity = dict(session.subject.identity)
     record = Record(
         id=session.id,
@@ -236,7 +244,7 @@ def _measure(session: Session) -> Values:
     values: Values = {}
     with session.stages("measure"):
         for what in run.measures:
-            if run.method is None and run.recovery is None and isinstance(what, Perplexity):
+            if run.method is None and run.recovery is None and not run.quantised and isinstance(what, Perplexity):
                 values |= _dense(what, session)
                 continue
             progress = session.board.stage(f"measuring {what.key}", measures.work_tokens(what))

@@ -198,7 +198,8 @@ class MaskPatterns:
 class Run:
     """One cell: a model, a method (None is the dense model), its calibration and what is measured.
 
-    `recovery` follows pruning: a `recovery.Retraining`, or a `retrain.Reconstruction` block by block.
+    `recovery` follows pruning: a `recovery.Retraining`, or a `retrain.Reconstruction` block by block.  `quantised`: the
+    weights are then put into 8 bits by LLM.int8, before anything is measured.
     `model` is a name of the catalogue, a local folder, or NAME=FOLDER for a folder that is a model of the catalogue;
     `identity` is filled in by `experiments.models` (hub id and revision, or a fingerprint of the folder), so that two
     models never share an id.
@@ -210,6 +211,7 @@ class Run:
     measures: Annotated[tuple[Any, ...], checks.instance(tuple, "a tuple of measures")]
     dtype: str = "float32"
     recovery: Any = None
+    quantised: Flag = False
 
     def __post_init__(self) -> None:
         checks.fields(self)
@@ -244,6 +246,7 @@ class Run:
             "measures": [describe(measure) for measure in self.measures],
             "dtype": self.dtype,
             **recovery,
+            **({"quantised": "LLM.int8"} if self.quantised else {}),
         }
 
     def id(self, identity: dict[str, Any] | None = None) -> str:

@@ -180,7 +180,7 @@ REFUSED = {  # by model type: why no entry can describe it
 
 def known(model: nn.Module) -> bool:
     """Whether the model's family has an entry and its layers are plain, neither wrapped nor quantised."""
-    plain = not (hasattr(model, "merge_and_unload") or hasattr(model, "hf_quantizer"))
+    plain = not (hasattr(model, "merge_and_unload") or getattr(model, "is_quantized", False))
     return plain and _model_type(model) in FAMILIES
 
 

@@ -283,11 +283,27 @@ ratios = Table(
     label=lambda run: (NAMES[run.method.importance], f"{100 * run.method.ratio:g} %"),
 )
 
+TUNED_ON_LAMINI = "LLaMA-5.4B (pruned, LaMini-tuned)"
+OF_INT8 = {  # pruned and quantised
+    (False, False): "Dense",
+    (False, True): "LLM.int8",
+    (True, False): TUNED_ON_LAMINI,
+    (True, True): "LLaMA-5.4B + LLM.int8",
+}
 
-def _lacking(name: str, title: str, published: str, missing: str) -> Table:
-    return Table(f"llm_pruner.{name}", title, (), (), pruned, f"llm_pruner: {published}", missing=missing)
+
+def in_8_bits(row: tuple[bool, bool], model: str, share: float) -> Run:
+    was_pruned, quantised = row
+    run = pruned("Element^1 (Block)" if was_pruned else "Dense", model, share, (MEASURES[-1], Efficiency((), ())))
+    return replace(run, recovery=MORE_DATA if was_pruned else None, quantised=quantised)
 
 
-quantised = _lacking(
-    "quantised", "Pruning and LLM.int8 (table 13)", "table 13", "a quantisation stage (bitsandbytes' LLM.int8) of a Run"
+quantised = Table(
+    name="llm_pruner.quantised",
+    title="Pruning and LLM.int8 (table 13)",
+    rows=tuple(OF_INT8),
+    columns=(("llama-7b", 0.2),),
+    run=in_8_bits,
+    published="llm_pruner: table 13",
+    label=lambda run: (OF_INT8[run.method is not None, run.quantised], "see method"),
 )

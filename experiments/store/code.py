@@ -42,6 +42,7 @@ def of(run: Run) -> dict[str, Any]:
         "recovery": recovery(run.recovery),
         "measures": {what.key: measure(what) for what in run.measures},
         **_file(run.method),
+        **({"quantised": _modules(["eval.int8"])} if run.quantised else {}),
     }
 
 
