@@ -127,6 +127,7 @@ def _prune(session: Session) -> dict[str, Any]:
     key = _calibration_key(session, windows)
     statistics = _statistics(session, windows, key)
     work = 2 * size + work_tokens(run.recovery, run.windows) * (not session.retrains)
+    rebuilds = isinstance(run.recovery, Reconstruction)
     prune = partial(
         pruners.prune,
         model,
@@ -134,8 +135,8 @@ def _prune(session: Session) -> dict[str, Any]:
         windows,
         batch_size=settings.batch_size,
         statistics=statistics,
-        reconstruct=run.recovery if isinstance(run.recovery, Reconstruction) else None,
-        folder=session.begun,
+        reconstruct=run.recovery if rebuilds else None,
+        folder=session.begun if rebuilds else None,
         keeper=blocks.keeper(model, session.begun, settings.root),
         progress=session.board.stage("pruning", work),
     )

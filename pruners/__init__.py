@@ -135,11 +135,15 @@ def prune(
     """
     with inputs.plain_torch(), torch.no_grad():
         check_method(method)
+        if folder is not None and reconstruct is None:
+            raise ValueError("folder= keeps the blocks of a reconstruction, and there is no reconstruct=; drop it.")
         model = inputs.language_model(model, method.reads_weights)
         _check_family(model, method)
         from pruners import checkpoint
 
         checkpoint.check(model)
+        if method.reads_weights:
+            inputs.refuse_non_finite(model)
         windows = _calibration(model, method, windows, needed=method.needs_windows or reconstruct is not None)
         place = _place(model, method, device)
         how = Execution(batch_size, progress, NOTHING if keeper is None else keeper, cut)
@@ -217,6 +221,10 @@ def _check_statistics(model: PreTrainedModel, method: Any, statistics: Any) -> N
             break
         if not isinstance(statistics[name], Tensor) or tuple(statistics[name].shape) != wanted[name]:
             what = f"are not of shape {list(wanted[name])} in"
+            break
+        if statistics[name].dtype != torch.float32 or statistics[name].is_meta:
+            what = "are not of float32" if not statistics[name].is_meta else "are without values"
+            what += " in"
             break
         if not statistics[name].isfinite().all():
             what = "hold NaN or inf in"

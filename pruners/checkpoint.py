@@ -12,27 +12,43 @@ is saved as a plain one of its family where the family's configuration can say s
 from __future__ import annotations
 
 import copy
+import json
 import logging
+import os
 import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+)
 
 from pruners import anatomy, chatglm, checks, homes, inputs, peft_targets, storage  # noqa: F401  (registers its model type)
 from pruners.anatomy import Block
-from pruners.checks import Folder, Text
+from pruners.checks import Folder, Rule
 from pruners.families import FAMILIES
 from pruners.modeling_pruned import PrunedModel, check_complete, check_shards, configuration
 
 logger = logging.getLogger(__name__)
+SIZE = re.compile(r"(?=.*[1-9])\d+(\.\d+)?[KMGT]B")
+ShardSize = Annotated[
+    str, Rule("a size above 0, such as '5GB' or '200MB'", (str,), lambda size: bool(SIZE.fullmatch(size)))
+]
+FOLDER = Rule("the path of a model folder", (str, os.PathLike), lambda path: bool(os.fspath(path)))
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+OURS = ("use_safetensors", "trust_remote_code", "output_loading_info", "ignore_mismatched_sizes")
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "ice_text.model")
 
 for _name in FAMILIES:
@@ -42,7 +58,7 @@ peft_targets.register({f"pruned_{_name}": _name for _name in FAMILIES})
 
 
 @checks.arguments
-def save(model: Any, tokenizer: Any, folder: Folder | str, *, max_shard_size: Text | None = None) -> Path:
+def save(model: Any, tokenizer: Any, folder: Folder | str, *, max_shard_size: ShardSize | None = None) -> Path:
     """Write the model, and the tokenizer unless it is None, to a new or empty folder; all of it or nothing.
 
     One file of at most `max_shard_size` is in memory at a time where weights are away from home; None is 5GB, and 1GB
@@ -140,13 +156,17 @@ def load(folder: Path | str, *, dtype: torch.dtype | str = "auto", **options: An
     """The model in evaluation mode and its tokenizer (None where the folder has none).
 
     `dtype` defaults to the one it was saved in; `options` go to `from_pretrained`.  No code from the folder runs.
-    Raises ValueError where tensors and configuration disagree, the configuration is a newer version's or the weights
-    are damaged, FileNotFoundError for a missing configuration or weight file.
+    Raises TypeError or ValueError for arguments that are none, ValueError where tensors and configuration disagree,
+    the configuration is a newer version's or describes no model, weights or tokenizer are damaged, FileNotFoundError
+    for a missing configuration or weight file.
     """
+    folder = FOLDER.checked("load: folder", folder)
     folder = Path(folder).expanduser()
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} is no model folder: it has no config.json.")
+    _check_options(dtype, options)
+    _check_described(folder)
     check_shards(folder)
+    if not any(path.is_file() for path in folder.glob("*.safetensors")):
+        raise FileNotFoundError(f"{folder} has no weights: there is no *.safetensors file in it.")
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -159,17 +179,49 @@ def load(folder: Path | str, *, dtype: torch.dtype | str = "auto", **options: An
         )
     except SafetensorError as error:
         raise ValueError(f"The weights of {folder} are damaged ({error}); save or fetch them again.") from error
-    except StrictDataclassError as error:
-        raise ValueError(f"{folder / 'config.json'} describes no model: {_brief(error)}") from error
     model, info = loaded
     check_complete(folder, info)
     return model.eval(), _tokenizer(folder)
 
 
+def _check_options(dtype: Any, options: dict[str, Any]) -> None:
+    if not isinstance(dtype, torch.dtype) and dtype not in ("auto", *DTYPES):
+        raise ValueError(f"dtype is 'auto', a torch.dtype or one of {', '.join(DTYPES)}; got {checks.shown(dtype)}.")
+    if given := [name for name in OURS if name in options]:
+        raise TypeError(f"load sets {given[0]} itself; leave it out.")
+
+
+def _check_described(folder: Path) -> None:
+    """FileNotFoundError without a config.json, ValueError for one of which no model can be made."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is no model folder: it has no config.json.")
+    try:
+        told = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read as JSON ({_brief(error)}); save or fetch it again.") from error
+    if not isinstance(told, dict):
+        raise ValueError(f"{path} holds {checks.shown(told)} and must hold an object; save or fetch it again.")
+    if str(told.get("model_type")) not in CONFIG_MAPPING:
+        raise ValueError(
+            f"{path} is of the model type {checks.shown(told.get('model_type'))}, which transformers does not know."
+        )
+    if told.get("quantization_config"):
+        raise ValueError(f"{path} says that the weights are quantised; load a folder in float32, bfloat16 or float16.")
+    try:
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), trust_remote_code=False)
+    except Exception as error:  # whatever transformers raises over a configuration
+        raise ValueError(f"{path} describes no model: {_brief(error)}") from error
+
+
 def _tokenizer(folder: Path) -> Any:
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises plain Exceptions
+        raise ValueError(f"The tokenizer files of {folder} are damaged ({_brief(error)}); save them again.") from error
 
 
 def _as_stock(model: Any) -> Any | None:
@@ -242,7 +294,9 @@ def _saveable_generation(model: Any) -> Iterator[None]:
     """For a while without the generation flags that transformers refuses to save, as they are never used."""
     own = model.generation_config
     try:
-        if own is not None:
+        if own is None and model.can_generate():  # which transformers does not expect
+            model.generation_config = GenerationConfig.from_model_config(model.config)
+        elif own is not None:
             model.generation_config, dropped = _without_idle_flags(own)
             if dropped:
                 logger.warning("Saved without the generation flags that have no effect: %s.", ", ".join(dropped))
@@ -273,4 +327,6 @@ def _without_idle_flags(config: GenerationConfig) -> tuple[GenerationConfig, lis
 def _brief(error: Exception) -> str:
     """The beginning of what transformers says, on one line."""
     said = " ".join(str(error).split())
+    if isinstance(error, LookupError | AttributeError | TypeError):  # which say little without their kind
+        said = f"{type(error).__name__}: {said}"
     return said if len(said) <= 300 else f"{said[:300]} ..."

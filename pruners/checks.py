@@ -12,7 +12,7 @@ import math
 import os
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec, TypeVar
 
@@ -44,8 +44,12 @@ class Rule:
 
     @property
     def or_none(self) -> Rule:
-        return Rule(
-            f"None or {self.words}", (*self.types, type(None)), lambda value: value is None or self.holds(value)
+        holds = self.holds
+        return replace(
+            self,
+            words=f"None or {self.words}",
+            types=(*self.types, type(None)),
+            holds=lambda value: value is None or holds(value),
         )
 
 
@@ -58,22 +62,37 @@ def instance(kind: type[Any], words: str) -> Rule:
     return Rule(words, (kind,))
 
 
-def several(each: Rule, words: str, count: int | None = None) -> Rule:
-    """A tuple or list whose items keep a rule."""
+@dataclass(frozen=True)
+class _Several(Rule):
+    """A tuple or list whose items keep a rule; it becomes a tuple, which can be hashed."""
 
-    def holds(values: Any) -> bool:
-        if count is not None and len(values) != count:
-            return False
+    each: Rule = Rule("", ())
+    counts: tuple[int, ...] = ()
+
+    def checked(self, name: str, value: Any) -> Any:
+        found = super().checked(name, value)
+        if found is None:
+            return None
         try:
-            return all(each.checked("", value) is value for value in values)
+            items = tuple(self.each.checked("", item) for item in found)
         except (TypeError, ValueError):
-            return False
+            items = None
+        if items is None or (self.counts and len(items) not in self.counts):
+            raise ValueError(f"{name} is {self.words}; got {shown(value)}.")
+        return items
 
-    return Rule(words, (tuple, list), holds)
+
+def several(each: Rule, words: str, count: int | None = None) -> Rule:
+    """A tuple or list whose items keep a rule, made a tuple."""
+    return _Several(words, (tuple, list), each=each, counts=() if count is None else (count,))
+
+
+def _is_path(path: str | os.PathLike[str]) -> bool:
+    return bool(os.fspath(path)) and "\0" not in str(path)
 
 
 def _is_folder(path: str | os.PathLike[str]) -> bool:
-    return bool(os.fspath(path)) and (not Path(path).exists() or Path(path).is_dir())
+    return _is_path(path) and (not os.path.exists(path) or os.path.isdir(path))
 
 
 Flag = Annotated[bool, Rule("True or False", (bool,))]
@@ -92,9 +111,9 @@ Probability = Annotated[float, Rule("a probability, a number in [0, 1)", (int, f
 Positive = Annotated[float, Rule("a positive number that is finite", (int, float), lambda value: 0 < value < math.inf)]
 Finite = Annotated[float, Rule("a finite number, 0 or more", (int, float), lambda value: 0 <= value < math.inf)]
 PathLike = Annotated[
-    Path, Rule("the path of a file", (str, os.PathLike), lambda path: bool(os.fspath(path)) and not Path(path).is_dir())
+    Path, Rule("the path of a file", (str, os.PathLike), lambda path: _is_path(path) and not os.path.isdir(path))
 ]
-AnyPath = Annotated[Path, Rule("a path", (str, os.PathLike), lambda path: bool(os.fspath(path)))]
+AnyPath = Annotated[Path, Rule("a path", (str, os.PathLike), _is_path)]
 Folder = Annotated[Path, Rule("the path of a folder, which may be new", (str, os.PathLike), _is_folder)]
 FUNCTION = Rule("a function to be called", (Callable,))  # type: ignore[arg-type]
 

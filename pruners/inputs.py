@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from pruners import anatomy
+from pruners import anatomy, homes
 from pruners.checks import shown, typed
 from pruners.lazy import PreTrainedModel, Tensor, nn, torch
 
@@ -32,7 +32,8 @@ def labels(config: Any, tokens: Tensor) -> Tensor:
 
 @contextmanager
 def plain_torch() -> Iterator[None]:
-    """torch as it comes, whatever the caller has set: compiled models run eagerly, new tensors are float32 on the CPU.
+    """torch as it comes, whatever the caller has set: compiled models run eagerly, new tensors are float32 on the CPU,
+    gradients are on.
 
     Hooks on a compiled model would have it compiled anew for each of them.  Raises ValueError within
     `torch.inference_mode`, where no gradient is taken and what is made cannot be changed afterwards.
@@ -47,6 +48,7 @@ def plain_torch() -> Iterator[None]:
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
         stack.callback(torch.set_default_dtype, before)
+        stack.enter_context(torch.enable_grad())
         torch.set_default_dtype(torch.float32)
         yield
 
@@ -63,7 +65,40 @@ def language_model(model: Any, reads_weights: bool = True) -> PreTrainedModel:
         raise ValueError(f"This {type(model).__name__} has no decoder blocks (num_hidden_layers is 0): nothing to do.")
     for name, weight in model.named_parameters():
         _check_weight(model, name, weight, reads_weights)
+    _check_one_format(model)
     return model
+
+
+def _check_one_format(model: PreTrainedModel) -> None:
+    """ValueError for weights of several number formats, but for those that transformers keeps in float32 itself."""
+    strict = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    apart = tuple(getattr(model, "_keep_in_fp32_modules", None) or ()) + tuple(strict)
+    first: dict[torch.dtype, str] = {}
+    for name, weight in model.named_parameters():
+        if not set(apart) & set(name.split(".")):
+            first.setdefault(weight.dtype, name)
+    if len(first) > 1:
+        (one, name), (other, stranger), *_ = first.items()
+        raise ValueError(
+            f"The model's weights are of several number formats: {name} is {one} and {stranger} {other}. Bring them "
+            f"to one, e.g. model.to({one})."
+        )
+
+
+def refuse_non_finite(model: PreTrainedModel) -> None:
+    """ValueError, naming the first, for NaN or inf outside the blocks' matrices, which methods look at themselves.
+
+    Of a model at home on the disk nothing is read twice: it is as it was opened after an error.
+    """
+    if homes.on_disk(model):
+        return
+    matrices = {f"{b.name}.{b.parameter(name)[0]}" for b in anatomy.blocks(model) for name in b.linears()}
+    for held in homes.each(model):
+        for name, weight in held.items():
+            if name not in matrices and not weight.is_meta and not weight.isfinite().all():
+                raise ValueError(
+                    f"{name} holds NaN or inf; nothing sound can be made of such a model. Check the checkpoint."
+                )
 
 
 def predicting_model(model: Any) -> PreTrainedModel:

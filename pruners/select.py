@@ -24,7 +24,7 @@ class Pattern:
 
     @classmethod
     def parse(cls, text: str) -> Pattern:
-        found = re.fullmatch(r"(\d+):(\d+)", text)
+        found = re.fullmatch(r"([1-9][0-9]*):([1-9][0-9]*)", text)
         if not found or not 0 < int(found[1]) < int(found[2]):
             raise ValueError(f"A pattern is n:m with 0 < n < m, such as 2:4; got {text!r}.")
         return cls(int(found[1]), int(found[2]))

@@ -98,8 +98,8 @@ def filling(folder: Path, otherwise: str = OTHERWISE) -> Iterator[Path]:
     Raises FileExistsError for a folder that holds something, StorageError, and leaves nothing behind, where it cannot
     be written.  What killed processes of this machine have left of the same folder is removed.
     """
-    above = [path for path in folder.parents if not path.exists()]
-    place = folder if folder.is_dir() else folder.parent  # one that is there may be a mount or a working folder
+    above = [path for path in folder.parents if not os.path.exists(path)]
+    place = folder if os.path.isdir(folder) else folder.parent  # one that is there may be a mount or a working folder
     mine = f".{folder.name}.{platform.node()}-"
     try:
         with explained(folder, otherwise):
@@ -108,7 +108,7 @@ def filling(folder: Path, otherwise: str = OTHERWISE) -> Iterator[Path]:
                 process = path.name.removeprefix(mine).removesuffix(".tmp")
                 if process.isdecimal() and not _runs(int(process)):
                     remove(path)
-            used = folder.exists() and (place is not folder or any(folder.iterdir()))
+            used = os.path.exists(folder) and (place is not folder or any(folder.iterdir()))
         if used:
             raise FileExistsError(f"{folder} is there already and not empty; choose another folder or empty this one.")
         with explained(folder, otherwise):

@@ -597,3 +597,101 @@ def test_a_configuration_of_the_wrong_types_is_one_sentence(tmp_path):
     with pytest.raises(ValueError, match=r"config.json describes no model: .*hidden_size") as refused:
         checkpoint.load(tmp_path / "out")
     assert "\n" not in str(refused.value)
+
+
+def test_a_model_without_a_generation_configuration_is_saved(windows, tmp_path):
+    model = tiny("llama grouped-query")
+    model.generation_config = None
+    pruners.prune(model, pruners.Flap(ratio=0.3), windows)
+    opened, _ = checkpoint.load(checkpoint.save(model, None, tmp_path / "out"))
+    assert torch.equal(opened(input_ids=windows).logits, model(input_ids=windows).logits)
+    assert opened.generation_config.eos_token_id == 2
+    assert model.generation_config is None
+
+
+@pytest.mark.parametrize("size", ["-1GB", "0GB", "0.0GB", "5", "5XB", "nan", "GB", " ", 1000, True])
+def test_a_size_of_weight_files_that_is_none_is_refused(tmp_path, size):
+    with pytest.raises((TypeError, ValueError), match="max_shard_size is None or a size above 0, such as '5GB'"):
+        checkpoint.save(tiny("opt"), None, tmp_path / "out", max_shard_size=size)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("folder", "options", "said"),
+    [
+        (None, {}, "folder is the path of a model folder; got None"),
+        (3, {}, r"folder is the path of a model folder; got 3 \(int\)"),
+        ("", {}, "folder is the path of a model folder; got ''"),
+        (".", {"dtype": "float9"}, "dtype is 'auto', .* got 'float9'"),
+        (".", {"dtype": None}, "dtype is 'auto', .* got None"),
+        (".", {"dtype": 3}, "dtype is 'auto', .* got 3"),
+        (".", {"trust_remote_code": True}, "load sets trust_remote_code itself"),
+        (".", {"use_safetensors": False}, "load sets use_safetensors itself"),
+    ],
+)
+def test_what_load_cannot_be_told(monkeypatch, tmp_path, folder, options, said):
+    monkeypatch.chdir(checkpoint.save(tiny("opt"), None, tmp_path / "here"))
+    with pytest.raises((TypeError, ValueError), match=said):
+        checkpoint.load(folder, **options)
+
+
+def config(**changes):
+    def change(folder):
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return change
+
+
+def block(**changes):
+    def change(folder):
+        path = folder / "config.json"
+        told = json.loads(path.read_text())
+        told["blocks"][0] |= changes
+        path.write_text(json.dumps(told))
+
+    return change
+
+
+def written(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        *((written("config.json", text), "must hold an object") for text in (b"[]", b"null", b"3", b'"x"')),
+        *(
+            (written("config.json", text), "config.json cannot be read as JSON")
+            for text in (b"", b"{", b"[" * 100_000, b"\xff")
+        ),
+        (written("config.json", b"\xef\xbb\xbf{}"), "config.json"),
+        (config(model_type="nope"), "model type 'nope', which transformers does not know"),
+        (config(model_type=None), "model type None"),
+        (config(model_type=["llama"]), "model type"),
+        (config(quantization_config={"quant_method": "gptq", "bits": 4}), "weights are quantised"),
+        (config(rope_parameters={"rope_type": "nope"}), "describes no model: KeyError: 'nope'"),
+        (config(vocab_size=-1), "describes no model"),
+        (config(dtype="float9"), "describes no model"),
+        (config(places={}), "describes no model: KeyError: 'blocks'"),
+        (config(dense={"nope": 1}), "describes no model"),
+        (block(shapes=None), "describes no model"),
+        (block(shapes={"mlp.up_proj.weight": [-1, 48]}), "describes no model"),
+        (block(shapes={"mlp.nope.weight": [1, 48]}), "describes no model"),
+        (block(attributes=3), "describes no model"),
+        (written("tokenizer.json", b"{"), "tokenizer files of .* are damaged"),
+        (written("tokenizer_config.json", b"[]"), "tokenizer files of .* are damaged"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "has no weights"),
+        (lambda folder: (folder / "model.safetensors").unlink() or os.mkfifo(folder / "model.safetensors"), "no weigh"),
+    ],
+)
+def test_a_damaged_folder_is_told_in_one_sentence_that_names_it(windows, tmp_path, damage, said):
+    model = tiny("llama grouped-query")
+    pruners.prune(model, pruners.Flap(ratio=0.4), windows)
+    folder = checkpoint.save(model, None, tmp_path / "out")
+    damage(folder)
+    with pytest.raises((ValueError, FileNotFoundError), match=said) as caught:
+        checkpoint.load(folder)
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600

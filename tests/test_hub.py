@@ -10,6 +10,7 @@ import pytest
 import small_table as small
 import torch
 from huggingface_hub import constants
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file, save_file
 from transformers import safetensors_conversion
 
@@ -149,13 +150,20 @@ def test_the_hub_is_asked_once_for_what_was_never_downloaded(monkeypatch, files,
     assert Api.asked == before
 
 
-def test_a_hub_that_refuses_leaves_the_commit_unknown(monkeypatch):
+@pytest.mark.parametrize("refusal", [ConnectionError, *HfHubHTTPError.__bases__])
+def test_a_hub_that_refuses_leaves_the_commit_unknown(monkeypatch, refusal):
+    """Also by an error of the HTTP client that huggingface_hub uses, whichever that is."""
+
     def refuse(*_, **__):
-        raise ConnectionError("no route")
+        raise refusal("no route")
 
     monkeypatch.setattr(hub, "reachable", lambda: True)
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", refuse)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", refuse)
+    hub._asked_data.cache_clear()
     assert models.commit(NAME) is None
+    assert hub.data_commit("made-up/texts", "main") is None
+    hub._asked_data.cache_clear()
 
 
 def test_the_commit_of_a_data_set_comes_from_the_cache(offline):

@@ -6,10 +6,12 @@ The tests' own type checker is off here, so that it is the project that refuses.
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jaxtyping
+import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
@@ -18,7 +20,9 @@ from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 import pruners
+from experiments.spec import Efficiency, describe
 from pruners import gblm
+from pruners.retrain import LoRA, MaskLoRA, Reconstruction, Trainable, finetune
 from tests.conftest import CONFIGS, tiny
 
 LONGEST = 500
@@ -86,6 +90,8 @@ def unchanged(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
         ({"folder": 3}, r"folder is .*path of a folder.* got 3 \(int\)"),
         ({"folder": ""}, r"folder is .*path of a folder"),
         ({"folder": __file__}, r"folder is .*path of a folder"),
+        ({"folder": "a\0b"}, r"folder is .*path of a folder"),
+        ({"folder": "anywhere"}, "folder= keeps the blocks of a reconstruction, and there is no reconstruct="),
         ({"keeper": "x"}, "keeper is a .*Keeper; got 'x'"),
     ],
     ids=str,
@@ -251,6 +257,9 @@ def test_statistics_of_another_method_or_model(windows, mine, other):
         ({**found, key: found[key][:-1]}, "These statistics are not of shape"),
         ({**found, key: found[key].tolist()}, "These statistics are not of shape"),
         ({**found, key: found[key] * torch.nan}, "These statistics hold NaN or inf"),
+        ({**found, key: found[key].half()}, "These statistics are not of float32"),
+        ({**found, key: found[key] > 0}, "These statistics are not of float32"),
+        ({**found, key: found[key].to("meta")}, "These statistics are without values"),
     ):
         refused(said, lambda wrong=wrong: pruners.prune(tiny(KIND), method, windows, statistics=wrong))
 
@@ -288,6 +297,8 @@ def test_compiled_models_are_pruned_eagerly(name, windows, compiled):
         ("wanda", {"pattern": (2, 4)}, r"pattern is .*'2:4'; got"),
         ("wanda", {"pattern": ""}, "n:m"),
         ("wanda", {"pattern": " 2:4"}, "n:m"),
+        ("wanda", {"pattern": "02:4"}, "n:m"),
+        ("wanda", {"pattern": "２:４"}, "n:m"),
         ("wanda", {"group": None}, "group is 'matrix' or 'row'; got None"),
         ("gblm", {"norm": 1}, "norm is 'l1' or 'l2'; got 1"),
         ("gblm", {"alpha": float("nan")}, "alpha is a finite number.* got nan"),
@@ -336,3 +347,83 @@ def test_numbers_of_numpy_are_pythons_own():
 
     method = pruners.Random(sparsity=np.float32(0.5), seed=np.int64(3))
     assert repr(method) == repr(pruners.Random(sparsity=0.5, seed=3))
+
+
+@pytest.mark.parametrize("place", ["model.layers.1.input_layernorm", "model.norm", "model.embed_tokens", "lm_head"])
+def test_a_value_outside_the_matrices_that_is_not_finite_is_found_before_the_first_block_is_pruned(
+    name, windows, place
+):
+    model = tiny(KIND)
+    weight = model.get_submodule(place).weight
+    weight.data.view(-1)[3] = torch.nan
+    before = copy.deepcopy(model.state_dict())
+    refused(rf"{place}\.weight holds NaN or inf", lambda: pruners.prune(model, METHODS[name], windows))
+    unchanged(model, before)
+
+
+@pytest.mark.parametrize("granularity", ["channel", "block"])
+def test_embeddings_that_are_not_finite_are_not_ranked(granularity):
+    model = tiny(KIND)
+    model.model.embed_tokens.weight.data[5, 3] = torch.inf
+    method = pruners.LLMPruner(0.1, granularity=granularity, importance="l2", **BLOCKS)
+    refused(r"embed_tokens\.weight holds NaN or inf", lambda: pruners.prune(model, method))
+
+
+@pytest.mark.parametrize("part", ["model.layers.1", "model.layers.0.mlp.down_proj", "lm_head", "model.norm"])
+def test_weights_of_two_number_formats_are_refused(name, windows, part):
+    model = tiny(KIND)
+    model.get_submodule(part).half()
+    before = copy.deepcopy(model.state_dict())
+    refused("several number formats: .* is torch.float32 and .*torch.float16", lambda: pruners.prune(
+        model, METHODS[name], windows))  # fmt: skip
+    unchanged(model, before)
+
+
+@pytest.mark.parametrize(
+    ("trainable", "said"),
+    [
+        (lambda: Trainable(head=True), "holds no head and no embeddings"),
+        (lambda: Trainable(embeddings=True), "holds no head and no embeddings"),
+        (lambda: Trainable(adapters=LoRA()), "need adapters that merge"),
+        (lambda: Trainable(adapters=MaskLoRA(rank=1000)), "Rank 1000 is larger than"),
+        (lambda: Trainable(adapters=MaskLoRA(rank=4, targets=("fc1",))), "Unknown projection 'fc1'"),
+        (lambda: Trainable(biases=True), "selects nothing in model.layers.0"),
+        (lambda: Trainable(), "selects nothing in model.layers.0"),
+        (lambda: Trainable(adapters=MaskLoRA(targets=())), "names no projection"),
+    ],
+)
+@pytest.mark.parametrize("name", ["wanda", "magnitude", "gblm"])
+def test_a_reconstruction_that_cannot_be_is_refused_before_a_block_is_pruned(name, windows, trainable, said):
+    model = tiny(KIND)
+    before = copy.deepcopy(model.state_dict())
+    refused(
+        said,
+        lambda: pruners.prune(model, METHODS[name], windows, reconstruct=Reconstruction(trainable(), steps=2)),
+    )
+    unchanged(model, before)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, lambda: torch.set_grad_enabled(False)])
+def test_training_takes_gradients_whatever_the_caller_has_set(windows, mode):
+    plain, model = tiny(KIND), tiny(KIND)
+    settings = {"steps": 3, "learning_rate": 1e-2}
+    finetune(plain, Trainable(norms=True), windows, **settings)
+    try:
+        with mode():
+            finetune(model, Trainable(norms=True), windows, **settings)
+            assert not torch.is_grad_enabled()
+    finally:
+        torch.set_grad_enabled(True)
+    unchanged(model, plain.state_dict())
+
+
+def test_several_values_become_a_tuple_of_plain_numbers():
+    """So that what has them can be told apart, hashed and written down."""
+    asked = pruners.LLMPruner(0.2, attention_blocks=[np.int64(0), 2], mlp_blocks=(0, np.int32(2)))
+    assert asked == pruners.LLMPruner(0.2, attention_blocks=(0, 2), mlp_blocks=(0, 2))
+    assert hash(LoRA(targets=["q_proj"])) == hash(LoRA(targets=("q_proj",)))
+    speed = Efficiency(batch_sizes=[np.int64(1), 2], lengths=[8])
+    assert speed == Efficiency(batch_sizes=(1, 2), lengths=(8,))
+    assert json.dumps(describe(speed)) == json.dumps(describe(Efficiency(batch_sizes=(1, 2), lengths=(8,))))
+    for wrong in ([True], ["1"], [0], [1.0]):
+        refused("batch_sizes is a tuple of whole numbers", lambda wrong=wrong: Efficiency(batch_sizes=wrong))

@@ -146,7 +146,6 @@ def _asked_weights(repository: str, revision: str) -> str | None:
     """As the Hub tells now, asked once a process."""
     if not reachable():
         return None
-    import httpx
     from huggingface_hub import HfApi
     from transformers.safetensors_conversion import previous_pr
 
@@ -159,7 +158,7 @@ def _asked_weights(repository: str, revision: str) -> str | None:
         if request is None or request.author != CONVERTER:
             return info.sha
         return api.model_info(repository, revision=request.git_reference, timeout=TIMEOUT_S).sha
-    except (httpx.HTTPError, OSError):
+    except _refusals():
         return None
 
 
@@ -167,10 +166,17 @@ def _asked_weights(repository: str, revision: str) -> str | None:
 def _asked_data(repository: str, revision: str) -> str | None:
     if not reachable():
         return None
-    import httpx
     from huggingface_hub import HfApi
 
     try:
         return HfApi().dataset_info(repository, revision=revision, timeout=TIMEOUT_S).sha
-    except (httpx.HTTPError, OSError):
+    except _refusals():
         return None
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """What a Hub that does not answer, or refuses, raises: its package changes its HTTP client between versions, and
+    the client's own errors are a base of its error."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return (OSError, *HfHubHTTPError.__bases__)

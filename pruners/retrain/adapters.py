@@ -72,20 +72,28 @@ class LowRank:
         checks.fields(self)
         if self.rank < 1:
             raise ValueError(f"An adapter's rank is at least 1; got {self.rank}.")
+        if self.targets == ():
+            raise ValueError(
+                "targets=() names no projection to adapt; leave adapters out, or targets= for all of them."
+            )
 
     def attach(self, name: str, linear: nn.Linear, mask: BitMask, seed: int) -> Adapter:
         """An adapter for `linear`, not yet in its place; ValueError where the rank exceeds the matrix."""
+        self.check(name, linear)
+        module, a, b = self.make(linear, mask)
+        module.train(linear.training)
+        with torch.no_grad():
+            self.start(a, b, name, seed)
+        return Adapter(name, self, module, linear, mask, a, b)
+
+    def check(self, name: str, linear: nn.Linear) -> None:
+        """ValueError where the rank exceeds the matrix."""
         smallest = min(linear.weight.shape)
         if self.rank > smallest:
             raise ValueError(
                 f"Rank {self.rank} is larger than {name}, which is {linear.out_features} x {linear.in_features}; "
                 f"use {smallest} or less, or leave this projection out with targets=."
             )
-        module, a, b = self.make(linear, mask)
-        module.train(linear.training)
-        with torch.no_grad():
-            self.start(a, b, name, seed)
-        return Adapter(name, self, module, linear, mask, a, b)
 
     def make(self, linear: nn.Linear, mask: BitMask) -> tuple[nn.Module, nn.Parameter, nn.Parameter]:
         from pruners.retrain.fused import FusedLinear

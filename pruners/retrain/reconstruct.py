@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from pruners import checks
+from pruners import anatomy, checks
 from pruners.anatomy import Block
 from pruners.calibrate import Keeper, Passage
 from pruners.checks import Count, Finite, Flag, Positive, Seed
@@ -71,6 +71,7 @@ class Reconstruction:
 
     def __post_init__(self) -> None:
         checks.fields(self)
+        self.trainable.check_within_blocks()
 
     @property
     def schedule(self) -> Schedule:
@@ -82,13 +83,16 @@ class Reconstruction:
     ) -> Rebuilder:
         """For a dense `model` about to be pruned; with a `folder` finished blocks are kept there and not done again.
 
-        Raises OtherRunError for a folder that holds blocks of another run.
+        Raises ValueError for a model in whose blocks this cannot be trained, OtherRunError for a folder that holds
+        blocks of another run.
         """
         if self.batch_size > len(windows):
             raise ValueError(
                 f"Reconstruction takes {self.batch_size} windows a step; there are {len(windows)}. "
                 "Use a smaller batch_size or more windows."
             )
+        for block in anatomy.blocks(model):  # before the first of them is pruned
+            self.trainable.check_block(block)
         mark = ""
         if folder:
             mark = state.fingerprint(model, method, self, hashlib.sha256(windows.numpy().tobytes()).hexdigest())

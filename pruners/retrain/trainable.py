@@ -72,15 +72,28 @@ class Trainable:
 
         Nothing may be selected in a block that structured pruning has left nothing of.
         """
+        self.check_block(block)
+        return self._attach(block.module, {"": block}, seed, f"{block.name}.")
+
+    def check_within_blocks(self) -> None:
+        """ValueError for what no decoder block holds, or cannot take in."""
         if self.head or self.embeddings:
             raise ValueError("A decoder block holds no head and no embeddings; drop head= and embeddings= here.")
         if isinstance(self.adapters, LoRA) and not self.adapters.merge:
             raise ValueError("Blocks are reconstructed one by one and need adapters that merge, e.g. MaskLoRA.")
-        attached = self._attach(block.module, {"": block}, seed, f"{block.name}.")
-        if not attached.tensors and block.shared_inputs:
-            attached.detach()
+
+    def check_block(self, block: Block) -> None:
+        """ValueError for a block that `attach_to_block` would refuse; no value of its weights is read."""
+        self.check_within_blocks()
+        targets = list(self._targets(block.linears()))
+        for name, linear in targets:
+            full = f"{block.name}.{name}"
+            if self.adapters:
+                self.adapters.check(full, _plain(full, linear))
+        matrices = {p for _, p in map(block.parameter, block.linears())}
+        trained = (self.adapters and targets) or _selected(self, block.module, matrices)
+        if not trained and block.shared_inputs:
             raise ValueError(f"{self!r} selects nothing in {block.name}. Select norms or adapters.")
-        return attached
 
     def _attach(self, root: nn.Module, blocks: Mapping[str, Block], seed: int, prefix: str) -> Attached:
         """To what `blocks`, by what stands in front of their names within `root`, hold."""
