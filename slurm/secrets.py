@@ -11,7 +11,9 @@ REFERENCE = re.compile(
 )  # no secret is written
 VALUE = r"(?P<value>['\"]?(?:\$\([^()]*\)|\$\{[^}]*\}|`[^`]*`|[^\s'\";|&,})])*)"
 NAMED = rf"(?P<name>(?<![\w-])(?i:{NAME.pattern}))"
-CLIENTS = "wandb|hf|huggingface-cli|hf-cli|comet|neptune|clearml|modelscope|kaggle|dvc|aim|mlflow|gh|glab|cog|runpodctl"
+CLIENTS = (
+    "wandb|hf|huggingface-cli|hf-cli|comet|neptune|clearml|modelscope|kaggle|dvc|aim|mlflow|gh|glab|cog|runpodctl|vault"
+)
 PASSING = re.compile(r"--(?:host|username|registry|cloud|base-url)[=\s]+\S+")
 KINDS: tuple[tuple[str, str], ...] = (
     ("{name}", rf"{NAMED}['\"]?\s*[=:]\s*{VALUE}"),
@@ -30,6 +32,8 @@ KINDS: tuple[tuple[str, str], ...] = (
     ("{name} of .netrc", rf"\blogin\s+\S+\s+(?P<name>password)\s+{VALUE}"),
     ("{name}", rf"(?P<name>\bcurl\b[^|;]*\s(?:-u|--user))\s*['\"]?[^\s:'\"]+:{VALUE}"),
     ("{name}", rf"(?P<name>\bsshpass\s+-p)\s*{VALUE}"),
+    ("{name}", rf"(?P<name>\blogin\b[^|;&]*?\s-p)\s*{VALUE}"),  # docker, podman, az
+    ("{name}", rf"(?P<name>\b(?:mysql|mysqldump|mariadb)\s(?:[^|;&]*\s)?-p)(?!\s|$){VALUE}"),
     ("a private key", r"(?P<value>-----BEGIN [A-Z ]*PRIVATE KEY)"),
     ("a token", rf"(?P<value>{TOKENS.pattern})"),
 )  # fmt: skip

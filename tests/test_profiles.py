@@ -100,6 +100,11 @@ apptainer exec --env HF_TOKEN=SECRET image.sif python
 echo SECRET | hf auth login --token-stdin
 echo "machine api.wandb.ai login user password SECRET" >> ~/.netrc
 sshpass -p SECRET ssh host
+docker login -u me -p SECRET registry.example.org
+podman login -pSECRET registry.example.org
+az login --service-principal -u me -p SECRET --tenant t
+vault login SECRET
+mysql -u me -pSECRET base
 printf '{"token": "SECRET"}' > config.json
 python -c 'import wandb; wandb.login(key="SECRET")'
 echo hf_abcdefghijklmnopqrstuvwxyz > ~/.cache/huggingface/token""".splitlines()
@@ -129,6 +134,11 @@ git clone git@example.org:a/b.git
 git clone ssh://git@example.org/a/b.git
 pip install package@https://example.org/a.whl
 ssh login01 true
+ssh -p 2222 login01 true
+scp -P 22 a host:b
+docker login -u me --password-stdin registry.example.org < ~/.token
+docker login -u me -p "$(cat ~/.token)" registry.example.org
+mysql -u me -p base
 rsync -a me@host:/data /scratch
 echo the password is not here
 export PWD=/scratch

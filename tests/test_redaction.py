@@ -28,6 +28,8 @@ FORMS = [
     f"{{'authorization': 'Bearer {SECRET}'}}",
     f"Proxy-Authorization: Basic {SECRET}",
     f"X-Api-Key: {SECRET}",
+    f"Cookie: session={SECRET}",
+    f"{{'set-cookie': 'token={SECRET}; path=/'}}",
     f"HF_TOKEN={SECRET}",
     f"WANDB_API_KEY = '{SECRET}'",
     f"https://host/file?access_token={SECRET}&page=2",

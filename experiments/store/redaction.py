@@ -31,7 +31,8 @@ TOKENS = re.compile(
 USERINFO = re.compile(r"(?P<scheme>\b[a-z][a-z0-9+.-]*://)(?P<who>[^\s/?#'\"<>]+)@", re.IGNORECASE)
 HEADER = re.compile(
     r"(?P<name>\b(?:proxy-)?authorization['\"]?\s*[:=]\s*['\"]?(?:(?:bearer|basic|token|digest)\s+)?"
-    r"|\bbearer\s+|\b(?:x-api-key|x-auth-token|private-token|api-key)['\"]?\s*:\s*['\"]?)(?P<value>[^\s'\",;]+)",
+    r"|\bbearer\s+|\b(?:set-)?cookie['\"]?\s*:\s*['\"]?"
+    r"|\b(?:x-api-key|x-auth-token|private-token|api-key)['\"]?\s*:\s*['\"]?)(?P<value>[^\s'\",;]+)",
     re.IGNORECASE,
 )
 GIVEN = re.compile(  # in any text: NAME=value of an environment, a parameter of an address, a plain word for a password
