@@ -122,7 +122,7 @@ def test_a_cell_without_a_task_is_incomplete_and_says_so(scored, data, capsys, m
     monkeypatch.setitem(papers.TABLES, table.name, table)
     words = [table.name, "--results", str(root), "--data-dir", str(data)]
     assert main(["run", *words]) == 1
-    said = capsys.readouterr().err.splitlines()
+    said = [line for line in capsys.readouterr().err.splitlines() if line]  # older rich ends its empty table by one
     assert said[-2].startswith("Incomplete: Dense and 1 more, without rte: there is no tasks/rte_validation.jsonl")
     assert ", 2 incomplete;" in said[-1]
     assert main(["run", *words, "--allow-missing-tasks"]) == 0
