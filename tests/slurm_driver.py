@@ -69,11 +69,11 @@ if __name__ == "__main__":
 
     from experiments import cli
 
-    chosen = cli.chosen
+    resolve = cli.resolve
 
     def with_the_table(asked):
         prepare()
-        return chosen(asked)
+        resolve(asked)
 
-    cli.chosen = with_the_table
+    cli.resolve = with_the_table
     process_job(sys.argv[-1])
