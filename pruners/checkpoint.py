@@ -166,6 +166,10 @@ def load(folder: Path | str, *, dtype: torch.dtype | str = "auto", **options: An
     _check_described(folder)
     check_shards(folder)
     if not any(path.is_file() for path in folder.glob("*.safetensors")):
+        if pickled := sorted(path.name for path in folder.glob("*.bin")):
+            raise ValueError(
+                f"The weights of {folder} are pickled ({', '.join(pickled)}), which can run code; save them as safetensors."
+            )
         raise FileNotFoundError(f"{folder} has no weights: there is no *.safetensors file in it.")
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(

@@ -61,7 +61,7 @@ def gradient_norms(
 
     def left(block: Block) -> None:
         found = {}
-        for name, parameter in map(block.parameter, block.linears()):
+        for name, parameter in dict(map(block.parameter, block.linears())).items():  # experts share one
             total = sums.pop(f"{block.name}.{name}", None)
             if total is None:  # of experts that no token has reached, all in one parameter
                 total = torch.zeros_like(parameter, dtype=torch.float32)
