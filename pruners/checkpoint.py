@@ -168,7 +168,7 @@ def load(folder: Path | str, *, dtype: torch.dtype | str = "auto", **options: An
     if not any(path.is_file() for path in folder.glob("*.safetensors")):
         if pickled := sorted(path.name for path in folder.glob("*.bin")):
             raise ValueError(
-                f"The weights of {folder} are pickled ({', '.join(pickled)}), which can run code; save them as safetensors."
+                f"The weights of {folder} are pickled ({', '.join(pickled)}), which can run code; use safetensors."
             )
         raise FileNotFoundError(f"{folder} has no weights: there is no *.safetensors file in it.")
     try:
