@@ -109,7 +109,6 @@ class _Worker:
         self.watcher.started(cell, resumed)
         try:
             record = execute(cell.run, self.table, self.settings, self.board, resumed, self.group)
-            path = records.write(record, self.settings.root)
         except BrokenPipeError:  # nobody reads what this command says, which is no fault of the cell
             raise
         except Exception as error:  # whatever it was, the other cells go on and the table shows it
@@ -121,7 +120,7 @@ class _Worker:
         else:
             shutil.rmtree(unfinished(self.settings.root, self.table, cell.id), ignore_errors=True)
             self.outcome.done.append(cell.label)
-            self.watcher.finished(record, path)
+            self.watcher.finished(record, records.path_of(record, self.settings.root))
             seconds = time.monotonic() - started
             self.board.finish(cell.work, f"{cell.label}: {_headline(record)} in {duration(seconds)}")
 

@@ -63,10 +63,15 @@ def execute(
     resumed: int = 0,
     group: distributed.Group | None = None,
 ) -> Record:
-    """One cell from its model to its record, which is not stored yet; the ranks of `group` retrain it together."""
+    """One cell from its model to its record, which is stored before the model is kept, if it is to be.
+
+    The ranks of `group` retrain it together.
+    """
     if run.quantised:
         int8.library()
     session = _open(run, table, settings, board or Board(), group)
+    if folder := settings.save.get(session.id):
+        saved.check(run, folder)
     passed = _dense_gate(session)
     achieved = _prune(session)
     if session.retrains:
@@ -89,7 +94,8 @@ def execute(
         resumed=resumed,
         code=code.of(run),
     )
-    if folder := settings.save.get(session.id):
+    records.write(record, settings.root)
+    if folder:
         session.board.stage("saving")
         saved.write(session.subject.model, session.subject.tokenizer.inner, run, record, folder, settings.root)
     return record

@@ -16,10 +16,13 @@ import pruners
 from analysis.__main__ import main as analysis
 from experiments import papers
 from experiments.__main__ import main
-from experiments.own import defaults, options, tables
+from experiments.own import defaults, options, saved, tables
+from experiments.recovery import Retraining
+from experiments.spec import Run, Windows
 from experiments.store import records
 from pruners import plugin
 from pruners.__main__ import main as pruners_main
+from pruners.retrain import LoRA, Trainable
 from pruners.suggest import UsageError
 from slurm.__main__ import main as slurm
 
@@ -117,7 +120,27 @@ def test_what_is_kept_is_never_written_over_and_a_finished_cell_is_kept_later(wh
     assert (tmp_path / "kept/config.json").is_file()
     capsys.readouterr()
     assert prune(asked, where) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "is there already and not empty" in capsys.readouterr().err
+
+
+@needs_model
+def test_a_model_that_cannot_be_written_costs_no_number(where, tmp_path, monkeypatch, capsys):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pruners.checkpoint, "save", full)
+    assert prune(f"--method magnitude --sparsity 0.5 --measure ptb/test@64[:4] --save {tmp_path / 'kept'}", where) == 1
+    assert "no space left on device" in capsys.readouterr().err
+    assert len(records.load(tmp_path / "results", "adhoc")) == 2
+    assert not (tmp_path / "kept").exists()
+
+
+def test_what_cannot_be_kept_is_refused_before_any_work(tmp_path):
+    beside = Retraining(Trainable(adapters=LoRA()), Windows("c4/train", 2, 8), 1, 1e-3)
+    with pytest.raises(ValueError, match="LoRA that stays beside"):
+        saved.check(Run("m", None, None, (), recovery=beside), tmp_path / "new")
+    with pytest.raises(ValueError, match=r"LLM\.int8 is a way to run"):
+        saved.check(Run("m", None, None, (), quantised=True), tmp_path / "new")
 
 
 @needs_model

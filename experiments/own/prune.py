@@ -19,7 +19,7 @@ from experiments import cells, cli, models, protocols, recovery
 from experiments.batch import Outcome, run_table
 from experiments.cells import Cell
 from experiments.labels import full, labels
-from experiments.own import defaults, options
+from experiments.own import defaults, options, saved
 from experiments.recovery import Documents, Retraining
 from experiments.spec import Perplexity, Run, Windows
 from experiments.store import records
@@ -53,8 +53,9 @@ def run(asked: argparse.Namespace, rest: Sequence[str]) -> int:
         raise UsageError("prune needs a MODEL and a --method NAME; --help lists what there is.")
     runs = declared(asked, rest)
     found = cells.cells(runs)
-    _refuse_taken(asked.save)
     _refuse_lacking(runs, asked.data_dir)
+    if asked.save:
+        _refuse_unkept(runs[-1], asked.save)
     for line in _choices(runs[-1]):
         cli.say(line)
     settings = cli.settings(asked)
@@ -164,11 +165,6 @@ def _refuse_unread(asked: argparse.Namespace) -> None:
         raise UsageError(f"--method {asked.method} reads no calibration text; leave {', '.join(given)} out.")
 
 
-def _refuse_taken(folder: Path | None) -> None:
-    if folder and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"--save {folder} exists already; name a new or empty folder.")
-
-
 def _refuse_lacking(runs: Sequence[Run], data_dir: Path | None) -> None:
     """UsageError for texts that are not here where nothing can be downloaded."""
     from experiments import estimate
@@ -180,6 +176,13 @@ def _refuse_lacking(runs: Sequence[Run], data_dir: Path | None) -> None:
         raise UsageError(str(error)) from error
     if lacking and not hub.reachable():
         raise UsageError(f"The Hub does not answer, and not on this machine: {'; '.join(lacking)}.")
+
+
+def _refuse_unkept(run: Run, folder: Path) -> None:
+    try:
+        saved.check(run, folder)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def _choices(run: Run) -> list[str]:

@@ -15,6 +15,7 @@ from experiments.spec import Run
 from experiments.store import records
 from experiments.store.records import Record
 from pruners import storage
+from pruners.retrain import LoRA
 
 CARD = """---
 {front}
@@ -51,6 +52,17 @@ def places(cells: list[Cell], folder: Path, table: str) -> dict[str, Path]:
     """By id, the folder of every cell that changes its model."""
     changed = [cell for cell in cells if cell.run.method is not None or cell.run.recovery is not None]
     return {cell.id: folder / table / f"{_slug(f'{cell.run.model_name} {cell.label}')}-{cell.id}" for cell in changed}
+
+
+def check(run: Run, folder: Path) -> None:
+    """ValueError, before any work, for what `write` could not keep."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is there already and not empty; name another folder for the model, or empty it.")
+    if run.quantised:
+        raise ValueError("LLM.int8 is a way to run a model and not to save one; keep the model of the cell without it.")
+    adapters = getattr(getattr(run.recovery, "trainable", None), "adapters", None)
+    if isinstance(adapters, LoRA) and not adapters.merge:
+        raise ValueError("LoRA that stays beside its matrices is not saved with the model; train it with merge=True.")
 
 
 def write(model: Any, tokenizer: Any, run: Run, record: Record, folder: Path, root: Path) -> None:
