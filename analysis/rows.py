@@ -11,10 +11,11 @@ from typing import Any
 
 from experiments import cli, models, papers
 from experiments.labels import full, labels
-from experiments.models.catalogue import CATALOGUE, is_hub_id, split
+from experiments.models.catalogue import CATALOGUE, split
 from experiments.models.fingerprint import fingerprint
-from experiments.spec import Run, Table, digest
+from experiments.spec import Run, Table
 from experiments.store import code, found, records
+from experiments.store.keys import run_key, stable_key
 from experiments.store.records import Failure, Record
 from pruners.suggest import UsageError
 
@@ -171,23 +172,6 @@ def _revision(stored: Any) -> str | None:
 def _print(stored: Any) -> str | None:
     found: str | None = stored.spec["model"].get("fingerprint")
     return found
-
-
-def stable_key(spec: dict[str, Any]) -> str:
-    """What a spec asks for, the model by its name alone: its exact identity only its own machine knows.
-
-    A folder that is called like a model of the catalogue, and was not said to be it, is another model.
-    """
-    model = spec["model"]
-    name = model["name"] if "hub" in model else Path(model["name"]).name
-    namesake = name in CATALOGUE and "fingerprint" in model and "catalogue" not in model
-    return digest({**spec, "model": f"folder {name}" if namesake else name})
-
-
-def run_key(run: Run) -> str:
-    """The `stable_key` of what a run will be recorded as."""
-    known = {} if run.is_of_catalogue else {"hub": ""} if is_hub_id(run.model) else {"fingerprint": ""}
-    return stable_key(run.spec(known))
 
 
 def _nothing(table: Table, root: Path, runs: list[Run], again: str) -> str:

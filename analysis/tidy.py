@@ -14,11 +14,11 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.rows import run_key, stable_key
 from analysis.tables.frames import QUANTITIES
 from experiments import papers
 from experiments.labels import labels
 from experiments.store import found, records
+from experiments.store.keys import run_key, stable_key
 from experiments.store.records import Record
 from pruners.suggest import UsageError
 
@@ -56,10 +56,7 @@ def refuse_ending(path: Path) -> None:
 
 
 def _folder(root: Path, data_dir: Path | None) -> Iterator[dict[str, Any]]:
-    folders = sorted(path for path in (root / "runs").glob("*") if path.is_dir())
-    if not folders:
-        raise FileNotFoundError(f"{root} has no records; name a results folder, which has one folder a table in runs/.")
-    for folder in folders:
+    for folder in records.folders(root):
         known = _labels(folder.name)
         for record in records.load(root, folder.name).values():
             if data_dir and found.other_data(record, data_dir):

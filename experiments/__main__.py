@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
-from experiments import cli
+from experiments import cli, labels
 from experiments.data import corpora
 from experiments.own.arguments import add_compare, add_prune
 from experiments.store import records
@@ -32,10 +32,11 @@ HOMES = {"device": "device", "away": "host or disk", None: "too large"}
 def main(words: Sequence[str] | None = None) -> int:
     """The exit status."""
     made = parser()
-    asked, rest = made.parse_known_args(words)
-    if rest and asked.command is not _prune:
-        made.error(f"unrecognized arguments: {' '.join(rest)}")
-    return cli.carry_out(asked, "Stopped. Finished cells are kept; the same command continues with the others.", rest)
+    asked, unknown = made.parse_known_args(words)
+    asked.hyperparameters = unknown
+    if asked.hyperparameters and asked.command is not _prune:
+        made.error(f"unrecognized arguments: {' '.join(asked.hyperparameters)}")
+    return cli.carry_out(asked, "Stopped. Finished cells are kept; the same command continues with the others.")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -111,7 +112,7 @@ def _show(asked: argparse.Namespace) -> int:
     for cell in chosen:
         home, gigabytes = needs.home_on(cell.run, asked.card)
         cost = (HOMES[home], f"{gigabytes:.1f}", "" if home is None else _hours(_card_hours(cell, asked.card)))
-        about = (_calibration(cell.run), ", ".join(_keys(cell.run)))
+        about = (labels.calibration(cell.run), ", ".join(_keys(cell.run)))
         rows.append((cell.label, cell.id, states[cell], cell.run.model_name, *cost, *about))
     heads = ("cell", "id", "state", "model", "weights", "GPU GB", "A100 h", "calibration", "measures")
     print(tabulate(rows, heads, disable_numparse=True))
@@ -197,10 +198,10 @@ def _run(asked: argparse.Namespace) -> int:
     return cli.EXIT_FAILED if unmet else 0
 
 
-def _prune(asked: argparse.Namespace, rest: Sequence[str] = ()) -> int:
+def _prune(asked: argparse.Namespace) -> int:
     from experiments.own import prune
 
-    return prune.run(asked, rest)
+    return prune.run(asked)
 
 
 def _check_records(asked: argparse.Namespace) -> int:
@@ -255,13 +256,6 @@ def _keys(run: Run) -> list[str]:
     """The protocol keys; of tasks that have no mean, each task's own."""
     kept = (what.keys if getattr(what, "convention", "") is None else (what.key,) for what in run.measures)
     return [key for keys in kept for key in keys]
-
-
-def _calibration(run: Run) -> str:
-    windows = run.windows
-    if not windows or not run.calibrates:
-        return "none"
-    return f"{windows.corpus} {windows.count} x {windows.length} {windows.sampling}, seed {windows.seed}"
 
 
 if __name__ == "__main__":

@@ -45,10 +45,8 @@ class Parser(argparse.ArgumentParser):
         self.exit(EXIT_USAGE, f"{self.prog}: {' '.join(message.split())}; --help lists what there is.\n")
 
 
-def carry_out(asked: argparse.Namespace, stopped: str, rest: Sequence[str] = ()) -> int:
-    """Run the asked command, with the words that only it understands (`rest`), and return its exit status.
-
-    An error becomes one sentence without secrets.
+def carry_out(asked: argparse.Namespace, stopped: str) -> int:
+    """Run the asked command and return its exit status; an error becomes one sentence without secrets.
 
     0 all well, 1 something failed, 2 asked for something unknown; 130 interrupted and 143 terminated, for which
     `stopped` is said; 141 where nobody reads on, such as `head`.
@@ -58,7 +56,7 @@ def carry_out(asked: argparse.Namespace, stopped: str, rest: Sequence[str] = ())
     try:  # commands import what they need: torch takes seconds, and --help should not
         with _terminable(), redaction.quiet_logs():
             resolve(asked)
-            status = int((asked.command(asked, rest) if rest else asked.command(asked)) or 0)
+            status = int(asked.command(asked) or 0)
             sys.stdout.flush()
             return status
     except KeyboardInterrupt as error:

@@ -36,6 +36,14 @@ def setting(method: Any) -> str:
     return "" if method is None else f"{100 * method.asked:g} %"
 
 
+def calibration(run: Run) -> str:
+    """E.g. `c4/train 128 x 2048 documents, seed 0`; `none` where no text is read."""
+    windows = run.windows
+    if not windows or not run.calibrates:
+        return "none"
+    return f"{windows.corpus} {windows.count} x {windows.length} {windows.sampling}, seed {windows.seed}"
+
+
 def full(label: tuple[str, str]) -> str:
     """Both parts as one, e.g. `GBLM l1 50 %`."""
     return " ".join(part for part in label if part)

@@ -40,11 +40,16 @@ def use(files: Sequence[str | Path] = ()) -> None:
     for entry in metadata.entry_points(group=GROUP):
         register(loaded(entry), entry.name)
     for file in files:
-        found = methods(module(file))
-        if not found:
+        if not taken(module(file)):
             raise UsageError(NONE.format(file=file))
-        for kind in found:
-            register(kind)
+
+
+def taken(made: ModuleType) -> list[type[Any]]:
+    """The methods of a module, known by their names from now on."""
+    found = methods(made)
+    for kind in found:
+        register(kind)
+    return found
 
 
 def register(kind: type[Any], name: str | None = None) -> str:

@@ -96,7 +96,7 @@ def test_one_command_prunes_measures_and_keeps_a_model_that_plain_transformers_o
     kept = tmp_path / "kept"
     assert prune(f"--method wanda --sparsity 0.5 {SHORT} --save {kept}", where) == 0
     told = capsys.readouterr()
-    assert "Calibration: 2 x 32 tokens of c4/train, sampling documents, seed 0" in told.err
+    assert "Calibration: c4/train 2 x 32 documents, seed 0" in told.err
     known = records.load(tmp_path / "results", "adhoc").values()
     found = {record.spec["method"] and record.spec["method"]["name"]: record for record in known}
     assert set(found) == {None, "wanda"}
@@ -108,7 +108,7 @@ def test_one_command_prunes_measures_and_keeps_a_model_that_plain_transformers_o
     card = (kept / "README.md").read_text()
     assert "Wanda(sparsity=0.5" in card
     assert found["wanda"].id in card
-    assert f"| {found[None].measures['ptb/test@64[:4]']['perplexity']:.2f} |" in card
+    assert f"| {found[None].measures['ptb/test@64[:4]']['perplexity']:.2f} [" in card
     assert str(tmp_path) not in card
 
 

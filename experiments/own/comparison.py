@@ -9,15 +9,15 @@ import argparse
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pruners
-from experiments import models, protocols
+from experiments.models import canonical, own_dtype
 from experiments.own import defaults
-from experiments.spec import Perplexity, Run, Table
+from experiments.spec import Run, Table
 from experiments.store import atomic
 from pruners.select import Pattern
 from pruners.structured import Structured
@@ -66,7 +66,7 @@ def comparison(
                 return None
             given = {part: value for part, value in how.items() if value}
             windows = replace(defaults.windows(method, model), **{**given, "seed": seed})
-        return Run(model, made, windows, _measures(model, measures, tasks, limit), dtype or defaults.dtype(model))
+        return Run(model, made, windows, defaults.measures(model, measures, tasks, limit), dtype or own_dtype(model))
 
     return Table(
         name=name,
@@ -90,19 +90,10 @@ def _setting(text: str) -> dict[str, Any]:
 
 def _made(method: str, model: str, setting: str, seed: int) -> Any:
     kind, how = pruners.METHODS[method], _setting(setting)
-    drawn = {"seed": seed} if any(f.name == "seed" for f in fields(kind)) else {}
-    own = {**defaults.hyperparameters(method, model), **drawn}
+    own = {**defaults.hyperparameters(method, model), **defaults.seed(kind, seed)}
     if issubclass(kind, Structured):
         return kind(ratio=how["sparsity"], **own) if "sparsity" in how else None
     return kind(**how, **own)
-
-
-def _measures(model: str, keys: Sequence[str], tasks: Sequence[str], limit: int | None) -> tuple[Any, ...]:
-    kept: list[Any] = [Perplexity.of(key) for key in keys] or [defaults.measure(model)]
-    if tasks:
-        asked = protocols.named(tasks, models.find(model).parameters or 0)
-        kept.append(replace(asked, limit=limit) if limit else asked)
-    return tuple(kept)
 
 
 def file(asked: argparse.Namespace) -> Path:
@@ -111,7 +102,7 @@ def file(asked: argparse.Namespace) -> Path:
     UsageError where another comparison has its name.
     """
     names = ("methods", "settings", "seeds", "measures", "tasks", "limit", "calibration", "nsamples", "seqlen", "dtype")
-    told: dict[str, Any] = {"models": tuple(map(models.canonical, asked.models)), "name": asked.name}
+    told: dict[str, Any] = {"models": tuple(map(canonical, asked.models)), "name": asked.name}
     told |= {name: getattr(asked, name) for name in names if getattr(asked, name)}
     comparison(**told).runs()  # before anything is written, whatever is wrong with it
     arguments = "".join(f"\n    {name}={value!r}," for name, value in told.items())

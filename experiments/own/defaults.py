@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from typing import Any
 
-from experiments import models
+from experiments import models, protocols
 from experiments.papers import flap, gblm, llm_pruner, perp
 from experiments.spec import Perplexity, Windows
 from pruners import LLMPruner
@@ -36,13 +38,18 @@ def length(model: str) -> int:
     return min(models.positions(model), LONGEST)
 
 
-def measure(model: str) -> Perplexity:
-    return Perplexity("wikitext2/test", length(model))
+def measures(model: str, keys: Sequence[str], tasks: Sequence[str], limit: int | None) -> tuple[Any, ...]:
+    """Perplexities by their protocol keys (none: WikiText-2's test split), and zero-shot tasks where any are asked."""
+    kept: list[Any] = [Perplexity.of(key) for key in keys] or [Perplexity("wikitext2/test", length(model))]
+    if tasks:
+        asked = protocols.named(tasks, models.find(model).parameters or 0)
+        kept.append(replace(asked, limit=limit) if limit else asked)
+    return tuple(dict.fromkeys(kept))
 
 
-def dtype(model: str) -> str:
-    """The model's own number format."""
-    return models.own_dtype(model)
+def seed(kind: type[Any], value: int) -> dict[str, int]:
+    """As a hyperparameter of the class, if it draws."""
+    return {"seed": value} if any(f.name == "seed" for f in fields(kind)) else {}
 
 
 def hyperparameters(method: str, model: str) -> dict[str, Any]:

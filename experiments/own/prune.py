@@ -15,13 +15,13 @@ from typing import Any
 from tabulate import tabulate
 
 import pruners
-from experiments import cells, cli, models, protocols, recovery
+from experiments import cells, cli, models, recovery
 from experiments.batch import Outcome, run_table
 from experiments.cells import Cell
-from experiments.labels import full, labels
+from experiments.labels import calibration, full, labels
 from experiments.own import defaults, options, saved
 from experiments.recovery import Documents, Retraining
-from experiments.spec import Perplexity, Run, Windows
+from experiments.spec import Run, Windows
 from experiments.store import records
 from experiments.store.records import Record
 from pruners.retrain import Reconstruction
@@ -44,14 +44,14 @@ def explained(name: str) -> str:
     return options.help_of(kinds[name], f"prune --{name.removesuffix('ing')}", skip=BETWEEN, names=TRAINED)
 
 
-def run(asked: argparse.Namespace, rest: Sequence[str]) -> int:
-    """The exit status; `rest` are the options of the method and of the recovery."""
+def run(asked: argparse.Namespace) -> int:
+    """The exit status; `asked.hyperparameters` are the options of the method and of the recovery, as typed."""
     if asked.help is not None:
         print(explained(asked.help) if asked.help else asked.parser.format_help())
         return 0
     if asked.model is None or asked.method is None:
         raise UsageError("prune needs a MODEL and a --method NAME; --help lists what there is.")
-    runs = declared(asked, rest)
+    runs = declared(asked)
     found = cells.cells(runs)
     _refuse_lacking(runs, asked.data_dir)
     if asked.save:
@@ -68,7 +68,7 @@ def run(asked: argparse.Namespace, rest: Sequence[str]) -> int:
     return _status(outcome, asked, found[-1])
 
 
-def declared(asked: argparse.Namespace, rest: Sequence[str]) -> list[Run]:
+def declared(asked: argparse.Namespace) -> list[Run]:
     """The dense model's run and the pruned one's; UsageError for what is asked and does not exist or fit."""
     asked.model = models.canonical(asked.model)
     if asked.method not in pruners.METHODS:
@@ -76,17 +76,19 @@ def declared(asked: argparse.Namespace, rest: Sequence[str]) -> list[Run]:
     for option in ("recover", "reconstruct"):
         if (name := getattr(asked, option)) and name not in defaults.TRAINABLE:
             raise UsageError(unknown(f"choice of what to train (--{option})", name, defaults.TRAINABLE))
+    if asked.limit and not asked.tasks:
+        raise UsageError("--limit cuts the documents of --tasks; ask for tasks, or leave it out.")
     if asked.recover and asked.reconstruct:
         raise UsageError("--recover retrains the pruned model and --reconstruct its blocks one by one; ask for one.")
     models.check(asked.model)
     cli.refuse_absent(asked.data_dir)
     cli.refuse_unknown(asked.tasks)
     try:
-        method, rest = _method(asked, rest)
+        method, rest = _method(asked, asked.hyperparameters)
         windows = _windows(asked)
         after = _recovery(asked, rest, windows)
-        measures = _measures(asked)
-        pruned = Run(asked.model, method, windows, measures, asked.dtype or defaults.dtype(asked.model), after)
+        measures = defaults.measures(asked.model, asked.measures, asked.tasks, asked.limit)
+        pruned = Run(asked.model, method, windows, measures, asked.dtype or models.own_dtype(asked.model), after)
     except (ValueError, TypeError) as error:
         raise error if isinstance(error, UsageError) else UsageError(str(error)) from error
     if not pruned.calibrates:
@@ -101,11 +103,7 @@ def _method(asked: argparse.Namespace, rest: Sequence[str]) -> tuple[Any, list[s
     for name, value in defaults.hyperparameters(asked.method, asked.model).items():
         if given[name] == next(f.default for f in fields(kind) if f.name == name):
             given[name] = value
-    return kind(**given, **_seed(kind, asked)), rest
-
-
-def _seed(kind: type[Any], asked: argparse.Namespace) -> dict[str, int]:
-    return {"seed": asked.seed} if any(f.name == "seed" for f in fields(kind)) else {}
+    return kind(**given, **defaults.seed(kind, asked.seed)), rest
 
 
 def _windows(asked: argparse.Namespace) -> Windows:
@@ -149,16 +147,6 @@ def _made(kind: type[Any], trainable: Any, given: dict[str, Any], seed: int, win
     return Retraining(trainable, text, seed=seed, **given)
 
 
-def _measures(asked: argparse.Namespace) -> tuple[Any, ...]:
-    if asked.limit and not asked.tasks:
-        raise UsageError("--limit cuts the documents of --tasks; ask for tasks, or leave it out.")
-    kept: list[Any] = [Perplexity.of(key) for key in asked.measures] or [defaults.measure(asked.model)]
-    if asked.tasks:
-        tasks = protocols.named(asked.tasks, models.find(asked.model).parameters or 0)
-        kept.append(replace(tasks, limit=asked.limit) if asked.limit else tasks)
-    return tuple(dict.fromkeys(kept))
-
-
 def _refuse_unread(asked: argparse.Namespace) -> None:
     told = {"--calibration": asked.calibration, "--nsamples": asked.nsamples, "--seqlen": asked.seqlen}
     if given := [name for name, value in told.items() if value]:
@@ -187,15 +175,14 @@ def _refuse_unkept(run: Run, folder: Path) -> None:
 
 def _choices(run: Run) -> list[str]:
     """What was left open and what stands for it."""
-    windows = run.windows
-    drawn = "none"
-    if windows:
-        drawn = f"{windows.count} x {windows.length} tokens of {windows.corpus}, sampling {windows.sampling}"
-        drawn += f", seed {windows.seed}"
     keys = [key for what in run.measures for key in (what.keys or (what.key,))]
     after = recovery.label(run.recovery).removeprefix(" + ")
     steps = f" ({run.recovery.steps} steps, learning rate {run.recovery.learning_rate:g})" if run.recovery else ""
-    lines = [f"Method: {run.method!r}", f"Calibration: {drawn}", f"Recovery: {after}{steps}" if after else ""]
+    lines = [
+        f"Method: {run.method!r}",
+        f"Calibration: {calibration(run)}",
+        f"Recovery: {after}{steps}" if after else "",
+    ]
     return [*filter(None, lines), f"Measures in {run.dtype}: {', '.join(keys)}"]
 
 
@@ -203,8 +190,8 @@ def beside(found: Sequence[Cell], known: dict[str, Record]) -> str:
     """Every measured value of the dense and the pruned model with its interval, and what each cell cost."""
     dense, pruned = (known[cell.id] for cell in found)
     names = [full(label) for label in labels([cell.run for cell in found])]
-    shown = [key for key, value in pruned.measures.items() if _value(value)]
-    lines = [(key, _value(dense.measures[key]), _value(pruned.measures[key])) for key in shown]
+    shown = [key for key, value in pruned.measures.items() if saved.shown(value)]
+    lines = [(key, saved.shown(dense.measures[key]), saved.shown(pruned.measures[key])) for key in shown]
     lines.append(("sparsity of what was pruned", "", f"{pruned.achieved['sparsity']:.4f}"))
     lines.append(("cost", _cost(dense), _cost(pruned)))
     return tabulate(lines, ("", *names), disable_numparse=True)
@@ -212,16 +199,6 @@ def beside(found: Sequence[Cell], known: dict[str, Record]) -> str:
 
 def _cost(record: Record) -> str:
     return f"{record.cost.seconds['total']:.0f} s, peak {record.cost.peak_bytes / 1e9:.1f} GB"
-
-
-def _value(measured: dict[str, Any]) -> str:
-    for name, scale, unit in (("perplexity", 1, ""), ("score", 100, " %")):
-        if (value := measured.get(name)) is not None:
-            low, high, error = measured.get("low"), measured.get("high"), measured.get("standard_error")
-            if low is not None and high is not None:
-                return f"{scale * value:.2f}{unit} [{scale * low:.2f}, {scale * high:.2f}]"
-            return f"{scale * value:.2f}{unit}" + (f" ± {scale * error:.2f}" if error is not None else "")
-    return ""
 
 
 def _status(outcome: Outcome, asked: argparse.Namespace, pruned: Cell) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 from experiments import models
 from experiments.cells import Cell
+from experiments.labels import calibration
 from experiments.models.gguf import quiet
 from experiments.spec import Run
 from experiments.store import records
@@ -25,7 +26,7 @@ CARD = """---
 
 {model} pruned by `{method}`{recovery}. {sparsity}
 
-{calibration}
+Calibration: {calibration}.
 
 | measure | dense | this model |
 | --- | --- | --- |
@@ -88,7 +89,7 @@ def card(run: Run, record: Record, folder: Path, name: str, root: Path) -> str:
         method=run.method,
         recovery=f", then `{run.recovery}`" if run.recovery else "",
         sparsity=_removed(record),
-        calibration=_calibration(run),
+        calibration=calibration(run),
         values="\n".join(_values(record.measures, dense.measures if dense else {})),
         opening=OWN.format(stock=stock, folder=name) if kind.startswith("pruned_") else stock,
         id=record.id,
@@ -110,28 +111,21 @@ def _removed(record: Record) -> str:
     return f"Sparsity of what was pruned: {record.achieved['sparsity']:.4f} (asked: {record.achieved['asked']:.4f})."
 
 
-def _calibration(run: Run) -> str:
-    windows = run.windows
-    if not windows or not run.calibrates:
-        return "No calibration text was read."
-    return (
-        f"Calibration: {windows.count} windows of {windows.length} tokens of {windows.corpus}, sampling "
-        f"{windows.sampling}, seed {windows.seed}."
-    )
-
-
 def _values(measured: dict[str, dict[str, Any]], dense: dict[str, dict[str, Any]]) -> Iterator[str]:
     for key, value in measured.items():
-        if shown := _shown(value):
-            yield f"| {key} | {_shown(dense.get(key, {})) or 'not measured'} | {shown} |"
+        if told := shown(value):
+            yield f"| {key} | {shown(dense.get(key, {})) or 'not measured'} | {told} |"
 
 
-def _shown(value: dict[str, Any]) -> str:
-    if "perplexity" in value:
-        return f"{value['perplexity']:.2f}"
-    if value.get("score") is not None:
-        return f"{100 * value['score']:.2f} %"
-    return f"{value['parameters']:,} parameters" if "parameters" in value else ""
+def shown(measured: dict[str, Any]) -> str:
+    """A perplexity or an accuracy with its interval or standard error; empty for other measures."""
+    for name, scale, unit in (("perplexity", 1, ""), ("score", 100, " %")):
+        if (value := measured.get(name)) is not None:
+            low, high, error = measured.get("low"), measured.get("high"), measured.get("standard_error")
+            if low is not None and high is not None:
+                return f"{scale * value:.2f}{unit} [{scale * low:.2f}, {scale * high:.2f}]"
+            return f"{scale * value:.2f}{unit}" + (f" ± {scale * error:.2f}" if error is not None else "")
+    return ""
 
 
 def _dense(record: Record, root: Path) -> Record | None:

@@ -34,8 +34,7 @@ def find(asked: str) -> Table:
                 papers.TABLES[asked] = _of_its_kind(plugin.loaded(entry), f"The entry point {asked}")
         return papers.find(asked)
     made = plugin.module(file)
-    for kind in plugin.methods(made):
-        plugin.register(kind)
+    plugin.taken(made)
     declared = {thing.name: thing for thing in vars(made).values() if isinstance(thing, Table)}
     found = _chosen(declared, {key: t for key, t in vars(made).items() if isinstance(t, Table)}, name, file)
     _check_name(found, file)

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments import papers
-from experiments.spec import Run, digest
 from experiments.store import records
+from experiments.store.keys import run_key, stable_key
 from experiments.store.records import BadRecordError, Failure, Record
 
 
@@ -31,11 +31,8 @@ class Audit:
 
 def audit(root: Path) -> Audit:
     """Of every record under `root`; FileNotFoundError where there is none."""
-    folders = sorted(path for path in (root / "runs").glob("*") if path.is_dir())
-    if not folders:
-        raise FileNotFoundError(f"{root} has no records; name a results folder, which has one folder a table in runs/.")
     found = Audit()
-    for folder in folders:
+    for folder in records.folders(root):
         believed = [record for path in _paths(folder) if (record := _believed(path, found)) is not None]
         found.records += len(believed)
         for record in believed:
@@ -85,14 +82,5 @@ def _fill(found: Audit, name: str, believed: list[Record]) -> None:
     if table is None:
         found.strange[name] = len(believed)
         return
-    asked, had = [_key(run) for run in table.runs()], {_asked(record.spec) for record in believed}
+    asked, had = [run_key(run) for run in table.runs()], {stable_key(record.spec) for record in believed}
     found.filled[name] = (sum(key in had for key in asked), len(asked))
-
-
-def _key(run: Run) -> str:
-    return _asked(run.spec())
-
-
-def _asked(spec: Mapping[str, Any]) -> str:
-    """What a spec asks for; which weights exactly only its own machine knows."""
-    return digest({**spec, "model": spec["model"]["name"]})

@@ -103,6 +103,14 @@ def folder(root: Path, table: str) -> Path:
     return Path(root) / "runs" / table
 
 
+def folders(root: Path) -> list[Path]:
+    """One for each table that has records; FileNotFoundError where none has."""
+    found = sorted(path for path in (Path(root) / "runs").glob("*") if path.is_dir())
+    if not found:
+        raise FileNotFoundError(f"{root} has no records; name a results folder, which has one folder a table in runs/.")
+    return found
+
+
 def path_of(stored: _Stored, root: Path) -> Path:
     return folder(root, stored.table) / f"{stored.id}{stored.suffix}"
 
