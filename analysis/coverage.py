@@ -61,8 +61,7 @@ def claimed(tables: Iterable[Table]) -> dict[Published, list[str]]:
 def unmatched(tables: Iterable[Table]) -> dict[Published, str]:
     """Why each value that no table claims is left out; empty where nobody knows."""
     tables = list(tables)
-    lacking = {place: table for table in tables if table.missing for place in _places(table)}
-    return {cell: _reason(cell, lacking) for cell, names in claimed(tables).items() if not names}
+    return {cell: _reason(cell) for cell, names in claimed(tables).items() if not names}
 
 
 def summary(left: dict[Published, str]) -> list[tuple[str, int]]:
@@ -70,20 +69,13 @@ def summary(left: dict[Published, str]) -> list[tuple[str, int]]:
     return Counter(left.values()).most_common()
 
 
-def _reason(cell: Published, lacking: dict[str, Table]) -> str:
-    if cell.place in lacking:
-        return f"{lacking[cell.place].name} cannot run: {lacking[cell.place].missing}"
+def _reason(cell: Published) -> str:
     if cell.caveat.startswith(("superseded", "LLM-Pruner copied", "time and memory")) and "table 1 " not in cell.place:
         return cell.caveat
     for place, word, reason in REASONS:
         if cell.place.startswith(place) and word in f"{cell.method} {cell.setting}":
             return reason
     return f"{cell.model} is not in the catalogue" if cell.model not in CATALOGUE else ""
-
-
-def _places(table: Table) -> list[str]:
-    paper, _, names = (table.published or "").partition(": ")
-    return [f"{paper}: {name}" for name in names.split(", ")]
 
 
 def _base(cell: Published) -> Key:

@@ -175,8 +175,6 @@ def _print(stored: Any) -> str | None:
 
 
 def _nothing(table: Table, root: Path, runs: list[Run], again: str) -> str:
-    if table.missing:
-        return f"{table.name} has no records and cannot run yet. It needs {table.missing}."
     asked = ", ".join(sorted({_protocol(run.spec(), [m.key for m in run.measures]) for run in runs}))
     there = records.load(root, table.name).values()
     other = sorted({_protocol(record.spec, list(record.measures)) for record in there})

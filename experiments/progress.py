@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from types import TracebackType
 
 from rich.console import Console
@@ -34,7 +34,7 @@ class Board:
         self.total, self.cells = sum(works), len(works)
         self.finished_work, self.finished_cells, self.partial = 0.0, 0, 0.0
         self.prior, self.label = seconds_per_work, ""
-        self.said: set[str] = set()
+        self.said: set[Hashable] = set()
         self.started = time.monotonic()
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"))
         self.bars = Progress(*columns, console=self.console, disable=not self.console.is_terminal, transient=True)
@@ -83,9 +83,10 @@ class Board:
     def say(self, line: str) -> None:
         self.console.print(line)
 
-    def say_once(self, line: str) -> None:
-        if line not in self.said:
-            self.said.add(line)
+    def say_once(self, about: Hashable, line: str) -> None:
+        """Whatever the line says then, only the first of what it is about."""
+        if about not in self.said:
+            self.said.add(about)
             self.say(line)
 
     def left(self) -> str:

@@ -106,7 +106,7 @@ def _open(run: Run, table: str, settings: Settings, board: Board, group: distrib
     id, placed = run.id(identity), placement.choose(run, settings)
     begun, steps = resume.begun(run, id, table, settings), resume.steps(run, id, table, settings)
     board.stage("loading")
-    board.say_once(str(placed))
+    board.say_once((run.model, placed.home), str(placed))
     if placed.home == "disk" and run.method is not None:
         placement.check_disk(run, begun)
     with stages("load"):

@@ -260,7 +260,6 @@ class Table:
     A column begins with its model.
     `published` names the paper's own table, e.g. `wanda: table 23, table 24`, in the CSV under `analysis/published`.
     `label` gives a run the paper's words for its method and setting, by which its values find their cell.
-    `missing` says what the project lacks to run the table at all.
     """
 
     name: str
@@ -270,7 +269,6 @@ class Table:
     run: Callable[..., Run | None]
     published: str | None = None
     label: Callable[[Run], tuple[str, str]] | None = None
-    missing: str = ""
 
     def runs(self, model: str | None = None) -> list[Run]:
         """The table's runs in reading order, each once; `model` asks for the same experiment on another model.

@@ -198,21 +198,6 @@ def test_a_reader_that_leaves_early_is_no_error():
     assert told.stdout.splitlines()[-1] in ("0", "141")
 
 
-@pytest.fixture
-def lacking(monkeypatch):
-    """A table that cannot run."""
-    monkeypatch.setitem(papers.TABLES, "lacking", replace(small.table(), name="lacking", missing="a second moon"))
-
-
-@pytest.mark.usefixtures("lacking")
-def test_a_table_that_cannot_run_says_what_it_needs(capsys):
-    assert main(["show", "lacking"]) == 0
-    assert main(["run", "lacking"]) == 1
-    found = capsys.readouterr()
-    assert "It needs a second moon" in found.out
-    assert "It needs a second moon" in found.err
-
-
 def test_a_failing_cell_exits_1(tiny, tmp_path, capsys):
     if not small.MODEL.is_dir():
         pytest.skip(f"{small.MODEL} is absent")
@@ -276,12 +261,6 @@ def test_a_limit_is_a_whole_number_from_1_on(main, command, limit, capsys):
         main([command, "embedded.demo", "--limit", limit])
     assert stopped.value.code == 2
     assert f"argument --limit: '{limit}' is no whole number from 1 on" in capsys.readouterr().err
-
-
-@pytest.mark.usefixtures("lacking")
-def test_analysis_of_a_table_that_cannot_run_advises_no_run(tmp_path, capsys):
-    assert analysis.main(["figure", "lacking", "--results", str(tmp_path)]) == 2
-    assert "lacking has no records and cannot run yet. It needs a second moon" in capsys.readouterr().err
 
 
 def documented() -> list[tuple[str, str]]:

@@ -29,7 +29,7 @@ from experiments.spec import Table, digest
 
 SNAPSHOT = Path(__file__).with_name("snapshot.json")
 PAPERS = {name: table for name, table in papers.TABLES.items() if not name.startswith("embedded.")}
-RUNNABLE = [table for table in PAPERS.values() if not table.missing]
+RUNNABLE = list(PAPERS.values())
 named = pytest.mark.parametrize("table", RUNNABLE, ids=lambda table: table.name)
 EMBEDDED = [table for name, table in papers.TABLES.items() if name not in PAPERS]
 

@@ -23,7 +23,6 @@ from analysis.tables import grid
 from analysis.tables.grid import Pivot, Verdict
 from analysis.tables.markdown import marked
 from experiments.papers import TABLES, find
-from experiments.spec import Table
 from experiments.store import atomic, records
 
 KEPT = {"embedded.gblm": "GBLM-Pruner", "embedded.flap": "FLAP", "embedded.llm_pruner": "LLM-Pruner",
@@ -76,15 +75,11 @@ def commands() -> str:
     parts = []
     for prefix, paper in PAPERS.items():
         named = {name: table for name, table in TABLES.items() if name.partition(".")[0] == prefix}
-        lines = [(_reproduces(table), f"`{name}`") for name, table in named.items()]
+        lines = [(table.title, f"`{name}`") for name, table in named.items()]
         frame = pd.DataFrame(lines, columns=["table", "NAME"])
         listed = marked(frame, pd.DataFrame(), ["table", "NAME"])
         parts.append(f"<details><summary>{paper}: {len(named)} tables</summary>\n\n{listed}\n\n</details>")
     return "\n\n".join(parts)
-
-
-def _reproduces(table: Table) -> str:
-    return table.title + (f"; cannot run yet: it needs {table.missing}" if table.missing else "")
 
 
 def replaced(readme: Path, told: str, tables: str) -> str:

@@ -131,7 +131,7 @@ def _methods(sections: Iterator[list[Row]]) -> list[str]:
 
 
 def _left(table: Table) -> dict[str, Any]:
-    return {"name": table.name, "title": table.title, "count": len(table.runs()), "missing": table.missing}
+    return {"name": table.name, "title": table.title, "count": len(table.runs())}
 
 
 def _figures(table: Table, made: list[Row]) -> Iterator[Drawn]:
