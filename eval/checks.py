@@ -32,7 +32,7 @@ def check_model(model: Any, values: bool = True) -> None:
     if values and any(weight.is_meta for weight in model.parameters()):
         raise ValueError(
             "Weights of the model are on the meta device and hold no values; load it whole, without offloading, or by "
-            "pruners.opening.open_folder(folder), which reads one block at a time from its files."
+            "pruners.weights.opening.open_folder(folder), which reads one block at a time from its files."
         )
 
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from pruners import anatomy, homes
+from pruners import anatomy
+from pruners.weights import homes
 
 IN_A_BLOCK = re.compile(r"\.(\d+)\.(.+)$")
 

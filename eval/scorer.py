@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from eval.answers import Answer, AnswerStore
 from eval.checks import Progress, check_tokenizer
 from eval.marks import prefixed
-from pruners import homes, sweep
+from pruners.weights import homes, sweep
 
 Request = tuple[Any, list[int], list[int]]  # what was asked, the tokens before, the tokens to score
 TOKENS_PER_BATCH = {"cpu": 1_024}  # more fall out of a CPU's caches and take longer

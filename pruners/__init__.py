@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import wrapt
 
-from pruners import apply, checks, homes, inputs
+from pruners import apply, checks, inputs
 from pruners.calibrate import NOTHING, Execution, Keeper, Progress
 from pruners.checks import Count, Flag, Folder
 from pruners.flap import Flap
@@ -32,6 +32,7 @@ from pruners.structured import Structured
 from pruners.structured_baselines import MagnitudeSP, WandaSP
 from pruners.unstructured import Unstructured
 from pruners.wanda import Wanda
+from pruners.weights import homes
 
 if TYPE_CHECKING:
     from pruners import chatglm, checkpoint

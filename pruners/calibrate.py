@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pruners import anatomy, checks, homes
+from pruners import anatomy, checks
 from pruners.anatomy import Block
 from pruners.checks import Count, Flag
 from pruners.lazy import Float, Int, Tensor, nn, no_grad, torch
 from pruners.statistic import Hessian, InputNorm, Moments, Statistic
 from pruners.stream import Stream, evaluating
+from pruners.weights import homes
 
 __all__ = [
     "NOTHING",

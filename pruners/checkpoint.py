@@ -35,11 +35,12 @@ from transformers import (
     PreTrainedModel,
 )
 
-from pruners import anatomy, chatglm, checks, homes, inputs, peft_targets, storage  # noqa: F401  (registers its model type)
+from pruners import anatomy, chatglm, checks, inputs, peft_targets, storage  # noqa: F401  (registers its model type)
 from pruners.anatomy import Block
 from pruners.checks import Folder, Rule
 from pruners.families import FAMILIES
 from pruners.modeling_pruned import PrunedModel, check_complete, check_shards, configuration
+from pruners.weights import homes
 
 logger = logging.getLogger(__name__)
 SIZE = re.compile(r"(?=.*[1-9])\d+(\.\d+)?[KMGT]B")

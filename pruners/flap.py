@@ -28,7 +28,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from pruners import anatomy, calibrate, checks, homes, select
+from pruners import anatomy, calibrate, checks, select
 from pruners.anatomy import Block
 from pruners.apply import KINDS, Kept
 from pruners.calibrate import PLAIN, Execution, Moments
@@ -36,6 +36,7 @@ from pruners.checks import Flag, Number
 from pruners.lazy import Bool, Float, Int, Tensor, nn, torch
 from pruners.matrices import Matrix
 from pruners.structured import Structured, by_unit, readers
+from pruners.weights import homes
 
 METRICS = ("WIFV", "IFV", "WIFN")
 STRUCTURES = ("AL-AM", "AL-MM", "UL-UM", "UL-MM")

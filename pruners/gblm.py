@@ -20,11 +20,11 @@ from typing import Any
 
 from pruners import anatomy, checks, gradients, matrices
 from pruners.anatomy import Block
-from pruners.aside import Aside
 from pruners.calibrate import PLAIN, Execution, InputNorm, Progress
 from pruners.checks import Finite
 from pruners.lazy import Float, Int, Tensor, nn, torch
 from pruners.unstructured import Unstructured
+from pruners.weights.aside import Aside
 
 
 def score(

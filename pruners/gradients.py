@@ -9,12 +9,13 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
-from pruners import anatomy, homes, inputs, memory
+from pruners import anatomy, inputs
 from pruners.anatomy import Block
 from pruners.calibrate import Progress, evaluating
 from pruners.inputs import IGNORED
 from pruners.lazy import F, Int, Tensor, nn, torch
 from pruners.stream import Stream, handing_on, instead
+from pruners.weights import homes, memory
 
 LOGITS = 2**25  # of one pass through the head, where it works on its own
 Consume = Callable[[str, Tensor], None]

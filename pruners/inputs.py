@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from pruners import anatomy, homes
+from pruners import anatomy
 from pruners.checks import shown, typed
 from pruners.lazy import PreTrainedModel, Tensor, nn, torch
+from pruners.weights import homes
 
 IGNORED = -100  # a label that carries no loss
 WINDOWS = "Calibration windows are a LongTensor [count, length]"
@@ -142,7 +143,8 @@ def _check_weight(model: nn.Module, name: str, weight: Tensor, read: bool) -> No
         raise ValueError(
             f"{name} is on the meta device and holds no values"
             + (" here (accelerate has offloaded it)" if offloaded else "")
-            + "; load the model whole, without device_map or offloading, or by pruners.opening.open_folder(folder), "
+            + "; load the model whole, without device_map or offloading, or by "
+            "pruners.weights.opening.open_folder(folder), "
             "which reads one block at a time from its files."
         )
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):

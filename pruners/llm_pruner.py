@@ -35,7 +35,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-from pruners import anatomy, apply, aside, checks, gradients, homes, matrices, select, whole_model
+from pruners import anatomy, apply, checks, gradients, matrices, select, whole_model
 from pruners.anatomy import Block
 from pruners.apply import KINDS, Kept
 from pruners.calibrate import PLAIN, Execution, Progress
@@ -43,6 +43,7 @@ from pruners.checks import Count, Rule, Seed
 from pruners.lazy import Float, Int, Tensor, nn, torch
 from pruners.report import Report
 from pruners.structured import Scores, Structured
+from pruners.weights import aside, homes
 
 TOKENS_AT_ONCE = 2048  # in a backward pass: above the papers' 10 x 64, and a bound on memory
 TAYLOR = ("vector", "element1", "element2", "element_mix")

@@ -8,11 +8,12 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
-from pruners import anatomy, homes, memory
+from pruners import anatomy
 from pruners.anatomy import Block
 from pruners.lazy import Float, Tensor, nn, no_grad, torch
 from pruners.matrices import owner
 from pruners.statistic import Statistic
+from pruners.weights import homes, memory
 
 Arguments = dict[str, Any]  # of one block, by name, without its hidden states
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from pruners import anatomy, apply, checks, homes, select
+from pruners import anatomy, apply, checks, select
 from pruners.anatomy import Block
 from pruners.apply import KINDS, Kept
 from pruners.calibrate import PLAIN, Execution
@@ -20,6 +20,7 @@ from pruners.lazy import Float, Int, Tensor, nn, torch
 from pruners.matrices import Matrix
 from pruners.report import Report, Size, State, Structure, Widths
 from pruners.unstructured import refuse_non_finite
+from pruners.weights import homes
 
 Scores = dict[str, Tensor]  # by kind of unit: one number (or whether it goes) per unit of a block
 

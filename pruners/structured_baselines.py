@@ -13,12 +13,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pruners import anatomy, apply, calibrate, homes
+from pruners import anatomy, apply, calibrate
 from pruners.anatomy import Block
 from pruners.apply import KINDS, Kept
 from pruners.calibrate import PLAIN, Execution, InputNorm
 from pruners.lazy import Float, Tensor, nn
 from pruners.structured import Scores, Structured, by_unit, readers
+from pruners.weights import homes
 
 
 def wanda_score(weight: Float[Tensor, "out inp"], x: InputNorm) -> Float[Tensor, " inp"]:

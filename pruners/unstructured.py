@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-from pruners import anatomy, calibrate, checks, homes, select
+from pruners import anatomy, calibrate, checks, select
 from pruners.anatomy import Block
 from pruners.calibrate import PLAIN, Execution, Statistic
 from pruners.checks import Rule, Share
@@ -15,6 +15,7 @@ from pruners.lazy import Bool, Float, Int, Tensor, nn
 from pruners.matrices import Matrix
 from pruners.report import Projection, Report
 from pruners.select import Pattern
+from pruners.weights import homes
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from pruners import anatomy, apply, homes, select
+from pruners import anatomy, apply, select
 from pruners.lazy import Float, Tensor, torch
 from pruners.report import Size, State, Structure
 from pruners.structured import Structured
+from pruners.weights import homes
 
 
 def narrow(method: Structured, model: Any, scores: Float[Tensor, " width"], cut: bool) -> Structure:

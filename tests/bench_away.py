@@ -28,7 +28,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import pruners
 from eval.perplexity import perplexity
-from pruners import checkpoint, homes, opening
+from pruners import checkpoint
+from pruners.weights import homes, opening
 
 SHAPE = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "num_key_value_heads": 4}
 VOCABULARY, SHARD_BLOCKS = 32_000, 4

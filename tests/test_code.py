@@ -96,7 +96,18 @@ def test_a_package_that_forgets_a_module_would_be_noticed(tree):
     }
     of_methods = {name for method in METHODS.values() for name in code._classes(type(method))}
     expected = {f"pruners.{path.stem}" for path in (tree / "pruners").glob("*.py")}
-    around = ("__init__", "__main__", "checkpoint", "contract", "opening", "peft_targets", "plugin", "sweep")
+    expected |= {f"pruners.weights.{path.stem}" for path in (tree / "pruners/weights").glob("*.py")}
+    around = (
+        "__init__",
+        "__main__",
+        "checkpoint",
+        "contract",
+        "weights.__init__",
+        "weights.opening",
+        "peft_targets",
+        "plugin",
+        "weights.sweep",
+    )
     assert expected - of_methods == {f"pruners.{name}" for name in around}
 
 

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 import pruners
 from eval.perplexity import perplexity
-from pruners import checkpoint, gradients, homes, opening
+from pruners import checkpoint, gradients
+from pruners.weights import homes, opening, sources
 from tests import families
 
 
@@ -75,7 +76,7 @@ def at_home(home, folder):
         return opening.open_folder(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     if home == "host":
-        homes.settle(model, homes.Memory(model), "cpu")
+        homes.settle(model, sources.Memory(model), "cpu")
     return model
 
 

@@ -24,7 +24,8 @@ from experiments.batch import run_table
 from experiments.settings import Settings
 from experiments.spec import Efficiency, Generation, MaskPatterns, Run
 from experiments.store import records
-from pruners import homes, memory, opening, retrain
+from pruners import retrain
+from pruners.weights import homes, memory, opening
 
 needs_model = pytest.mark.skipif(not small.MODEL.is_dir(), reason=f"{small.MODEL} is absent")
 RUN = Run("llama-7b", pruners.Wanda(0.5), small.WINDOWS, (small.PPL,), dtype="float16")

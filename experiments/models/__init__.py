@@ -19,9 +19,9 @@ from experiments.models import catalogue, folders, hub
 from experiments.models.catalogue import CATALOGUE, Model
 from experiments.models.fingerprint import fingerprint, weight_files
 from experiments.models.gguf import converted, quiet
-from pruners import homes
 from pruners.lazy import torch
 from pruners.suggest import UsageError, unknown
+from pruners.weights import homes, sources
 
 __all__ = ["CATALOGUE", "Model", "check", "commit", "find", "identity", "load", "positions"]
 
@@ -149,13 +149,13 @@ def load(
     """The model in evaluation mode, on `device` (CPU by default), and its tokenizer.
 
     `weights` says where they are: on the `device`, in CPU memory (host), from where they come there block by block, or
-    on the disk, where changes go to the folder `work` with `mark` (see pruners.opening).  `dtype` is a torch dtype or
+    on the disk, where changes go to the folder `work` with `mark` (see `opened`).  `dtype` is a torch dtype or
     its name; None takes the catalogue's, or for a folder the one it was saved in.
     Raises ValueError for weights that are missing, left over or damaged, OSError if the Hub refuses.
     """
     from transformers import AutoModelForCausalLM
 
-    from pruners import opening
+    from pruners.weights import opening
 
     found = find(name)
     source = found.folder or (converted(found.package) if found.package else str(found.hub))
@@ -184,7 +184,7 @@ def load(
     model, info = loaded
     _check_complete(found, info)
     if weights == "host":
-        homes.settle(model, homes.Memory(model), device or "cpu")
+        homes.settle(model, sources.Memory(model), device or "cpu")
     return model.eval(), tokenizer
 
 

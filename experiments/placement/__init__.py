@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.placement import needs
 from experiments.spec import Run
-from pruners import homes, memory, storage
+from pruners import storage
+from pruners.weights import homes, memory
 
 if TYPE_CHECKING:
     from experiments.settings import Settings

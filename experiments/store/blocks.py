@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments.store import atomic, cache, room
-from pruners import homes
 from pruners.anatomy import Block
 from pruners.calibrate import Keeper
+from pruners.weights import homes, sources
 
 SECONDS_BETWEEN = 30.0
 logger = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 class WrittenBlocks(Keeper):
     """The finished blocks of a model at home on the disk, as a process that was killed has left them there."""
 
-    def __init__(self, disk: homes.Disk) -> None:
+    def __init__(self, disk: sources.Disk) -> None:
         self.disk = disk
 
     def restore(self, block: Block) -> bool:

@@ -13,8 +13,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pruners import homes, storage
+from pruners import storage
 from pruners.lazy import Tensor, nn, torch
+from pruners.weights import homes
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 BITS = {1: "int8", 2: "int16", 4: "int32", 8: "int64"}

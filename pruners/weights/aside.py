@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from pruners import homes, memory, storage
+from pruners import storage
 from pruners.lazy import Tensor, nn
-from pruners.shards import Shards
+from pruners.weights import homes, memory
+from pruners.weights.shards import Shards
 
 
 class Aside:

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig, PreTrainedModel
 
-from pruners import checks, homes, inputs
+from pruners import checks, inputs
 from pruners.checks import AnyPath, Folder
 from pruners.modeling_pruned import check_complete, check_shards, indexed
-from pruners.shards import Shards
+from pruners.weights import homes, sources
+from pruners.weights.shards import Shards
 
 
 @checks.arguments
@@ -57,7 +58,7 @@ def opened(
     _hollow(model, place)
     if info["missing_keys"] or info["mismatched_keys"]:
         return model, info  # nobody may use it
-    homes.settle(model, homes.Disk(shards, names, work, mark), place)
+    homes.settle(model, sources.Disk(shards, names, work, mark), place)
     return model.eval(), info
 
 

@@ -12,9 +12,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from pruners import anatomy, homes, memory
+from pruners import anatomy
 from pruners.lazy import Int, Tensor, nn
 from pruners.stream import Arguments, handing_on, inputs_of
+from pruners.weights import homes, memory
 
 COPIES = 3  # of an input's hidden states: before and after a block, and what stands beside them
 

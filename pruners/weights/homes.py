@@ -4,119 +4,25 @@ A model away from home has a placeholder for every weight: the right shape, type
 parts (each decoder block, each other layer that holds weights) come to the device when they run and go again; `held`
 keeps one there for as long as something is done with it.  A thread fetches the part that comes next meanwhile.
 
-    homes.settle(model, homes.Memory(model), "cuda")          # from CPU memory
+    homes.settle(model, sources.Memory(model), "cuda")        # from CPU memory
     model = opening.open_folder(folder, device="cuda")        # from the checkpoint's own files
 """
 
 from __future__ import annotations
 
 import functools
-import tempfile
-from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from pruners import anatomy, storage
+from pruners import anatomy
 from pruners.lazy import Tensor, nn, torch
-from pruners.shards import Shards
+from pruners.weights.sources import Disk, Memory, Source
 
 ATTRIBUTE = "_weights_home"  # of the model and of the module of every part
-
-
-class Source(ABC):
-    """Keeps tensors by their names in the model."""
-
-    kind: str
-
-    @abstractmethod
-    def read(self, name: str) -> Tensor: ...
-
-    @abstractmethod
-    def write(self, part: str, tensors: Mapping[str, Tensor]) -> None:
-        """Keep what a part holds now; `part` is its name."""
-
-    @property
-    def bytes_read(self) -> int:
-        return 0
-
-
-class Memory(Source):
-    """CPU memory: the tensors that the model came with."""
-
-    kind = "host"
-
-    def __init__(self, model: nn.Module) -> None:
-        self.tensors = {name: p.data for name, p in model.named_parameters()}
-
-    def read(self, name: str) -> Tensor:
-        return self.tensors[name]
-
-    def write(self, part: str, tensors: Mapping[str, Tensor]) -> None:
-        for name, tensor in tensors.items():
-            before = self.tensors.get(name)
-            self.tensors[name] = tensor.to("cpu" if before is None else before.device)
-
-
-class Disk(Source):
-    """The files of a checkpoint, which stay as they are, and what was changed since, a file for each part in `folder`.
-
-    `names` maps names in the model to those in the files.  `mark` says what the changes belong to: a part that another
-    process left in `folder` is taken over by `restore` where it carries the same mark.
-    """
-
-    kind = "disk"
-
-    def __init__(
-        self, shards: Shards, names: Mapping[str, str], folder: Path | None = None, mark: str = "", otherwise: str = ""
-    ) -> None:
-        self.shards, self.names, self.mark = shards, dict(names), mark
-        self._own = tempfile.TemporaryDirectory(prefix="pruned-weights-") if folder is None else None
-        self.folder = Path(folder or self._own.name)  # type: ignore[union-attr]
-        self.otherwise = otherwise or storage.OTHERWISE
-        self._changed: dict[str, Shards] = {}  # by name in the model
-        self._read_before = 0
-
-    def read(self, name: str) -> Tensor:
-        changed = self._changed.get(name)
-        return self.shards[self.names[name]] if changed is None else changed[name]
-
-    def write(self, part: str, tensors: Mapping[str, Tensor]) -> None:
-        storage.write_tensors(self._path(part), tensors, {"mark": self.mark}, self.otherwise, flushed=False)
-        self._take(part)
-
-    def restore(self, part: str) -> bool:
-        """Whether a finished file of that part was there, verified by its checksum; it is read from now on."""
-        try:
-            if storage.read_tensors(self._path(part))[1].get("mark") != self.mark:
-                return False
-        except (FileNotFoundError, storage.DamagedError):
-            return False
-        self._take(part)
-        return True
-
-    def forget(self) -> None:
-        self._changed.clear()
-
-    def _take(self, part: str) -> None:
-        found = Shards([self._path(part)])
-        for name in found:
-            if name in self._changed:
-                self._read_before += self._changed[name].bytes_read
-                self._changed[name].bytes_read = 0
-            self._changed[name] = found
-
-    def _path(self, part: str) -> Path:
-        return self.folder / f"{part}.safetensors"
-
-    @property
-    def bytes_read(self) -> int:
-        changed = {id(shards): shards.bytes_read for shards in self._changed.values()}
-        return self.shards.bytes_read + self._read_before + sum(changed.values())
 
 
 class Values(Mapping[str, Tensor]):

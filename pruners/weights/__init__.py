@@ -1,0 +1,1 @@
+"""Where a model's weights are while nobody uses them, and how they come and go part by part."""
