@@ -9,7 +9,7 @@ only what is to be pruned moves, and what is saved opens again as the same model
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,13 +78,20 @@ def check(kind: type[Any], families: tuple[str, ...] = tuple(FAMILIES)) -> Itera
 
 
 def tiny(family: str) -> Any:
-    """A model of the family with random weights, the same every time, in float32."""
+    return built(family, SIZES | GROUPED, PECULIAR.get(family, {}))
+
+
+def built(family: str, sizes: Mapping[str, Any], own: Mapping[str, Any], seed: int = 0) -> Any:
+    """A model with random weights, biases and norms, the same for a seed, in float32 and evaluation mode.
+
+    Of `sizes` the family takes those that its configuration knows; `own` is what else it says.
+    """
     known: Any = CONFIG_MAPPING[family]
-    sizes = {name: size for name, size in (SIZES | GROUPED).items() if hasattr(known(), name)}
-    config = known(**(sizes | PECULIAR.get(family, {})))
+    config = known(**{name: size for name, size in sizes.items() if hasattr(known(), name)} | dict(own))
+    config.dtype = None
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config).eval()
         for parameter in model.parameters():
             parameter.data += 0.1 * torch.randn_like(parameter)
     return model

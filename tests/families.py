@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from pruners import contract
 
 WIDTH, LENGTH, WINDOW = 32, 16, 6
 SIZES = {
@@ -74,16 +75,7 @@ def model_type(kind: str) -> str:
 
 def tiny(kind: str, seed: int = 0) -> Any:
     """The model of that kind, in float32 and evaluation mode."""
-    known = CONFIG_MAPPING[model_type(kind)]
-    sizes = {name: size for name, size in SIZES.items() if hasattr(known(), name)}
-    config = known(**(sizes | TINY[kind]))
-    config.dtype = None
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config).eval()
-        for parameter in model.parameters():
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    return model
+    return contract.built(model_type(kind), SIZES, TINY[kind], seed)
 
 
 def windows(kind: str, count: int = 4, length: int = LENGTH) -> torch.Tensor:

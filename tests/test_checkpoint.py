@@ -14,7 +14,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.testing import assert_close
 from transformers import (
     AutoConfig,
@@ -35,31 +35,7 @@ from pruners import anatomy, apply, checkpoint
 from pruners.apply import Kept
 from pruners.retrain import LoRA, LoRAPrune, MaskLoRA, ScaleLoRA, Trainable, finetune
 from tests.conftest import CONFIGS, SHARED, tiny
-
-FLAP = pruners.Flap(ratio=0.5)
-UNIFORM = pruners.Flap(ratio=0.5, structure="UL-UM")
-
-
-def pruned(kind, windows, method=FLAP):
-    model = tiny(kind)
-    pruners.prune(model, method, windows)
-    return model
-
-
-def no_attention(kind):
-    """Cut by hand: no head in the first block, no channel in the second."""
-    model = tiny(kind)
-    for block in anatomy.blocks(model):
-        kept = Kept.all(block)
-        kept["mlp" if block.index else "attention"][:] = False
-        apply.cut(block, kept)
-    apply.describe(model)
-    return model
-
-
-def ragged(kind):
-    return pruned(kind, torch.arange(96).view(6, 16))
-
+from tests.saved_models import FLAP, UNIFORM, no_attention, pruned, ragged
 
 WAYS = {"ragged": ragged, "nothing left": no_attention}
 
@@ -67,11 +43,6 @@ WAYS = {"ragged": ragged, "nothing left": no_attention}
 def generated(model, windows):
     mask = torch.ones_like(windows)
     return model.generate(windows, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0)
-
-
-def edit(folder, **changes):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | changes))
 
 
 def in_a_fresh_process(code, tmp_path):
@@ -224,77 +195,6 @@ def test_a_trained_model_with_its_tokenizer_and_sharded_files(stories, tmp_path)
     assert torch.equal(generated(loaded, prompt), generated(model, prompt))
 
 
-def test_a_missing_shard_is_named(stories, tmp_path):
-    checkpoint.save(stories(), None, tmp_path / "model", max_shard_size="300KB")
-    lost = sorted((tmp_path / "model").glob("*.safetensors"))[1]
-    lost.unlink()
-    with pytest.raises(FileNotFoundError, match=f"lacks 1 of its .* weight files, e.g. {lost.name}"):
-        checkpoint.load(tmp_path / "model")
-
-
-def test_weights_and_configuration_that_disagree_are_refused(kind, windows, tmp_path):
-    model = pruned(kind, windows)
-    checkpoint.save(model, None, tmp_path / "model")
-    blocks = model.config.blocks
-    edits = {
-        "says other shapes for": [{**blocks[0], "channels": blocks[0]["channels"] + 1}, blocks[1]],
-        "has no place for|asks for": [{**blocks[0], "shapes": without_bias(blocks[0]["shapes"])}, blocks[1]],
-        "says other shapes for 1 tensors": [{**blocks[0], "shapes": shifted(blocks[0]["shapes"])}, blocks[1]],
-        "describes 1 blocks and says num_hidden_layers is 2": blocks[:1],
-        "does not say the heads of block 1": [blocks[0], {k: v for k, v in blocks[1].items() if k != "heads"}],
-    }
-    for said, edited in edits.items():
-        edit(tmp_path / "model", blocks=edited)
-        for opened in (checkpoint.load, AutoModelForCausalLM.from_pretrained):
-            with pytest.raises(ValueError, match=said):
-                opened(tmp_path / "model")
-
-
-def without_bias(shapes):
-    """One bias less than the model has."""
-    name = next(name for name in (*shapes, "fc2.bias") if "bias" in name)
-    return shapes | {name: None}
-
-
-def shifted(shapes):
-    """One vector longer than the model's, or one matrix of the same rows or columns wider."""
-    name = next((name for name in shapes if "bias" in name), "self_attn.q_proj.weight")
-    return shapes | {name: [*shapes[name][:-1], shapes[name][-1] + 1]}
-
-
-def test_a_dense_configuration_over_cut_weights_is_refused(kind, windows, tmp_path):
-    checkpoint.save(pruned(kind, windows), None, tmp_path / "model")
-    tiny(kind).config.save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match="disagree"):
-        checkpoint.load(tmp_path / "model")
-
-
-def test_a_tensor_that_was_lost_is_refused(kind, windows, tmp_path):
-    checkpoint.save(pruned(kind, windows), None, tmp_path / "model")
-    file = tmp_path / "model/model.safetensors"
-    tensors = load_file(file)
-    del tensors[next(name for name in tensors if "v_proj" in name)]
-    save_file(tensors, file, metadata={"format": "pt"})
-    for opened in (checkpoint.load, AutoModelForCausalLM.from_pretrained):
-        with pytest.raises(ValueError, match=r"asks for 1 tensors that the weights lack, e\.g\. .*v_proj"):
-            opened(tmp_path / "model")
-
-
-def test_damaged_weights_are_refused(windows, tmp_path):
-    checkpoint.save(pruned("opt", windows), None, tmp_path / "model")
-    file = tmp_path / "model/model.safetensors"
-    file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(ValueError, match="are damaged"):
-        checkpoint.load(tmp_path / "model")
-
-
-def test_a_newer_format_is_refused(windows, tmp_path):
-    checkpoint.save(pruned("opt", windows), None, tmp_path / "model")
-    edit(tmp_path / "model", pruned_format=3)
-    with pytest.raises(ValueError, match="saved in format 3 and this code reads up to 2; update"):
-        checkpoint.load(tmp_path / "model")
-
-
 def test_a_folder_in_use_is_left_alone_and_an_empty_one_is_taken(tmp_path):
     (tmp_path / "used").mkdir()
     (tmp_path / "used/notes.txt").write_text("mine")
@@ -313,11 +213,6 @@ def test_a_save_that_fails_leaves_nothing(tmp_path):
     with pytest.raises(OSError, match="no space left"):
         checkpoint.save(tiny("opt"), Broken(), tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_folder_without_a_model_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"it has no config\.json"):
-        checkpoint.load(tmp_path)
 
 
 def as_format_1(model, folder):
@@ -494,19 +389,6 @@ def test_what_a_killed_process_left_of_the_same_folder_goes(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([lives.name, "out"])
 
 
-def test_two_sets_of_weights_in_a_pruned_folder_are_refused_however_it_is_opened(windows, tmp_path):
-    model = pruned("llama multi-head", windows)
-    model.save_pretrained(tmp_path / "out")
-    model.save_pretrained(tmp_path / "out", max_shard_size="40KB")
-    for opened in (checkpoint.load, AutoModelForCausalLM.from_pretrained):
-        with pytest.raises(ValueError, match=r"holds two sets of weights, model\.safetensors beside model-00001"):
-            opened(tmp_path / "out")
-    with pytest.raises(ValueError, match="two sets of weights"):
-        AutoModelForCausalLM.from_pretrained(tmp_path, subfolder="out")
-    with pytest.raises(FileExistsError):
-        checkpoint.save(model, None, tmp_path / "out")
-
-
 def test_an_older_module_in_the_folder_is_never_run(kind, windows, tmp_path):
     model = pruned(kind, windows)
     checkpoint.save(model, None, tmp_path / "out")
@@ -577,28 +459,6 @@ def test_peft_knows_where_adapters_go_in_a_ragged_model(kind, windows):
     assert_close(merged(windows).logits, ragged(kind)(windows).logits, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "widths", [{"heads": 3}, {"heads": -1}, {"channels": "64"}, {"kv_heads": 0}, {"channels": None}], ids=str
-)
-def test_widths_that_are_none_are_refused(widths, windows, tmp_path):
-    model = pruned("llama grouped-query", windows)
-    checkpoint.save(model, None, tmp_path / "out")
-    edit(
-        tmp_path / "out",
-        blocks=[{**model.config.blocks[0], "heads": 2, "kv_heads": 2, **widths}, model.config.blocks[1]],
-    )
-    with pytest.raises(ValueError, match=r"says that block 0 has .* whole numbers"):
-        checkpoint.load(tmp_path / "out")
-
-
-def test_a_configuration_of_the_wrong_types_is_one_sentence(tmp_path):
-    checkpoint.save(tiny("opt"), None, tmp_path / "out")
-    edit(tmp_path / "out", hidden_size="wide")
-    with pytest.raises(ValueError, match=r"config.json describes no model: .*hidden_size") as refused:
-        checkpoint.load(tmp_path / "out")
-    assert "\n" not in str(refused.value)
-
-
 def test_a_model_without_a_generation_configuration_is_saved(windows, tmp_path):
     model = tiny("llama grouped-query")
     model.generation_config = None
@@ -614,84 +474,3 @@ def test_a_size_of_weight_files_that_is_none_is_refused(tmp_path, size):
     with pytest.raises((TypeError, ValueError), match="max_shard_size is None or a size above 0, such as '5GB'"):
         checkpoint.save(tiny("opt"), None, tmp_path / "out", max_shard_size=size)
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("folder", "options", "said"),
-    [
-        (None, {}, "folder is the path of a model folder; got None"),
-        (3, {}, r"folder is the path of a model folder; got 3 \(int\)"),
-        ("", {}, "folder is the path of a model folder; got ''"),
-        (".", {"dtype": "float9"}, "dtype is 'auto', .* got 'float9'"),
-        (".", {"dtype": None}, "dtype is 'auto', .* got None"),
-        (".", {"dtype": 3}, "dtype is 'auto', .* got 3"),
-        (".", {"trust_remote_code": True}, "load sets trust_remote_code itself"),
-        (".", {"use_safetensors": False}, "load sets use_safetensors itself"),
-    ],
-)
-def test_what_load_cannot_be_told(monkeypatch, tmp_path, folder, options, said):
-    monkeypatch.chdir(checkpoint.save(tiny("opt"), None, tmp_path / "here"))
-    with pytest.raises((TypeError, ValueError), match=said):
-        checkpoint.load(folder, **options)
-
-
-def config(**changes):
-    def change(folder):
-        path = folder / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-    return change
-
-
-def block(**changes):
-    def change(folder):
-        path = folder / "config.json"
-        told = json.loads(path.read_text())
-        told["blocks"][0] |= changes
-        path.write_text(json.dumps(told))
-
-    return change
-
-
-def written(name, content):
-    return lambda folder: (folder / name).write_bytes(content)
-
-
-@pytest.mark.parametrize(
-    ("damage", "said"),
-    [
-        *((written("config.json", text), "must hold an object") for text in (b"[]", b"null", b"3", b'"x"')),
-        *(
-            (written("config.json", text), "config.json cannot be read as JSON")
-            for text in (b"", b"{", b"[" * 100_000, b"\xff")
-        ),
-        (written("config.json", b"\xef\xbb\xbf{}"), "config.json"),
-        (config(model_type="nope"), "model type 'nope', which transformers does not know"),
-        (config(model_type=None), "model type None"),
-        (config(model_type=["llama"]), "model type"),
-        (config(quantization_config={"quant_method": "gptq", "bits": 4}), "weights are quantised"),
-        (config(rope_parameters={"rope_type": "nope"}), "describes no model: KeyError: 'nope'"),
-        (config(vocab_size=-1), "describes no model"),
-        (config(dtype="float9"), "describes no model"),
-        (config(places={}), "describes no model: KeyError: 'blocks'"),
-        (config(dense={"nope": 1}), "describes no model"),
-        (block(shapes=None), "describes no model"),
-        (block(shapes={"mlp.up_proj.weight": [-1, 48]}), "describes no model"),
-        (block(shapes={"mlp.nope.weight": [1, 48]}), "describes no model"),
-        (block(attributes=3), "describes no model"),
-        (written("tokenizer.json", b"{"), "tokenizer files of .* are damaged"),
-        (written("tokenizer_config.json", b"[]"), "tokenizer files of .* are damaged"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "has no weights"),
-        (lambda folder: (folder / "model.safetensors").unlink() or os.mkfifo(folder / "model.safetensors"), "no weigh"),
-    ],
-)
-def test_a_damaged_folder_is_told_in_one_sentence_that_names_it(windows, tmp_path, damage, said):
-    model = tiny("llama grouped-query")
-    pruners.prune(model, pruners.Flap(ratio=0.4), windows)
-    folder = checkpoint.save(model, None, tmp_path / "out")
-    damage(folder)
-    with pytest.raises((ValueError, FileNotFoundError), match=said) as caught:
-        checkpoint.load(folder)
-    assert str(folder) in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert len(str(caught.value)) < 600
