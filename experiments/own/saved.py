@@ -28,7 +28,7 @@ CARD = """---
 
 Calibration: {calibration}.
 
-| measure | dense | this model |
+| measure | before | this model |
 | --- | --- | --- |
 {values}
 
