@@ -25,7 +25,7 @@ from transformers import (
 
 import pruners
 from experiments.store.blocks import PrunedBlocks
-from pruners import anatomy, apply, checkpoint
+from pruners import anatomy, apply, checkpoint, inputs, matrices
 from pruners.apply import Kept
 from pruners.families import FAMILIES, Family
 from pruners.retrain import LoRA, Reconstruction, Trainable, finetune
@@ -502,6 +502,28 @@ def test_an_expert_without_tokens_loses_its_smallest_weights_and_is_told(kind, m
         gone = down.argsort(1).argsort(1) < down.shape[1] // 2
         assert torch.equal(block.linear(f"mlp.experts.{lonely}.down").weight == 0, gone)
     assert report.achieved == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+@pytest.mark.parametrize("kind", TINY)
+def test_gradients_over_windows_are_those_of_a_plain_loop(kind, norm):
+    """Of every matrix, whether it has a parameter of its own or shares one with others."""
+    model, tokens = tiny(kind), windows(kind)
+    found = pruners.gather(model, pruners.Gradient(0.5, norm=norm), tokens)
+    sums = dict.fromkeys(model.parameters(), 0.0)
+    for window in tokens.split(1):
+        labels = inputs.labels(model.config, window)
+        model(input_ids=window, labels=labels, use_cache=False).loss.backward()
+        for parameter in sums:
+            if parameter.grad is not None:
+                sums[parameter] += parameter.grad.abs() if norm == "l1" else parameter.grad**2
+                parameter.grad = None
+    for block in anatomy.blocks(model):
+        for name, linear in block.linears().items():
+            whole = torch.as_tensor(sums[block.parameter(name)[1]])
+            expected = matrices.view(linear, whole.sqrt() if norm == "l2" else whole)
+            assert_close(found[f"{block.name}.{name}"], expected, rtol=1e-4, atol=1e-7)
+            assert found[f"{block.name}.{name}"].any()
 
 
 def elsewhere(index, lonely):
