@@ -12,14 +12,13 @@ import re
 from pathlib import Path
 
 from experiments.models.model import Model
-from experiments.models.today import TODAY
+from experiments.models.today import LLAMA_3, TODAY
 
 __all__ = ["CATALOGUE", "Model", "absolute", "called", "is_hub_id", "split"]
 
 
 LLAMA = "LLaMA licence (non-commercial research)"
 LLAMA_2 = "Llama 2 Community License (accept it on the model's page)"
-LLAMA_3 = "Meta Llama 3 Community License (accept it on the model's page)"
 OPT = "OPT licence (non-commercial research)"
 VICUNA_NOTE = "v1.3, whose weights are complete; LLM-Pruner pruned v0, which was published as a difference to LLaMA"
 
