@@ -17,7 +17,8 @@ from experiments import models
 from pruners.chatglm import ChatGLMForCausalLM, ChatGLMTokenizer
 from pruners.chatglm.tokenization_chatglm import decode_blanks, encode_blanks
 from tests.chatglm import ODD, odd, prompts, published_folder
-from tests.test_checkpoint import edit, in_a_fresh_process
+from tests.saved_models import edit
+from tests.test_checkpoint import in_a_fresh_process
 
 
 @pytest.fixture(scope="module")
