@@ -23,7 +23,7 @@ from experiments.distributed import Group
 from experiments.recovery import Retraining
 from experiments.spec import Run, Windows, describe
 from pruners import anatomy
-from pruners.retrain import LoRAPrune, MaskLoRA, Reconstruction, ScaleLoRA, Trainable, finetune
+from pruners.retrain import LoRA, LoRAPrune, MaskLoRA, Reconstruction, ScaleLoRA, Trainable, finetune
 from pruners.retrain.cycles import iterate, magnitudes
 from pruners.retrain.peers import Peers
 from pruners.retrain.trainable import Attached
@@ -34,7 +34,15 @@ TRAINED = {
     "ScaleLoRA of two projections, norms": Trainable(norms=True, adapters=ScaleLoRA(2, targets=("v_proj", "fc2"))),
     "head": Trainable(head=True),
     "everything": Trainable.full(),
+    "biases": Trainable(biases=True),
+    "norms": Trainable(norms=True),
+    "weights alone": Trainable(weights=True),
+    "LoRA that merges, biases": Trainable(biases=True, adapters=LoRA(rank=3, alpha=7, dropout=0.0, merge=True)),
+    "LoRA that stays, head": Trainable(head=True, adapters=LoRA(rank=2, alpha=3, dropout=0.0)),
+    "LoRA-Prune, biases, norms, head": Trainable(biases=True, norms=True, head=True, adapters=LoRAPrune(rank=4)),
+    "ScaleLoRA, biases": Trainable(biases=True, adapters=ScaleLoRA(rank=2)),
 }
+STEPS_OF = {"one by one": (4, 1, 0.5), "two at once, not clipped": (4, 2, 1e3), "all at once": (3, 3, 0.5)}
 
 
 def still(kind: str = "opt") -> PreTrainedModel:
@@ -51,11 +59,11 @@ def uneven(windows: Tensor) -> list[dict[str, Any]]:
     return [{"input_ids": row[:length]} for row, length in zip(windows, (16, 3, 9, 16, 5, 12), strict=True)]
 
 
+@pytest.mark.parametrize("step", STEPS_OF)
 @pytest.mark.parametrize("what", TRAINED)
-@pytest.mark.parametrize("micro", [1, 2])
-def test_the_training_is_that_of_plain_torch(what, micro, windows, monkeypatch):
+def test_the_training_is_that_of_plain_torch(what, step, windows, monkeypatch):
     """By formulas of its own: adapters as tensors, one forward pass a micro-batch, AdamW over all of them."""
-    model, plain, trainable, first = still(), still(), TRAINED[what], {}
+    (batch, micro, clip), model, plain, trainable, first = STEPS_OF[step], still(), still(), TRAINED[what], {}
     attach = Trainable.attach
 
     def attached(self: Trainable, *args: Any, **kwargs: Any) -> Attached:
@@ -65,22 +73,25 @@ def test_the_training_is_that_of_plain_torch(what, micro, windows, monkeypatch):
 
     monkeypatch.setattr(Trainable, "attach", attached)
     report = finetune(
-        model, trainable, uneven(windows), steps=7, learning_rate=3e-3, batch_size=4, micro_batch_size=micro, clip=0.5,
-        shuffle=False, reference=True,
+        model, trainable, uneven(windows), steps=7, learning_rate=3e-3, batch_size=batch, micro_batch_size=micro,
+        clip=clip, shuffle=False, reference=True,
     )  # fmt: skip
-    losses, merged = by_hand(plain, trainable, first["tensors"], uneven(windows), micro)
+    losses, merged = by_hand(plain, trainable, first["tensors"], uneven(windows), batch, micro, clip)
     assert report.losses == pytest.approx(losses, rel=1e-5)
     assert not report.untied
     assert model.lm_head.weight is model.model.decoder.embed_tokens.weight
-    found = dict(model.named_parameters())
+    found = {name.replace(".base_layer", ""): p for name, p in model.named_parameters()}
+    if isinstance(trainable.adapters, LoRA) and not trainable.adapters.merge:  # beside its matrices
+        assert any("lora_A" in name for name in found)
     for name, expected in merged.items():
         if "k_proj.bias" not in name:  # its gradient is rounding
             assert_close(found[name].detach(), expected, atol=2e-5, rtol=1e-4, msg=lambda text, name=name: name + text)
 
 
 def by_hand(
-    model: PreTrainedModel, trainable: Trainable, start: dict[str, Tensor], records: list[dict[str, Any]], micro: int
-) -> tuple[list[float], dict[str, Tensor]]:
+    model: PreTrainedModel, trainable: Trainable, start: dict[str, Tensor], records: list[dict[str, Any]], batch: int,
+    micro: int, clip: float,
+) -> tuple[list[float], dict[str, Tensor]]:  # fmt: skip
     """Losses of seven steps, and every parameter after the merge."""
     whole = dict(model.named_parameters())
     matrices = {f"{b.name}.{name}.weight" for b in anatomy.blocks(model) for name in b.linears()}
@@ -101,7 +112,9 @@ def by_hand(
             elif kind is ScaleLoRA:
                 changed[key] = weight * (b @ a)
             else:
-                open_ = kind is LoRAPrune and trained
+                if kind is LoRA and not trained and not trainable.adapters.merge:
+                    continue
+                open_ = kind is LoRA or (kind is LoRAPrune and trained)
                 changed[key] = weight + alpha / len(a) * (b @ a) * (1 if open_ else masks[key])
         return changed
 
@@ -116,11 +129,11 @@ def by_hand(
     optimizer = torch.optim.AdamW(leaves.values(), weight_decay=0.0)
     losses = []
     for step in range(7):
-        chosen = [records[(4 * step + place) % len(records)] for place in range(4)]
-        parts = [torch.cat([mean(record) for record in chosen[at : at + micro]]) for at in range(0, 4, micro)]
+        chosen = [records[(batch * step + place) % len(records)] for place in range(batch)]
+        parts = [torch.cat([mean(record) for record in chosen[at : at + micro]]) for at in range(0, batch, micro)]
         loss = torch.stack([part.mean() for part in parts]).mean()
         loss.backward()
-        nn.utils.clip_grad_norm_(leaves.values(), 0.5)
+        nn.utils.clip_grad_norm_(leaves.values(), clip)
         optimizer.param_groups[0]["lr"] = 3e-3 * (step if step < 1 else (7 - step) / 6)
         optimizer.step()
         optimizer.zero_grad()

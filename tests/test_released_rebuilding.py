@@ -23,6 +23,7 @@ TRAINED = {
     "ScaleLoRA": Trainable(adapters=ScaleLoRA(rank=2)),
     "LoRA-Prune, norms": Trainable(norms=True, adapters=LoRAPrune(rank=2, alpha=9)),
     "weights, norms": Trainable(norms=True, weights=True),
+    "biases, norms": Trainable(biases=True, norms=True),
 }
 METHODS = {"magnitude": pruners.Magnitude(sparsity=0.6), "2:4": pruners.Magnitude(pattern="2:4")}
 
