@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from experiments import measures, models, recovery
+from experiments import measures, models, rates, recovery
 from experiments.labels import full, labels
 from experiments.spec import Run, digest, needs_windows
 from pruners.suggest import UsageError, unknown
@@ -23,7 +23,9 @@ class Cell:
     @property
     def work(self) -> float:
         """Rough work in tokens through the model, for estimates of the time left."""
-        recovery_work = recovery.work_tokens(self.run.recovery, self.run.windows)
+        grid = rates.grid(self.run)
+        attempts = len(grid.rates) if grid else 1
+        recovery_work = attempts * recovery.work_tokens(self.run.recovery, self.run.windows)
         return OVERHEAD_TOKENS + self.pruning_work + recovery_work + sum(map(measures.work_tokens, self.run.measures))
 
     @property

@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,8 +50,8 @@ class Group:
     broken: bool = False
 
     @contextmanager
-    def training(self, cell: str, model: Any, tokenizer: Any, begun: Path) -> Iterator[None]:
-        """Of rank 0: the others retrain the cell of that id with it, from `model` as it is now.
+    def training(self, cell: str, model: Any, tokenizer: Any, begun: Path, learning_rate: float) -> Iterator[None]:
+        """Of rank 0: the others retrain the cell of that id with it, at that rate, from `model` as it is now.
 
         Raises ConnectionError where one of them cannot load it.
         """
@@ -61,7 +61,8 @@ class Group:
             model.save_pretrained(pruned)  # checkpoint.save may turn it into an equal model of another class
             tokenizer.save_pretrained(pruned)
         self.calls += 1
-        self.store.set(f"call/{self.calls}", json.dumps({"cell": cell, "pruned": str(pruned), "begun": str(begun)}))
+        call = {"cell": cell, "pruned": str(pruned), "begun": str(begun), "learning_rate": learning_rate}
+        self.store.set(f"call/{self.calls}", json.dumps(call))
         try:
             self._wait_until_loaded()
             yield
@@ -105,11 +106,11 @@ class Group:
         if self.rank == 0:
             self._all_reached("gone")
 
-    def _next(self) -> dict[str, str] | None:
+    def _next(self) -> dict[str, Any] | None:
         self.calls += 1
         while not self.store.check([f"call/{self.calls}"]):
             time.sleep(POLL_SECONDS)
-        called: dict[str, str] | None = json.loads(self.store.get(f"call/{self.calls}"))
+        called: dict[str, Any] | None = json.loads(self.store.get(f"call/{self.calls}"))
         return called
 
     def _wait_until_loaded(self) -> None:
@@ -162,11 +163,12 @@ def joined() -> Iterator[Group | None]:
         group.end()
 
 
-def _train_along(call: dict[str, str], chosen: Sequence[Cell], settings: Settings, loaded: Callable[[], None]) -> None:
+def _train_along(call: dict[str, Any], chosen: Sequence[Cell], settings: Settings, loaded: Callable[[], None]) -> None:
     run = next(cell.run for cell in chosen if cell.id == call["cell"])
     with quiet():
         model, inner = checkpoint.load(call["pruned"], device_map={"": settings.device})
     tokenizer = Tokenizer(digest(models.identity(run.model)), inner)
     examples = recover.examples(run.recovery.text, tokenizer, settings.data_dir)
     loaded()
-    recover.retrained(model, run.recovery, examples, Path(call["begun"]))
+    recovery = replace(run.recovery, learning_rate=call["learning_rate"])  # which may have been chosen
+    recover.retrained(model, recovery, examples, Path(call["begun"]))

@@ -81,6 +81,8 @@ def lacking(run: Run, data_dir: Path | None = None) -> list[str]:
         corpora.append(run.windows.corpus)
     if isinstance(run.recovery, Retraining):
         corpora.append(run.recovery.text.corpus)
+    if run.tuning:
+        corpora.append(run.tuning.grid.corpus)
     folder = zero_shot.folder(data_dir)
     texts = (text for name in dict.fromkeys(corpora) for text in _corpus(name, folder))
     tasks = (text for what in run.measures if isinstance(what, ZeroShot) for text in _documents(what, folder))

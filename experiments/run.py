@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -14,13 +14,16 @@ from typing import Any
 import pruners
 from eval import int8
 from eval.perplexity import token_sha256
-from experiments import distributed, measures, models, placement, provenance, recover, resume
+from experiments import distributed, measures, models, placement, provenance, rates, recover, resume
 from experiments.data import corpora, tokens
 from experiments.data.tokens import Tokenizer
 from experiments.measures import dense_gate, zero_shot
+from experiments.measures.asked import Costs
 from experiments.measures.zero_shot import Values
 from experiments.own import saved
 from experiments.progress import Board
+from experiments.rates import RateGrid
+from experiments.rates.settle import settled
 from experiments.recovery import Retraining, work_tokens
 from experiments.settings import Settings
 from experiments.spec import Perplexity, Run, describe, digest
@@ -69,12 +72,18 @@ def execute(
     """
     if run.quantised:
         int8.library()
-    session = _open(run, table, settings, board or Board(), group)
+    board = board or Board()
+    run, chosen = _settled(run, settings, board, group)
+    session = _open(run, table, settings, board, group)
     if folder := settings.save.get(session.id):
         saved.check(run, folder)
     passed = _dense_gate(session)
-    achieved = _prune(session)
-    if session.retrains:
+    grid = rates.grid(run)
+    achieved = {} if grid and not session.retrains else _prune(session)
+    if grid:
+        measured, pruned = _choose(grid, session)
+        achieved |= pruned
+    elif session.retrains:
         achieved["recovery"] = _retrain(session)
     if run.quantised:
         with session.stages("quantise"):
@@ -85,8 +94,8 @@ def execute(
         id=session.id,
         table=table,
         spec=run.spec(identity),
-        achieved=achieved,
-        measures=_measure(session),
+        achieved=achieved | chosen,
+        measures=measured if grid else _measure(session, achieved.get("recovery", {})),
         dense_gate=passed,
         data={name: corpora.provenance(name, settings.data_dir) for name in resume.read_by(run)},
         cost=_cost(session),
@@ -171,11 +180,44 @@ def _retrain(session: Session) -> dict[str, Any]:
     model, inner = subject.model, subject.tokenizer.inner
     with session.stages("retrain"):
         text = recover.examples(recovery.text, subject.tokenizer, subject.data_dir)
-        with group.training(session.id, model, inner, session.steps) if group else nullcontext():
+        along = (session.id, model, inner, session.steps, recovery.learning_rate)
+        with group.training(*along) if group else nullcontext():
             report = recover.retrained(model, recovery, text, session.steps, progress, watch)
     session.stages.add("retrain", report.resumed_seconds)  # what another process took is this cell's cost, too
     held_out = {"held_out": {"before": before, "after": _held_out(kept_back, session)}}
     return report.to_dict() | (held_out if kept_back else {})
+
+
+def _settled(run: Run, settings: Settings, board: Board, group: distributed.Group | None) -> tuple[Run, dict[str, Any]]:
+    """The run at its learning rate, which is chosen now where it was not yet, and what to record of the choice."""
+    if group and rates.grid(run):
+        raise ValueError("A learning rate is chosen by one process; run this cell without torchrun.")
+    if not run.tuning:
+        return run, {}
+    alone = replace(settings, save={})
+    return settled(run, settings, None if group else lambda wanted, table: execute(wanted, table, alone, board))
+
+
+def _choose(grid: RateGrid, session: Session) -> tuple[Values, dict[str, Any]]:
+    """The choice of a learning rate, and of a reconstruction what pruning achieved with the last rate tried."""
+    run, subject, achieved = session.run, session.subject, {}
+    kept_back = recover.examples(grid.text, subject.tokenizer, subject.data_dir)
+    text = recover.examples(run.recovery.text, subject.tokenizer, subject.data_dir) if session.retrains else None
+
+    def attempt(rate: float) -> None:
+        place = f"rate {rate:g}"
+        recovery = replace(run.recovery, learning_rate=rate)
+        if session.retrains:
+            progress = session.board.stage(f"retraining at {rate:g}", work_tokens(recovery, None))
+            recover.retrained(subject.model, recovery, text, session.steps / place, progress)
+        else:
+            achieved.update(_prune(replace(session, run=replace(run, recovery=recovery), begun=session.begun / place)))
+
+    with session.stages("learning rates"):
+        choice = retrain.choose_rate(subject.model, attempt, grid.rates, kept_back, batch_size=subject.batch_size)
+    achieved.pop("reconstruction", None)
+    about = choice.to_dict()
+    return {grid.key: {"learning_rate": about.pop("chosen"), **about, "text": asdict(grid.text)}}, achieved
 
 
 def _held_out(kept_back: list[Any], session: Session) -> dict[str, Any]:
@@ -246,17 +288,32 @@ def _dense(what: Perplexity, session: Session) -> Values:
     return dense_gate.dense(settings.root, key, lambda: measures.measure(what, subject, progress))
 
 
-def _measure(session: Session) -> Values:
+def _measure(session: Session, recovery: Mapping[str, Any]) -> Values:
+    """`recovery` is what retraining achieved, if there was any."""
     run = session.run
     values: Values = {}
     with session.stages("measure"):
         for what in run.measures:
+            if isinstance(what, Costs):
+                values |= {what.key: _costs(session, recovery)}
+                continue
             if run.method is None and run.recovery is None and not run.quantised and isinstance(what, Perplexity):
                 values |= _dense(what, session)
                 continue
             progress = session.board.stage(f"measuring {what.key}", measures.work_tokens(what))
             values |= measures.measure(what, session.subject, progress)
     return values
+
+
+def _costs(session: Session, recovery: Mapping[str, Any]) -> dict[str, Any]:
+    """So far; a stage that another process did in part counts whole."""
+    found: dict[str, Any] = {"peak_bytes": provenance.peak_bytes(session.subject.model.device)}
+    if "prune" in session.stages.seconds:
+        found["pruning_s"] = session.stages.seconds["prune"]
+    if recovery:
+        pace = recovery["tokens"] / recovery["seconds"]
+        found |= {"training_tokens_per_second": pace, "trained": recovery["trained"], "share": recovery["share"]}
+    return found
 
 
 def _cost(session: Session) -> records.Cost:

@@ -199,7 +199,8 @@ class Run:
     """One cell: a model, a method (None is the dense model), its calibration and what is measured.
 
     `recovery` follows pruning: a `recovery.Retraining`, or a `retrain.Reconstruction` block by block.  `quantised`: the
-    weights are then put into 8 bits by LLM.int8, before anything is measured.
+    weights are then put into 8 bits by LLM.int8, before anything is measured.  With a `tuning`, a `rates.Tuning`, the
+    learning rate of `recovery` is chosen from its grid, and the one that `recovery` names counts for nothing.
     `model` is a name of the catalogue, a local folder, or NAME=FOLDER for a folder that is a model of the catalogue;
     `identity` is filled in by `experiments.models` (hub id and revision, or a fingerprint of the folder), so that two
     models never share an id.
@@ -212,13 +213,16 @@ class Run:
     dtype: str = "float32"
     recovery: Any = None
     quantised: Flag = False
+    tuning: Any = None
 
     def __post_init__(self) -> None:
         checks.fields(self)
         checks.choice("dtype", self.dtype, DTYPES)
-        for name in ("method", "recovery"):
+        for name in ("method", "recovery", "tuning"):
             if isinstance(value := getattr(self, name), type | str):
                 raise TypeError(f"Run: {name} is made with its settings, or None; got {checks.typed(value)}.")
+        if self.tuning and not hasattr(self.recovery, "learning_rate"):
+            raise ValueError("Run: tuning chooses the learning rate of a recovery, and there is none.")
 
     @property
     def model_name(self) -> str:
@@ -238,7 +242,7 @@ class Run:
 
     def spec(self, identity: dict[str, Any] | None = None) -> dict[str, Any]:
         """Every field that can move the number, as plain JSON values."""
-        recovery = {"recovery": describe(self.recovery)} if self.recovery else {}
+        recovery = {"recovery": self._recovery()} if self.recovery else {}
         return {
             "model": {"name": self.model_name, **(identity or {})},  # where a folder lies moves nothing
             "method": describe(self.method),
@@ -247,7 +251,14 @@ class Run:
             "dtype": self.dtype,
             **recovery,
             **({"quantised": "LLM.int8"} if self.quantised else {}),
+            **({"tuning": describe(self.tuning)} if self.tuning else {}),
         }
+
+    def _recovery(self) -> dict[str, Any]:
+        """Without a learning rate where that is chosen."""
+        chosen = self.tuning or any(getattr(what, "chooses_rate", False) for what in self.measures)
+        told = describe(self.recovery) or {}
+        return {name: value for name, value in told.items() if name != "learning_rate" or not chosen}
 
     def id(self, identity: dict[str, Any] | None = None) -> str:
         return digest(self.spec(identity))
@@ -259,7 +270,8 @@ class Table:
 
     A column begins with its model.
     `published` names the paper's own table, e.g. `wanda: table 23, table 24`, in the CSV under `analysis/published`.
-    `label` gives a run the paper's words for its method and setting, by which its values find their cell.
+    `label` gives a run the paper's words for its method and setting, by which its values find their cell.  `rates`
+    says how the learning rates were chosen that the table names itself.
     """
 
     name: str
@@ -269,6 +281,7 @@ class Table:
     run: Callable[..., Run | None]
     published: str | None = None
     label: Callable[[Run], tuple[str, str]] | None = None
+    rates: str | None = None
 
     def runs(self, model: str | None = None) -> list[Run]:
         """The table's runs in reading order, each once; `model` asks for the same experiment on another model.

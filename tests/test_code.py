@@ -76,7 +76,7 @@ def edit(path: Path, old: str, new: str) -> set[str]:
         ("pruners/whole_model.py", "return ", "return 1 + ", {"llm_pruner"}),
         ("pruners/retrain/fused.py", "import torch\n", "import torch as t\n", {"retraining", "reconstruction"}),
         ("pruners/retrain/held_out.py", "return ", "return 1 + ", {"retraining"}),
-        ("pruners/retrain/cycles.py", "return ", "return 1 + ", set()),
+        ("pruners/retrain/rates.py", "return ", "return 1 + ", set()),
         ("eval/perplexity.py", ".mean(1)", ".sum(1)", {"Perplexity"}),
         ("eval/latency.py", "return ", "return 1 + ", {"Efficiency"}),
         ("eval/answers.py", "return ", "return 1 + ", {"ZeroShot"}),

@@ -27,7 +27,6 @@ from pruners.retrain import (
     finetune,
     held_out_loss,
 )
-from pruners.retrain.cycles import iterate, magnitudes
 from tests.conftest import tiny
 from tests.test_refusals import _without_the_tests_own_checks, refused, unchanged  # noqa: F401  (a fixture)
 
@@ -75,8 +74,6 @@ def test_settings_of_retraining(windows, settings, said):
     before = copy.deepcopy(model.state_dict())
     training = {"steps": 2, "learning_rate": 1e-3, **settings}
     refused(said, lambda: finetune(model, NORMS, windows, **training))
-    if "folder" not in settings:
-        refused(said, lambda: iterate(model, magnitudes(0.5, 2), NORMS, windows, **training))
     unchanged(model, before)
 
 
@@ -108,16 +105,14 @@ def test_examples(examples, said):
     before = copy.deepcopy(model.state_dict())
     refused(said, lambda: finetune(model, NORMS, examples, steps=1, learning_rate=1e-3))
     refused(said, lambda: held_out_loss(model, examples))
-    head = Trainable(head=True)
-    refused(said, lambda: iterate(model, magnitudes(0.5, 1), head, examples, steps=1, learning_rate=1e-3))
     unchanged(model, before)
 
 
-def test_examples_that_can_be_read_once_serve_every_cycle(windows):
+def test_examples_can_be_read_once(windows):
     training = {"steps": 1, "learning_rate": 1e-3}
     listed, read = tiny(KIND), tiny(KIND)
-    iterate(listed, magnitudes(0.5, 2), NORMS, list(windows), **training)
-    iterate(read, magnitudes(0.5, 2), NORMS, iter(windows), **training)
+    finetune(listed, NORMS, list(windows), **training)
+    finetune(read, NORMS, iter(windows), **training)
     unchanged(read, listed.state_dict())
 
 
@@ -178,34 +173,10 @@ def test_the_default_dtype_does_not_move_training(windows):
         (lambda: Reconstruction(NORMS, batch_size=0), "batch_size is a whole number"),
         (lambda: Reconstruction(NORMS, warmup=-0.1), "warmup is a finite number"),
         (lambda: Reconstruction(NORMS, seed="0"), "seed is a whole number"),
-        (lambda: magnitudes("0.5", 2), "sparsity is .*got '0.5'"),
-        (lambda: magnitudes(1.5, 2), r"sparsity is .*\[0, 1\); got 1\.5"),
-        (lambda: magnitudes(0.5, 1.5), "cycles is a whole number"),
-        (lambda: magnitudes(0.5, 0), "at least one cycle"),
     ],
 )
 def test_what_is_to_be_trained(make, said):
     refused(said, make)
-
-
-def test_cycles_refuse_adapters_that_do_not_fit_before_anything_is_pruned(windows):
-    model = tiny(KIND)
-    before = copy.deepcopy(model.state_dict())
-    for what, said in (
-        (Trainable(adapters=MaskLoRA(rank=49)), "Rank 49 is larger"),
-        (Trainable(adapters=MaskLoRA(targets=("q_porj",))), "Did you mean q_proj"),
-        (Trainable(biases=True), "selects nothing"),
-    ):
-        refused(said, lambda what=what: iterate(model, magnitudes(0.5, 1), what, windows, **TRAINING))
-    unchanged(model, before)
-
-
-@pytest.mark.parametrize("methods", ["magnitude", pruners.Magnitude(0.5), [pruners.Magnitude], None])
-def test_methods_of_cycles(windows, methods):
-    model = tiny(KIND)
-    before = copy.deepcopy(model.state_dict())
-    refused("methods? (is|are) ", lambda: iterate(model, methods, NORMS, windows, steps=1, learning_rate=1e-3))
-    unchanged(model, before)
 
 
 TEXT = spec.Windows("c4/train", 4, 32)

@@ -24,7 +24,6 @@ from experiments.recovery import Retraining
 from experiments.spec import Run, Windows, describe
 from pruners import anatomy
 from pruners.retrain import LoRA, LoRAPrune, MaskLoRA, Reconstruction, ScaleLoRA, Trainable, finetune
-from pruners.retrain.cycles import iterate, magnitudes
 from pruners.retrain.peers import Peers
 from pruners.retrain.trainable import Attached
 
@@ -190,8 +189,6 @@ def test_micro_batches_that_are_no_whole_step_are_refused_before_anything_is_don
     model = tiny("opt")
     with pytest.raises(ValueError, match="batch_size of 5 is no multiple of the micro_batch_size of 2"):
         finetune(model, Trainable(norms=True), windows, reference=True, **asked)
-    with pytest.raises(ValueError, match="batch_size of 5 is no multiple"):
-        iterate(model, magnitudes(0.5, 2), Trainable(norms=True), windows, reference=True, **asked)
     with pytest.raises(ValueError, match="batch_size of 5 is no multiple"):
         Retraining(Trainable(norms=True), Windows("c4/train", 4, 8), reference=True, **asked)
     assert all(linear.weight.all() for block in anatomy.blocks(model) for linear in block.linears().values())

@@ -22,7 +22,7 @@ import numpy as np
 
 from analysis import published
 from analysis.compare import Cell, cells
-from analysis.rows import COST, declared
+from analysis.rows import COST, Row, declared
 from eval.intervals import half_width, normal_half_width
 from experiments import papers
 
@@ -54,7 +54,11 @@ class Place:
 
 @dataclass(frozen=True)
 class Claim:
-    """A paper's claim; `stand_in` is where the embedded model is asked while the paper's models were not run."""
+    """A paper's claim; `stand_in` is where the embedded model is asked while the paper's models were not run.
+
+    A claim about retraining at its best says `tuned`: it is undecided where a learning rate was not chosen within a
+    grid.
+    """
 
     name: str
     paper: str
@@ -63,11 +67,14 @@ class Claim:
     places: tuple[Place, ...]
     stand_in: tuple[Place, ...] = ()
     stand_in_comparisons: tuple[Better, ...] = ()
+    tuned: bool = False
 
 
 @dataclass
 class Answer:
     """`verdict` is holds, holds so far (some comparisons have no numbers yet), fails, undecided or no numbers.
+
+    `untuned` are cells without which a claim is undecided, as their learning rates were not chosen.
 
     `of` counts the comparisons with numbers and `without` those that lack them, for the reason that `lack` says;
     `against` names the comparisons that fail and `open` those that noise leaves undecided.
@@ -81,10 +88,13 @@ class Answer:
     where: str = ""
     without: int = 0
     lack: str = "not measured"
+    untuned: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         if not self.of:
             return self.verdict
+        if self.untuned:
+            return f"{self.verdict}: not tuned ({_listed(self.untuned)}){f' on {self.where}' if self.where else ''}"
         return f"{self.verdict} ({self.told()}){f' on {self.where}' if self.where else ''}"
 
     def told(self, known: str = "") -> str:
@@ -115,6 +125,13 @@ class Ours:
         found = self._declared(place, model, words)
         return found if found and found.ours is not None else None
 
+    def untuned(self, place: Place, model: str, side: Better) -> Iterator[str]:
+        """The cells of a comparison whose learning rate was not chosen, or is the lowest or highest of its grid."""
+        for words in (side.left, side.right):
+            found = None if isinstance(words, float) else self._declared(place, model, words)
+            if found and any(_is_untuned(row) for row in found.rows) and not papers.find(place.table).rates:
+                yield f"{model} {found.method} {found.setting}"
+
     def _declared(self, place: Place, model: str, words: Words) -> Cell | None:
         if place.table and place.table not in self._known:
             self._known[place.table] = {
@@ -128,6 +145,13 @@ class Ours:
         found = [cell for cell in cells(table, made) if cell.fold == "mean"]
         paid = (replace(cell, key=COST, metric="retraining_hours", published=None) for cell in found)
         return [*found, *paid]
+
+
+def _is_untuned(row: Row) -> bool:
+    if row.run.recovery is None or row.record is None:
+        return False
+    about = row.record.achieved.get("rate_choice")
+    return about is None or about["at_edge"]
 
 
 def on_paper(claim: Claim) -> Answer:
@@ -145,6 +169,9 @@ def on_ours(claim: Claim, ours: Ours, noise: bool = False) -> Answer:
         signs = [(_noisy if noise else _plain)(ours, *one) for one in asked]
         if any(sign is not None for sign in signs):
             answer = _judged(signs, asked, "holds so far")
+            known = [one for one, sign in zip(asked, signs, strict=True) if sign is not None]
+            if claim.tuned and (untuned := list(dict.fromkeys(name for one in known for name in ours.untuned(*one)))):
+                answer.verdict, answer.untuned = "undecided", untuned
             answer.where = ", ".join(dict.fromkeys(model for (_, model, _), sign in zip(asked, signs, strict=True)
                                                    if sign is not None))  # fmt: skip
             return answer

@@ -42,6 +42,10 @@ QUANTITIES = (
     Quantity("decode_s", digits=1, title="decode, ms/token", scale=1e3, quartiles=("decode_q1_s", "decode_q3_s")),
     Quantity("decode_bound_s", digits=1, title="its bound, ms", scale=1e3),
     Quantity("column_dispersion", digits=1, title="column overdispersion"),
+    Quantity("learning_rate", digits=5, title="learning rate"),
+    Quantity("pruning_s", digits=1, title="pruning, s"),
+    Quantity("training_tokens_per_second", digits=0, title="retraining, tokens/s"),
+    Quantity("peak_bytes", digits=2, title="peak memory, GB", scale=1e-9),
     Quantity("distinct_2", digits=3, title="distinct 2-grams"),
     Quantity("repeated_4", digits=3, title="repeated 4-grams"),
 )

@@ -24,6 +24,8 @@ def notes(table: Table, rows: Sequence[Row], again: str = "") -> list[str]:
         *(_protocol(key, rows) for key in keys(rows) if any("perplexity" in (row.measure(key) or {}) for row in rows)),
         *measured_notes.notes(table, rows),
         *_distinct(_calibration(record) for record in done),
+        *([f"{table.rates}."] if table.rates else []),
+        *_rates(rows),
         *_distinct(_origin(record) for record in done),
         *_distinct(f"{name} was only a part of the data set." for row in rows for name in row.partial),
         *(f"{row.label} failed: {row.failure.message}" for row in rows if row.failure and not row.record),
@@ -52,6 +54,24 @@ def _calibration(record: Record) -> str | None:
         f"Calibration: {windows['count']:,} x {windows['length']:,} tokens of {windows['corpus']} "
         f"({windows['sampling']}{seed})."
     )
+
+
+def _rates(rows: Sequence[Row]) -> Iterator[str]:
+    """Of learning rates that were chosen: the grids and texts, and which rate each row took."""
+    taken: dict[str, dict[float, dict[str, None]]] = {}
+    edges: dict[str, None] = {}
+    for row in rows:
+        if row.record and (about := row.record.achieved.get("rate_choice")):
+            text, tried = about["text"], ", ".join(f"{rate:g}" for rate in about["rates"])
+            grid = f"of {tried} by the loss on {text['count']} x {text['length']:,} tokens of {text['corpus']}"
+            name = f"{row.run.model_name} {row.label}"
+            taken.setdefault(grid, {}).setdefault(about["learning_rate"], {})[name] = None
+            edges |= {name: None} if about["at_edge"] else {}
+    for grid, rates in taken.items():
+        told = "; ".join(f"{rate:g} for {', '.join(names)}" for rate, names in sorted(rates.items()))
+        yield f"Learning rates, {grid}: {told}."
+    if edges:
+        yield f"Not tuned, for the best rate is at the edge of the grid: {', '.join(edges)}."
 
 
 def _origin(record: Record) -> str:

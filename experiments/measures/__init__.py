@@ -8,10 +8,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from experiments import spec
+from experiments import rates, spec
 from experiments.data import tokens
 from experiments.data.tokens import Tokenizer
-from experiments.measures import zero_shot
+from experiments.measures import asked, zero_shot
 from experiments.measures.zero_shot import Values
 from pruners.lazy import Tensor
 
@@ -140,6 +140,10 @@ def _mask_patterns(what: spec.MaskPatterns, subject: Subject, progress: Progress
     return {what.key: mask_patterns(subject.model, what.block)}
 
 
+def _unmeasured(what: Any, subject: Subject, progress: Progress | None) -> Values:
+    raise TypeError(f"{what.key} is no measure of a model as it is; experiments.run takes it while it makes the cell.")
+
+
 def _mean(rows: list[dict[str, Any]], name: str) -> float | None:
     known = [row[name] for row in rows if row[name] is not None]
     return fmean(known) if known else None
@@ -186,6 +190,8 @@ KINDS = {
     spec.Efficiency: Kind(_efficiency, _efficiency_work, ("eval.efficiency", "eval.semi_structured")),
     spec.Generation: Kind(_generation, _generation_work, ("eval.generation",)),
     spec.MaskPatterns: Kind(_mask_patterns, lambda what: 0, ("eval.patterns",)),
+    asked.Costs: Kind(_unmeasured, lambda what: 0, ()),
+    rates.RateGrid: Kind(_unmeasured, lambda what: 0, ("pruners.retrain.rates",)),
 }
 
 

@@ -85,6 +85,9 @@ _MODELS = (
     ),
     Model("mistral-7b", "mistralai/Mistral-7B-v0.1", None, 7_241_732_096, 32_768, "Apache-2.0", blocks=32, heads=32),
     Model(
+        "mixtral-8x7b", "mistralai/Mixtral-8x7B-v0.1", None, 46_702_792_704, 32_768, "Apache-2.0", blocks=32, heads=32
+    ),
+    Model(
         "llama-3-8b",
         "meta-llama/Meta-Llama-3-8B",
         "8cde5ca8380496c9a6cc7ef3a8b46a0372a1d920",

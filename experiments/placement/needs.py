@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from experiments import models
+from experiments import models, rates
 from experiments.recovery import Retraining
 from experiments.spec import Efficiency, Perplexity, Run, ZeroShot
 
@@ -105,6 +105,8 @@ def needs_all_weights(run: Run) -> str | None:
     """What of a cell cannot be done with weights away from the device."""
     if isinstance(run.recovery, Retraining):
         return "retraining"
+    if rates.grid(run):
+        return "the choice of a learning rate"
     if run.method is not None and run.method.needs_all_weights:
         return "pruning channels of the residual stream"
     if any(isinstance(what, Efficiency) and what.batch_sizes and what.lengths for what in run.measures):

@@ -1,0 +1,187 @@
+"""Learning rates that are cells of their own: chosen once, shared, recorded, told below tables, asked by claims."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import small_table as small
+from conftest import needs_shared
+
+import pruners
+from analysis.claims.judge import Better, Claim, Ours, Place, on_ours
+from analysis.rows import declared
+from analysis.tables.notes import notes
+from experiments import cells, estimate, measures, papers, rates
+from experiments.batch import run_table
+from experiments.measures.asked import Costs
+from experiments.papers import perp
+from experiments.placement.needs import needs_all_weights
+from experiments.rates import RateGrid, Tuning, choice
+from experiments.recovery import Retraining
+from experiments.settings import Settings
+from experiments.spec import Run, Table, Windows
+from experiments.store import records
+from pruners.retrain import Reconstruction, Trainable
+
+NORMS = Trainable(norms=True)
+GRID = RateGrid((1e-4, 1e-2, 1e-1), Windows("c4/train", 4, 32, seed=7))
+TUNING = Tuning(GRID, pruners.Magnitude(sparsity=0.5), table="tiny.rates")
+RETRAINING = Retraining(NORMS, small.WINDOWS, steps=6, learning_rate=5e-4)
+REBUILDING = Reconstruction(NORMS, steps=6, learning_rate=5e-4)
+
+
+def run(recovery, sparsity: float, **changes) -> Run:
+    method = pruners.Magnitude(sparsity=sparsity)
+    windows = small.WINDOWS if recovery is REBUILDING else None
+    return Run(str(small.MODEL), method, windows, (small.PPL,), recovery=recovery, tuning=TUNING, **changes)
+
+
+def test_the_rate_that_a_recovery_names_counts_for_nothing_and_the_grid_does():
+    one = run(RETRAINING, 0.5)
+    assert one.id() == replace(one, recovery=replace(RETRAINING, learning_rate=1.0)).id()
+    others = [replace(one, tuning=None), replace(one, tuning=replace(TUNING, at=pruners.Magnitude(sparsity=0.6))),
+              replace(one, tuning=replace(TUNING, grid=replace(GRID, rates=(1e-3, 1e-2))))]  # fmt: skip
+    assert len({one.id(), *(other.id() for other in others)}) == 4
+    assert "tuning" not in others[0].spec()
+    assert one.id() == replace(one, tuning=replace(TUNING, table="elsewhere")).id()
+    assert choice(one).id() == choice(run(RETRAINING, 0.4)).id() != choice(run(REBUILDING, 0.4)).id()
+
+
+def test_what_is_no_grid_or_has_nothing_to_tune_is_refused():
+    with pytest.raises(ValueError, match="none of them twice"):
+        RateGrid((1e-3, 1e-3), GRID.text)
+    with pytest.raises(TypeError, match="the Windows on which losses are taken"):
+        RateGrid((1e-3,), "c4/validation")
+    with pytest.raises(ValueError, match="there is none"):
+        Run("smollm2-135m", pruners.Magnitude(sparsity=0.5), None, (), tuning=TUNING)
+
+
+@needs_shared
+@pytest.mark.parametrize("recovery", [RETRAINING, REBUILDING], ids=["retraining", "reconstruction"])
+def test_a_rate_is_chosen_once_and_taken_by_all_that_share_it(recovery, tmp_path, monkeypatch):
+    data_dir = small.data(tmp_path / "data")
+    made = cells.cells([run(recovery, share) for share in (0.4, 0.5)])
+    settings = Settings(tmp_path, data_dir=data_dir)
+    assert not run_table("tiny", made, settings).failed
+    chosen = records.load(tmp_path, "tiny.rates")
+    (id,) = chosen
+    about = chosen[id].measures[GRID.key]
+    assert id == cells.cells([choice(made[0].run)])[0].id
+    assert about["rates"] == list(GRID.rates)
+    assert about["losses"].index(min(about["losses"])) == about["rates"].index(about["learning_rate"])
+    for cell in made:
+        record = records.find(tmp_path, "tiny", cell.id)
+        assert record.achieved["rate_choice"]["record"] == id
+        assert "learning_rate" not in record.spec["recovery"]
+        by_hand = replace(cell.run, tuning=None, recovery=replace(recovery, learning_rate=about["learning_rate"]))
+        (plain,) = cells.cells([by_hand])
+        assert not run_table("tiny", [plain], settings).failed
+        assert records.find(tmp_path, "tiny", plain.id).measures == record.measures
+    assert not list((tmp_path / ".cache/unfinished").rglob("*.safetensors"))
+
+
+@needs_shared
+def test_a_choice_is_a_cell_that_can_be_run_first(tmp_path, monkeypatch):
+    data_dir = small.data(tmp_path / "data")
+    settings = Settings(tmp_path, data_dir=data_dir)
+    asked = run(RETRAINING, 0.6)
+    assert not run_table("tiny.rates", cells.cells([choice(asked)]), settings).failed
+    before = records.load(tmp_path, "tiny.rates")
+    monkeypatch.setattr("pruners.retrain.choose_rate", lambda *args, **how: pytest.fail("chosen again"))
+    assert not run_table("tiny", cells.cells([asked]), settings).failed
+    assert records.load(tmp_path, "tiny.rates") == before
+
+
+@needs_shared
+def test_a_table_says_which_rate_each_row_took_and_which_lies_at_the_edge(tmp_path):
+    table = Table("tiny", "", (0.4, 0.5), ((str(small.MODEL),),), lambda share, model: run(RETRAINING, share))
+    data_dir = small.data(tmp_path / "data")
+    assert not run_table("tiny", cells.cells(table.runs()), Settings(tmp_path, data_dir=data_dir)).failed
+    told = [note for note in notes(table, declared(table, tmp_path, table.runs())) if "earning rate" in note]
+    (record,) = records.load(tmp_path, "tiny.rates").values()
+    rate = record.measures[GRID.key]["learning_rate"]
+    assert f"of 0.0001, 0.01, 0.1 by the loss on 4 x 32 tokens of c4/train: {rate:g} for" in told[0]
+    assert "Magnitude + norms 40 %" in told[0]
+
+
+@needs_shared
+def test_costs_are_those_of_the_cell(tmp_path):
+    recovery = replace(RETRAINING, learning_rate=1e-3)
+    plain = replace(run(recovery, 0.5), tuning=None, measures=(Costs(),))
+    (cell,) = cells.cells([plain])
+    assert not run_table("tiny", [cell], Settings(tmp_path, data_dir=small.data(tmp_path / "data"))).failed
+    record = records.find(tmp_path, "tiny", cell.id)
+    found, trained = record.measures["costs"], record.achieved["recovery"]
+    assert found["training_tokens_per_second"] == pytest.approx(trained["tokens"] / trained["seconds"])
+    assert found["pruning_s"] == record.cost.seconds["prune"]
+    assert (found["trained"], found["share"]) == (trained["trained"], trained["share"])
+    assert 0 < found["peak_bytes"] <= record.cost.peak_bytes
+
+
+def test_processes_together_choose_nothing():
+    from experiments.distributed import Group
+    from experiments.run import execute
+
+    with pytest.raises(ValueError, match="chosen by one process; run this cell without torchrun"):
+        execute(choice(run(RETRAINING, 0.5)), "tiny.rates", Settings(), group=Group(0, 2, None))
+
+
+def test_processes_together_ask_for_a_choice_that_is_there(tmp_path):
+    from experiments.distributed import Group
+    from experiments.run import execute
+
+    with pytest.raises(ValueError, match=r"run python -m experiments run tiny.rates --only \w+ first"):
+        execute(run(RETRAINING, 0.5), "tiny", Settings(tmp_path), group=Group(0, 2, None))
+
+
+def test_a_choice_costs_as_many_trainings_as_it_tries_and_wants_all_weights():
+    tuned, chosen = (cells.cells([one])[0] for one in (run(RETRAINING, 0.5), choice(run(RETRAINING, 0.5))))
+    training = tuned.work - cells.OVERHEAD_TOKENS - measures.work_tokens(small.PPL)
+    assert chosen.work - cells.OVERHEAD_TOKENS == len(GRID.rates) * training
+    assert needs_all_weights(choice(run(REBUILDING, 0.5))) == "the choice of a learning rate"
+    assert any("c4/validation" in text for text in estimate.lacking(perp.magnitude.runs()[-1], small.SHARED))
+
+
+@pytest.mark.parametrize("table", [name for name in papers.TABLES if name.startswith("perp.")])
+def test_every_row_of_perp_that_trains_takes_a_chosen_rate(table):
+    for one in papers.find(table).runs():
+        if one.recovery and table != "perp.cost":  # which measures no quality
+            assert (one.tuning is None) == (rates.grid(one) is not None)
+
+
+def test_choices_are_shared_by_settings_of_a_model_and_a_group_of_sparsities():
+    needed = {choice(one) for table in (perp.magnitude, perp.masks, perp.reconstruction, perp.llama, perp.zero_shot,
+                                        perp.llama_reconstruction, perp.zero_shot_reconstruction)
+              for one in table.runs() if one.tuning}  # fmt: skip
+    assert needed == set(perp.rates.runs())
+    of_one = [one for one in perp.magnitude.runs() if one.model == "opt-2.7b" and one.recovery]
+    assert len({choice(one) for one in of_one}) == 2 * len(perp.SUBSETS)
+    assert {choice(one).method for one in of_one} == {pruners.Magnitude(sparsity=share) for share in (0.5, 0.6)}
+
+
+CLAIM = Claim("c", "PERP", "", (Better((perp.words(perp.magnitude.runs()[-6])[0], "50 %"), ("Magnitude", "50 %")),),
+              (Place("perp.magnitude", ("opt-2.7b",), "wikitext2/test@2048"),), tuned=True)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("about", "verdict"),
+    [({}, "undecided: not tuned (opt-2.7b Magnitude + MaskLoRA, norms, biases 50 %) on opt-2.7b"),
+     ({"rate_choice": {"at_edge": True}}, "undecided: not tuned"),
+     ({"rate_choice": {"at_edge": False}}, "fails (0 of 1")],
+)  # fmt: skip
+def test_a_claim_about_tuned_training_is_undecided_without_a_choice_within_its_grid(about, verdict, tmp_path):
+    for one in perp.magnitude.runs():
+        if one.model == "opt-2.7b" and one.method == pruners.Magnitude(sparsity=0.5):
+            record = small.record(one).model_copy(update={"table": "perp.magnitude"})
+            if one.recovery:
+                record.achieved.update(about)
+            records.write(record, tmp_path)
+    assert str(on_ours(CLAIM, Ours(tmp_path))).startswith(verdict)
+    assert str(on_ours(replace(CLAIM, tuned=False), Ours(tmp_path))).startswith("fails")
+
+
+def test_the_embedded_table_says_how_its_rates_were_chosen():
+    table = papers.find("embedded.perp")
+    assert "best of a grid" in table.rates
+    assert table.rates in " ".join(notes(table, []))
