@@ -9,6 +9,7 @@ python -m analysis report
 python -m analysis readme
 python -m analysis speed embedded.speed
 python -m analysis frame --out records.parquet
+python -m analysis everything flap.perplexity flap.zero_shot
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from analysis import figures
-from experiments import cli
+from experiments import cli, selection
 from experiments.models import catalogue
 from experiments.store import atomic
 
@@ -64,6 +65,10 @@ def parser() -> argparse.ArgumentParser:
     report.set_defaults(command=_report)
     readme = commands.add_parser("readme", help="renew the README's tables and results from the committed records")
     readme.set_defaults(command=_readme)
+    everything = commands.add_parser("everything", help="tables and figures of these tables, claims, and the report")
+    everything.set_defaults(command=_everything)
+    selection.add_tables(everything)
+    cli.add_variant(everything)
     for command in (table, figure, compare, generation, speed):
         cli.add_table(command)
     frame = commands.add_parser("frame", help="every record of several results folders as one tidy table")
@@ -71,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
     frame.add_argument(
         "--out", type=cli.path, metavar="FILE", help="a .csv or .parquet file (default: CSV to the screen)"
     )
-    for command in (table, figure, compare, generation, speed, claims, report, frame):
+    for command in (table, figure, compare, generation, speed, claims, report, frame, everything):
         command.add_argument(
             "--data-dir",
             type=cli.path,
@@ -159,6 +164,25 @@ def _readme(asked: argparse.Namespace) -> None:
     from analysis.pages import readme
 
     print(f"Written: {', '.join(map(str, readme.write(asked.results)))}", file=sys.stderr)
+
+
+def _everything(asked: argparse.Namespace) -> int:
+    """What cannot be written is told, and the rest is written all the same."""
+    from analysis.figures.style import UndrawableError
+    from analysis.rows import NoRecordsError
+    from experiments.errors import sentence
+
+    tables = [(one.table, write, one) for one in selection.each(asked) for write in (_table, _figure)]
+    failed = 0
+    for what, write, one in [*tables, ("claims", _claims, asked), ("report", _report, asked)]:
+        try:
+            write(argparse.Namespace(**{**vars(one), "measure": None, "kind": None}))
+        except (NoRecordsError, UndrawableError) as error:
+            print(f"{what}: {error}", file=sys.stderr)
+        except Exception as error:  # noqa: BLE001  (one table that cannot be shown keeps no other from it)
+            failed += 1
+            print(f"{what}: {sentence(error)}", file=sys.stderr)
+    return cli.EXIT_FAILED if failed else 0
 
 
 def _frame(asked: argparse.Namespace) -> None:

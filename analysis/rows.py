@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import cli, models, papers
-from experiments.labels import full, labels
+from experiments.labels import full, labels, seed
 from experiments.models.catalogue import CATALOGUE, split
 from experiments.models.fingerprint import fingerprint
 from experiments.spec import Run, Table
@@ -66,11 +66,7 @@ class Row:
     @property
     def seed(self) -> int | None:
         """What tells rows with the same words apart."""
-        if self.run.windows and self.run.windows.sampling != "first":
-            return self.run.windows.seed
-        if getattr(self.run.method, "importance", None) == "random":
-            return self.run.method.seed
-        return getattr(self.run.recovery, "seed", None)
+        return seed(self.run)
 
     def measure(self, key: str) -> dict[str, Any] | None:
         """What was measured under this very protocol key, if anything.

@@ -1,8 +1,9 @@
-"""Run the cells of a paper's table on this machine.
+"""Run the cells of the papers' tables on this machine.
 
 python -m experiments list
 python -m experiments show embedded.demo
 python -m experiments run embedded.demo --method wanda
+python -m experiments run flap.perplexity gblm.perplexity --only model=llama-7b "Wanda 50 %"
 torchrun --nproc-per-node 2 -m experiments run perp.magnitude    # two GPUs share each batch of a retraining
 """
 
@@ -12,20 +13,22 @@ import argparse
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
-from experiments import cli, labels
+from experiments import cli, labels, selection
 from experiments.data import corpora
 from experiments.own.arguments import add_compare, add_prune
 from experiments.store import records
 
 if TYPE_CHECKING:
     from experiments.cells import Cell
+    from experiments.distributed import Group
     from experiments.spec import Run
     from experiments.store.records import Record
 
+RUNNING = ("plugin", "device", "batch_size", "weights", "data_dir", "again", "no_dense_gate", "wandb")
 HOMES = {"device": "device", "away": "host or disk", None: "too large"}
 
 
@@ -58,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     compare.set_defaults(command=_compare)
     add_compare(compare)
     for command in (show, run):
-        cli.add_selection(command)
+        selection.add(command)
     cli.add_running(run)
     cli.add_saving(run)
     run.add_argument(
@@ -66,6 +69,10 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="exit status 0 although tasks could not be measured for want of their documents",
     )
+    run.add_argument(
+        "--card", type=cli.gigabytes, metavar="GB", help="leave out what such a card cannot take (default: the device)"
+    )
+    cli.add_strict(run)
     cli.add_data(show)
     show.add_argument(
         "--card", type=cli.gigabytes, default=80, metavar="GB", help="memory of one accelerator (default: 80)"
@@ -97,23 +104,29 @@ def _list(asked: argparse.Namespace) -> int:
 
 
 def _show(asked: argparse.Namespace) -> int:
+    told = [_shown(one, chosen) for one, chosen in selection.chosen(asked)]
+    print("\n\n".join(told))
+    return 0
+
+
+def _shown(asked: argparse.Namespace, chosen: Sequence[Cell]) -> str:
+    """One table's cells."""
     from experiments.placement import needs
 
-    done, failed = (
-        records.load(asked.results, asked.table),
-        records.load_failures(asked.results, asked.table),
-    )
-    chosen, rows = cli.chosen(asked), []
+    done, failed = records.load(asked.results, asked.table), records.load_failures(asked.results, asked.table)
     states = {cell: _state(cell, done.get(cell.id), cell.id in failed, asked.data_dir) for cell in chosen}
+    rows = []
     for cell in chosen:
         home, gigabytes = needs.home_on(cell.run, asked.card)
         cost = (HOMES[home], f"{gigabytes:.1f}", "" if home is None else _hours(_card_hours(cell, asked.card)))
         about = (labels.calibration(cell.run), ", ".join(_keys(cell.run)))
-        rows.append((cell.label, cell.id, states[cell], cell.run.model_name, *cost, *about))
+        label = labels.beside_model(cell.label, cell.run.model_name)
+        rows.append((label, cell.id, states[cell], cell.run.model_name, *cost, *about))
     heads = ("cell", "id", "state", "model", "weights", "GPU GB", "A100 h", "calibration", "measures")
-    print(tabulate(rows, heads, disable_numparse=True))
-    print(_summary(chosen, [cell for cell in chosen if states[cell] == "done"], asked.data_dir, asked.card))
-    return 0
+    finished = [cell for cell in chosen if states[cell] == "done"]
+    summary = _summary(chosen, finished, asked.data_dir, asked.card)
+    heading = [f"{asked.table}:"] if asked.several else []
+    return "\n".join([*heading, tabulate(rows, heads, disable_numparse=True), summary])
 
 
 def _state(cell: Cell, record: Record | None, failed: bool, data_dir: Path | None) -> str:
@@ -173,24 +186,35 @@ def _hours(hours: float) -> str:
 
 
 def _run(asked: argparse.Namespace) -> int:
-    from experiments import distributed, resume
-    from experiments.batch import run_table
+    from experiments import distributed
 
-    settings = cli.settings(asked, cli.chosen(asked) if asked.save_models else ())
     with distributed.joined() as group:
         if group and group.rank > 0:
-            group.follow(lambda: cli.chosen(asked), settings)
+            settings = cli.settings(selection.each(asked)[0])
+            group.follow(lambda: [cell for _, cells in selection.chosen(asked) for cell in cells], settings)
             return 0
-        chosen, watchers = cli.chosen(asked), cli.watchers(asked)
-        if group:
-            group.refuse_uneven(chosen)
-            cli.say(_shares(chosen, group.count))
-        outcome = run_table(asked.table, chosen, settings, watchers, group)
-        resume.tidy(asked.results, asked.table, cli.chosen(_whole(asked)))
+        return max(_run_table(one, chosen, group) for one, chosen in selection.chosen(asked))
+
+
+def _run_table(asked: argparse.Namespace, chosen: Sequence[Cell], group: Group | None) -> int:
+    """One table's cells that the device takes; the exit status."""
+    from experiments import placement, resume
+    from experiments.batch import run_table
+
+    settings = cli.settings(asked, chosen if asked.save_models else ())
+    large = {cell: why for cell in chosen if (why := placement.too_large(cell.run, settings, asked.card))}
+    cli.say_lines(selection.left_out(asked.table, {cell.label: why for cell, why in large.items()}))
+    fitting = [cell for cell in chosen if cell not in large]
+    if group:
+        group.refuse_uneven(fitting)
+        cli.say(_shares(fitting, group.count))
+    outcome = run_table(asked.table, fitting, settings, cli.watchers(asked), group)
+    resume.tidy(asked.results, asked.table, cli.declared(asked))
     counts = f"{len(outcome.done)} done now, {len(outcome.found)} before, {len(outcome.failed)} failed"
     counts += f", {len(outcome.incomplete)} incomplete" if outcome.incomplete else ""
+    counts += f", {len(large)} left out" if large else ""
     print(f"{asked.table}: {counts}; python -m analysis table {cli.same_cells(asked)}", file=sys.stderr)
-    unmet = outcome.failed or (outcome.incomplete and not asked.allow_missing_tasks)
+    unmet = outcome.failed or (outcome.incomplete and not asked.allow_missing_tasks) or (large and asked.strict)
     return cli.EXIT_FAILED if unmet else 0
 
 
@@ -221,22 +245,10 @@ def _compare(asked: argparse.Namespace) -> int:
     from experiments.own import comparison
 
     path = comparison.file(asked)
-    every: dict[str, Any] = {
-        "model": None,
-        "dtype": None,
-        "limit": None,
-        "tasks": [],
-        "method": [],
-        "only": [],
-    }  # as the table says
-    table = argparse.Namespace(**vars(asked) | every, table=str(path), save_models=None, allow_missing_tasks=False)
+    words = ["run", str(path), "--results", str(asked.results)]
+    table = argparse.Namespace(**vars(parser().parse_args(words)) | {name: getattr(asked, name) for name in RUNNING})
     cli.resolve(table)
     return _run(table) or comparison.show(path, asked)
-
-
-def _whole(asked: argparse.Namespace) -> argparse.Namespace:
-    """The same table without a choice of cells."""
-    return argparse.Namespace(**vars(asked) | {"method": [], "only": []})
 
 
 def _shares(chosen: Sequence[Cell], processes: int) -> str:

@@ -18,7 +18,7 @@ from experiments.progress import Board, duration
 from experiments.resume import unfinished
 from experiments.run import execute
 from experiments.settings import Settings
-from experiments.store import atomic, found, records
+from experiments.store import atomic, elsewhere, found, records
 from experiments.store.locks import lock
 from experiments.store.records import Failure, Record
 
@@ -45,6 +45,7 @@ def run_table(
 ) -> Outcome:
     """Run the chosen cells that have no record; one that fails does not stop the others, nor does a watcher.
 
+    A cell that another table has a record of, from the same texts and code, is taken over from there.
     A record that lacks tasks whose documents have turned up since, or that was made from other texts than this run
     would read, is made again, and with `settings.again` one that other code of its method or measures made.
     Two processes may run the same table: each cell is done by one of them; the ranks of `group` retrain together.
@@ -56,11 +57,18 @@ def run_table(
     recorded = [(cell, known[cell.id]) for cell in chosen if cell.id in known]
     finished = found.finished(chosen, known, settings.data_dir, settings.again)
     finished = {id: record for id, record in finished.items() if _is_kept(id, settings)}
+    unmade = [cell for cell in chosen if cell.id not in finished and _is_kept(cell.id, settings)]
+    taken = elsewhere.adopt_all(settings.root, table, unmade, settings.data_dir)
+    finished |= taken
     todo = ordered([cell for cell in chosen if cell.id not in finished])
     outcome, watcher = Outcome([cell.label for cell in chosen if cell.id in finished]), Watchers(watchers)
     with Board([cell.work for cell in todo], _pace(chosen, finished), watcher) as board:
-        for line in found.lines(recorded, settings.data_dir, settings.again):
+        for line in found.lines(
+            [pair for pair in recorded if pair[0].id not in taken], settings.data_dir, settings.again
+        ):
             board.say(line)
+        if taken:
+            board.say(f"Taken over from other tables: {len(taken)} of {len(chosen)} cells.")
         worker = _Worker(table, settings, board, outcome, watcher, group)
         busy = [cell for cell in todo if not worker.attempt(cell, wait=False)]
         for cell in busy:
@@ -97,11 +105,14 @@ class _Worker:
         return True
 
     def _is_done(self, cell: Cell) -> bool:
-        """Another process may have been faster."""
-        record = records.find(self.settings.root, self.table, cell.id)
-        if record is None or not _is_kept(cell.id, self.settings):
+        """Another process may have been faster, for this table or for another one."""
+        if not _is_kept(cell.id, self.settings):
             return False
-        return found.stands(record, cell.run, self.settings.data_dir, self.settings.again)
+        root, data_dir = self.settings.root, self.settings.data_dir
+        record = records.find(root, self.table, cell.id)
+        if record is not None and found.stands(record, cell.run, data_dir, self.settings.again):
+            return True
+        return elsewhere.adopt(root, self.table, cell, data_dir) is not None
 
     def _run(self, cell: Cell, resumed: int) -> None:
         started = time.monotonic()
@@ -130,7 +141,9 @@ class _Worker:
         place = self.settings.root / ".cache" / "started" / self.table
         with atomic.explained(place):
             place.mkdir(parents=True, exist_ok=True)
-        with lock(place / f"{cell.id}.lock", timeout=-1 if wait else 0):
+        patience = -1 if wait else 0
+        everywhere = lock(place.parent / f"{cell.id}.lock", timeout=patience)  # whatever table asks for it
+        with lock(place / f"{cell.id}.lock", timeout=patience), everywhere:
             marker = place / cell.id
             before = len(marker.read_text()) if marker.exists() else 0
             atomic.write(marker, "." * (before + 1))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import socket
+import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -16,6 +18,7 @@ if TYPE_CHECKING:  # a job must be able to say that it goes back into the queue 
     from experiments.store.records import Failure, Record
 
 logger = logging.getLogger(__name__)
+SECONDS_BETWEEN = 20.0  # lines of the log that say how far a stage is
 
 
 class Watcher:
@@ -26,6 +29,10 @@ class Watcher:
     def stage(self, name: str) -> None: ...
 
     def progress(self, done: int, total: int) -> None: ...
+
+    def pace(self, share: float, left: float | None) -> None:
+        """The share of the current stage that is done, and the seconds that all cells at hand will still take, where
+        that is known; told as often as `progress`."""
 
     def finished(self, record: Record, path: Path) -> None: ...
 
@@ -46,6 +53,9 @@ class Watchers(Watcher):
 
     def progress(self, done: int, total: int) -> None:
         self._tell("progress", done, total)
+
+    def pace(self, share: float, left: float | None) -> None:
+        self._tell("pace", share, left)
 
     def finished(self, record: Record, path: Path) -> None:
         self._tell("finished", record, path)
@@ -72,7 +82,7 @@ class Events(Watcher):
     """
 
     def __init__(self, path: Path, **context: Any) -> None:
-        self.path, self.cell = path, ""
+        self.path, self.cell, self.paced = path, "", -math.inf
         self.context = {"host": socket.gethostname(), "process": os.getpid(), **context}
 
     def started(self, cell: Cell, resumed: int) -> None:
@@ -81,6 +91,12 @@ class Events(Watcher):
 
     def stage(self, name: str) -> None:
         self.write("stage", name=name)
+
+    def pace(self, share: float, left: float | None) -> None:
+        """Now and then."""
+        if time.monotonic() - self.paced > SECONDS_BETWEEN:
+            self.paced = time.monotonic()
+            self.write("progress", share=round(share, 4), left=None if left is None else round(left))
 
     def finished(self, record: Record, path: Path) -> None:
         self.write("finished", seconds=record.cost.seconds["total"], peak_bytes=record.cost.peak_bytes)

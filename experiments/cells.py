@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from experiments import measures, models, rates, recovery
-from experiments.labels import full, labels
+from experiments.labels import apart, labels
 from experiments.spec import Run, digest, needs_windows
-from pruners.suggest import UsageError, unknown
 
 OVERHEAD_TOKENS = 500  # loading and writing, as tokens that could have gone through the model meanwhile
 
 
 @dataclass(frozen=True)
 class Cell:
+    """`words` are the paper's for its method and setting; `label` tells it from every other cell of its table."""
+
     run: Run
     id: str
     label: str
+    words: tuple[str, str] = ("", "")
 
     @property
     def work(self) -> float:
@@ -40,22 +42,9 @@ class Cell:
 def cells(runs: Sequence[Run], label: Callable[[Run], tuple[str, str]] | None = None) -> list[Cell]:
     """One cell per run, called as `label` says; raises UsageError for a model nobody knows."""
     identities = {name: _identity(name) for name in dict.fromkeys(run.model for run in runs)}
-    named = zip(runs, labels(runs, label), strict=True)
-    return [Cell(run, run.id(identities[run.model]), full(label)) for run, label in named]
-
-
-def choose(found: Sequence[Cell], methods: Iterable[str] = (), only: Iterable[str] = ()) -> list[Cell]:
-    """Cells of these methods (names, or `dense`) and with these ids or labels; UsageError names what is nearest."""
-    methods, only = [name.lower() for name in methods], [name.lower() for name in only]
-    _refuse_unknown("method", methods, {method_name(cell.run) for cell in found})
-    _refuse_unknown("cell", only, {cell.label.lower() for cell in found} | {cell.id for cell in found})
-    chosen = [cell for cell in found if not methods or method_name(cell.run) in methods]
-    named = [cell for cell in chosen if not only or cell.id in only or cell.label.lower() in only]
-    if found and not named:
-        raise UsageError(
-            f"No cell of {', '.join(methods)} is called {', '.join(only)}; ask by method or by cell alone."
-        )
-    return named
+    words = labels(runs, label)
+    named = zip(runs, apart(runs, words), words, strict=True)
+    return [Cell(run, run.id(identities[run.model]), name, told) for run, name, told in named]
 
 
 def method_name(run: Run) -> str:
@@ -63,26 +52,26 @@ def method_name(run: Run) -> str:
 
 
 def ordered(found: Sequence[Cell]) -> list[Cell]:
-    """Cells of one model next to each other, and among them those that share statistics."""
+    """Cells of one model next to each other, among them those that share statistics, and the same pruned model."""
     first: dict[Any, int] = {}
+    keys = {cell: (cell.run.model, sharing(cell), made(cell.run)) for cell in found}
     for index, cell in enumerate(found):
-        first.setdefault(cell.run.model, index)
-        first.setdefault(sharing(cell), index)
-    return sorted(found, key=lambda cell: (first[cell.run.model], first[sharing(cell)]))
+        for part in keys[cell]:
+            first.setdefault(part, index)
+    return sorted(found, key=lambda cell: tuple(first[part] for part in keys[cell]))
 
 
 def sharing(cell: Cell) -> str:
-    """Equal for cells that share the dense model's statistics."""
+    """Equal for cells that share the dense model's statistics, or the model that they measure."""
     spec, key = cell.run.spec(), cell.run.method.statistics_key if cell.run.method is not None else None
-    return digest({"statistics": key, **{k: spec[k] for k in ("model", "dtype", "windows")}}) if key else cell.id
+    return digest({"statistics": key, **{k: spec[k] for k in ("model", "dtype", "windows")}}) if key else made(cell.run)
+
+
+def made(run: Run) -> str:
+    """Equal for runs that measure the same model, which is then made once."""
+    return digest({name: told for name, told in run.spec().items() if name != "measures"})
 
 
 def _identity(model: str) -> dict[str, str]:
     models.check(model)
     return models.identity(model)
-
-
-def _refuse_unknown(kind: str, asked: Iterable[str], known: set[str]) -> None:
-    for name in asked:
-        if name not in known:
-            raise UsageError(unknown(f"{kind} of this table", name, known))

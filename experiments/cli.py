@@ -113,20 +113,39 @@ def _terminate(*_: Any) -> None:
 
 
 def resolve(asked: argparse.Namespace) -> None:
-    """Make methods and a table from outside the repository known.
+    """Make methods and tables from outside the repository known.
 
-    `table` is then the table's own name and `source` what it was asked for by.
+    `table` is then the table's own name and `source` what it was asked for by; of several `tables`, `sources` holds
+    what each was asked for by, by its own name.
     """
+    several = hasattr(asked, "tables")
     files, source = getattr(asked, "plugin", []), getattr(asked, "source", None) or getattr(asked, "table", None)
-    if not files and not source:
+    if not files and not source and not several:
         return
     from experiments.own import tables
     from pruners import plugin
 
     plugin.use(files)
+    plugins = [str(file) for file in files]
     if source:
         asked.source, asked.table = source, tables.find(source).name
-        _SOURCES[asked.table] = (source, [str(file) for file in files])
+        _SOURCES[asked.table] = (source, plugins)
+    elif several:
+        asked.sources = {tables.find(word).name: word for word in _named(asked)}
+        _SOURCES.update({name: (word, plugins) for name, word in asked.sources.items()})
+
+
+def _named(asked: argparse.Namespace) -> list[str]:
+    from experiments import papers
+    from pruners.suggest import UsageError
+
+    if getattr(asked, "idle", False) and not asked.tables and not asked.all:
+        return []  # means those that were begun
+    if bool(asked.tables) == asked.all:
+        raise UsageError(
+            "--all is every table, so name none besides." if asked.all else "Name a table, several, or --all of them."
+        )
+    return list(papers.TABLES) if asked.all else list(asked.tables)
 
 
 def say(sentence: str) -> None:
@@ -135,14 +154,9 @@ def say(sentence: str) -> None:
     print(f"Process {rank}: {sentence}" if rank != "0" else sentence, file=sys.stderr)
 
 
-def add_selection(command: argparse.ArgumentParser) -> None:
-    """Which cells of which table, and where their records lie."""
-    add_table(command)
-    command.add_argument(
-        "--method", nargs="+", type=word, default=[], metavar="NAME", help="only these methods (or: dense)"
-    )
-    command.add_argument("--only", nargs="+", type=word, default=[], metavar="ID|LABEL", help="only these cells")
-    add_results(command)
+def say_lines(lines: Sequence[str]) -> None:
+    for line in lines:
+        say(line)
 
 
 def add_results(command: argparse.ArgumentParser) -> None:
@@ -159,11 +173,16 @@ def add_table(command: argparse.ArgumentParser) -> None:
     """A table, and what its cells are beyond what it declares."""
     command.add_argument("table", type=word, metavar="TABLE", help="of a paper, or FILE.py or FILE.py:NAME of your own")
     add_plugin(command)
+    add_variant(command)
+
+
+def add_variant(command: argparse.ArgumentParser) -> None:
+    """The same tables on another model, in another number format, on fewer documents or more tasks."""
     command.add_argument(
         "--model",
         type=word,
         metavar="NAME|FOLDER|NAME=FOLDER",
-        help="the same table on another model; NAME=FOLDER: a folder that is that model of the catalogue",
+        help="the same on another model; NAME=FOLDER: a folder that is that model of the catalogue",
     )
     command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="dtype of the model")
     command.add_argument(
@@ -208,9 +227,11 @@ def same_cells(asked: argparse.Namespace, data_dir: Path | None = None) -> str:
     return selection(asked.table, asked.results, asked.model, asked.dtype, asked.limit, asked.tasks, data_dir)
 
 
-def same_table(asked: argparse.Namespace) -> str:
-    """The arguments by which another command finds the table's records."""
-    return selection(asked.table, asked.results)
+def same_tables(asked: argparse.Namespace) -> str:
+    """The arguments by which another command finds the records of these tables."""
+    sources = ["--all"] if asked.all else list(asked.sources.values())
+    plugin = ["--plugin", *map(str, asked.plugin)] if asked.plugin else []
+    return shlex.join([*sources, *plugin, *_results(asked.results)])
 
 
 def _results(folder: Path) -> list[str]:
@@ -246,20 +267,25 @@ def add_running(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_strict(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--strict", action="store_true", help="exit status 1 where cells are left out as too large")
+
+
 def add_saving(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--save-models", type=path, metavar="DIR", help="keep the model of every cell that changes it, a folder each"
     )
 
 
-def chosen(asked: argparse.Namespace) -> list[Cell]:
+def declared(asked: argparse.Namespace) -> list[Cell]:
+    """Every cell of one table on the model, in the format and with the tasks that are asked for."""
     from experiments import cells, papers
 
     table = papers.find(asked.table)
     refuse_absent(asked.data_dir)
     refuse_unknown(asked.tasks)
     runs = papers.runs(table, asked.model, asked.dtype, asked.limit, asked.tasks)
-    return cells.choose(cells.cells(runs, table.label), asked.method, asked.only)
+    return cells.cells(runs, table.label)
 
 
 def settings(asked: argparse.Namespace, found: Sequence[Cell] = ()) -> Settings:

@@ -49,6 +49,39 @@ def full(label: tuple[str, str]) -> str:
     return " ".join(part for part in label if part)
 
 
+def seed(run: Run) -> int | None:
+    """Of what is drawn for a cell: its calibration text, its groups, or the order of its training text."""
+    if run.windows and run.windows.sampling != "first":
+        return run.windows.seed
+    if getattr(run.method, "importance", None) == "random":
+        return int(run.method.seed)
+    return getattr(run.recovery, "seed", None)
+
+
+def apart(runs: Sequence[Run], words: Sequence[tuple[str, str]]) -> list[str]:
+    """One name a run: its words in full, and where several have the same their models and then their seeds."""
+    named = [full(label) for label in words]
+    for tell in (lambda run: run.model_name, _seeded):
+        same: dict[str, set[str]] = {}
+        for name, run in zip(named, runs, strict=True):
+            same.setdefault(name, set()).add(tell(run))
+        named = [
+            f"{name}, {tell(run)}" if len(same[name]) > 1 and tell(run) else name
+            for name, run in zip(named, runs, strict=True)
+        ]
+    return named
+
+
+def beside_model(label: str, model: str) -> str:
+    """As `apart`, for a reader who sees the model beside it."""
+    return label.replace(f", {model}", "", 1)
+
+
+def _seeded(run: Run) -> str:
+    drawn = seed(run)
+    return "" if drawn is None else f"seed {drawn}"
+
+
 def _method(method: Any, varying: set[tuple[type, str]]) -> str:
     if method is None:
         return "Dense"

@@ -64,6 +64,7 @@ class Board:
         def advance(done: int, total: int) -> None:
             self.partial = before + work * done / total
             self.watcher.progress(done, total)
+            self.watcher.pace(done / total if total else 1.0, self.seconds_left())
             self.bars.update(self.current, completed=done, total=total, note=f"{done}/{total}")
             self._show()
 
@@ -91,10 +92,15 @@ class Board:
 
     def left(self) -> str:
         """E.g. `about 4 min left`."""
+        seconds = self.seconds_left()
+        return "time left unknown" if seconds is None else f"about {duration(seconds)} left"
+
+    def seconds_left(self) -> float | None:
+        """None where neither these cells nor earlier ones tell a pace."""
         done, elapsed = self.finished_work + self.partial, time.monotonic() - self.started
         known = self.finished_cells or done > 0.02 * self.total
         rate = elapsed / done if known and done else self.prior
-        return "time left unknown" if rate is None else f"about {duration(rate * max(0.0, self.total - done))} left"
+        return None if rate is None else rate * max(0.0, self.total - done)
 
     def _show(self) -> None:
         done = min(self.finished_work + self.partial, self.total)

@@ -1,7 +1,9 @@
-"""Send the cells of a paper's table to a cluster, and see how they are.
+"""Send the cells of the papers' tables to a cluster, and see how they are.
 
 python -m slurm submit embedded.demo --profile gpu_partition --dry-run
-python -m slurm status embedded.demo
+python -m slurm submit --all --profile rtx4090.toml a100.toml --collect
+python -m slurm status
+python -m slurm status embedded.demo --watch
 python -m slurm logs 361c449de9
 python -m slurm retry embedded.demo --failed
 python -m slurm cancel embedded.demo
@@ -11,20 +13,19 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
-from experiments import cli
+from experiments import cli, selection
 from experiments.models import catalogue
 
 if TYPE_CHECKING:
     from experiments.cells import Cell
     from slurm.jobs import Array
-    from slurm.state import CellState
+    from slurm.profile import Profile
     from slurm.work import Work
 
 LOG_LINES = 200
@@ -44,45 +45,58 @@ def parser() -> argparse.ArgumentParser:
     retry = commands.add_parser("retry", help="send the cells that failed once more")
     retry.add_argument("--failed", action="store_true", required=True, help="which cells: those that failed")
     for command in (submit, retry):
-        cli.add_selection(command)
+        selection.add(command)
         cli.add_running(command)
         cli.add_saving(command)
         _add_sending(command)
-    status = commands.add_parser("status", help="how the cells and jobs of a table stand")
-    cancel = commands.add_parser("cancel", help="stop every job of a table")
-    for command in (status, cancel):
-        command.add_argument("table", type=cli.word, metavar="TABLE")
+    status = commands.add_parser("status", help="how everything stands, or the cells and jobs of these tables")
+    selection.add(status)
+    cli.add_data(status)
+    shown = status.add_mutually_exclusive_group()
+    shown.add_argument("--watch", action="store_true", help="renew it in place until nothing runs or waits any more")
+    shown.add_argument("--json", action="store_true", help="for programs: a list of cells")
+    cancel = commands.add_parser("cancel", help="stop every job that has cells of these tables")
+    selection.add_tables(cancel)
     logs = commands.add_parser("logs", help="what the last job with a cell said")
     logs.add_argument("cell", type=cli.word, metavar="CELL", help="its id or label")
-    for command in (status, cancel, logs):
+    for command in (cancel, logs):
         cli.add_results(command)
     actions = {submit: _submit, retry: _retry, status: _status, cancel: _cancel, logs: _logs}
     for command, action in actions.items():
-        command.set_defaults(command=action)
+        command.set_defaults(command=action, idle=action is _status)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return top
 
 
 def _add_sending(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--profile", type=cli.word, default="cpu", metavar="NAME|FILE", help="default: cpu")
+    command.add_argument(
+        "--profile", nargs="+", type=cli.word, default=["cpu"], metavar="NAME|FILE",
+        help="where to; of several each cell goes to the smallest card that takes it (default: cpu)",
+    )  # fmt: skip
     command.add_argument("--executor", choices=("slurm", "local", "debug"), default="slurm", help="default: slurm")
     command.add_argument(
         "--memory-gb", type=cli.gigabytes, metavar="GB", help="ask for this much instead of the estimate"
     )
     command.add_argument("--dry-run", action="store_true", help="show the jobs and their script, send nothing")
+    command.add_argument(
+        "--collect", action="store_true", help="one more job after all others: tables, figures, claims and report"
+    )
+    cli.add_strict(command)
 
 
 def _submit(asked: argparse.Namespace) -> int:
-    return _launch(asked, cli.chosen(asked))
+    return _launch(asked, selection.chosen(asked))
 
 
 def _retry(asked: argparse.Namespace) -> int:
     from slurm import state
 
-    cells = {cell.id: cell for cell in cli.chosen(asked)}
-    labels = {id: cell.label for id, cell in cells.items()}
-    failed = [cell.id for cell in state.cells(asked.results, asked.table, labels) if cell.state == "failed"]
-    return _launch(asked, [cells[id] for id in failed])
+    known, again = state.jobs(asked.results), []
+    for one, cells in selection.chosen(asked):
+        found = state.cells(asked.results, one.table, {cell.id: cell.label for cell in cells}, known)
+        failed = {cell.id for cell in found if cell.state == "failed"}
+        again.append((one, [cell for cell in cells if cell.id in failed]))
+    return _launch(asked, again)
 
 
 def _refuse_unheeded(asked: argparse.Namespace) -> None:
@@ -95,30 +109,72 @@ def _refuse_unheeded(asked: argparse.Namespace) -> None:
         raise UsageError(f"{which} means nothing without a cluster; leave it out, or --executor {asked.executor}.")
 
 
-def _launch(asked: argparse.Namespace, cells: Sequence[Cell]) -> int:
-    from slurm import estimate, jobs, launch, profile
+def _launch(asked: argparse.Namespace, chosen: selection.Asked) -> int:
+    from slurm import collect, estimate, launch, profile
 
     _refuse_unheeded(asked)
-    plan, wanted = _plan(asked), profile.load(asked.profile)
-    todo = launch.missing(plan, cells)
-    if slow := estimate.slow(todo, wanted):
-        print(_slowness(slow, len(todo), asked.profile), file=sys.stderr)
+    profiles = {name: profile.load(name) for name in dict.fromkeys(asked.profile)}
+    plan, tables = _plan(asked, chosen), {one.table: cells for one, cells in chosen}
+    first = next(iter(profiles))
+    if len(profiles) == 1 and (slow := estimate.slow(launch.missing(plan, tables, dry=True).cells, profiles[first])):
+        count = len({cell.id for cells in tables.values() for cell in cells})
+        print(_slowness(slow, count, first), file=sys.stderr)
     if asked.dry_run:
-        for array in jobs.arrays(todo, wanted, asked.memory_gb):
-            _show(array)
-            print(f"\n{launch.script(array, wanted, asked.table, plan.root / '.cache/slurm/...')}")
-        return 0
-    sent = 0
-    for entry in launch.launch(plan, cells, wanted, asked.executor, asked.memory_gb):
+        return _dry_run(asked, plan, tables, profiles)
+    sent, left, ids = 0, {}, []
+    for entry in launch.launch(plan, tables, profiles, asked.executor, asked.memory_gb):
+        if isinstance(entry, launch.Todo):
+            left = entry.left
+            cli.say_lines(_left(left, tables))
+            continue
         for job in entry.jobs:
-            sent += len(job.cells)
+            sent += sum(len(entry.asking(id)) for id in job.cells)
+            ids.append(job.id)
             print(f"{job.id}: {', '.join(job.cells.values())}", flush=True)
-    print(
-        f"{asked.table}: cells sent: {sent}, done or queued already: {len(cells) - sent}; "
-        f"python -m slurm status {cli.same_table(asked)}",
-        file=sys.stderr,
-    )
-    return 0
+    if asked.collect:
+        print(f"{collect.send(plan, profiles[first], asked.executor)}: tables, figures, claims and report", flush=True)
+    _say_sent(asked, tables, sent, left)
+    return cli.EXIT_FAILED if left and asked.strict else 0
+
+
+def _say_sent(
+    asked: argparse.Namespace, tables: Mapping[str, Sequence[Cell]], sent: int, left: Mapping[str, str]
+) -> None:
+    count = sum(map(len, tables.values()))
+    lacking = sum(cell.id in left for cells in tables.values() for cell in cells)
+    which = f"{len(tables)} tables" if len(tables) > 1 else next(iter(tables))
+    told = f"{which}: cells sent: {sent}, done or queued already: {count - sent - lacking}"
+    told += f", left out: {lacking}" if lacking else ""
+    print(f"{told}; python -m slurm status {cli.same_tables(asked)}".rstrip(), file=sys.stderr)
+
+
+def _left(left: Mapping[str, str], tables: Mapping[str, Sequence[Cell]]) -> list[str]:
+    return [
+        line
+        for table, cells in tables.items()
+        for line in selection.left_out(table, {cell.label: left[cell.id] for cell in cells if cell.id in left})
+    ]
+
+
+def _dry_run(
+    asked: argparse.Namespace, plan: Work, tables: Mapping[str, Sequence[Cell]], profiles: Mapping[str, Profile]
+) -> int:
+    from slurm import jobs, launch
+
+    todo = launch.missing(plan, tables, dry=True)
+    planned = launch.planned(todo, profiles, asked.memory_gb, jobs.LARGEST_ARRAY)
+    named = next(iter(tables)) if len(tables) == 1 else f"{next(iter(tables))}+{len(tables) - 1}"
+    for name, array in planned:
+        _show(array, name if len(profiles) > 1 else "")
+        print(f"\n{launch.script(array, profiles[name], named, plan.root / '.cache/slurm/...')}")
+    cli.say_lines(_left(todo.left, tables))
+    for name in dict.fromkeys(name for name, _ in planned):
+        of_profile = [job for other, array in planned if other == name for job in array.jobs]
+        hours = sum(job.seconds for job in of_profile) / 3600
+        count = sum(len(job.cells) for job in of_profile)
+        print(f"{name}: {count} cells in {len(of_profile)} jobs, about {hours:,.1f} hours together")
+    print(f"Nothing is sent: {len(todo.cells) - len(todo.left)} cells would be, {len(todo.left)} are left out.")
+    return cli.EXIT_FAILED if todo.left and asked.strict else 0
 
 
 def _slowness(slow: Mapping[Cell, float], count: int, name: str) -> str:
@@ -136,15 +192,19 @@ def _slowness(slow: Mapping[Cell, float], count: int, name: str) -> str:
     return f"{said}; {needed}." if cards else f"{said}."
 
 
-def _plan(asked: argparse.Namespace) -> Work:
+def _plan(asked: argparse.Namespace, chosen: selection.Asked) -> Work:
     from experiments.own import tables
     from slurm.work import Work
 
-    ours = {"command", "debug", "profile", "executor", "memory_gb", "dry_run", "failed"}
+    ours = {
+        "command", "debug", "profile", "executor", "memory_gb", "dry_run", "failed", "collect", "strict", "tables",
+        "all", "idle",
+    }  # fmt: skip
     told = {name: value for name, value in vars(asked).items() if name not in ours}
     places = {name: _absolute(told[name]) for name in ("data_dir", "save_models")}  # jobs may run in another folder
     model = told["model"] and catalogue.absolute(told["model"])
-    own = {"plugin": [_absolute(file) for file in asked.plugin], "source": tables.absolute(asked.source)}
+    sources = {one.table: tables.absolute(one.source) for one, _ in chosen}
+    own: dict[str, Any] = {"plugin": [_absolute(file) for file in asked.plugin], "sources": sources}
     return Work({**told, "model": model, "results": str(asked.results), **places, **own})
 
 
@@ -152,7 +212,7 @@ def _absolute(place: Path | None) -> str | None:
     return str(place.expanduser().resolve()) if place else None
 
 
-def _show(array: Array) -> None:
+def _show(array: Array, profile: str) -> None:
     request = array.request
     rows = [(number, len(job.cells), job.label) for number, job in enumerate(array.jobs)]
     print(tabulate(rows, ("job", "cells", "which")))
@@ -162,56 +222,24 @@ def _show(array: Array) -> None:
         if request.hours < request.needed_hours
         else ""
     )
-    print(f"\nEach asks for {device}{request.memory_gb:g} GB of memory and {request.hours:.1f} h{times}.")
+    where = f" with the profile {profile}" if profile else ""
+    print(f"\nEach asks for {device}{request.memory_gb:g} GB of memory and {request.hours:.1f} h{times}{where}.")
 
 
 def _status(asked: argparse.Namespace) -> int:
-    from experiments import cells, papers
-    from slurm import state
+    from slurm import overview
 
-    table = papers.find(asked.table)
-    labels, models = state.labels(asked.results, asked.table), state.models(asked.results, asked.table)
-    if not labels:
-        declared = cells.cells(table.runs(), table.label)
-        labels = {cell.id: cell.label for cell in declared}
-        models = {cell.id: cell.run.model_name for cell in declared}
-    found = state.cells(asked.results, asked.table, labels)
-    _print_cells(found, models)
-    _print_failures(found)
-    alive = [(job.sent.id, job.queued) for job in state.jobs(asked.results, asked.table) if job.alive and job.queued]
-    if alive:
-        queued = [(id, job.state, job.node, job.left) for id, job in alive]
-        print(f"\n{tabulate(queued, ('job', 'state', 'node', 'time left'), disable_numparse=True)}")
-    counts = Counter(cell.state for cell in found)
-    print(f"\n{asked.table}: {', '.join(f'{count} {name}' for name, count in counts.items())}")
-    return cli.EXIT_FAILED if counts["failed"] else 0
-
-
-def _print_cells(found: Sequence[CellState], models: Mapping[str, str]) -> None:
-    """With their models where there are several."""
-    several = len(set(models.values())) > 1
-    rows = [
-        (cell.label, cell.id, *([models[cell.id]] if several else []), cell.state, cell.job, cell.note)
-        for cell in found
-    ]
-    heads = ("cell", "id", *(["model"] if several else []), "state", "job", "note")
-    print(tabulate(rows, heads, disable_numparse=True))
-
-
-def _print_failures(found: Sequence[CellState]) -> None:
-    for cell in found:
-        if cell.state == "failed":
-            print("\n".join([f"\n{cell.label} ({cell.id}):", *(f"    {line}" for line in cell.lines)]))
+    return overview.show(asked)
 
 
 def _cancel(asked: argparse.Namespace) -> int:
-    from experiments import papers
     from slurm import ledger, state
 
-    papers.find(asked.table)
-    with ledger.launching(asked.results, asked.table):
-        stopped = state.cancel(state.jobs(asked.results, asked.table))
-    print(f"{asked.table}: jobs cancelled: {len(stopped)}; what they had finished is kept", file=sys.stderr)
+    with ledger.launching(asked.results):
+        for table in asked.sources:
+            stopped = state.cancel(state.jobs(asked.results, table))
+            told = f"{table}: jobs cancelled: {len(stopped)}; what they had finished is kept"
+            print(told, file=sys.stderr)
     return 0
 
 

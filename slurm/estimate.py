@@ -13,7 +13,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from experiments.cells import Cell
+from experiments import measures
+from experiments.cells import Cell, made
 from experiments.estimate import BYTES, parameters_of, taken_over
 from experiments.placement import needs
 from experiments.spec import Run
@@ -50,8 +51,7 @@ def request(cells: Sequence[Cell], profile: Profile, memory_gb: float | None = N
 
     Raises TooLargeError where the profile's accelerator or memory limit is below that.
     """
-    card = profile.gpu_memory_gb or math.inf if profile.gres else math.inf
-    homes = {cell: needs.home_on(cell.run, card) for cell in cells}
+    homes = {cell: needs.home_on(cell.run, card_gb(profile)) for cell in cells}
     device = max(gigabytes for _, gigabytes in homes.values())
     host = LIBRARIES_GB + max(_host_gb(cell, homes[cell][0], profile) for cell in cells)
     host += 0 if profile.gres else device
@@ -59,6 +59,11 @@ def request(cells: Sequence[Cell], profile: Profile, memory_gb: float | None = N
     needed = max(SHORTEST_HOURS, needed_hours(cells, profile))
     _check(cells[0].run.model, device, asked, profile)
     return Request(1 if profile.gres else 0, round(device, 1), asked, needed, min(needed, profile.hours))
+
+
+def card_gb(profile: Profile) -> float:
+    """Of one accelerator; without any, or with one of unknown size, there is no bound."""
+    return profile.gpu_memory_gb or math.inf if profile.gres else math.inf
 
 
 def needed_hours(cells: Sequence[Cell], profile: Profile) -> float:
@@ -73,10 +78,14 @@ def slow(cells: Sequence[Cell], profile: Profile) -> dict[Cell, float]:
 
 
 def seconds(cells: Sequence[Cell], profile: Profile) -> float:
-    """Of these cells on one machine, their shared statistics and shared steps of retraining computed once."""
+    """Of these cells on one machine, what they share computed once: statistics, pruned models, steps of retraining."""
     run = cells[0].run
-    reading = len(cells) * _weights_gb(run) / READING_GB_PER_SECOND
-    tokens = sum(cell.work for cell in cells) - _saved_tokens(cells) - taken_over(cells).total()
+    pruned = {made(cell.run): cell for cell in cells}
+    apart = list(pruned.values())  # one of each model that is made
+    reading = len(apart) * _weights_gb(run) / READING_GB_PER_SECOND
+    again = sum(cell.work for cell in cells) - sum(cell.work for cell in apart)
+    measured = sum(measures.work_tokens(what) for cell in set(cells) - set(apart) for what in cell.run.measures)
+    tokens = sum(cell.work for cell in cells) - (again - measured) - _saved_tokens(apart) - taken_over(apart).total()
     return reading + 2 * parameters_of(run.model) * tokens / (profile.teraflops * 1e12)
 
 

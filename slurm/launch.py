@@ -10,9 +10,9 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from submitit.helpers import clean_env
 from submitit.slurm.slurm import _make_sbatch_string  # the only way to see the script without sending it
 
 from experiments.cells import Cell
-from experiments.store import found, records
+from experiments.store import elsewhere, found, records
 from slurm import jobs, ledger, queue, state
 from slurm.jobs import Array
 from slurm.ledger import Entry
@@ -32,41 +32,82 @@ from slurm.profile import Profile
 from slurm.queue import SlurmError
 from slurm.work import Work
 
+Chosen = Mapping[str, Sequence[Cell]]  # by table
+Profiles = Mapping[str, Profile]  # by name
 NEVER = 10**6  # submitit's own count of time-outs, which an interrupted cell could mistake for an error of its own
 
 
-def missing(plan: Work, chosen: Sequence[Cell]) -> list[Cell]:
-    """Cells that have no record which `plan` would keep, and that no living job has."""
-    finished = found.finished(chosen, records.load(plan.root, plan.table), plan.data_dir, plan.again)
-    taken = {id for job in state.jobs(plan.root, plan.table) if job.alive for id in job.sent.cells}
-    return [cell for cell in chosen if cell.id not in finished and cell.id not in taken]
+@dataclass(frozen=True)
+class Todo:
+    """Cells to send, each once; `tables` are those that ask for it, by id, and `left` why others are not sent."""
+
+    cells: list[Cell]
+    tables: dict[str, list[str]]
+    left: dict[str, str] = field(default_factory=dict)
+
+
+def missing(plan: Work, chosen: Chosen, dry: bool = False) -> Todo:
+    """Cells that have no record which `plan` would keep, and that no living job has.
+
+    A record of the same cell in another table is taken over, unless this is only looked at (`dry`).
+    """
+    taken = {id for job in state.jobs(plan.root) if job.alive for id in job.sent.cells}
+    cells: dict[str, Cell] = {}
+    tables: dict[str, list[str]] = {}
+    for table, asked in chosen.items():
+        known = found.finished(asked, records.load(plan.root, table), plan.data_dir, plan.again)
+        for cell in asked:
+            if cell.id in known or cell.id in taken or _elsewhere(plan, table, cell, dry):
+                continue
+            cells.setdefault(cell.id, cell)
+            tables.setdefault(cell.id, []).append(table)
+    return Todo(list(cells.values()), tables)
+
+
+def _elsewhere(plan: Work, table: str, cell: Cell, dry: bool) -> bool:
+    take = elsewhere.known if dry else elsewhere.adopt
+    return not plan.saves and take(plan.root, table, cell, plan.data_dir) is not None
+
+
+def planned(todo: Todo, profiles: Profiles, memory_gb: float | None, largest: int) -> list[tuple[str, Array]]:
+    """By the name of their profile; `todo.left` says afterwards what no profile takes."""
+    by_profile, left = jobs.assigned(todo.cells, profiles, memory_gb)
+    todo.left.update(left)
+    return [
+        (name, array)
+        for name, cells in by_profile.items()
+        for array in jobs.arrays(cells, profiles[name], memory_gb, largest)
+    ]
 
 
 def launch(
-    plan: Work, chosen: Sequence[Cell], profile: Profile, executor: str, memory_gb: float | None = None
-) -> Iterator[Entry]:
-    """Send what is missing of the chosen cells; yields every submission.  `plan` is what a job gets, less its cells.
+    plan: Work, chosen: Chosen, profiles: Profiles, executor: str, memory_gb: float | None = None
+) -> Iterator[Entry | Todo]:
+    """Send what is missing of the chosen cells; yields what there is to do, then every submission.
 
-    On this machine (`local`: a subprocess, `debug`: this process) a job is waited for before the next one is sent.
-    Raises SlurmError where Slurm refuses, TooLargeError before anything is sent.
+    `plan` is what a job gets, less its cells.  On this machine (`local`: a subprocess, `debug`: this process) a job is
+    waited for before the next one is sent.  Raises SlurmError where Slurm refuses.
     """
     if executor == "slurm":
         queue.check()
-    with ledger.launching(plan.root, plan.table):
-        clear_broken(plan.root, plan.table)
-        todo = jobs.arrays(missing(plan, chosen), profile, memory_gb)
+    with ledger.launching(plan.root):
+        clear_broken(plan.root)
+        todo = missing(plan, chosen)
+        largest = queue.largest_array(jobs.LARGEST_ARRAY) if executor == "slurm" else jobs.LARGEST_ARRAY
+        arrays = planned(todo, profiles, memory_gb, largest)
+        yield todo
         if executor == "slurm":
-            for array in todo:
-                yield _send(plan, array, profile, executor)
+            for name, array in arrays:
+                yield _send(plan, array, todo.tables, profiles[name], executor)
             return
-    for array in todo:
+    for name, array in arrays:
         for job in array.jobs:
-            yield from _here(plan, replace(array, jobs=(job,)), profile, executor)
+            yield from _here(plan, chosen, replace(array, jobs=(job,)), profiles[name], executor)
 
 
-def clear_broken(root: Path, table: str) -> None:
+def clear_broken(root: Path) -> None:
     """Cancel and forget what a launcher that was killed left half sent; only for who holds `ledger.launching`."""
-    for entry in ledger.load(root, table):
+    for entry in ledger.load(root):
         if not entry.complete:
             if entry.executor == "slurm":
                 queue.cancel_named(entry.name)
@@ -80,14 +121,16 @@ def script(array: Array, profile: Profile, name: str, folder: Path) -> str:
     return _make_sbatch_string(command, folder, map_count=count, **_parameters(array, profile, name))
 
 
-def _here(plan: Work, array: Array, profile: Profile, executor: str) -> Iterator[Entry]:
+def _here(plan: Work, chosen: Chosen, array: Array, profile: Profile, executor: str) -> Iterator[Entry]:
     """One job on this machine, of those of its cells that by now nobody else has."""
-    with ledger.launching(plan.root, plan.table):
+    with ledger.launching(plan.root):
         (job,) = array.jobs
-        left = tuple(missing(plan, job.cells))
-        if not left:
+        ids = {cell.id for cell in job.cells}
+        left = missing(plan, {name: [cell for cell in cells if cell.id in ids] for name, cells in chosen.items()})
+        still = tuple(cell for cell in job.cells if cell.id in left.tables)
+        if not still:
             return
-        entry = _send(plan, replace(array, jobs=(replace(job, cells=left),)), profile, executor)
+        entry = _send(plan, replace(array, jobs=(replace(job, cells=still),)), left.tables, profile, executor)
     yield entry
     if executor == "debug":
         _works(plan, entry)[0]()
@@ -95,8 +138,8 @@ def _here(plan: Work, array: Array, profile: Profile, executor: str) -> Iterator
         _wait(int(entry.jobs[0].id))
 
 
-def _send(plan: Work, array: Array, profile: Profile, executor: str) -> Entry:
-    entry = ledger.new(plan.root, plan.table, executor, array)
+def _send(plan: Work, array: Array, tables: Mapping[str, list[str]], profile: Profile, executor: str) -> Entry:
+    entry = ledger.new(plan.root, tables, executor, array)
     ledger.write(entry)
     works = _works(replace(plan, requeues=profile.requeues), entry)
     try:
@@ -111,7 +154,8 @@ def _send(plan: Work, array: Array, profile: Profile, executor: str) -> Entry:
 
 def _works(plan: Work, entry: Entry) -> list[Work]:
     return [
-        replace(plan, cells=tuple(job.cells), events=str(entry.events(index))) for index, job in enumerate(entry.jobs)
+        replace(plan, cells={id: tuple(entry.asking(id)) for id in job.cells}, events=str(entry.events(index)))
+        for index, job in enumerate(entry.jobs)
     ]
 
 
@@ -144,7 +188,7 @@ def _to_this_process(entry: Entry, works: Sequence[Work], array: Array, profile:
     return ["debug" for _ in works]
 
 
-SENDERS: dict[str, Callable[[Entry, Sequence[Work], Array, Profile], list[str]]] = {
+SENDERS: dict[str, Callable[[Entry, Sequence[Any], Array, Profile], list[str]]] = {
     "slurm": _to_slurm,
     "local": _to_subprocess,
     "debug": _to_this_process,

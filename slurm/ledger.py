@@ -1,4 +1,4 @@
-"""What was sent where: one small sealed JSON file a submission, results/.cache/slurm/<table>/<name>/entry.json.
+"""What was sent where: one small sealed JSON file a submission, results/.cache/slurm/<tables>/<name>/entry.json.
 
 An entry is written before the cluster hears of the jobs and completed after: one that was never completed belongs to
 a launcher that was killed in between.  Beside it lie the jobs' logs and events.
@@ -10,9 +10,9 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from filelock import Timeout
@@ -27,17 +27,23 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Sent:
-    """One job: its `id` with the executor (empty until it is known) and the labels of its cells by their ids."""
+    """One job: its `id` with the executor (empty until it is known) and the labels of its cells by their ids.
+
+    `seconds` is what it was expected to take, 0 where nobody knows.
+    """
 
     id: str
     cells: dict[str, str]
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
 class Entry:
     """One submission of the jobs of one array; `name` is the jobs' name in the queue, `complete` as said above.
 
-    `model` is what a reader calls the model of its cells; submissions of an earlier day do not know it.
+    `table` is the table, or the first of several and how many more; `tables` names by cell those that ask for it,
+    where they are several.  `model` is what a reader calls the model of its cells; submissions of an earlier day do not
+    know it.  A submission without cells writes down what the others have made.
     """
 
     name: str
@@ -49,6 +55,7 @@ class Entry:
     at: str
     complete: bool = False
     model: str = ""
+    tables: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -59,6 +66,18 @@ class Entry:
         """Labels of all its cells by id."""
         return {id: label for job in self.jobs for id, label in job.cells.items()}
 
+    @property
+    def collects(self) -> bool:
+        return not self.cells
+
+    def asking(self, id: str) -> list[str]:
+        """The tables that this cell was sent for."""
+        return self.tables.get(id, [self.table])
+
+    def of(self, table: str) -> dict[str, str]:
+        """Labels of the cells that were sent for this table, by id."""
+        return {id: label for id, label in self.cells.items() if table in self.asking(id)}
+
     def events(self, index: int) -> Path:
         return self.folder / f"{index}.events.jsonl"
 
@@ -67,16 +86,25 @@ class Entry:
         return replace(self, jobs=jobs, complete=True)
 
 
-def place(root: Path, table: str) -> Path:
+def place(root: Path, table: str = "") -> Path:
     return root / ".cache" / "slurm" / table
 
 
-def new(root: Path, table: str, executor: str, array: Array) -> Entry:
-    """An entry that is not stored yet, under a name that no other has."""
-    jobs = tuple(Sent("", {cell.id: cell.label for cell in job.cells}) for job in array.jobs)
-    unique = digest({"jobs": [list(job.cells) for job in jobs], "now": time.time_ns(), "process": os.getpid()})
-    name = f"{table}-{unique[:8]}"
-    return Entry(name, table, executor, str(root), jobs, array.request.memory_gb, records.now(), model=array.model)
+def new(root: Path, tables: Mapping[str, Sequence[str]], executor: str, array: Array) -> Entry:
+    """An entry that is not stored yet, under a name that no other has; `tables` are those that ask, by cell."""
+    jobs = tuple(Sent("", {cell.id: cell.label for cell in job.cells}, job.seconds) for job in array.jobs)
+    asking = {cell.id: list(tables[cell.id]) for job in array.jobs for cell in job.cells}
+    named = list(dict.fromkeys(table for several in asking.values() for table in several))
+    table = named[0] if len(named) == 1 else f"{named[0]}+{len(named) - 1}"
+    several = asking if len(named) > 1 else {}
+    return Entry(
+        f"{table}-{unique(jobs)}", table, executor, str(root), jobs, array.request.memory_gb, records.now(),
+        model=array.model, tables=several,
+    )  # fmt: skip
+
+
+def unique(jobs: Sequence[Sent]) -> str:
+    return digest({"jobs": [list(job.cells) for job in jobs], "now": time.time_ns(), "process": os.getpid()})[:8]
 
 
 def write(entry: Entry) -> None:
@@ -87,10 +115,10 @@ def remove(entry: Entry) -> None:
     shutil.rmtree(entry.folder)
 
 
-def load(root: Path, table: str) -> list[Entry]:
-    """The table's submissions, oldest first; a damaged file is reported and left out."""
+def load(root: Path, table: str | None = None) -> list[Entry]:
+    """The submissions, of this table or of any, oldest first; a damaged file is reported and left out."""
     found = []
-    for path in place(root, table).glob("*/entry.json"):
+    for path in place(root).glob("*/*/entry.json"):
         try:
             content = checksummed_json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
@@ -99,22 +127,18 @@ def load(root: Path, table: str) -> list[Entry]:
         jobs = tuple(Sent(**job) for job in content["jobs"])
         kept = {key: value for key, value in content.items() if key not in ("jobs", "sha256")}
         found.append(Entry(**{**kept, "root": str(root), "jobs": jobs}))
-    return sorted(found, key=lambda entry: (entry.at, entry.name))
-
-
-def tables(root: Path) -> list[str]:
-    """Tables that anything was ever submitted of."""
-    return sorted(path.name for path in (root / ".cache" / "slurm").glob("*") if path.is_dir())
+    chosen = [entry for entry in found if table is None or entry.of(table)]
+    return sorted(chosen, key=lambda entry: (entry.at, entry.name))
 
 
 @contextmanager
-def launching(root: Path, table: str) -> Iterator[None]:
+def launching(root: Path) -> Iterator[None]:
     """One launcher at a time; raises TimeoutError while another is at it."""
-    folder = place(root, table)
+    folder = place(root)
     with atomic.explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
     try:
         with lock(folder / "launching.lock", timeout=10):
             yield
     except Timeout:
-        raise TimeoutError(f"Another process is submitting {table} right now; wait for it, then ask again.") from None
+        raise TimeoutError("Another process is submitting cells right now; wait for it, then ask again.") from None

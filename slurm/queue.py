@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 OVER = {
@@ -32,7 +34,10 @@ class Queued:
 
 
 def jobs(names: Sequence[str]) -> dict[str, Queued]:
-    """Jobs of these names by id, array tasks as 12_3; Slurm forgets jobs some minutes after they ended."""
+    """Jobs of these names by id, array tasks as 12_3; Slurm forgets jobs some minutes after they ended.
+
+    Tasks that were cancelled before they began are one line with the id of their array, 12.
+    """
     if not names:
         return {}
     lines = ask(
@@ -40,6 +45,16 @@ def jobs(names: Sequence[str]) -> dict[str, Queued]:
     ).splitlines()
     found = (line.strip().split("|", 4) for line in lines if line.strip())
     return {id: Queued(state, node, left, reason) for id, state, node, left, reason in found}
+
+
+def largest_array(otherwise: int) -> int:
+    """How many tasks this site allows in one array; `otherwise` where it does not say, and sbatch then does."""
+    if not shutil.which("scontrol"):
+        return otherwise
+    with suppress(SlurmError):
+        told = re.search(r"MaxArraySize\s*=\s*(\d+)", ask("scontrol", "show", "config"))
+        return max(1, int(told[1]) - 1) if told else otherwise
+    return otherwise
 
 
 def cancel(ids: Sequence[str]) -> None:

@@ -7,7 +7,10 @@ import signal
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timedelta
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import psutil
 from submitit.core.utils import JobPaths
@@ -22,6 +25,8 @@ from slurm.ledger import Entry, Sent
 from slurm.queue import Queued
 
 LAST_LINES = 8
+CANCELLED = "Cancelled; submit again to go on."
+NEVER_BEGUN = "It left the queue before it began, as a cancelled job does; submit again."
 DEATHS = {
     r"exceeded (job )?memory limit|oom.?kill|out of memory|out_of_memory|MemoryError": (
         "Out of memory in a job of {memory_gb:.0f} GB: submit again with --memory-gb {more_gb:.0f}, or a smaller "
@@ -32,7 +37,7 @@ DEATHS = {
         "warning_seconds."
     ),
     r"DUE TO NODE FAILURE|NODE_FAIL": "Its node failed; submit again.",
-    r"CANCELLED(?!.*DUE TO JOB REQUEUE)|KeyboardInterrupt": "Cancelled; submit again to go on.",
+    r"CANCELLED(?!.*DUE TO JOB REQUEUE)|KeyboardInterrupt": CANCELLED,
     r"User defined signal": "Told to stop before it had begun; submit again.",
     r"task 0: Killed|exit code 137": (
         "Killed from outside, most often for its memory ({memory_gb:.0f} GB were asked for); submit again, with "
@@ -62,11 +67,31 @@ class Job:
         paths = JobPaths(self.entry.folder, self.sent.id, 0)
         return paths.stdout, paths.stderr
 
+    @cached_property
+    def events(self) -> list[dict[str, Any]]:
+        return callbacks.read(self.entry.events(self.index))
+
     @property
     def current(self) -> str:
         """The id of the cell that it is at, or was at in the end."""
-        told = [event for event in callbacks.read(self.entry.events(self.index)) if event["cell"]]
+        told = [event for event in self.events if event["cell"]]
         return told[-1]["cell"] if told and told[-1]["event"] not in ("finished", "failed") else ""
+
+    @property
+    def pace(self) -> dict[str, Any]:
+        """The stage that it is at, with its share done and the expected end where they are known."""
+        told: dict[str, Any] = {}
+        for event in self.events:
+            if event["event"] in ("started", "stage"):
+                told = {"stage": event.get("name", ""), **{k: v for k, v in told.items() if k == "end"}}
+            elif event["event"] == "progress":
+                told |= {"share": event["share"], "end": _later(event["at"], event["left"])}
+        return told
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether it was told to stop, running or not begun."""
+        return not self.alive and (self.death == CANCELLED or self.death == NEVER_BEGUN)
 
     @property
     def last_lines(self) -> list[str]:
@@ -77,10 +102,12 @@ class Job:
     @property
     def death(self) -> str:
         """One sentence on why it ended before its cells were finished; empty if it did not."""
-        of_job = [e for e in callbacks.read(self.entry.events(self.index)) if e["event"].startswith("job ")]
+        of_job = [event for event in self.events if event["event"].startswith("job ")]
         if of_job and of_job[-1]["event"] in ("job finished", "job gave up"):
             return str(of_job[-1].get("message", ""))
         state = self.queued.state if self.queued else ""
+        if not of_job and not self.logs[1].exists() and self.entry.executor == "slurm":
+            return CANCELLED if state == "CANCELLED" else NEVER_BEGUN
         told = "\n".join([*self.last_lines, state])
         for pattern, sentence in DEATHS.items():
             if re.search(pattern, told, re.IGNORECASE):
@@ -90,8 +117,9 @@ class Job:
 
 @dataclass(frozen=True)
 class CellState:
-    """`state` is done, incomplete (without a task), running, queued, failed or missing; `note` one sentence where
-    something is to be said."""
+    """`state` is done, incomplete (without a task), running, queued, failed, cancelled or missing; `note` one sentence
+    where something is to be said, `stage` and `share` (0 to 1) how far a running cell is, `end` when its job's cells of
+    this table will be done (UTC), by its own pace."""
 
     id: str
     label: str
@@ -99,23 +127,37 @@ class CellState:
     job: str = ""
     note: str = ""
     lines: tuple[str, ...] = ()
+    stage: str = ""
+    share: float | None = None
+    end: str = ""
 
 
-def jobs(root: Path, table: str) -> list[Job]:
-    """Every job ever sent, oldest first, with what the queue says of it; SlurmError where that cannot be asked."""
+def jobs(root: Path, table: str | None = None) -> list[Job]:
+    """Every job ever sent, of this table or of any, oldest first, with what the queue says of it; SlurmError where that
+    cannot be asked."""
     entries = ledger.load(root, table)
-    told = queue.jobs([entry.name for entry in entries if entry.executor == "slurm" and _unfinished(entry)])
+    done: dict[str, dict[str, Record]] = {}
+    for name in {table for entry in entries for id in entry.cells for table in entry.asking(id)}:
+        done[name] = records.load(root, name)
+    told = queue.jobs([entry.name for entry in entries if entry.executor == "slurm" and _unfinished(entry, done)])
     return [
-        Job(entry, index, told.get(sent.id) if entry.executor == "slurm" else _process(entry, index))
+        Job(entry, index, _queued(told, sent.id) if entry.executor == "slurm" else _process(entry, index))
         for entry in entries
         for index, sent in enumerate(entry.jobs)
     ]
 
 
-def cells(root: Path, table: str, labels: Mapping[str, str]) -> list[CellState]:
-    """Of these cells (labels by id), in their order."""
+def _queued(told: Mapping[str, Queued], id: str) -> Queued | None:
+    """Of a task of an array whose rest was cancelled, what is said of that rest."""
+    rest = told.get(id.partition("_")[0])
+    return told.get(id) or (rest if rest and rest.state == "CANCELLED" else None)
+
+
+def cells(root: Path, table: str, labels: Mapping[str, str], known: Sequence[Job] | None = None) -> list[CellState]:
+    """Of these cells (labels by id), in their order; `known` are the jobs, where they were asked for already."""
     done, failures = records.load(root, table), records.load_failures(root, table)
-    last = {id: job for job in sorted(jobs(root, table), key=lambda job: job.alive) for id in job.sent.cells}
+    asked = jobs(root) if known is None else known
+    last = {id: job for job in sorted(asked, key=lambda job: job.alive) for id in job.sent.cells}
     return [_cell(id, label, done.get(id), failures.get(id), last.get(id)) for id, label in labels.items()]
 
 
@@ -124,14 +166,25 @@ def _cell(id: str, label: str, record: Record | None, failure: Failure | None, j
     if job and job.queued and job.alive and not _since(job, record):
         if job.queued.state == "PENDING":
             return CellState(id, label, "queued", name, job.queued.reason)
-        return CellState(id, label, "running" if job.current == id else "queued", name)
+        if job.current == id:
+            return CellState(id, label, "running", name, **job.pace)
+        return CellState(id, label, "queued", name, "after others of its job")
     if failure:  # later than a record, which would have removed it
         return CellState(id, label, "failed", name, failure.message, tuple(failure.traceback))
+    if job and not record and job.is_cancelled:
+        return CellState(id, label, "cancelled", name, job.death)
     if job and job.current == id and not _since(job, record):
         return CellState(id, label, "failed", name, job.death, tuple(job.last_lines))
     if record:
         return _finished(id, label, name, record)
     return CellState(id, label, "missing", name, job.death if job else "")
+
+
+def _later(at: str, seconds: float | None) -> str:
+    """The time so many seconds after `at`; empty where nobody knows."""
+    if seconds is None:
+        return ""
+    return (datetime.fromisoformat(at) + timedelta(seconds=seconds)).isoformat(timespec="minutes")
 
 
 def _since(job: Job, record: Record | None) -> bool:
@@ -146,21 +199,20 @@ def _finished(id: str, label: str, job: str, record: Record) -> CellState:
 
 
 def labels(root: Path, table: str) -> dict[str, str]:
-    """Of every cell that was ever submitted, by id."""
-    return {id: label for entry in ledger.load(root, table) for id, label in entry.cells.items()}
+    """Of every cell that was ever submitted for the table, by id."""
+    return {id: label for entry in ledger.load(root, table) for id, label in entry.of(table).items()}
 
 
 def models(root: Path, table: str) -> dict[str, str]:
-    """What a reader calls the model of every cell that was ever submitted, by id."""
-    return {id: entry.model for entry in ledger.load(root, table) for id in entry.cells}
+    """What a reader calls the model of every cell that was ever submitted for the table, by id."""
+    return {id: entry.model for entry in ledger.load(root, table) for id in entry.of(table)}
 
 
 def find(root: Path, cell: str) -> list[Job]:
     """The jobs that had this cell, by its id or label, oldest first; UsageError where there is none."""
     found = [
         Job(entry, index, None)
-        for table in ledger.tables(root)
-        for entry in ledger.load(root, table)
+        for entry in ledger.load(root)
         for index, sent in enumerate(entry.jobs)
         if cell in sent.cells or cell.lower() in map(str.lower, sent.cells.values())
     ]
@@ -181,10 +233,13 @@ def cancel(found: Sequence[Job]) -> list[str]:
     return [job.sent.id for job in alive]
 
 
-def _unfinished(entry: Entry) -> bool:
+def _unfinished(entry: Entry, done: Mapping[str, Mapping[str, Record]]) -> bool:
     """Whether a cell has no record since it was sent: it may have been sent to be made again."""
-    done = records.load(Path(entry.root), entry.table)
-    return any(id not in done or done[id].made_by.at < entry.at for id in entry.cells)
+    sent = [(id, done[table]) for id in entry.cells for table in entry.asking(id)]
+    if entry.collects:
+        told = [event["event"] for index in range(len(entry.jobs)) for event in callbacks.read(entry.events(index))]
+        return "job finished" not in told
+    return any(id not in known or known[id].made_by.at < entry.at for id, known in sent)
 
 
 def _process(entry: Entry, index: int) -> Queued | None:

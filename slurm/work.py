@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import os
 from argparse import ArgumentParser, Namespace
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from submitit import JobEnvironment
 from submitit.core.utils import DelayedSubmission
 
-from experiments import callbacks, cli
+from experiments import callbacks, cli, selection
 from experiments.callbacks import Events
 from experiments.store import redaction
 
@@ -24,15 +26,17 @@ PATHS = ("results", "data_dir", "save_models")
 
 @dataclass(frozen=True)
 class Work:
-    """These cells of a table, by id, with the `arguments` of `python -m experiments run` by name, paths as text.
+    """Cells by id with the tables that ask for each, and the `arguments` of `python -m experiments run` by name, paths
+    as text; `sources` says by table what it was asked for by.
 
+    The first table of a cell runs it and the others take its record over.
     A job that is told to stop (its time limit is near, or it is preempted) puts itself back into the queue, unless it
     has done so `requeues` times without finishing a cell; what it had finished is kept, and it goes on from there.
     `finished` and `stalled` count cells that it finished and such returns so far.
     """
 
     arguments: dict[str, Any]
-    cells: tuple[str, ...] = ()
+    cells: dict[str, tuple[str, ...]] = field(default_factory=dict)
     events: str = ""
     requeues: int = 0
     finished: int = 0
@@ -41,21 +45,18 @@ class Work:
     def __call__(self) -> dict[str, list[str]]:
         """The labels of cells found, done and failed; records and failures are on disk."""
         self._tidy()
-        self._events.write("job started", stalled=self.stalled)
-        from experiments import batch
-
-        asked = self.asked
+        self._events().write("job started", stalled=self.stalled)
+        total: dict[str, list[str]] = {"found": [], "done": [], "failed": []}
+        failed: dict[str, str] = {}  # by cell the table where it failed
         with redaction.quiet_logs():
-            cli.resolve(asked)
-            chosen = cli.chosen(asked)
-            outcome = batch.run_table(
-                asked.table,
-                chosen,
-                cli.settings(asked, chosen),
-                [self._events, *cli.watchers(asked)],
-            )
-        self._events.write("job finished", found=outcome.found, done=outcome.done, failed=outcome.failed)
-        return {"found": outcome.found, "done": outcome.done, "failed": outcome.failed}
+            for table, ids in self._parts():
+                outcome = self._run(table, [id for id in ids if id not in failed])
+                for name, labels in total.items():
+                    labels += outcome[name]
+                failed |= dict.fromkeys(outcome["failed ids"], table)
+                self._share_failures(table, [id for id in ids if failed.get(id, table) != table], failed)
+        self._events().write("job finished", **total)
+        return total
 
     def checkpoint(self) -> DelayedSubmission:
         """What to go on with; leaves the process instead where going on has led nowhere too often."""
@@ -66,14 +67,10 @@ class Work:
                 f"{self.requeues + 1} times in a row the time limit came before a cell was finished; "
                 "take a profile with more hours."
             )
-            self._events.write("job gave up", message=message)
+            self._events().write("job gave up", message=message)
             raise SystemExit(message)
-        self._events.write("job requeued", stalled=stalled)
+        self._events().write("job requeued", stalled=stalled)
         return DelayedSubmission(replace(self, finished=finished, stalled=stalled))
-
-    @property
-    def table(self) -> str:
-        return str(self.arguments["table"])
 
     @property
     def root(self) -> Path:
@@ -89,19 +86,51 @@ class Work:
         return bool(self.arguments.get("again"))
 
     @property
-    def asked(self) -> Namespace:
-        """As a command line gives it, for these cells; options that are younger than the job are at their defaults."""
+    def saves(self) -> bool:
+        return bool(self.arguments.get("save_models"))
+
+    def asked(self, table: str) -> Namespace:
+        """As a command line gives it, for one table; options that are younger than the job are at their defaults."""
         parser = ArgumentParser()
-        cli.add_selection(parser)
+        selection.add(parser)
         cli.add_running(parser)
         cli.add_saving(parser)
-        defaults = vars(parser.parse_args([self.table]))
+        source = self.arguments["sources"][table]
+        defaults = vars(parser.parse_args([source]))
+        told = {name: value for name, value in self.arguments.items() if name not in ("tables", "all")}
         paths = {name: Path(value) for name in PATHS if (value := self.arguments.get(name))}
-        return Namespace(**{**defaults, **self.arguments, **paths, "only": list(self.cells)})
+        asked = Namespace(**{**defaults, **told, **paths, "method": [], "only": [], "all": False})
+        cli.resolve(asked)
+        (one,) = selection.each(asked)
+        return one
 
-    @property
-    def _events(self) -> Events:
-        return Events(Path(self.events), job=_job(), table=self.table)
+    def _parts(self) -> Iterator[tuple[str, list[str]]]:
+        """Tables with their cells: each cell for its first table, in the order of sharing, then for the others."""
+        first = groupby(self.cells.items(), key=lambda item: item[1][0])
+        yield from ((table, [id for id, _ in items]) for table, items in first)
+        others = dict.fromkeys(table for tables in self.cells.values() for table in tables[1:])
+        yield from ((table, [id for id, tables in self.cells.items() if table in tables[1:]]) for table in others)
+
+    def _run(self, table: str, ids: list[str]) -> dict[str, list[str]]:
+        from experiments import batch
+
+        asked = self.asked(table)
+        chosen = [cell for cell in cli.declared(asked) if cell.id in ids]
+        watchers = [self._events(table), *cli.watchers(asked)]
+        outcome = batch.run_table(asked.table, chosen, cli.settings(asked, chosen), watchers)
+        failed = [cell.id for cell in chosen if cell.label in outcome.failed]
+        return {"found": outcome.found, "done": outcome.done, "failed": outcome.failed, "failed ids": failed}
+
+    def _share_failures(self, table: str, ids: list[str], failed: dict[str, str]) -> None:
+        """A cell that failed for one table is not tried again for the next."""
+        from experiments.store import records
+
+        for id in ids:
+            failure = records.load_failures(self.root, failed[id])[id]
+            records.write_failure(failure.model_copy(update={"table": table, "sha256": ""}), self.root)
+
+    def _events(self, table: str = "") -> Events:
+        return Events(Path(self.events), job=_job(), table=table)
 
     def _tidy(self) -> None:
         """Killed while it put itself back, a job leaves a half-written file on which submitit would stumble next."""

@@ -48,6 +48,23 @@ def choose(run: Run, settings: Settings) -> Placement:
     return Placement(settings.weights, "asked for")
 
 
+def too_large(run: Run, settings: Settings, card_gb: float | None = None) -> str | None:
+    """Why a card of that size (by default the device at hand) cannot take the cell, wherever its weights are; None for
+    one that it takes, and where the weights' place was asked for."""
+    if settings.weights != "auto":
+        return None
+    device = str(settings.device)
+    if card_gb is None and device.startswith("cuda"):
+        card_gb = memory.total_bytes(device) / 1e9
+    if card_gb is not None:
+        return needs.too_large(run, card_gb)
+    try:
+        choose(run, settings)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def check_disk(run: Run, folder: Path) -> None:
     """StorageError where the disk of `folder` has no room for the pruned copy of a model at home on the disk."""
     import shutil

@@ -97,6 +97,16 @@ def home_on(run: Run, card_gb: float) -> tuple[str | None, float]:
     return ("away" if part <= card_gb else None), part
 
 
+def too_large(run: Run, card_gb: float) -> str | None:
+    """Why no home of the weights lets the cell run on a card of that size; None where one does."""
+    home, needed = home_on(run, card_gb)
+    if home is not None:
+        return None
+    whole = needs_all_weights(run)
+    why = f", as {whole} needs all weights in place" if whole else ""
+    return f"{run.model_name} needs about {needed:.0f} GB on one accelerator and this one holds {card_gb:g} GB{why}."
+
+
 def weights_gb(run: Run) -> float:
     return 1e-9 * BYTES.get(run.dtype, 2) * (models.find(run.model).parameters or 0)
 

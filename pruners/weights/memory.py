@@ -21,6 +21,11 @@ def free_bytes(device: torch.device | str = "cpu") -> int:
     return max(0, min(_machine(), _limit(), _cgroup()))
 
 
+def total_bytes(device: torch.device | str) -> int:
+    """Of an accelerator, used or not."""
+    return int(torch.cuda.mem_get_info(torch.device(device))[1])
+
+
 def roomy(shape: tuple[int, ...], dtype: torch.dtype, folder: Path | None = None) -> Tensor:
     """An empty tensor in CPU memory, or where that is short in a file under `folder` (None: temporary files' place).
 
