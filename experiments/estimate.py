@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from experiments import measures, models
+from experiments import measures, models, rates
 from experiments.cells import Cell
 from experiments.data import wheels
 from experiments.data.corpora import find as find_corpus
@@ -40,6 +40,10 @@ def gpu_hours(cell: Cell, away: bool = False) -> float:
 def sweeps(run: Run) -> int:
     """How often a cell reads its weights where they are away from home, roughly."""
     count = 2 * len(run.measures)  # a few tokens that show the model is sound, and the text
+    if isinstance(run.recovery, Retraining):
+        grid = rates.grid(run)  # each of which is tried
+        # forward and back; what is trained is looked at, and merged
+        count += (2 * run.recovery.taken + 8) * (len(grid.rates) if grid else 1)
     if run.method is not None:
         kind = str((run.method.statistics_key or {}).get("kind"))
         count += {"gradient_norms": 2, "group_scores": 4, "moments": 1}.get(kind, 0)

@@ -250,11 +250,15 @@ class Block:
         return size * sum(p[0].numel() for p in norm.parameters(recurse=False))
 
 
+def modules(model: nn.Module) -> list[nn.Module]:
+    """The decoder blocks' modules in order, whatever stands in the place of their projections."""
+    return list(model.get_submodule(family(model).blocks).children())
+
+
 def blocks(model: nn.Module) -> list[Block]:
     """The decoder blocks in order; ValueError if a block holds matrices that the family's entry does not name."""
     kind, config = family(model), getattr(model, "config", None)
-    modules = list(model.get_submodule(kind.blocks).children())
-    found = [Block(i, f"{kind.blocks}.{i}", module, kind, config) for i, module in enumerate(modules)]
+    found = [Block(i, f"{kind.blocks}.{i}", module, kind, config) for i, module in enumerate(modules(model))]
     for block in found:
         _check_named(block)
     one_for_all = max((b.kv_heads for b in found), default=0) == 1 < max(b.heads for b in found)

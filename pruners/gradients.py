@@ -204,7 +204,7 @@ def _only_trainable(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator
 def checkpointed(model: nn.Module) -> Iterator[None]:
     """Blocks recompute their activations during backward (transformers' own switch works in training mode only)."""
     with ExitStack() as stack:
-        for module in model.get_submodule(anatomy.family(model).blocks).children():
+        for module in anatomy.modules(model):
             recomputing = partial(torch.utils.checkpoint.checkpoint, module.forward, use_reentrant=False)
             stack.enter_context(instead(module, recomputing))
         yield

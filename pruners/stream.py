@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -155,13 +155,23 @@ def _routed(
 
 
 @no_grad
-def inputs_of(model: nn.Module, windows: Tensor, returned: list[tuple[Any, ...]]) -> tuple[Tensor, list[Arguments]]:
+def inputs_of(
+    model: nn.Module, windows: Tensor | Mapping[str, Tensor], returned: list[tuple[Any, ...]]
+) -> tuple[Tensor, list[Arguments]]:
+    """As `reaching`, without gradients."""
+    return reaching(model, windows, returned)
+
+
+def reaching(
+    model: nn.Module, windows: Tensor | Mapping[str, Tensor], returned: list[tuple[Any, ...]]
+) -> tuple[Tensor, list[Arguments]]:
     """The hidden states [windows, tokens, width] that reach the blocks, and with which other arguments each is called.
 
-    The blocks hand their input on unchanged.  `returned` is what they return beside it (nothing where that is no
-    tuple); while it is empty, the first one runs for real to tell.
+    `windows` are tokens, or what the model is called with by name.  The blocks hand their input on unchanged.
+    `returned` is what they return beside it (nothing where that is no tuple); while it is empty, the first one runs for
+    real to tell.
     """
-    blocks = [block.module for block in anatomy.blocks(model)]
+    blocks = anatomy.modules(model)
     hidden: list[Tensor] = []
     found: list[Arguments] = []
 
@@ -180,7 +190,9 @@ def inputs_of(model: nn.Module, windows: Tensor, returned: list[tuple[Any, ...]]
     with ExitStack() as stack, suppress(Caught):
         for module in blocks:
             stack.enter_context(instead(module, partial(stand_in, module.forward)))
-        model(input_ids=windows.to(next(model.parameters()).device), use_cache=False)
+        told = {"input_ids": windows} if isinstance(windows, Tensor) else windows
+        device = next(model.parameters()).device
+        model(**{name: value.to(device) for name, value in told.items()}, use_cache=False)
     return hidden[0], found
 
 
@@ -190,7 +202,7 @@ def handing_on(model: nn.Module, hidden: Tensor, returned: Sequence[tuple[Any, .
 
     RuntimeError for another number of tokens.
     """
-    modules = [block.module for block in anatomy.blocks(model)]
+    modules = anatomy.modules(model)
 
     def stand_in(last: bool, states: Tensor, *_: Any, **__: Any) -> Any:
         if states.shape != hidden.shape:

@@ -97,9 +97,15 @@ def test_show_says_where_weights_are_on_a_card_and_which_cells_do_not_fit_on_it(
     ]
     assert main([*words, "--card", "24"]) == 0
     shown = capsys.readouterr().out
-    assert f"58 of the others take about 8.4 hours on one A100, 41 {away}" in shown
-    assert "2 cells need more than one 24 GB card, as retraining needs all weights in place: llama-13b" in shown
-    assert sum("too large" in line for line in shown.splitlines()) == 2
+    assert f"the others take about 53.6 hours on one A100, 43 {away}" in shown
+    assert "too large" not in shown
+    words = ["show", "perp.magnitude", "--only", "Magnitude + all weights 50 %", *words[2:], "--card", "24"]
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert (
+        "4 cells need more than one 24 GB card, as training all weights needs all weights in place: opt-2.7b" in shown
+    )
+    assert sum("too large" in line for line in shown.splitlines()) == 4
 
 
 def test_show_tells_which_tasks_it_has_no_documents_of(capsys, tmp_path, monkeypatch):

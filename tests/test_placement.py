@@ -25,6 +25,7 @@ from experiments.settings import Settings
 from experiments.spec import Efficiency, Generation, MaskPatterns, Run
 from experiments.store import records
 from pruners import retrain
+from pruners.retrain import Trainable
 from pruners.weights import homes, memory, opening
 
 needs_model = pytest.mark.skipif(not small.MODEL.is_dir(), reason=f"{small.MODEL} is absent")
@@ -142,7 +143,9 @@ def test_auto_takes_the_nearest_home_that_has_room(monkeypatch):
 
 
 WHOLE = {
-    "retraining": replace(RUN, recovery=small.retrained().runs()[0].recovery),
+    "training all weights": replace(
+        RUN, recovery=replace(small.retrained().runs()[0].recovery, trainable=Trainable.full())
+    ),
     "pruning channels of the residual stream": replace(RUN, method=pruners.LLMPruner(0.2, granularity="channel")),
     "the speed of a model": replace(RUN, measures=(Efficiency((1,), (64,)),)),
 }
@@ -150,7 +153,8 @@ WHOLE = {
 
 @pytest.mark.parametrize("what", WHOLE)
 def test_what_needs_all_weights_is_refused_away_from_the_device(monkeypatch, what):
-    said = f"{what} needs all weights of llama-7b on the device, 13.5 GB"
+    size = "107.8" if what == "training all weights" else "13.5"  # 16 bytes each
+    said = f"{what} needs all weights of llama-7b on the device, {size} GB"
     for home in ("host", "disk"):
         with pytest.raises(ValueError, match=f"{said}; leave out --weights {home}"):
             chosen(monkeypatch, WHOLE[what], 80, 80, weights=home)

@@ -1,7 +1,7 @@
 """Where a cell's weights are: on the device, in CPU memory, or on the disk; chosen by the room that there is.
 
-No choice moves a number.  What must have all weights in place (retraining, speed, channels of the residual stream) is
-told before any work where it is asked elsewhere.
+No choice moves a number.  What must have all weights in place (training all of them, speed, channels of the residual
+stream) is told before any work where it is asked elsewhere.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.placement import needs
+from experiments.recovery import Retraining
 from experiments.spec import Run
 from pruners import storage
 from pruners.weights import homes, memory
@@ -42,8 +43,8 @@ def choose(run: Run, settings: Settings) -> Placement:
         return _by_room(run, str(settings.device), settings.batch_size, whole)
     if settings.weights != "device" and whole:
         raise ValueError(
-            f"{whole} needs all weights of {run.model_name} on the device, {needs.weights_gb(run):.1f} GB; leave out "
-            f"--weights {settings.weights}."
+            f"{whole} needs all weights of {run.model_name} on the device, {needs.all_weights_gb(run):.1f} GB; leave "
+            f"out --weights {settings.weights}."
         )
     return Placement(settings.weights, "asked for")
 
@@ -70,7 +71,8 @@ def check_disk(run: Run, folder: Path) -> None:
     import shutil
 
     place = next(path for path in (folder, *folder.parents) if path.exists())
-    needed, free = 1e9 * needs.weights_gb(run) + SPARE_BYTES, shutil.disk_usage(place).free
+    merges = isinstance(run.recovery, Retraining) and run.recovery.trainable.adapters is not None
+    needed, free = 1e9 * needs.weights_gb(run) * (1 + merges) + SPARE_BYTES, shutil.disk_usage(place).free
     if free < needed:
         raise storage.StorageError(
             f"The pruned copy of {run.model_name} takes {needed / 1e9:.1f} GB and the disk of {place} has "
@@ -93,9 +95,9 @@ def _by_room(run: Run, device: str, batch: int, whole: str | None) -> Placement:
     if needed <= ROOM * free:
         return Placement("device", there)
     if whole:
-        if needs.weights_gb(run) > free:
+        if needs.all_weights_gb(run) > free:
             raise ValueError(
-                f"{whole} needs all weights of {run.model_name} on the device, {needs.weights_gb(run):.1f} GB, and "
+                f"{whole} needs all weights of {run.model_name} on the device, {needs.all_weights_gb(run):.1f} GB, and "
                 f"{device} has {free:.1f} GB free; take a larger one."
             )
         return Placement("device", f"{there}, and {whole} needs all weights there")

@@ -3,7 +3,8 @@
     weights        all of them; away from home the block in hand and the next, or what lies around the blocks
     activations    hidden states of the calibration windows, what a batch makes inside a block, logits
     statistics     Hessians with their factorisation; gradients and their sums, of all blocks or of one
-    training       what is trained in float32 with gradient and moments (16 bytes), activations that backward reads
+    training       what is trained in float32 with gradient and moments (16 bytes), masks of a bit a weight,
+                   activations that backward reads: each block's inputs (away from home in CPU memory) and one block's
 
 Shapes come from a folder's configuration, or from the catalogue's parameters and blocks, as usual decoders have them.
 """
@@ -15,9 +16,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from experiments import models, rates
+from experiments import models
 from experiments.recovery import Retraining
 from experiments.spec import Efficiency, Perplexity, Run, ZeroShot
+from pruners.retrain.trainable import HEAD
 
 BYTES = {"float32": 4, "float64": 8}
 BATCH = 8  # windows at once, by default
@@ -111,12 +113,20 @@ def weights_gb(run: Run) -> float:
     return 1e-9 * BYTES.get(run.dtype, 2) * (models.find(run.model).parameters or 0)
 
 
+def trains_all_weights(run: Run) -> bool:
+    return isinstance(run.recovery, Retraining) and run.recovery.trainable.weights
+
+
+def all_weights_gb(run: Run) -> float:
+    """What all weights take at the least where they must be in place; trained ones in float32, with gradient and
+    moments."""
+    return 16e-9 * (models.find(run.model).parameters or 0) if trains_all_weights(run) else weights_gb(run)
+
+
 def needs_all_weights(run: Run) -> str | None:
     """What of a cell cannot be done with weights away from the device."""
-    if isinstance(run.recovery, Retraining):
-        return "retraining"
-    if rates.grid(run):
-        return "the choice of a learning rate"
+    if trains_all_weights(run):
+        return "training all weights"
     if run.method is not None and run.method.needs_all_weights:
         return "pruning channels of the residual stream"
     if any(isinstance(what, Efficiency) and what.batch_sizes and what.lengths for what in run.measures):
@@ -131,7 +141,9 @@ def _stages(run: Run, away: bool, batch: int) -> list[dict[str, float]]:
     if run.calibrates and run.windows:
         stages += _pruning(run, shape, size, weights, away, batch)
     if isinstance(run.recovery, Retraining):
-        stages.append({"weights": weights, **_training(run.recovery, shape, size)})
+        training = _training(run.recovery, shape, size, away)
+        kept = 0 if run.recovery.trainable.weights else weights  # else in float32, and among what is trained
+        stages.append({"weights": kept, **training})
     return stages
 
 
@@ -186,14 +198,26 @@ def _inside(shape: Shape, size: int, tokens: int) -> float:
     return size * tokens * (4 * shape.width + 3 * shape.channels)
 
 
-def _training(recovery: Retraining, shape: Shape, size: int) -> dict[str, float]:
+def _training(recovery: Retraining, shape: Shape, size: int, away: bool) -> dict[str, float]:
     """Blocks recompute their activations, so each keeps its inputs alone."""
     tokens = (recovery.micro_batch_size or recovery.batch_size) * recovery.text.length
     trainable = recovery.trainable
-    trained = shape.parameters if trainable.weights else 0
-    rank = getattr(trainable.adapters, "rank", 0)
-    trained += rank * shape.blocks * (9 * shape.width + 3 * (shape.width + shape.channels))
-    trained += shape.vocabulary * shape.width * (trainable.head + trainable.embeddings)
-    kept = size * tokens * shape.width * shape.blocks
+    trained = _trained(recovery, shape)
+    changes = trainable.weights or trainable.adapters is not None
+    masks = shape.blocks * shape.block / 8 + 12 * shape.width * shape.channels if changes else 0
+    whole = recovery.batch_size * recovery.text.length
+    kept = size * shape.width * (3 * whole if away else tokens * shape.blocks)
     graph = size * tokens * (14 * shape.width + 5 * shape.channels)
-    return {"training": 16 * trained, "activations": kept + graph + 12 * tokens * shape.vocabulary}
+    return {"training": 16 * trained + masks, "activations": kept + graph + 12 * tokens * shape.vocabulary}
+
+
+def _trained(recovery: Retraining, shape: Shape) -> int:
+    """Numbers that are trained; of a block the norms and biases are those of OPT, which has most."""
+    trainable = recovery.trainable
+    if trainable.weights:
+        return shape.parameters
+    rank = getattr(trainable.adapters, "rank", 0)
+    small = 9 * shape.width + shape.channels if trainable.norms or trainable.biases else 0
+    trained = shape.blocks * (small + rank * (9 * shape.width + 3 * (shape.width + shape.channels)))
+    trained += (rank or HEAD.rank) * (shape.vocabulary + shape.width) * trainable.head
+    return trained + shape.vocabulary * shape.width * trainable.embeddings

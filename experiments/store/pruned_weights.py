@@ -9,21 +9,38 @@ from typing import Any
 from experiments.store import cache
 from pruners import Report, anatomy
 from pruners.report import Projection
+from pruners.weights import homes
 
 
 def shared(root: Path, key: dict[str, Any], model: Any, method: Any, prune: Callable[[], Report]) -> Report:
-    """What `prune` does to `model` and reports, from the cache where it was done before; `key` is all that moves it."""
+    """What `prune` does to `model` and reports, from the cache where it was done before; `key` is all that moves it.
+
+    A model at home on the disk keeps its pruned blocks there for the cell alone.
+    """
+    if homes.on_disk(model) is not None:
+        return prune()
     done: list[Report] = []
-    linears = {f"{b.name}.{name}": linear for b in anatomy.blocks(model) for name, linear in b.linears().items()}
 
     def weights() -> dict[str, Any]:
         done.append(prune())
-        return {name: linear.weight.data.contiguous() for name, linear in linears.items()}
+        kept: dict[str, Any] = {}
+        for block in anatomy.blocks(model):
+            with homes.held(block.module):
+                kept |= {f"{block.name}.{name}": _copy(linear) for name, linear in block.linears().items()}
+        return kept
 
     tensors = cache.statistics(root, key, weights)
     if done:
         return done[0]
-    for name, linear in linears.items():
-        linear.weight.data.copy_(tensors[name])
-    projections = [Projection.of(name, linear, method.asked) for name, linear in linears.items()]
+    projections = []
+    for block in anatomy.blocks(model):
+        with homes.held(block.module, changes=True):
+            for name, linear in block.linears().items():
+                linear.weight.data.copy_(tensors[f"{block.name}.{name}"])
+                projections.append(Projection.of(f"{block.name}.{name}", linear, method.asked))
     return Report(repr(method), method.asked, projections)
+
+
+def _copy(linear: Any) -> Any:
+    """On the CPU, which a model whose weights are away from its device needs."""
+    return linear.weight.data.contiguous().cpu()

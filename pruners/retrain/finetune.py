@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pruners import checks, gradients, inputs
 from pruners.calibrate import Progress
@@ -33,11 +33,14 @@ from pruners.checks import Count, Finite, Flag, Folder, Positive, Seed, Text, Wh
 from pruners.lazy import PreTrainedModel, no_grad, torch
 from pruners.retrain import state
 from pruners.retrain.batches import Batches
+from pruners.retrain.passes import Micro, Passes
 from pruners.retrain.peers import Peers
-from pruners.retrain.schedule import Schedule, autocast, precision_for, seeded
+from pruners.retrain.schedule import Schedule, precision_for
 from pruners.retrain.trainable import Attached, Trainable
+from pruners.weights import homes
 
 Watch = Annotated[Callable[[int, float, float], None], checks.FUNCTION]
+T = TypeVar("T")
 SMOOTHED = 10  # steps whose mean loss is compared when looking for divergence
 
 
@@ -120,6 +123,7 @@ def finetune(
     trained, and Diverged where the loss does.
     """
     model = inputs.language_model(model)
+    refuse_away(model, trainable)
     schedule = Schedule(steps, learning_rate, batch_size, warmup)
     stop = schedule.checked(stop)
     micro_batch_size = schedule.micro_batch_size(micro_batch_size, reference)
@@ -171,6 +175,8 @@ class _Loop:
 
     def __post_init__(self) -> None:
         self.optimizer = self.schedule.optimizer(self.attached.tensors)
+        trained = list(self.attached.tensors.values())
+        self.passes = Passes(self.model, self.batches, self.precision, trained)
         self.peers = Peers.here(self.model.device)
         self.report.processes = self.peers.count
         self.good: tuple[int, dict[str, torch.Tensor]] = (0, {})
@@ -181,7 +187,8 @@ class _Loop:
         training = self.model.training
         with ExitStack() as stack:
             stack.callback(self.model.train, training)
-            if checkpointing:
+            stack.enter_context(self.passes.drawing())
+            if checkpointing and homes.of(self.model) is None:  # else blocks are recomputed as they come
                 stack.enter_context(gradients.checkpointed(self.model))
             self.model.train()
             for step in range(len(self.report.losses), self.stop):
@@ -197,7 +204,7 @@ class _Loop:
     def _step(self, step: int) -> None:
         started = time.perf_counter()
         indices = self.batches.indices(step)
-        loss = self._accumulate(step, indices)
+        loss = self.passes.backward(step, self._micros(indices))
         tensors = list(self.attached.tensors.values())
         self.peers.add_up(tensors, loss)
         self.attached.mask_gradients()
@@ -208,30 +215,15 @@ class _Loop:
         self.report.tokens += sum(len(self.batches.examples[index][0]) for index in indices)
         self.report.seconds += time.perf_counter() - started
 
-    def _accumulate(self, step: int, indices: list[int]) -> torch.Tensor:
-        """Gradients of the batch's loss; returns that loss, this process's part."""
-        total = torch.zeros((), device=self.model.device)
-        with seeded(self.model.device, self.batches.seed, step, self.peers.rank):  # the same in a run that resumes here
-            for part, divisor in self._parts(indices):
-                loss = self._loss(part, divisor, self.precision)
-                loss.backward()
-                total += loss.detach()
-        return total
-
-    def _parts(self, indices: list[int]) -> list[tuple[Sequence[int], int]]:
-        """This process's micro-batches, each with what its summed loss is divided by."""
-        size = self.micro_batch_size
+    def _micros(self, indices: list[int]) -> list[Micro]:
+        """This process's micro-batches of a batch."""
+        size, numbered = self.micro_batch_size, list(enumerate(indices))
         if self.reference:
-            whole = _cut(indices, size)
+            whole = _cut(numbered, size)
             mine = self.peers.share(whole, size)
-            return [(part, len(whole) * self.batches.predicted(part)) for part in mine]
+            return [_micro(part, len(whole) * self.batches.predicted([i for _, i in part])) for part in mine]
         tokens = self.batches.predicted(indices)
-        return [(part, tokens) for part in _cut(self.peers.share(indices), size)]
-
-    def _loss(self, indices: Sequence[int], divisor: int, precision: torch.dtype | None) -> torch.Tensor:
-        batch = self.batches.collated(indices, self.model.device)
-        with autocast(precision, self.model.device):
-            return self.model(**batch, use_cache=False, num_items_in_batch=divisor).loss
+        return [_micro(part, tokens) for part in _cut(self.peers.share(numbered), size)]
 
     def _refuse_divergence(self, step: int, loss: float, norm: float) -> None:
         losses = [*self.report.losses, loss]
@@ -274,6 +266,8 @@ class _Loop:
         report, attached = self.report, self.attached
         before = self._last_loss(self.precision) if attached.merges else 0.0
         report.lost_by_merging = attached.lost_by_merging()
+        if home := homes.of(self.model):
+            home.source.enter("retrained")
         attached.merge()
         report.merging = (before, self._last_loss(None)) if attached.merges else None
         report.sparsity, report.untied = attached.sparsity, attached.untied
@@ -283,10 +277,25 @@ class _Loop:
         training = self.model.training
         self.model.eval()
         try:
-            return float(self._loss(indices, self.batches.predicted(indices), precision))
+            return float(self.passes.loss(Micro(indices, self.batches.predicted(indices), 0), precision))
         finally:
             self.model.train(training)
 
 
-def _cut(indices: Sequence[int], size: int) -> list[Sequence[int]]:
-    return [indices[start : start + size] for start in range(0, len(indices), size)]
+def refuse_away(model: PreTrainedModel, trainable: Trainable) -> None:
+    """ValueError for the training of all weights of a model whose weights are away from home."""
+    if trainable.weights and homes.of(model) is not None:
+        size = 1e-9 * sum(p.numel() for p in model.parameters())
+        raise ValueError(
+            f"Training all weights needs them, their gradients and moments on the device, {16 * size:.1f} GB, and they "
+            "are away from home; load the model whole, or train norms, biases or adapters."
+        )
+
+
+def _micro(part: Sequence[tuple[int, int]], divisor: int) -> Micro:
+    """Of the places and numbers of examples."""
+    return Micro([index for _, index in part], divisor, part[0][0])
+
+
+def _cut(examples: Sequence[T], size: int) -> list[Sequence[T]]:
+    return [examples[start : start + size] for start in range(0, len(examples), size)]

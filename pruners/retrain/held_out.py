@@ -8,8 +8,9 @@ from typing import Any
 from pruners import checks, inputs
 from pruners.calibrate import Progress
 from pruners.checks import Count
-from pruners.lazy import PreTrainedModel, no_grad
+from pruners.lazy import PreTrainedModel, Tensor, no_grad, torch
 from pruners.retrain.batches import Batches
+from pruners.weights import sweep
 
 
 class NotFiniteError(ValueError):
@@ -29,13 +30,14 @@ def held_out_loss(
     model = inputs.predicting_model(model)
     batches = Batches(examples, batch_size, seed=0, config=model.config)
     order = sorted(range(len(batches.examples)), key=lambda index: len(batches.examples[index][0]))  # little padding
-    tokens, total, training = batches.predicted(order), 0.0, model.training
+    cut = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    tokens, total, done, training = batches.predicted(order), 0.0, 0, model.training
     model.eval()
     try:
-        for start in range(0, len(order), batch_size):
-            batch = batches.collated(order[start : start + batch_size], model.device)
+        for number in sweep.over(model, [_asked(batches, indices) for indices in cut]):
+            batch = batches.collated(cut[number], model.device)
             total += float(model(**batch, use_cache=False, num_items_in_batch=tokens).loss)
-            done = min(start + batch_size, len(order))
+            done += len(cut[number])
             if not math.isfinite(total):
                 raise NotFiniteError(
                     f"The held-out loss is {total} after {done} of {len(order)} examples: the model overflows; use "
@@ -46,3 +48,9 @@ def held_out_loss(
     finally:
         model.train(training)
     return total, tokens
+
+
+def _asked(batches: Batches, indices: list[int]) -> dict[str, Tensor]:
+    """What reaches the blocks of it."""
+    batch = batches.collated(indices, torch.device("cpu"))
+    return {name: value for name, value in batch.items() if name != "labels"}

@@ -17,6 +17,7 @@ from pruners.checks import Count, Rule
 from pruners.lazy import PreTrainedModel, Tensor, nn, torch
 from pruners.retrain.finetune import Diverged
 from pruners.retrain.held_out import NotFiniteError, held_out_loss
+from pruners.weights import homes
 
 Rates = Annotated[
     tuple[float, ...],
@@ -69,7 +70,7 @@ def choose_rate(
     `attempt` changes the model in place: it retrains it, or prunes it with a reconstruction.  `held_out` are examples
     as for `finetune`, none of which an attempt may train on.  An attempt that raises Diverged, or leaves a loss that is
     not finite, is no choice.  After every attempt `progress(done, len(rates))` is called.  The CPU's memory holds a
-    copy of the model meanwhile.
+    copy of the model meanwhile, unless its weights are at home on the disk.
 
     Raises ValueError for a grid without rates or with one twice, TypeError or ValueError for text that is none, before
     anything is trained; Diverged where every rate does.
@@ -97,12 +98,13 @@ def choose_rate(
 @contextmanager
 def _put_back(model: PreTrainedModel) -> Iterator[None]:
     """The model as it was, bits and parts, once what is done here is over: adapters gone, a tied head tied again."""
-    values = {p: p.detach().cpu().clone() for p in model.parameters()}
-    flags = {p: p.requires_grad for p in values}
+    flags = {p: p.requires_grad for p in model.parameters()}
+    values = {p: p.detach().cpu().clone() for p in flags} if homes.of(model) is None else {}
     parts = [(module, dict(module._modules), dict(module._parameters), module.training) for module in model.modules()]
     tied, keys = getattr(model.config, "tie_word_embeddings", None), getattr(model, "all_tied_weights_keys", None)
     try:
-        yield
+        with homes.undone(model):
+            yield
     finally:
         for module, modules, parameters, training in parts:
             _refill(module._modules, modules)
@@ -110,7 +112,8 @@ def _put_back(model: PreTrainedModel) -> Iterator[None]:
             module.training = training
         for p, value in values.items():
             _fill(p, value)
-            p.requires_grad_(flags[p])
+        for p, wanted in flags.items():
+            p.requires_grad_(wanted)
             p.grad = None
         if tied is not None:
             model.config.tie_word_embeddings = tied

@@ -5,7 +5,7 @@ Zimmer et al. 2023, arXiv:2312.15230 (PERP): on OPT-2.7B to 30B, biases are 0.03
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
@@ -17,6 +17,7 @@ from pruners.matrices import Matrix
 from pruners.retrain.adapters import Adapter, LoRA, LoRAPrune, LowRank
 from pruners.retrain.masks import BitMask
 from pruners.suggest import unknown
+from pruners.weights import homes
 
 ADAPTERS = "pruners.retrain.LoRA, LoRAPrune, ScaleLoRA or MaskLoRA with its rank"
 SHARED = ("rank", "alpha", "dropout")  # one setting for the head and the blocks
@@ -99,19 +100,26 @@ class Trainable:
         """To what `blocks`, by what stands in front of their names within `root`, hold."""
         required = {p: p.requires_grad for p in root.parameters()}
         linears = {where + name: linear for where, block in blocks.items() for name, linear in block.linears().items()}
-        matrices = {
-            where + name: p for where, block in blocks.items() for name, p in map(block.parameter, block.linears())
-        }
-        masks = {name: BitMask.of(p.data) for name, p in matrices.items()}
-        adapters = [
-            self.adapters.attach(prefix + name, _plain(prefix + name, linear), masks[f"{name}.weight"], seed)
-            for name, linear in self._targets(linears)
-            if self.adapters
-        ]
+        matrices = {where: dict(map(block.parameter, block.linears())) for where, block in blocks.items()}
+        selected = _selected(self, root, {p for named in matrices.values() for p in named.values()})
+        targets = {name: _plain(prefix + name, linear) for name, linear in self._targets(linears) if self.adapters}
+        changing = {*selected.values(), *(linear.weight for linear in targets.values())}
+        masks: dict[str, BitMask] = {}
+        adapters: list[Adapter] = []
+        for where, block in blocks.items():
+            with homes.held(block.module):
+                here = {where + name: p for name, p in matrices[where].items() if p in changing}
+                masks |= {name: BitMask.of(p.data) for name, p in here.items()}
+                for name in block.linears():
+                    if self.adapters and (linear := targets.get(where + name)) is not None:
+                        mask = masks[f"{where}{name}.weight"]
+                        adapters.append(self.adapters.attach(prefix + where + name, linear, mask, seed))
         if self.head:
             head: Any = root.get_output_embeddings()  # type: ignore[operator]
-            adapters.append(self._on_head().attach("head", head, BitMask.of(head.weight.data), seed))
-        return Attached(root, _selected(self, root, set(matrices.values())), adapters, masks, required)
+            with homes.held(head):
+                adapters.append(self._on_head().attach("head", head, BitMask.of(head.weight.data), seed))
+        inside = {where + name: p for where, named in matrices.items() for name, p in named.items()}
+        return Attached(root, blocks, inside, selected, adapters, masks, required)
 
     def _on_head(self) -> LoRA:
         given = {name: getattr(self.adapters, name) for name in SHARED if hasattr(self.adapters, name)}
@@ -133,11 +141,14 @@ class Trainable:
 class Attached:
     """The trained tensors of `root`, in float32, by name; over with `merge` or `detach`, whichever comes first.
 
-    `masks` are the survivors of the blocks' matrices when training started; `required` the gradient flags before it.
-    `parameters` counts the model's, a tied head once, and the adapters'.
+    `blocks` are those of `root`, by what stands in front of their names, and `matrices` theirs; `masks` the survivors
+    of the matrices that training changes, when it started; `required` the gradient flags before it.  `parameters`
+    counts the model's, a tied head once, and the adapters'.
     """
 
     root: nn.Module
+    blocks: Mapping[str, Block]
+    matrices: Mapping[str, nn.Parameter]
     tensors: dict[str, nn.Parameter]
     adapters: list[Adapter]
     masks: dict[str, BitMask]
@@ -148,8 +159,8 @@ class Attached:
 
     def __post_init__(self) -> None:
         self.parameters = sum(p.numel() for p in self.required)
-        self._matrices = {name: self.root.get_parameter(name) for name in self.masks}
         self._dtypes = {p: p.dtype for p in self.tensors.values()}
+        homes.stay(self.root, self._dtypes)
         for p in self.required:
             p.requires_grad_(p in self._dtypes)
         for p in self._dtypes:
@@ -158,6 +169,7 @@ class Attached:
             _replace(self.root, adapter.linear, adapter.module)
             self.tensors |= {f"{adapter.name}.A": adapter.a, f"{adapter.name}.B": adapter.b}
             self.parameters += adapter.a.numel() + adapter.b.numel()
+            homes.add(self.root, (adapter.a, adapter.b))
 
     @property
     def trained(self) -> int:
@@ -171,8 +183,12 @@ class Attached:
     @property
     def sparsity(self) -> float:
         """The zeros' share of the blocks' matrices."""
-        zeros = sum(int((p.detach() == 0).sum()) for p in self._matrices.values())
-        weights = sum(p.numel() for p in self._matrices.values())
+        zeros = weights = 0
+        for where, block in self.blocks.items():
+            with homes.held(block.module):
+                matrices = [p.detach() for name, p in self.matrices.items() if name.startswith(where)]
+                zeros += sum(int((p == 0).sum()) for p in matrices)
+                weights += sum(p.numel() for p in matrices)
         return zeros / weights if weights else 0.0
 
     @property
@@ -187,7 +203,7 @@ class Attached:
     def mask_gradients(self) -> None:
         """No gradient, hence no step, for pruned weights."""
         for name, mask in self.masks.items():
-            gradient = self._matrices[name].grad
+            gradient = self.matrices[name].grad
             if gradient is not None:
                 mask.apply(gradient)
 
@@ -202,28 +218,45 @@ class Attached:
 
         Raises AssertionError if a weight that was pruned is not zero.
         """
-        for adapter in filter(_merges, self.adapters):
-            _replace(self.root, adapter.module, adapter.linear)
-            if adapter.on_head and self.unties:  # what is merged into the head must not reach the embeddings
-                self.untied = untie(self.root)
-            adapter.merge()
-        self._restore()
-        if self.keeps_sparsity:
-            for name, mask in self.masks.items():
-                mask.check(name, self._matrices[name])
+        self._end(list(filter(_merges, self.adapters)), merging=True)
 
     def detach(self) -> None:
         """Without merging: what the adapters learned is lost."""
-        for adapter in self.adapters:
-            _replace(self.root, adapter.module, adapter.linear)
-        self._restore()
+        self._end(self.adapters, merging=False)
 
-    def _restore(self) -> None:
-        for p, dtype in self._dtypes.items():
-            p.data = p.data.to(dtype)
-        for p, required in self.required.items():
-            p.requires_grad_(required)
+    def _end(self, leaving: Sequence[Adapter], merging: bool) -> None:
+        """Of these adapters and of what is trained, part by part of the model."""
+        left = set(self.required)
+        for where, block in self.blocks.items():
+            here, mine = set(block.module.parameters()), [a for a in leaving if a.name.startswith(f"{block.name}.")]
+            with homes.held(block.module, changes=bool(mine) or not here.isdisjoint(self._dtypes)):
+                self._out(mine, merging)
+                self._restore(left & here)
+                for name, mask in self.masks.items() if merging and self.keeps_sparsity else ():
+                    if name.startswith(where):
+                        mask.check(name, self.matrices[name])
+            left -= here
+        around = homes.around_the_blocks(self.root)
+        mine = [a for a in leaving if a.on_head]
+        with homes.held(*around, changes=bool(mine) or not left.isdisjoint(self._dtypes)):
+            self._out(mine, merging)
+            self._restore(left)
+
+    def _out(self, adapters: Sequence[Adapter], merging: bool) -> None:
+        for adapter in adapters:
+            _replace(self.root, adapter.module, adapter.linear)
+            if merging and adapter.on_head and self.unties:  # what is merged into the head must not reach embeddings
+                self.untied = untie(self.root)
+            if merging:
+                adapter.merge()
+            homes.go(self.root, (adapter.a, adapter.b))
+
+    def _restore(self, parameters: set[nn.Parameter]) -> None:
+        for p in parameters:
+            p.data = p.data.to(self._dtypes.get(p, p.dtype))
+            p.requires_grad_(self.required[p])
             p.grad = None
+        homes.go(self.root, parameters)
 
 
 def untie(model: Any) -> bool:

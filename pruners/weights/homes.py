@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -34,6 +34,8 @@ class Values(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         parameter = self._parameters[name]
+        if parameter in self._home.staying:
+            return parameter.data
         return self._home.source.read(self._home.first_name(parameter, name)).to(parameter.dtype)
 
     def __iter__(self) -> Iterator[str]:
@@ -66,10 +68,11 @@ class Home:
     def __init__(self, model: nn.Module, source: Source, device: torch.device) -> None:
         self.model, self.source, self.device = model, source, device
         self.backwards = False  # which part comes next
+        self.staying: set[nn.Parameter] = set()  # on the device all the time
         self._all = _parts(model)
         self._names = {p: name for name, p in model.named_parameters()}  # tied ones have their first name
         self._uses: Counter[nn.Parameter] = Counter()
-        self._ahead: tuple[Part, Future[dict[str, Tensor]]] | None = None
+        self._ahead: tuple[Part, Future[dict[nn.Parameter, Tensor]]] | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights")
         self._buffers = _move_buffers(model, device)
         self._forwards = [vars(part.module).get("forward") for part in self._all]
@@ -113,8 +116,29 @@ class Home:
             if not part.uses:
                 self._send(part)
 
+    def stay(self, parameters: Iterable[nn.Parameter]) -> None:
+        """From now on these are in place all the time, whatever names they get meanwhile."""
+        self._names |= {p: self.first_name(p, name) for name, p in self.model.named_parameters()}
+        wanted = set(parameters)
+        for part in self.parts:
+            if wanted.intersection(self._moving(part).values()):
+                with self.hold(part, changes=False):
+                    self.staying |= wanted.intersection(part.parameters().values())
+
+    def go(self, parameters: Iterable[nn.Parameter]) -> None:
+        """They come and go with their parts again; those of parts that are held stay until that ends."""
+        going = self.staying.intersection(parameters)
+        self.staying -= going
+        for part in (part for part in self.parts if part.uses):
+            here = going.intersection(part.parameters().values())
+            part.taken += here
+            self._uses.update(here)
+        for parameter in going:
+            if not self._uses[parameter]:
+                parameter.data = placeholder(parameter, self.device)
+
     def first_name(self, parameter: nn.Parameter, name: str) -> str:
-        """Of a parameter that is tied, where it is named first."""
+        """Of a parameter that is tied, where it is named first; of one that has got another name since, its first."""
         return self._names.get(parameter, name)
 
     def part_of(self, module: nn.Module) -> Part:
@@ -144,30 +168,34 @@ class Home:
         return held_forward
 
     def _bring(self, part: Part) -> None:
-        there = part.parameters()
+        there = self._moving(part)
         if any(not self._uses[p] for p in there.values()):
             tensors = self._fetched(part)
             part.loads += 1
             with torch.inference_mode(False), torch.no_grad():
-                for name, parameter in there.items():
+                for parameter in there.values():
                     if not self._uses[parameter]:
-                        parameter.data = tensors[name]
+                        parameter.data = tensors[parameter]
         part.taken = list(there.values())
         self._uses.update(part.taken)
         self._fetch_next(part)
 
     def _send(self, part: Part) -> None:
-        now = part.parameters()
+        now = self._moving(part)
         if part.changed:
             self.source.write(part.name, {self.first_name(p, name): p.data for name, p in now.items()})
         part.changed = False
         self._uses = +(self._uses - Counter(part.taken))
         with torch.inference_mode(False), torch.no_grad():
             for parameter in (*part.taken, *now.values()):
-                if not self._uses[parameter]:
+                if not self._uses[parameter] and parameter not in self.staying:
                     parameter.data = placeholder(parameter, self.device)
 
-    def _fetched(self, part: Part) -> dict[str, Tensor]:
+    def _moving(self, part: Part) -> dict[str, nn.Parameter]:
+        """The part's parameters that come and go."""
+        return {name: p for name, p in part.parameters().items() if p not in self.staying}
+
+    def _fetched(self, part: Part) -> dict[nn.Parameter, Tensor]:
         ahead, self._ahead = self._ahead, None
         if ahead and ahead[0] is part:
             return ahead[1].result()
@@ -175,16 +203,22 @@ class Home:
             ahead[1].cancel()
         return self._fetch(part)
 
+    def forget_ahead(self) -> None:
+        """What was fetched for later is not what it will be then."""
+        if self._ahead:
+            self._ahead[1].cancel()
+        self._ahead = None
+
     def _fetch_next(self, part: Part) -> None:
         parts = self.parts
         at = parts.index(part) + (-1 if self.backwards else 1)
         if 0 <= at < len(parts) and not parts[at].uses and self._ahead is None:
             self._ahead = parts[at], self._thread.submit(self._fetch, parts[at])
 
-    def _fetch(self, part: Part) -> dict[str, Tensor]:
+    def _fetch(self, part: Part) -> dict[nn.Parameter, Tensor]:
         """The part's tensors on the device, of the types that the model has them in."""
         with torch.inference_mode(False), torch.no_grad():
-            return {name: self._placed(name, p) for name, p in part.parameters().items()}
+            return {p: self._placed(name, p) for name, p in self._moving(part).items()}
 
     def _placed(self, name: str, parameter: nn.Parameter) -> Tensor:
         tensor = self.source.read(self.first_name(parameter, name))
@@ -223,6 +257,39 @@ def on_disk(model: nn.Module) -> Disk | None:
     """Where the weights of a model are whose home is the disk."""
     home = of(model)
     return home.source if home is not None and isinstance(home.source, Disk) else None
+
+
+def stay(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    """These parameters of a model, or of a part of one, are in place all the time, until `go`."""
+    if (home := of(model)) is not None:
+        home.stay(parameters)
+
+
+def add(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    """The same for parameters that the model has got just now, and that are in place."""
+    if (home := of(model)) is not None:
+        home.staying.update(parameters)
+
+
+def go(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    """They go home again with their parts, which are held with `changes` meanwhile."""
+    if (home := of(model)) is not None:
+        home.go(parameters)
+
+
+@contextmanager
+def undone(model: nn.Module) -> Iterator[None]:
+    """What is done to weights away from home within, adapters included, is undone afterwards."""
+    home = of(model)
+    if home is None:
+        yield
+        return
+    with home.source.undone():
+        try:
+            yield
+        finally:
+            home.forget_ahead()
+            home.go(set(home.staying))
 
 
 @contextmanager
@@ -274,9 +341,11 @@ def each(model: nn.Module) -> Iterator[Mapping[str, nn.Parameter]]:
     if home is None:
         yield dict(model.named_parameters())
         return
+    seen: set[nn.Parameter] = set()
     for part in home.parts:
         with home.hold(part, changes=False):
-            yield {name: p for name, p in part.parameters().items() if home.first_name(p, name) == name}
+            yield {name: p for name, p in part.parameters().items() if p not in seen}
+            seen.update(part.parameters().values())
 
 
 def same(one: torch.device, other: torch.device) -> bool:
@@ -304,7 +373,8 @@ def _move_buffers(model: nn.Module, device: torch.device) -> list[tuple[nn.Modul
 
 def _parts(model: nn.Module) -> list[Part]:
     """What lies before the blocks, the blocks, what lies behind them, as the model names them."""
-    blocks = {block.name: block.module for block in anatomy.blocks(model)}
+    where = anatomy.family(model).blocks
+    blocks = {f"{where}.{index}" for index in range(len(anatomy.modules(model)))}
     inside = tuple(f"{name}." for name in blocks)
     found: list[Part] = []
     for name, module in model.named_modules():

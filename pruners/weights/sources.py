@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from pruners import storage
 from pruners.lazy import Tensor, nn
 from pruners.weights.shards import Shards
+
+TRIED = "tried"
 
 
 class Source(ABC):
@@ -23,6 +26,13 @@ class Source(ABC):
     @abstractmethod
     def write(self, part: str, tensors: Mapping[str, Tensor]) -> None:
         """Keep what a part holds now; `part` is its name."""
+
+    @abstractmethod
+    def undone(self) -> AbstractContextManager[None]:
+        """Within, what is written is read; afterwards what was there before is."""
+
+    def enter(self, stage: str) -> None:  # noqa: B027  (what is kept in memory ends with the process)
+        """What is written from now on belongs to a later stage of the work, which no earlier one takes over."""
 
     @property
     def bytes_read(self) -> int:
@@ -45,6 +55,15 @@ class Memory(Source):
             before = self.tensors.get(name)
             self.tensors[name] = tensor.to("cpu" if before is None else before.device)
 
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        before = self.tensors
+        self.tensors = {name: tensor.clone() for name, tensor in before.items()}  # on a CPU they are changed in place
+        try:
+            yield
+        finally:
+            self.tensors = before
+
 
 class Disk(Source):
     """The files of a checkpoint, which stay as they are, and what was changed since, a file for each part in `folder`.
@@ -62,6 +81,7 @@ class Disk(Source):
         self._own = tempfile.TemporaryDirectory(prefix="pruned-weights-") if folder is None else None
         self.folder = Path(folder or self._own.name)  # type: ignore[union-attr]
         self.otherwise = otherwise or storage.OTHERWISE
+        self.stage = ""  # what later stages change lies apart, so that an earlier one finds what it had left
         self._changed: dict[str, Shards] = {}  # by name in the model
         self._read_before = 0
 
@@ -70,18 +90,34 @@ class Disk(Source):
         return self.shards[self.names[name]] if changed is None else changed[name]
 
     def write(self, part: str, tensors: Mapping[str, Tensor]) -> None:
-        storage.write_tensors(self._path(part), tensors, {"mark": self.mark}, self.otherwise, flushed=False)
+        storage.write_tensors(
+            self._path(part), tensors, {"mark": self.mark + self.stage}, self.otherwise, flushed=False
+        )
         self._take(part)
 
     def restore(self, part: str) -> bool:
         """Whether a finished file of that part was there, verified by its checksum; it is read from now on."""
         try:
-            if storage.read_tensors(self._path(part))[1].get("mark") != self.mark:
+            if storage.read_tensors(self._path(part))[1].get("mark") != self.mark + self.stage:
                 return False
         except (FileNotFoundError, storage.DamagedError):
             return False
         self._take(part)
         return True
+
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        before, stage, place = dict(self._changed), self.stage, self.folder / self.stage / TRIED
+        storage.remove(place)
+        self.enter(TRIED)
+        try:
+            yield
+        finally:
+            self._changed, self.stage = before, stage
+            storage.remove(place)
+
+    def enter(self, stage: str) -> None:
+        self.stage = f"{self.stage}/{stage}" if self.stage else stage
 
     def forget(self) -> None:
         self._changed.clear()
@@ -95,7 +131,7 @@ class Disk(Source):
             self._changed[name] = found
 
     def _path(self, part: str) -> Path:
-        return self.folder / f"{part}.safetensors"
+        return self.folder / self.stage / f"{part}.safetensors"
 
     @property
     def bytes_read(self) -> int:

@@ -9,18 +9,21 @@ input.  Every input keeps its own shape, so the numbers are those of separate pa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from pruners import anatomy
-from pruners.lazy import Int, Tensor, nn
+from pruners.lazy import Tensor, nn
 from pruners.stream import Arguments, handing_on, inputs_of
 from pruners.weights import homes, memory
+
+if TYPE_CHECKING:
+    Input = Tensor | Mapping[str, Tensor]  # tokens [rows, tokens], or what the model is called with by name
 
 COPIES = 3  # of an input's hidden states: before and after a block, and what stands beside them
 
 
-def over(model: nn.Module, inputs: Sequence[Int[Tensor, "rows tokens"]]) -> Iterator[int]:
+def over(model: nn.Module, inputs: Sequence[Input]) -> Iterator[int]:
     """The numbers of the inputs in order; where weights are in place the loop's own passes compute everything."""
     if homes.of(model) is None:
         yield from range(len(inputs))
@@ -33,7 +36,7 @@ def over(model: nn.Module, inputs: Sequence[Int[Tensor, "rows tokens"]]) -> Iter
         done += together
 
 
-def _one(model: Any, inputs: Sequence[Tensor]) -> Iterator[int]:
+def _one(model: Any, inputs: Sequence[Input]) -> Iterator[int]:
     hidden: list[Any] = []
     others: list[list[Arguments]] = []
     returned: list[tuple[Any, ...]] = []
@@ -42,10 +45,10 @@ def _one(model: Any, inputs: Sequence[Tensor]) -> Iterator[int]:
             states, arguments = inputs_of(model, tokens, returned)
             hidden.append(states)
             others.append(arguments)
-    for block in anatomy.blocks(model):
-        with homes.held(block.module):
+    for index, module in enumerate(anatomy.modules(model)):
+        with homes.held(module):
             for number, states in enumerate(hidden):
-                made = block.module(states, **others[number][block.index])
+                made = module(states, **others[number][index])
                 hidden[number] = made if isinstance(made, Tensor) else made[0]
     with homes.held(*homes.around_the_blocks(model)):
         for number, states in enumerate(hidden):
@@ -54,11 +57,12 @@ def _one(model: Any, inputs: Sequence[Tensor]) -> Iterator[int]:
             hidden[number] = None
 
 
-def _fitting(model: Any, inputs: Sequence[Tensor]) -> int:
+def _fitting(model: Any, inputs: Sequence[Input]) -> int:
     """How many inputs from the first on have room for their hidden states; one at least."""
     room = memory.SHARE * memory.free_bytes(model.device)
     width = model.config.hidden_size * model.dtype.itemsize * COPIES
-    for number, tokens in enumerate(inputs):
+    for number, told in enumerate(inputs):
+        tokens = told if isinstance(told, Tensor) else told["input_ids"]
         room -= tokens.numel() * width
         if room < 0:
             return max(number, 1)

@@ -1,0 +1,191 @@
+"""Forward and backward passes of a batch's loss, in micro-batches: of a model in place, or block by block from home.
+
+A model whose weights are away brings each block twice a step: once for all micro-batches forward, where what every
+block gets is kept, and once for their recomputation and backward.  What is trained stays on the device.  What is
+dropped out is drawn for step, micro-batch and block, so that losses and gradients are those of a model in place to the
+bit.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from pruners import anatomy
+from pruners.lazy import Tensor, nn, torch
+from pruners.retrain.batches import Batches
+from pruners.retrain.schedule import autocast, seeded
+from pruners.stream import Arguments, handing_on, instead, reaching
+from pruners.weights import aside, homes
+
+
+@dataclass(frozen=True)
+class Micro:
+    """Examples that go through the model at once: their numbers, what their summed loss is divided by, and the place of
+    the first of them in the whole batch."""
+
+    indices: Sequence[int]
+    divisor: int
+    place: int
+
+
+@dataclass
+class Way:
+    """One micro-batch on its way through the blocks: what the model is called with, its hidden states and their
+    gradient, and the blocks' other arguments."""
+
+    micro: Micro
+    batch: dict[str, Tensor]
+    hidden: Tensor
+    arguments: list[Arguments]
+    gradient: Tensor | None = None
+    kept: dict[int, Tensor] = field(default_factory=dict)  # what a block got, by its index
+
+
+class Passes:
+    """Of `model` on examples of `batches`; `precision` is a dtype for autocast, `trained` what gets gradients."""
+
+    def __init__(
+        self, model: Any, batches: Batches, precision: torch.dtype | None, trained: Sequence[nn.Parameter]
+    ) -> None:
+        self.model, self.batches, self.precision, self.trained = model, batches, precision, trained
+        self.device: torch.device = model.device
+        self._numbers: tuple[int, ...] = (batches.seed,)
+        self._returned: list[tuple[Any, ...]] = []  # by a block beside hidden states
+
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Within, what a block drops out depends on the micro-batch and the block alone."""
+        with ExitStack() as stack:
+            for index, block in enumerate(anatomy.modules(self.model)):
+                stack.enter_context(instead(block, self._drawn(index, block.forward)))
+            yield
+
+    def _drawn(self, index: int, forward: Any) -> Any:
+        @functools.wraps(forward)
+        def drawn(*args: Any, **kwargs: Any) -> Any:
+            with seeded(self.device, *self._numbers, index):
+                return forward(*args, **kwargs)
+
+        return drawn
+
+    @contextmanager
+    def _at(self, step: int, micro: Micro) -> Iterator[None]:
+        self._numbers = (self.batches.seed, step, micro.place)
+        with seeded(self.device, *self._numbers), autocast(self.precision, self.device):
+            yield
+
+    def loss(self, micro: Micro, precision: torch.dtype | None) -> Tensor:
+        batch = self.batches.collated(micro.indices, self.device)
+        with autocast(precision, self.device):
+            return self.model(**batch, use_cache=False, num_items_in_batch=micro.divisor).loss
+
+    def backward(self, step: int, micros: Sequence[Micro]) -> Tensor:
+        """Add the gradients of these micro-batches' losses; returns the sum of the losses."""
+        total = torch.zeros((), device=self.device)
+        if homes.of(self.model) is not None:
+            tied = self._tied()
+            for together in [micros] if tied is None else [[micro] for micro in micros]:
+                with _apart(tied):
+                    for loss in self._by_block(step, together):
+                        total += loss
+            return total
+        for micro in micros:
+            with self._at(step, micro):
+                loss = self.loss(micro, self.precision)
+                loss.backward()
+            total += loss.detach()
+        return total
+
+    def _tied(self) -> nn.Parameter | None:
+        """The trained matrix that is read before the blocks and behind them, if there is one: each micro-batch adds
+        both of its gradients at once."""
+        embeddings: nn.Parameter = self.model.get_input_embeddings().get_parameter("weight")
+        ties = getattr(self.model.get_output_embeddings(), "weight", None) is embeddings
+        return embeddings if ties and any(p is embeddings for p in self.trained) else None
+
+    def _by_block(self, step: int, micros: Sequence[Micro]) -> list[Tensor]:
+        blocks, home = list(enumerate(anatomy.modules(self.model))), homes.of(self.model)
+        assert home is not None  # the caller has looked
+        around = homes.around_the_blocks(self.model)
+        with homes.held(self.model.get_input_embeddings()):
+            ways = [self._front(step, micro) for micro in micros]
+        embeds = ways[0].hidden.requires_grad
+        trained = set(self.trained)
+        learning = [index for index, block in blocks if not trained.isdisjoint(block.parameters())]
+        first = 0 if embeds else min(learning, default=len(blocks))
+        for way in ways:
+            way.hidden = way.hidden.detach()
+        with torch.no_grad():
+            for index, block in blocks:
+                with homes.held(block):
+                    for way in ways:
+                        if index >= first:
+                            way.kept[index] = aside.put(self.model, way.hidden)
+                        way.hidden = self._run(step, index, block, way, way.hidden)
+        with homes.held(*around):
+            losses = [self._head(step, way, first < len(blocks)) for way in ways]
+        home.backwards = True
+        try:
+            for index, block in reversed(blocks[first:]):
+                with homes.held(block):
+                    for way in ways:
+                        self._back(step, index, block, way, index > first or embeds)
+        finally:
+            home.backwards = False
+        if embeds:
+            with homes.held(*around):
+                for way in ways:
+                    with self._at(step, way.micro):
+                        hidden, _ = reaching(self.model, way.batch, self._returned)
+                    hidden.backward(way.gradient)
+        return losses
+
+    def _front(self, step: int, micro: Micro) -> Way:
+        batch = self.batches.collated(micro.indices, self.device)
+        asked = {name: value for name, value in batch.items() if name != "labels"}
+        with self._at(step, micro):
+            hidden, arguments = reaching(self.model, asked, self._returned)
+        if any(isinstance(value, Tensor) and value.requires_grad for told in arguments for value in told.values()):
+            raise ValueError(
+                f"Blocks of {type(self.model).__name__} are called with more than hidden states that is trained, so "
+                "they cannot be trained one by one; keep all weights on the device."
+            )
+        return Way(micro, batch, hidden, arguments)
+
+    def _run(self, step: int, index: int, block: nn.Module, way: Way, states: Tensor) -> Tensor:
+        with self._at(step, way.micro):
+            made = block(states, **way.arguments[index])
+        return made if isinstance(made, Tensor) else made[0]
+
+    def _head(self, step: int, way: Way, wanted: bool) -> Tensor:
+        """The loss; backward from it to the last block's outputs."""
+        hidden = way.hidden.detach().requires_grad_(wanted)
+        with self._at(step, way.micro), handing_on(self.model, hidden, self._returned):
+            loss: Tensor = self.model(**way.batch, use_cache=False, num_items_in_batch=way.micro.divisor).loss
+        loss.backward()
+        way.gradient = hidden.grad
+        return loss.detach()
+
+    def _back(self, step: int, index: int, block: nn.Module, way: Way, further: bool) -> None:
+        """Recompute the block from what it got, and go back through it."""
+        states = way.kept.pop(index).to(self.device).detach().requires_grad_(further)
+        outputs = self._run(step, index, block, way, states)
+        if outputs.requires_grad:
+            outputs.backward(way.gradient)
+        way.gradient = states.grad
+
+
+@contextmanager
+def _apart(parameter: nn.Parameter | None) -> Iterator[None]:
+    """The gradient that a parameter gets within is summed up before it is added to the one that it has."""
+    before = None if parameter is None else parameter.grad
+    if parameter is None or before is None:
+        yield
+        return
+    parameter.grad = None
+    yield
+    parameter.grad = before if parameter.grad is None else before.add_(parameter.grad)
