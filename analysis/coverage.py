@@ -33,7 +33,7 @@ REASONS: tuple[tuple[str, str, str], ...] = (
     ("wanda: table 8", "", "weight updates for magnitude and Wanda are no methods here"),
     ("llm_pruner: table 6", "w/o dependency", "every method here prunes coupled weights together"),
     ("llm_pruner: table 8", "DistilBERT", "leaving out every second block is no method here"),
-    ("gblm: table 4", "sum of raw gradients", "raw summed gradients are no method here"),
+    ("gblm: table 5", "sum of raw gradients", "raw summed gradients are no method here"),
     ("gblm: table 2", "minus", "a difference of two other cells"),
     ("sparsegpt: ", "AdaPrune", "AdaPrune is no method here"),
 )

@@ -94,6 +94,39 @@ def generate(
     return found
 
 
+@checks.arguments
+def written(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    count: Count,
+    length: Count,
+    seed: Seed = 0,
+    batch_size: Count = 8,
+) -> torch.Tensor:
+    """Windows [count, length] that the model writes itself, by its own probabilities, drawn with `seed`.
+
+    Each begins with the token that begins a text.  No end of text is drawn.  Another `batch_size` draws other windows.
+    Raises ValueError for a tokenizer without a token that begins or ends a text, and for windows that do not fit.
+    """
+    check_model(model)
+    check_tokenizer(model, tokenizer)
+    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if begin is None:
+        raise ValueError("This tokenizer has no token that begins a text, so the model cannot write one of its own.")
+    check_fits(model, 1, length - 1)
+    config = GenerationConfig(max_new_tokens=length - 1, min_new_tokens=length - 1, do_sample=True, temperature=1.0,
+                              top_k=0, top_p=1.0, eos_token_id=tokenizer.eos_token_id, pad_token_id=begin)  # fmt: skip
+    generator: Any = model
+    devices = [model.device] if model.device.type == "cuda" else []
+    parts = []
+    with torch.random.fork_rng(devices=devices), torch.inference_mode():
+        torch.manual_seed(seed)
+        for at in range(0, count, batch_size):
+            ids = torch.full((min(batch_size, count - at), 1), begin, device=model.device)
+            parts.append(generator.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config).cpu())
+    return torch.cat(parts).clone()
+
+
 def distinct(tokens: Sequence[int], n: int) -> float | None:
     """Different n-grams per n-gram (Li et al. 2016): 1 says nothing twice, near 0 says the same forever."""
     grams = [tuple(tokens[at : at + n]) for at in range(len(tokens) - n + 1)]

@@ -15,12 +15,13 @@ from pathlib import Path
 
 from experiments import measures, models, rates
 from experiments.cells import Cell
+from experiments.data import corpora as corpora_here
 from experiments.data import wheels
 from experiments.data.corpora import find as find_corpus
 from experiments.measures import dense_gate, zero_shot
 from experiments.models import hub
 from experiments.placement.needs import BYTES
-from experiments.recovery import Retraining, schedule, training_tokens
+from experiments.recovery import Documents, Instructions, Retraining, schedule, training_tokens
 from experiments.spec import Run, ZeroShot
 from pruners.unstructured import Unstructured
 
@@ -90,7 +91,22 @@ def lacking(run: Run, data_dir: Path | None = None) -> list[str]:
     folder = zero_shot.folder(data_dir)
     texts = (text for name in dict.fromkeys(corpora) for text in _corpus(name, folder))
     tasks = (text for what in run.measures if isinstance(what, ZeroShot) for text in _documents(what, folder))
-    return [*_model(run.model), *texts, *tasks]
+    return [*_model(run.model), *texts, *_short(run, data_dir), *tasks]
+
+
+def _short(run: Run, data_dir: Path | None) -> Iterator[str]:
+    """The text of a retraining whose file in the data folder has too few records for it."""
+    text = run.recovery.text if isinstance(run.recovery, Retraining) else None
+    folder = zero_shot.folder(data_dir)
+    if not isinstance(text, Documents | Instructions) or not folder or find_corpus(text.corpus).package:
+        return
+    try:
+        there = len(corpora_here.rows(text.corpus, data_dir))
+    except (FileNotFoundError, ValueError):  # absent, which is told already, or damaged, which the cell will tell
+        return
+    wanted = text.count if isinstance(text, Documents) else text.held_out + 1
+    if there < wanted:
+        yield f"{text.corpus} ({there:,} of {wanted:,} records in {folder})"
 
 
 def _model(name: str) -> Iterator[str]:
@@ -104,6 +120,8 @@ def _model(name: str) -> Iterator[str]:
 
 def _corpus(name: str, folder: Path | None) -> Iterator[str]:
     source = find_corpus(name)
+    if source.written:
+        return
     if source.package:
         if not _installed(source.package):
             yield f"{name} (package {source.package})"

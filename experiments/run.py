@@ -17,8 +17,8 @@ from eval.perplexity import token_sha256
 from experiments import distributed, measures, models, placement, provenance, rates, recover, resume
 from experiments.data import corpora, tokens
 from experiments.data.tokens import Tokenizer
-from experiments.measures import dense_gate, zero_shot
-from experiments.measures.asked import Costs
+from experiments.measures import dense_gate, made, zero_shot
+from experiments.measures.asked import Costs, DenseAnswers
 from experiments.measures.zero_shot import Values
 from experiments.own import saved
 from experiments.progress import Board
@@ -78,6 +78,7 @@ def execute(
     if folder := settings.save.get(session.id):
         saved.check(run, folder)
     passed = _dense_gate(session)
+    said = {what: made.said(what, session.subject) for what in run.measures if isinstance(what, DenseAnswers)}
     grid = rates.grid(run)
     achieved = {} if grid and not session.retrains else _prune(session)
     if grid:
@@ -95,7 +96,7 @@ def execute(
         table=table,
         spec=run.spec(identity),
         achieved=achieved | chosen,
-        measures=measured if grid else _measure(session, achieved.get("recovery", {})),
+        measures=measured if grid else _measure(session, achieved.get("recovery", {}), said),
         dense_gate=passed,
         data={name: corpora.provenance(name, settings.data_dir) for name in resume.read_by(run)},
         cost=_cost(session),
@@ -137,7 +138,7 @@ def _prune(session: Session) -> dict[str, Any]:
     if run.windows and run.calibrates:
         session.board.stage("calibration text")
         with session.stages("calibrate"):
-            windows = tokens.calibration(run.windows, session.subject.tokenizer, settings.data_dir)
+            windows = _windows(session)
         size = windows.numel()
     key = _calibration_key(session, windows)
     statistics = _statistics(session, windows, key)
@@ -165,6 +166,17 @@ def _prune(session: Session) -> dict[str, Any]:
     stages = session.stages.seconds
     stages |= {f"prune/{stage}": round(seconds, 3) for stage, seconds in achieved.pop("seconds").items()}
     return {"sparsity": achieved.pop("achieved"), **achieved}
+
+
+def _windows(session: Session) -> torch.Tensor:
+    """The calibration text, which the model itself may have to write while it is dense."""
+    asked, subject = session.run.windows, session.subject
+    assert asked is not None
+    if not corpora.find(asked.corpus).written:
+        return tokens.calibration(asked, subject.tokenizer, session.settings.data_dir)
+    from eval.generation import written
+
+    return written(subject.model, subject.tokenizer.inner, asked.count, asked.length, asked.seed, subject.batch_size)
 
 
 def _retrain(session: Session) -> dict[str, Any]:
@@ -288,14 +300,17 @@ def _dense(what: Perplexity, session: Session) -> Values:
     return dense_gate.dense(settings.root, key, lambda: measures.measure(what, subject, progress))
 
 
-def _measure(session: Session, recovery: Mapping[str, Any]) -> Values:
-    """`recovery` is what retraining achieved, if there was any."""
+def _measure(session: Session, recovery: Mapping[str, Any], said: Mapping[DenseAnswers, Any]) -> Values:
+    """`recovery` is what retraining achieved, if there was any; `said` are the dense model's answers."""
     run = session.run
     values: Values = {}
     with session.stages("measure"):
         for what in run.measures:
             if isinstance(what, Costs):
-                values |= {what.key: _costs(session, recovery)}
+                values |= {what.key: made.costs(session.stages, session.subject, recovery)}
+                continue
+            if isinstance(what, DenseAnswers):
+                values |= {what.key: made.as_dense(what, session.subject, said[what])}
                 continue
             if run.method is None and run.recovery is None and not run.quantised and isinstance(what, Perplexity):
                 values |= _dense(what, session)
@@ -303,17 +318,6 @@ def _measure(session: Session, recovery: Mapping[str, Any]) -> Values:
             progress = session.board.stage(f"measuring {what.key}", measures.work_tokens(what))
             values |= measures.measure(what, session.subject, progress)
     return values
-
-
-def _costs(session: Session, recovery: Mapping[str, Any]) -> dict[str, Any]:
-    """So far; a stage that another process did in part counts whole."""
-    found: dict[str, Any] = {"peak_bytes": provenance.peak_bytes(session.subject.model.device)}
-    if "prune" in session.stages.seconds:
-        found["pruning_s"] = session.stages.seconds["prune"]
-    if recovery:
-        pace = recovery["tokens"] / recovery["seconds"]
-        found |= {"training_tokens_per_second": pace, "trained": recovery["trained"], "share": recovery["share"]}
-    return found
 
 
 def _cost(session: Session) -> records.Cost:

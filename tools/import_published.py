@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -34,6 +34,7 @@ PAPERS = {
     "flap": "flap", "gblm_pruner": "gblm", "perp": "perp", "llm_pruner": "llm_pruner", "wanda": "wanda",
     "sparsegpt": "sparsegpt", "reruns_by_others": "reruns",
 }  # fmt: skip
+MORE = "gblm_more"  # a second reading of some of GBLM-Pruner's cells, and reruns by others
 TASKS = {"BoolQ": "boolq", "PIQA": "piqa", "RTE": "rte", "HellaSwag": "hellaswag", "WinoGrande": "winogrande",
          "ARC-e": "arc_easy", "ARC-c": "arc_challenge", "OBQA": "openbookqa"}  # fmt: skip
 WORDS = {  # of LLM-Pruner, which names one method in many ways
@@ -43,7 +44,8 @@ WORDS = {  # of LLM-Pruner, which names one method in many ways
     "LLaMA-3B by LLM-Pruner, Alpaca-tuned": "Element^1 (Block), 3.6B parameters",
 }  # fmt: skip
 MEANS = ("Average-7", "BoolQ,RTE,HellaSwag,WinoGrande,ARC-e,OBQA", "BoolQ,RTE,HellaSwag,WinoGrande,ARC-e,ARC-c,OBQA")
-UNITS = {"ppl": Decimal(1), "%": Decimal("0.01"), "B": Decimal(10**9), "G": Decimal(10**9), "MiB": Decimal(2**20)}
+UNITS = {"ppl": Decimal(1), "%": Decimal("0.01"), "B": Decimal(10**9), "G": Decimal(10**9), "MiB": Decimal(2**20),
+         "MB": Decimal(10**6)}  # fmt: skip
 GIBI = "looks like units of 1024^3"
 METRICS = {"#params": "parameters", "#MACs": "macs", "GPU memory": "memory_bytes", "latency": "latency_s",
            "inference speed": "tokens_per_second", "trainable parameters": "trainable_share"}  # fmt: skip
@@ -62,19 +64,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--target", type=Path, default=FOLDER, help="default: analysis/published")
     asked = parser.parse_args(arguments)
     for source, paper in PAPERS.items():
-        text = tidy(asked.folder / f"{source}.csv", paper).to_csv(index=False)
+        text = tidy(asked.folder / f"{source}.csv", paper, asked.folder / f"{MORE}.csv").to_csv(index=False)
         atomic.write(asked.target / f"{paper}.csv", text)
     return 0
 
 
-def tidy(path: Path, paper: str) -> pd.DataFrame:
-    """One published table; raises ValueError for columns that SOURCE does not have and for a cell that occurs twice."""
+def tidy(path: Path, paper: str, more: Path | None = None) -> pd.DataFrame:
+    """One published table; raises ValueError for columns that SOURCE does not have and for a cell that occurs twice.
+
+    A cell of GBLM-Pruner that `more` confirms has the table, model and source that are told there; what it tells of
+    others' reruns stands among those.
+    """
+    rows = _rows(path)
+    if more and paper in ("gblm", "reruns"):
+        rows = [*_confirmed(rows, _rows(more))] if paper == "gblm" else [*rows, *_reruns(_rows(more))]
+    cells = [_cell(row, paper) for row in rows]
+    refuse_duplicates(cells, path)
+    return pd.DataFrame([asdict(cell) for cell in cells])
+
+
+def _rows(path: Path) -> list[dict[Any, Any]]:
     frame = pd.read_csv(path, dtype=str, keep_default_na=False)
     if tuple(frame.columns) != SOURCE:
         raise ValueError(f"{path} has the columns {', '.join(frame.columns)}; expected {', '.join(SOURCE)}.")
-    cells = [_cell(row, paper) for row in frame.to_dict("records")]
-    refuse_duplicates(cells, path)
-    return pd.DataFrame([asdict(cell) for cell in cells])
+    return frame.to_dict("records")
+
+
+def _reruns(more: list[dict[Any, Any]]) -> list[dict[Any, Any]]:
+    return [row for row in more if "rerun" in row["paper"]]
+
+
+def _confirmed(rows: list[dict[Any, Any]], more: list[dict[Any, Any]]) -> Iterator[dict[Any, Any]]:
+    """With the table, model and source that a second reading tells of a value; ValueError where that has no cell."""
+    second = {row["value"]: row for row in more if row not in _reruns(more)}
+    for row in rows:
+        found = second.pop(row["value"], None) if row["table"].startswith("Table 4") else None
+        told = {name: found[name] for name in ("table", "model", "setting", "seq_len")} if found else {}
+        yield {**row, **told, **({"source": f"{row['source']}; {found['source']}"} if found else {})}
+    if second:
+        raise ValueError(f"No cell of Table 4 has the values {', '.join(second)} that {MORE}.csv confirms.")
 
 
 def _cell(row: dict[Any, Any], paper: str) -> Published:

@@ -42,6 +42,8 @@ QUANTITIES = (
     Quantity("decode_s", digits=1, title="decode, ms/token", scale=1e3, quartiles=("decode_q1_s", "decode_q3_s")),
     Quantity("decode_bound_s", digits=1, title="its bound, ms", scale=1e3),
     Quantity("column_dispersion", digits=1, title="column overdispersion"),
+    Quantity("exact_share", digits=1, title="answers as dense, %", scale=100),
+    Quantity("first_difference", digits=1, title="tokens before they part"),
     Quantity("learning_rate", digits=5, title="learning rate"),
     Quantity("pruning_s", digits=1, title="pruning, s"),
     Quantity("training_tokens_per_second", digits=0, title="retraining, tokens/s"),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from analysis.rows import Row
+from experiments.measures.asked import DenseAnswers, OpenAnswers
 from experiments.spec import Efficiency, Generation, Table, ZeroShot
 
 
@@ -46,6 +47,23 @@ def _truncated(what: ZeroShot, row: Row) -> list[str]:
     ]
 
 
+def _solved(what: OpenAnswers, row: Row) -> list[str]:
+    documents = (row.measure(what.key) or {})["documents"]
+    return [
+        f"{what.key}: {documents:,} problems of GSM8K, right by the last number of a greedy answer of at most "
+        f"{what.new_tokens} tokens; the first {what.examples} of its train split stand solved in the prompt; ± one "
+        "standard error over problems."
+    ]
+
+
+def _as_dense(what: DenseAnswers, row: Row) -> list[str]:
+    prompts = (row.measure(what.key) or {})["prompts"]
+    return [
+        f"{what.key}: greedy answers of {what.new_tokens} tokens to {prompts} fixed prompts, beside those of the model "
+        "before it was pruned."
+    ]
+
+
 def _counted(what: Efficiency, row: Row) -> list[str]:
     tokens = (row.measure(what.key) or {})["macs_tokens"]
     return [f"MACs of one sequence of {tokens} tokens; tied parameters once."]
@@ -78,6 +96,8 @@ def _zeros(what: Efficiency, row: Row) -> list[str]:
 
 SENTENCES: dict[type, tuple[Callable[[Any, Row], list[str]], ...]] = {
     ZeroShot: (_tasks, _missing, _truncated),
+    OpenAnswers: (_solved,),
+    DenseAnswers: (_as_dense,),
     Efficiency: (_counted, _timed, _zeros, _semi_structured),
 }
 

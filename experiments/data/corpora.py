@@ -46,6 +46,14 @@ def rows(name: str, data_dir: Folder = None) -> Sequence[str]:
     return [asked(record) + record["output"] for record in records]
 
 
+def records(name: str, data_dir: Folder = None) -> Sequence[Mapping[str, Any]]:
+    """The records of a corpus with all their columns, in order."""
+    found: Sequence[Mapping[str, Any]] = _records(name, data_dir).rows
+    if sources.is_data_set(found):
+        return found.to_list()
+    return found
+
+
 def instructions(name: str, data_dir: Folder = None) -> Sequence[Mapping[str, str]]:
     """The records of an instruction corpus: `instruction`, `input` and `output`.  ValueError for any other corpus."""
     source = find(name)
@@ -74,6 +82,8 @@ def _without_input(records: Any, answer: str) -> Sequence[Mapping[str, str]]:
 
 def provenance(name: str, data_dir: Folder = None) -> dict[str, Any]:
     """Where the texts came from: data set and commit, or files and their SHA-256; and whether the split is complete."""
+    if find(name).written:
+        return {**sources.origin(name, find(name)), "rows": 0, "complete": True}
     records = _records(name, data_dir)
     return {**records.origin, "rows": len(records.rows), "complete": len(records.rows) == find(name).rows}
 

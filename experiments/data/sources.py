@@ -30,7 +30,8 @@ class Source:
     """One corpus: `rows` texts in full; `join` stands between them, and `head` limits them, in an evaluation stream.
 
     `column` holds the text of a record (None: the record is an instruction, whose answer is in the column `answer`, or
-    a dialogue, whose turns are the list in the column `turns`).
+    a dialogue, whose turns are the list in the column `turns`); every record has texts in the columns
+    `also`, too.  One that is `written` has no texts: the dense model writes its windows, sampled with their seed.
     `local` names the files looked for in a data folder, each plain or gzipped, the first found wins; `hub` is (data
     set, revision, files).  A text `file` in a `package` is cut into documents after every `end`, which stays with its
     document.
@@ -47,6 +48,8 @@ class Source:
     end: str = ""
     answer: str = "output"
     turns: str = ""
+    also: tuple[str, ...] = ()
+    written: bool = False
 
 
 def _wikitext2(split: str, rows: int, *local: str) -> Source:
@@ -64,6 +67,11 @@ def _c4(shard: str, rows: int, head: int | None, *local: str) -> Source:
     return Source(rows, " ", (f"c4/{shard}.json", *local), hub, head=head)
 
 
+def _gsm8k(split: str, rows: int) -> Source:
+    hub = ("openai/gsm8k", "main", (f"main/{split}-00000-of-00001.parquet",))
+    return Source(rows, "\n\n", (f"tasks/gsm8k_{split}.jsonl",), hub, "question", also=("answer",))
+
+
 SOURCES: dict[str, Source] = {
     "wikitext2/train": _wikitext2("train", 36_718, "wikitext2/rows_train.jsonl", "wikitext2/rows_train_part.jsonl"),
     "wikitext2/validation": _wikitext2("validation", 3_760, "wikitext2/rows_validation.jsonl"),
@@ -75,7 +83,16 @@ SOURCES: dict[str, Source] = {
     "c4/train": _c4("c4-train.00000-of-01024", 356_317, None, "c4/c4_en_train_docs_0000-0799.jsonl"),
     # Documents of the train split that stand in where the validation shard is out of reach, under their own name.
     "c4/heldout": Source(200, " ", ("c4/c4_en_train_docs_0800-0999_heldout.jsonl",)),
-    "c4/validation": _c4("c4-validation.00000-of-00008", 45_576, 1_100),
+    # The next thousand of those documents, and others of the validation split that are not its head.
+    "c4/train_1000-1999": Source(1_000, " ", ("c4/c4_en_train_docs_1000-1999.jsonl",)),
+    "c4/validation_sample": Source(2_000, " ", ("c4/c4_en_validation_sample_2000.jsonl",)),
+    "c4/validation": _c4(
+        "c4-validation.00000-of-00008",
+        45_576,
+        1_100,
+        "c4/c4_en_validation_docs.jsonl",
+        "c4/c4_en_validation_docs_0000-1024.jsonl",
+    ),
     "bookcorpus/train": Source(
         74_004_228,
         " ",
@@ -89,7 +106,7 @@ SOURCES: dict[str, Source] = {
     "alpaca/train": Source(
         51_760,
         "\n\n",
-        ("alpaca/alpaca_data_cleaned.jsonl", "alpaca/alpaca_2000.jsonl"),
+        ("alpaca/alpaca_data_cleaned.jsonl", "alpaca/alpaca_cleaned_head_5000.jsonl", "alpaca/alpaca_2000.jsonl"),
         ("yahma/alpaca-cleaned", "main", ("alpaca_data_cleaned.json",)),
         column=None,
     ),
@@ -116,6 +133,17 @@ SOURCES: dict[str, Source] = {
         column=None,
         turns="dialog",
     ),
+    "dailydialog/test": Source(
+        1_000,
+        "\n\n",
+        ("dailydialog/dailydialog_test.jsonl",),
+        ("li2017dailydialog/daily_dialog", "refs/convert/parquet", ("default/test/0000.parquet",)),
+        column=None,
+        turns="dialog",
+    ),
+    "gsm8k/train": _gsm8k("train", 7_473),
+    "gsm8k/test": _gsm8k("test", 1_319),
+    "own/text": Source(0, "", written=True),
     "embedded/c4": Source(584, "", package="exllamav3", file="standard_cal_data/c4.utf8", end="\n"),
     "embedded/wiki": Source(2_349, "", package="exllamav3", file="standard_cal_data/wiki.utf8", end="</doc>\n"),
 }
@@ -134,6 +162,8 @@ def read(name: str, source: Source, folder: str | Path | None = None) -> Records
 
     Raises FileNotFoundError for what the folder lacks, OSError if the Hub refuses, ValueError for damaged files.
     """
+    if source.written:
+        raise ValueError(f"{name} is what a model writes itself, as calibration; it cannot be read.")
     if source.package:
         return _from_package(source, source.package)
     if folder:
@@ -146,6 +176,8 @@ def origin(name: str, source: Source, folder: str | Path | None = None) -> dict[
 
     Raises FileNotFoundError for what is not here and cannot be downloaded.
     """
+    if source.written:
+        return {"source": "written by the dense model"}
     if source.package:
         path = wheels.file(source.package, source.file)
         return {
@@ -168,7 +200,11 @@ def origin(name: str, source: Source, folder: str | Path | None = None) -> dict[
 
 def version(name: str, source: Source, folder: str | Path | None) -> str | None:
     """What changes with the content of the local file that `read` reads; None for packages and the Hub."""
-    return digests.sha256(_local(name, source, Path(folder).expanduser())) if folder and not source.package else None
+    return (
+        digests.sha256(_local(name, source, Path(folder).expanduser()))
+        if folder and not (source.package or source.written)
+        else None
+    )
 
 
 def _digests(path: Path, name: str) -> dict[str, str]:
@@ -205,7 +241,7 @@ def _texts(source: Source) -> tuple[str, ...]:
     """The columns that hold text in every record; an instruction's `input` may be empty."""
     if source.turns:
         return ()
-    return (source.column,) if source.column else ("instruction", source.answer)
+    return (source.column, *source.also) if source.column else ("instruction", source.answer)
 
 
 def _from_hub(name: str, source: Source) -> Records:

@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from experiments import rates, spec
-from experiments.data import tokens
+from experiments.data import corpora, tokens
 from experiments.data.tokens import Tokenizer
 from experiments.measures import asked, zero_shot
 from experiments.measures.zero_shot import Values
@@ -19,6 +19,7 @@ Progress = Callable[[int, int], None]
 WHOLE_TEST_SET_TOKENS = 300_000
 TASK_DOCUMENTS, DOCUMENT_TOKENS = 3_000, 200  # of a usual task, all choices together
 GROUPS = {"mmlu": (57, 14_042)}  # tasks and documents
+GSM8K_PROBLEMS = 1_319
 STEP_TOKENS = 20  # decoding one token takes about as long as a prefill of so many
 
 
@@ -54,7 +55,7 @@ def code_of(what: Any) -> tuple[str, ...]:
 
 def corpora_of(what: Any) -> list[str]:
     """The corpora that a measure reads, by name."""
-    return [what.corpus] if hasattr(what, "corpus") else []
+    return list(getattr(what, "corpora", ())) or ([what.corpus] if hasattr(what, "corpus") else [])
 
 
 def lacking(measured: Mapping[str, Mapping[str, Any]], data_dir: Path | None) -> bool:
@@ -140,6 +141,19 @@ def _mask_patterns(what: spec.MaskPatterns, subject: Subject, progress: Progress
     return {what.key: mask_patterns(subject.model, what.block)}
 
 
+def _open_answers(what: asked.OpenAnswers, subject: Subject, progress: Progress | None) -> Values:
+    from eval.greedy import solved
+
+    problems = list(corpora.records(what.problems, subject.data_dir)[: what.limit])
+    examples = list(corpora.records(what.solved, subject.data_dir)[: what.examples]) if what.examples else []
+    return {what.key: solved(subject.model, subject.tokenizer.inner, problems, examples, what.new_tokens, progress)}
+
+
+def _open_answers_work(what: asked.OpenAnswers) -> int:
+    problems = min(what.limit or GSM8K_PROBLEMS, GSM8K_PROBLEMS)
+    return problems * (DOCUMENT_TOKENS * (1 + what.examples) + STEP_TOKENS * what.new_tokens)
+
+
 def _unmeasured(what: Any, subject: Subject, progress: Progress | None) -> Values:
     raise TypeError(f"{what.key} is no measure of a model as it is; experiments.run takes it while it makes the cell.")
 
@@ -190,6 +204,8 @@ KINDS = {
     spec.Efficiency: Kind(_efficiency, _efficiency_work, ("eval.efficiency", "eval.semi_structured")),
     spec.Generation: Kind(_generation, _generation_work, ("eval.generation",)),
     spec.MaskPatterns: Kind(_mask_patterns, lambda what: 0, ("eval.patterns",)),
+    asked.OpenAnswers: Kind(_open_answers, _open_answers_work, ("eval.greedy",)),
+    asked.DenseAnswers: Kind(_unmeasured, lambda what: 32 * STEP_TOKENS * what.new_tokens, ("eval.greedy",)),
     asked.Costs: Kind(_unmeasured, lambda what: 0, ()),
     rates.RateGrid: Kind(_unmeasured, lambda what: 0, ("pruners.retrain.rates",)),
 }

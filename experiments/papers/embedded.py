@@ -6,10 +6,12 @@ python -m experiments run embedded.demo       about 7 min on two idle cores
 from __future__ import annotations
 
 from functools import partial
+from itertools import product
 from typing import Any
 
 import pruners
-from experiments import labels, recovery
+from experiments import labels, protocols, recovery
+from experiments.measures.asked import DenseAnswers, OpenAnswers
 from experiments.papers import llm_pruner
 from experiments.recovery import Retraining
 from experiments.spec import Efficiency, Generation, Perplexity, Run, Table, Windows, ZeroShot
@@ -92,3 +94,41 @@ generation = Table(
     columns=((MODEL,),),
     run=lambda method, model: Run(model, method, WINDOWS, (Generation(),)),
 )
+
+HALVED = (None, pruners.Magnitude(sparsity=0.5), pruners.Wanda(sparsity=0.5), pruners.SparseGPT(sparsity=0.5))
+
+tasks = Table(
+    name="embedded.tasks",
+    title="Accuracy on the first ten documents of each of MMLU's 57 subjects, and on RTE",
+    rows=HALVED,
+    columns=((MODEL,),),
+    run=lambda method, model: Run(
+        model, method, WINDOWS, (protocols.tasks("mmlu", limit=10), protocols.tasks("rte")), "bfloat16"
+    ),
+)
+
+open_answers = Table(
+    name="embedded.open_answers",
+    title="Greedy answers beside the dense model's, and problems of GSM8K solved",
+    rows=HALVED,
+    columns=((MODEL,),),
+    run=lambda method, model: Run(
+        model, method, WINDOWS, (DenseAnswers(), OpenAnswers(examples=4, limit=25, new_tokens=128)), "bfloat16"
+    ),
+)
+
+SOURCES = ("embedded/c4", "wikitext2/train", "alpaca/train", "own/text")
+
+# By `stream`, as instructions are too short for a window each.
+sources = Table(
+    name="embedded.sources",
+    title="Calibration on C4, WikiText-2, Alpaca and the dense model's own text: 16 x 512 tokens, three seeds",
+    rows=(None, pruners.Wanda(sparsity=0.5), pruners.SparseGPT(sparsity=0.5), pruners.Flap(target_parameters=0.2),
+          pruners.GBLM(sparsity=0.5, norm="l1", alpha=100 * 128 / 16)),
+    columns=tuple(product((MODEL,), SOURCES, range(3))),
+    run=lambda method, model, source, seed: Run(
+        model, method, Windows(source, 16, 512, seed, "stream"), (Perplexity("embedded/wiki", 512, limit=64),),
+        "bfloat16",
+    ),
+    label=lambda run: (label(run)[0], ", ".join([label(run)[1], *([run.windows.corpus] if run.windows else [])])),
+)  # fmt: skip

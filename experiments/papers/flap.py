@@ -19,6 +19,7 @@ from typing import Any
 from experiments import models, protocols
 from experiments.labels import setting
 from experiments.papers import llm_pruner
+from experiments.papers.dense import with_dense
 from experiments.spec import Efficiency, Run, Table, Windows
 from pruners import Flap, LLMPruner, MagnitudeSP, WandaSP
 from pruners.suggest import UsageError
@@ -27,6 +28,7 @@ MODELS = ("llama-7b", "llama-13b", "llama-30b", "llama-65b")
 RATIOS = (0.2, 0.3, 0.5)
 WIKITEXT = Windows("wikitext2/train", count=1024, length=128, sampling="stream")
 C4 = Windows("c4/train", count=128, length=128)
+C4_STREAM = replace(WIKITEXT, corpus="c4/train")
 PPL = protocols.perplexity("flap")
 METRICS = ("WIFV", "IFV", "WIFN")
 STRUCTURES = {"UL-UM": None, "UL-MM": 384, "AL-MM": 380, "AL-AM": None}  # heads that the script removes of LLaMA-7B's
@@ -96,6 +98,7 @@ structures = Table(
     ),
     label=lambda run: (f"{run.method.metric} {run.method.structure}", setting(run.method)),
 )
+structures = with_dense(structures)
 
 speed = Table(
     name="flap.speed",
@@ -115,6 +118,7 @@ bias_compensation = Table(
     run=lambda bias, model, ratio: pruned(partial(flap, bias=bias), model, ratio),
     label=lambda run: ("FLAP" if run.method.bias else "FLAP without bias", setting(run.method)),
 )
+bias_compensation = with_dense(bias_compensation)
 
 calibration_size = Table(
     name="flap.calibration_size",
@@ -126,6 +130,7 @@ calibration_size = Table(
     ),
     label=lambda run: ("FLAP", f"{setting(run.method)}, {run.windows.count if run.windows else 0} samples"),
 )
+calibration_size = with_dense(calibration_size)
 
 same_calibration = Table(
     name="flap.same_calibration",
@@ -144,3 +149,13 @@ vicuna = Table(
     run=pruned,
     label=label,
 )
+
+on_c4 = Table(
+    name="flap.c4",
+    title="FLAP calibrated on C4, as the name of the authors' own checkpoint says, beside WikiText-2",
+    rows=(C4_STREAM, WIKITEXT),
+    columns=tuple(product(MODELS[:2], RATIOS)),
+    run=lambda windows, model, ratio: Run(model, flap(ratio), windows, PPL, "float16"),
+    label=lambda run: (f"FLAP on {run.windows.corpus}" if run.windows else "FLAP", setting(run.method)),
+)
+on_c4 = with_dense(on_c4)

@@ -16,6 +16,7 @@ from typing import Any
 import pruners
 from experiments import protocols
 from experiments.labels import setting
+from experiments.papers.dense import with_dense
 from experiments.spec import MaskPatterns, Run, Table, Windows
 
 MODELS = ("llama-7b", "llama-13b", "llama-30b", "llama-2-7b", "llama-2-13b", "llama-2-70b")
@@ -86,9 +87,10 @@ metric_ablation = Table(
     rows=tuple(TERMS),
     columns=(("llama-2-7b",),),
     run=lambda method, model: Run(model, method, WINDOWS, PPL, "float16"),
-    published="gblm: table 4",
+    published="gblm: table 4, table 5",
     label=lambda run: (TERMS[run.method], setting(run.method)),
 )
+metric_ablation = with_dense(metric_ablation)
 
 alpha = Table(
     name="gblm.alpha",
@@ -99,6 +101,7 @@ alpha = Table(
     published="gblm: Scaling factor ablation",
     label=lambda run: (f"GBLM-Pruner alpha={run.method.alpha:g}", setting(run.method)),
 )
+alpha = with_dense(alpha)
 
 sparsity = Table(
     name="gblm.sparsity",
@@ -120,6 +123,18 @@ calibration_seeds = Table(
     published="gblm: Calibration-set robustness (5 random draws)",
     label=lambda run: (label(run)[0], f"{setting(run.method)}, {WINDOWS.count} samples"),
 )
+calibration_seeds = with_dense(calibration_seeds)
+
+# With alpha as it is, though the gradient grows with the number of windows: the released code does not divide it.
+calibration_size = Table(
+    name="gblm.calibration_size",
+    title="Number of calibration windows (a figure without printed numbers)",
+    rows=(pruners.SparseGPT, partial(pruners.GBLM, norm="l1")),
+    columns=tuple(product(("llama-2-7b",), (1, 8, 32, 64, 128, 256, 512))),
+    run=lambda method, model, count: Run(model, method(sparsity=0.5), Windows("c4/train", count, 2048), PPL, "float16"),
+    label=lambda run: (label(run)[0], f"{setting(run.method)}, {run.windows.count if run.windows else 0} samples"),
+)
+calibration_size = with_dense(calibration_size)
 
 patterns = Table(
     name="gblm.patterns",

@@ -16,8 +16,9 @@ from itertools import product
 from typing import Any
 
 from experiments import models, protocols
+from experiments.papers.dense import with_dense
 from experiments.recovery import MORE_DATA, POST_TRAINING, Retraining
-from experiments.spec import Efficiency, Perplexity, Run, Table, Windows
+from experiments.spec import Efficiency, Generation, Perplexity, Run, Table, Windows
 from pruners import LLMPruner
 from pruners.retrain import LoRA, Trainable
 from pruners.suggest import UsageError
@@ -128,6 +129,7 @@ dependency = Table(
     published="llm_pruner: table 6",
     label=label,
 )
+dependency = with_dense(dependency)
 
 layer_skipping = Table(
     name="llm_pruner.layer_skipping",
@@ -138,6 +140,7 @@ layer_skipping = Table(
     published="llm_pruner: table 8",
     label=label,
 )
+layer_skipping = with_dense(layer_skipping)
 
 TUNINGS = {POST_TRAINING: "Element^1 (Block)", MORE_DATA: "LLaMA-5.4B, LaMini 2.59M"}
 
@@ -199,6 +202,7 @@ tuned_modules = Table(
     published="llm_pruner: table 12",
     label=lambda run: (TARGETS[run.recovery.trainable.adapters.targets], label(run)[1]),
 )
+tuned_modules = with_dense(tuned_modules)
 
 
 def stopped(step: int, model: str, share: float) -> Run:
@@ -216,6 +220,7 @@ tuning_steps = Table(
     published="llm_pruner: table 15",
     label=lambda run: ("Element^1 (Block)", f"20 %, LoRA step {run.recovery.stop if run.recovery else 0}"),
 )
+tuning_steps = with_dense(tuning_steps)
 
 REDUCTIONS = {"sum": "Summation", "max": "Max", "prod": "Production", "last": "Last-only"}
 
@@ -228,6 +233,7 @@ aggregation = Table(
     published="llm_pruner: table 7",
     label=lambda run: (REDUCTIONS[run.method.reduction], "not stated; 20 % here"),
 )
+aggregation = with_dense(aggregation)
 
 global_local = Table(
     name="llm_pruner.global_local",
@@ -238,6 +244,7 @@ global_local = Table(
     published="llm_pruner: table 14",
     label=lambda run: (f"Element^1 - {run.method.scope}", label(run)[1]),
 )
+global_local = with_dense(global_local)
 
 WINDOWS_BOTH = tuple(Perplexity(what.corpus, window) for window in (128, 2048) for what in PPL)
 
@@ -273,6 +280,7 @@ layer_sensitivity = Table(
     run=alone,
     label=lambda run: (f"Block {run.method.mlp_blocks[0]}", f"{100 * run.method.ratio:g} %"),
 )
+layer_sensitivity = with_dense(layer_sensitivity)
 
 ratios = Table(
     name="llm_pruner.ratios",
@@ -282,6 +290,7 @@ ratios = Table(
     run=lambda name, model, ratio: Run(model, LLMPruner(ratio, **METHODS[name]), WINDOWS, PPL, "float16"),
     label=lambda run: (NAMES[run.method.importance], f"{100 * run.method.ratio:g} %"),
 )
+ratios = with_dense(ratios)
 
 TUNED_ON_LAMINI = "LLaMA-5.4B (pruned, LaMini-tuned)"
 OF_INT8 = {  # pruned and quantised
@@ -306,4 +315,13 @@ quantised = Table(
     run=in_8_bits,
     published="llm_pruner: table 13",
     label=lambda run: (OF_INT8[run.method is not None, run.quantised], "see method"),
+)
+
+generation = Table(
+    name="llm_pruner.generation",
+    title="What pruned models write (tables 11 and 18 to 21, whose texts are not compared)",
+    rows=("Dense", "Element^1 (Block)", "Element^1 (Block)" + TUNED),
+    columns=tuple(product(("llama-7b", "vicuna-7b"), (0.2,))),
+    run=partial(pruned, measures=(Generation(new_tokens=128),)),
+    label=label,
 )

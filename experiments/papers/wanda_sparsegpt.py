@@ -15,6 +15,8 @@ from typing import Any
 import pruners
 from experiments import protocols
 from experiments.labels import setting
+from experiments.measures.asked import Costs, DenseAnswers, OpenAnswers
+from experiments.papers.dense import with_dense
 from experiments.spec import Run, Table, Windows
 
 LLAMA = ("llama-7b", "llama-13b", "llama-30b", "llama-65b")
@@ -77,6 +79,7 @@ comparison_group = Table(
     published="wanda: table 7",
     label=lambda run: (label(run)[0], f"50 %, group {GROUPS[run.method.group]}"),
 )
+comparison_group = with_dense(comparison_group)
 
 sparsity = Table(
     name="baselines.sparsity",
@@ -122,6 +125,7 @@ opt_groups = Table(
     published="wanda: table 12",
     label=_group_label,
 )
+opt_groups = with_dense(opt_groups)
 
 bloom_groups = replace(
     opt_groups,
@@ -130,6 +134,7 @@ bloom_groups = replace(
     columns=tuple(product(BLOOM, ({"sparsity": 0.5, "group": group} for group in GROUPS))),
     published="wanda: table 13",
 )
+bloom_groups = with_dense(bloom_groups)
 
 calibration_size = Table(
     name="baselines.calibration_size",
@@ -140,6 +145,7 @@ calibration_size = Table(
     published="wanda: table 17",
     label=lambda run: (label(run)[0], f"50 %, {run.windows.count if run.windows else 0} samples"),
 )
+calibration_size = with_dense(calibration_size)
 
 calibration_seeds = Table(
     name="baselines.calibration_seeds",
@@ -150,6 +156,7 @@ calibration_seeds = Table(
     published="wanda: table 18",
     label=label,
 )
+calibration_seeds = with_dense(calibration_seeds)
 
 mmlu = Table(
     name="baselines.mmlu",
@@ -186,5 +193,26 @@ sparsegpt_seeds = Table(
         model, method(**how), windows(model, seed=seed), protocols.perplexity("sparsegpt")[:1], "float16"
     ),
     published="sparsegpt: Appendix A (seeds)",
+    label=label,
+)
+sparsegpt_seeds = with_dense(sparsegpt_seeds)
+
+pruning_time = Table(
+    name="baselines.pruning_time",
+    title="Seconds of pruning and peak memory at 50 % on the machine at hand (Wanda, table 4: of an A6000)",
+    rows=METHODS[1:],
+    columns=tuple(product(LLAMA, PATTERNS[:1])),
+    run=lambda method, model, how: Run(model, method(**how), windows(model), (Costs(),), "float16"),
+    label=label,
+)
+
+open_answers = Table(
+    name="baselines.open_answers",
+    title="Problems of GSM8K solved, and greedy answers beside the dense model's (in no paper)",
+    rows=METHODS,
+    columns=tuple(product(LLAMA_2[:2], (PATTERNS[0], PATTERNS[2]))),
+    run=lambda method, model, how: Run(
+        model, method and method(**how), windows(model), (OpenAnswers(), DenseAnswers()), "float16"
+    ),
     label=label,
 )
