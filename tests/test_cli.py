@@ -81,7 +81,7 @@ def test_show_tells_done_failed_and_missing_apart(tiny, tmp_path, capsys, monkey
 def test_show_tells_what_a_paper_table_costs_and_lacks(capsys, tmp_path):
     assert main(["show", "gblm.alpha", "--results", str(tmp_path), "--data-dir", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
-    assert "0 of 9 cells are done; the others take about 0.38 hours on one A100." in shown
+    assert "0 of 10 cells are done; the others take about 0.39 hours on one A100." in shown
     assert "llama-2-7b (meta-llama/Llama-2-7b-hf, 13 GB)" in shown
     assert f"c4/train (not in {tmp_path})" in shown
 

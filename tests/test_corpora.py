@@ -367,7 +367,7 @@ def test_a_hub_that_cannot_be_reached_is_told_with_the_way_out(monkeypatch):
 
 @needs_shared
 def test_alpaca_records_become_prompts_with_their_answers():
-    (text,) = [text for text in corpora.rows("alpaca/train", DATA) if "### Instruction:\nGive three tips" in text]
+    text = next(text for text in corpora.rows("alpaca/train", DATA) if "### Instruction:\nGive three tips" in text)
     assert text.startswith("Below is an instruction that describes a task. Write a response")
     assert "### Input:" not in text
     assert text.partition("### Response:\n")[2]

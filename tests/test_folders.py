@@ -104,7 +104,7 @@ def test_depth_is_the_folders_own_whatever_it_is_called(shallow):
 
 
 def test_tables_of_single_blocks_have_the_models_own(shallow):
-    assert len(papers.find("llm_pruner.layer_sensitivity").runs(shallow("deep", 34))) == 34
+    assert len(papers.find("llm_pruner.layer_sensitivity").runs(shallow("deep", 34))) == 1 + 34
     with pytest.raises(ValueError, match="has 130 blocks and this table rows for 128"):
         papers.find("llm_pruner.layer_sensitivity").runs(shallow("deeper", 130))
     run, dense = papers.find("llm_pruner.stablelm").runs(shallow("middle", 12))

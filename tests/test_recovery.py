@@ -138,7 +138,7 @@ def test_recovery_stages_share_one_pruning_and_leave_their_reports(tmp_path, mon
 
 @needs_shared
 def test_loss_is_on_the_answers_alone(tokenizer):
-    text = Instructions("alpaca/train", length=256, held_out=1990)
+    text = Instructions("alpaca/train", length=256, held_out=4990)
     made = list(examples(text, tokenizer, SHARED / "data"))
     prompts = {tokenizer.inner(corpora.alpaca_prompt(record), truncation=True, max_length=256).input_ids.__repr__()
                for record in corpora.instructions("alpaca/train", SHARED / "data")}  # fmt: skip
@@ -152,20 +152,20 @@ def test_loss_is_on_the_answers_alone(tokenizer):
 
 @needs_shared
 def test_what_is_held_out_is_not_trained_on(tokenizer):
-    text = Instructions("alpaca/train", length=1024, held_out=1600)
+    text = Instructions("alpaca/train", length=1024, held_out=4600)
     train, kept = (list(make(text, tokenizer, SHARED / "data")) for make in (examples, held_out))
-    assert (len(train), len(kept)) == (400, 1600)
+    assert (len(train), len(kept)) == (400, 4600)
     assert not {repr(record) for record in train} & {repr(record) for record in kept}
     assert held_out(TEXT, tokenizer, SHARED / "data") == []
 
 
 @needs_shared
 def test_instructions_are_read_as_often_as_asked_and_split_by_their_numbers(tokenizer):
-    text = Instructions("alpaca/train", length=1024, held_out=1990)
+    text = Instructions("alpaca/train", length=1024, held_out=4990)
     made = examples(text, tokenizer, SHARED / "data")
     assert list(made) == list(made)
     asked = corpora.instructions("alpaca/train", SHARED / "data")
-    whole = Dataset.from_list(list(asked)).train_test_split(test_size=1990, shuffle=True, seed=42)["train"]
+    whole = Dataset.from_list(list(asked)).train_test_split(test_size=4990, shuffle=True, seed=42)["train"]
     answers = [tokenizer.inner(corpora.alpaca_prompt(row) + row["output"]).input_ids for row in whole]
     assert [record["input_ids"][: len(ids)] for record, ids in zip(made, answers, strict=True)] == answers
 
@@ -201,8 +201,8 @@ def test_documents_come_whole_or_cut(tokenizer):
 
 @needs_shared
 def test_a_corpus_that_cannot_give_what_is_asked_is_refused(tokenizer):
-    with pytest.raises(ValueError, match="2,000 records here, of which 2,000 are held out"):
-        examples(POST_TRAINING.text, tokenizer, SHARED / "data")
+    with pytest.raises(ValueError, match="5,000 records here, of which 5,000 are held out"):
+        examples(replace(POST_TRAINING.text, held_out=5000), tokenizer, SHARED / "data")
     with pytest.raises(ValueError, match=r"holds texts, not instructions"):
         examples(Instructions("c4/train"), tokenizer, SHARED / "data")
     with pytest.raises(ValueError, match="has 800 documents"):

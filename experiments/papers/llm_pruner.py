@@ -220,7 +220,6 @@ tuning_steps = Table(
     published="llm_pruner: table 15",
     label=lambda run: ("Element^1 (Block)", f"20 %, LoRA step {run.recovery.stop if run.recovery else 0}"),
 )
-tuning_steps = with_dense(tuning_steps)
 
 REDUCTIONS = {"sum": "Summation", "max": "Max", "prod": "Production", "last": "Last-only"}
 
