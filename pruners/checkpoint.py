@@ -12,7 +12,6 @@ is saved as a plain one of its family where the family's configuration can say s
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import os
 import re
@@ -28,14 +27,13 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     CONFIG_MAPPING,
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
 )
 
-from pruners import anatomy, chatglm, checks, inputs, peft_targets, storage  # noqa: F401  (registers its model type)
+from pruners import anatomy, chatglm, checks, described, inputs, peft_targets, storage  # noqa: F401  (registers its model type)
 from pruners.anatomy import Block
 from pruners.checks import Folder, Rule
 from pruners.families import FAMILIES
@@ -49,7 +47,6 @@ ShardSize = Annotated[
 ]
 FOLDER = Rule("the path of a model folder", (str, os.PathLike), lambda path: bool(os.fspath(path)))
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-OURS = ("use_safetensors", "trust_remote_code", "output_loading_info", "ignore_mismatched_sizes")
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "ice_text.model")
 
 for _name in FAMILIES:
@@ -125,7 +122,9 @@ def check(model: Any) -> None:
         with torch.device("meta"):
             opened = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (StrictDataclassError, ValueError, TypeError) as error:
-        raise ValueError(f"This model's configuration cannot be saved and opened again: {_brief(error)}") from error
+        raise ValueError(
+            f"This model's configuration cannot be saved and opened again: {described.brief(error)}"
+        ) from error
     _check_tensors(model, opened)
     if model.can_generate() and model.generation_config is not None:
         _without_idle_flags(model.generation_config)
@@ -153,18 +152,27 @@ def _check_tensors(model: Any, opened: Any) -> None:
             )
 
 
-def load(folder: Path | str, *, dtype: torch.dtype | str = "auto", **options: Any) -> tuple[Any, Any]:
+def load(
+    folder: Path | str,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device_map: Any = None,
+    max_memory: dict[Any, Any] | None = None,
+    attn_implementation: str | None = None,
+) -> tuple[Any, Any]:
     """The model in evaluation mode and its tokenizer (None where the folder has none).
 
-    `dtype` defaults to the one it was saved in; `options` go to `from_pretrained`.  No code from the folder runs.
+    `dtype` defaults to the one it was saved in; `device_map`, `max_memory` and `attn_implementation` are those of
+    transformers' `from_pretrained`.  No code from the folder runs.
     Raises TypeError or ValueError for arguments that are none, ValueError where tensors and configuration disagree,
-    the configuration is a newer version's or describes no model, weights or tokenizer are damaged, FileNotFoundError
-    for a missing configuration or weight file.
+    the configuration is a newer version's or describes no model, adapters lie beside the weights, weights, generation
+    settings or tokenizer are damaged, FileNotFoundError for a missing configuration or weight file.
     """
     folder = FOLDER.checked("load: folder", folder)
     folder = Path(folder).expanduser()
-    _check_options(dtype, options)
-    _check_described(folder)
+    if not isinstance(dtype, torch.dtype) and dtype not in ("auto", *DTYPES):
+        raise ValueError(f"dtype is 'auto', a torch.dtype or one of {', '.join(DTYPES)}; got {checks.shown(dtype)}.")
+    described.check(folder)
     check_shards(folder)
     if not any(path.is_file() for path in folder.glob("*.safetensors")):
         if pickled := sorted(path.name for path in folder.glob("*.bin")):
@@ -180,7 +188,9 @@ def load(folder: Path | str, *, dtype: torch.dtype | str = "auto", **options: An
             trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # told apart by check_complete, in one sentence
-            **options,
+            device_map=device_map,
+            max_memory=max_memory,
+            attn_implementation=attn_implementation,
         )
     except SafetensorError as error:
         raise ValueError(f"The weights of {folder} are damaged ({error}); save or fetch them again.") from error
@@ -189,44 +199,15 @@ def load(folder: Path | str, *, dtype: torch.dtype | str = "auto", **options: An
     return model.eval(), _tokenizer(folder)
 
 
-def _check_options(dtype: Any, options: dict[str, Any]) -> None:
-    if not isinstance(dtype, torch.dtype) and dtype not in ("auto", *DTYPES):
-        raise ValueError(f"dtype is 'auto', a torch.dtype or one of {', '.join(DTYPES)}; got {checks.shown(dtype)}.")
-    if given := [name for name in OURS if name in options]:
-        raise TypeError(f"load sets {given[0]} itself; leave it out.")
-
-
-def _check_described(folder: Path) -> None:
-    """FileNotFoundError without a config.json, ValueError for one of which no model can be made."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} is no model folder: it has no config.json.")
-    try:
-        told = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read as JSON ({_brief(error)}); save or fetch it again.") from error
-    if not isinstance(told, dict):
-        raise ValueError(f"{path} holds {checks.shown(told)} and must hold an object; save or fetch it again.")
-    if str(told.get("model_type")) not in CONFIG_MAPPING:
-        raise ValueError(
-            f"{path} is of the model type {checks.shown(told.get('model_type'))}, which transformers does not know."
-        )
-    if told.get("quantization_config"):
-        raise ValueError(f"{path} says that the weights are quantised; load a folder in float32, bfloat16 or float16.")
-    try:
-        with torch.device("meta"):
-            AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), trust_remote_code=False)
-    except Exception as error:  # whatever transformers raises over a configuration
-        raise ValueError(f"{path} describes no model: {_brief(error)}") from error
-
-
 def _tokenizer(folder: Path) -> Any:
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises plain Exceptions
-        raise ValueError(f"The tokenizer files of {folder} are damaged ({_brief(error)}); save them again.") from error
+        raise ValueError(
+            f"The tokenizer files of {folder} are damaged ({described.brief(error)}); save them again."
+        ) from error
 
 
 def _as_stock(model: Any) -> Any | None:
@@ -321,17 +302,9 @@ def _without_idle_flags(config: GenerationConfig) -> tuple[GenerationConfig, lis
             idle = [name for name in re.findall(r"- `(\w+)`:", str(error)) if getattr(config, name, None) is not None]
             if not idle:
                 raise ValueError(
-                    f"This model's generation_config cannot be saved: {_brief(error)} Mend model.generation_config "
-                    "first."
+                    f"This model's generation_config cannot be saved: {described.brief(error)} Mend "
+                    "model.generation_config first."
                 ) from error
             config, dropped = copy.deepcopy(config), dropped + idle
             for name in idle:
                 setattr(config, name, None)
-
-
-def _brief(error: Exception) -> str:
-    """The beginning of what transformers says, on one line."""
-    said = " ".join(str(error).split())
-    if isinstance(error, LookupError | AttributeError | TypeError):  # which say little without their kind
-        said = f"{type(error).__name__}: {said}"
-    return said if len(said) <= 300 else f"{said[:300]} ..."

@@ -13,6 +13,7 @@ from transformers import (
 
 import pruners
 from pruners import checkpoint
+from pruners.weights import opening
 from tests.conftest import tiny
 from tests.saved_models import edit, pruned
 
@@ -125,8 +126,11 @@ def test_a_configuration_of_the_wrong_types_is_one_sentence(tmp_path):
         (".", {"dtype": "float9"}, "dtype is 'auto', .* got 'float9'"),
         (".", {"dtype": None}, "dtype is 'auto', .* got None"),
         (".", {"dtype": 3}, "dtype is 'auto', .* got 3"),
-        (".", {"trust_remote_code": True}, "load sets trust_remote_code itself"),
-        (".", {"use_safetensors": False}, "load sets use_safetensors itself"),
+        (".", {"trust_remote_code": True}, "unexpected keyword argument 'trust_remote_code'"),
+        (".", {"revision": 3}, "unexpected keyword argument 'revision'"),
+        (".", {"config": {"a": 1}}, "unexpected keyword argument 'config'"),
+        (".", {"attn_implementation": "none such"}, "attn_implementation"),
+        (".", {"device_map": "zz"}, "device"),
     ],
 )
 def test_what_load_cannot_be_told(monkeypatch, tmp_path, folder, options, said):
@@ -179,6 +183,12 @@ def written(name, content):
         (block(shapes={"mlp.up_proj.weight": [-1, 48]}), "describes no model"),
         (block(shapes={"mlp.nope.weight": [1, 48]}), "describes no model"),
         (block(attributes=3), "describes no model"),
+        *((written("generation_config.json", text), "generation_config.json") for text in (b"[]", b"{", b"null")),
+        (
+            written("generation_config.json", b'{"cache_implementation": "nope"}'),
+            "holds no generation settings",
+        ),
+        *((written("adapter_config.json", text), "merge_and_unload") for text in (b"{}", b"[]")),
         (written("tokenizer.json", b"{"), "tokenizer files of .* are damaged"),
         (written("tokenizer_config.json", b"[]"), "tokenizer files of .* are damaged"),
         (lambda folder: (folder / "model.safetensors").unlink(), "has no weights"),
@@ -190,11 +200,12 @@ def test_a_damaged_folder_is_told_in_one_sentence_that_names_it(windows, tmp_pat
     pruners.prune(model, pruners.Flap(ratio=0.4), windows)
     folder = checkpoint.save(model, None, tmp_path / "out")
     damage(folder)
-    with pytest.raises((ValueError, FileNotFoundError), match=said) as caught:
-        checkpoint.load(folder)
-    assert str(folder) in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert len(str(caught.value)) < 600
+    for opened in (checkpoint.load, *([opening.open_folder] if "tokenizer" not in said else [])):
+        with pytest.raises((ValueError, FileNotFoundError), match=said) as caught:
+            opened(folder)
+        assert str(folder) in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 600
 
 
 def without_bias(shapes):

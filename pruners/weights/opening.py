@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig, PreTrainedModel
 
-from pruners import checks, inputs
+from pruners import checks, described, inputs
 from pruners.checks import AnyPath, Folder
 from pruners.modeling_pruned import check_complete, check_shards, indexed
 from pruners.weights import homes, sources
@@ -45,8 +45,7 @@ def opened(
     folder: Path, *, dtype: Any = "auto", device: Any = None, work: Path | None = None, mark: str = ""
 ) -> tuple[Any, dict[str, Any]]:
     """The same with what transformers tells of missing, unexpected and mismatched weights, which nobody has checked."""
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} is no model folder: it has no config.json.")
+    described.check(folder)
     place = inputs.usable_device(device) or torch.device("cpu")
     check_shards(folder)
     shards = Shards(_files(folder))
