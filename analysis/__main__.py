@@ -84,8 +84,9 @@ def parser() -> argparse.ArgumentParser:
             help="withhold numbers of other texts than lie there (default: $PRUNING_DATA_DIR, otherwise all are shown)",
         )
     for command in commands.choices.values():
-        several = {"nargs": "+", "default": [Path("results")]} if command is frame else {"default": Path("results")}
-        command.add_argument("--results", type=_folder, metavar="DIR", help="default: results", **several)
+        several = {"default": Path("results")} if command is readme else {"nargs": "+", "default": [Path("results")]}
+        told = "" if command is readme else " (several: the first that has a cell shows it, and gets what is written)"
+        command.add_argument("--results", type=_folder, metavar="DIR", help=f"default: results{told}", **several)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return top
 
@@ -103,7 +104,7 @@ def _table(asked: argparse.Namespace) -> None:
 
     table, made = find(asked.table), _rows(asked)
     again = cli.same_cells(asked, asked.data_dir)
-    paths = markdown.write(table, made, asked.results / _stem(asked), again)
+    paths = markdown.write(table, made, asked.results[0] / _stem(asked), again)
     print(markdown.markdown(table, made, again))
     print(f"Written: {', '.join(map(str, paths))}", file=sys.stderr)
 
@@ -113,7 +114,7 @@ def _figure(asked: argparse.Namespace) -> None:
     from experiments.papers import find
 
     figures.check_key(asked.kind, asked.measure)
-    path = asked.results / _stem(asked)
+    path = asked.results[0] / _stem(asked)
     if asked.kind != "perplexity":
         path = path.with_name(f"{path.name}.{asked.kind}")
     figure = figures.draw(asked.kind, find(asked.table), _rows(asked), asked.measure)
@@ -126,7 +127,7 @@ def _compare(asked: argparse.Namespace) -> None:
 
     table, made = find(asked.table), _rows(asked)
     against = comparisons.baselines(made, asked.baseline)
-    _write(comparisons.page(table, made, against, asked.results), asked, "compared")
+    _write(comparisons.page(table, made, against), asked, "compared")
 
 
 def _generation(asked: argparse.Namespace) -> None:
@@ -147,7 +148,7 @@ def _claims(asked: argparse.Namespace) -> None:
 
     cli.refuse_absent(asked.data_dir)
     made = statements.frame(asked.results, data_dir=asked.data_dir)
-    atomic.write(asked.results / "claims.csv", made.to_csv(index=False))
+    atomic.write(asked.results[0] / "claims.csv", made.to_csv(index=False))
     print(made.to_markdown(index=False))
 
 
@@ -155,7 +156,7 @@ def _report(asked: argparse.Namespace) -> None:
     from analysis.pages import report
 
     cli.refuse_absent(asked.data_dir)
-    path = asked.results / "report.html"
+    path = asked.results[0] / "report.html"
     atomic.write(path, report.html(asked.results, data_dir=asked.data_dir))
     print(f"Written: {path}", file=sys.stderr)
 
@@ -199,7 +200,7 @@ def _frame(asked: argparse.Namespace) -> None:
 
 
 def _write(text: str, asked: argparse.Namespace, ending: str) -> None:
-    path = asked.results / f"{_stem(asked)}.{ending}.md"
+    path = asked.results[0] / f"{_stem(asked)}.{ending}.md"
     atomic.write(path, text)
     print(text)
     print(f"Written: {path}", file=sys.stderr)

@@ -22,6 +22,7 @@ from pruners.suggest import UsageError
 logger = logging.getLogger(__name__)
 
 COST = "cost"
+Folders = Path | Sequence[Path]  # one results folder or several, the first of which goes first
 
 
 class NoRecordsError(UsageError):
@@ -30,8 +31,9 @@ class NoRecordsError(UsageError):
 
 @dataclass(frozen=True)
 class Row:
-    """`method` and `setting` are what a reader calls the cell; `withheld` are the texts, each with its file, from which
-    a record would have to be made and is not, so that its number is not shown."""
+    """`method` and `setting` are what a reader calls the cell; `folder` is the results folder that its record is in;
+    `withheld` are the texts, each with its file, from which a record would have to be made and is not, so that its
+    number is not shown."""
 
     method: str
     setting: str
@@ -39,6 +41,7 @@ class Row:
     record: Record | None
     failure: Failure | None
     withheld: tuple[str, ...] = ()
+    folder: Path | None = None
 
     @property
     def code(self) -> str | None:
@@ -82,7 +85,7 @@ class Row:
 
 def rows(
     table: Table,
-    root: Path,
+    root: Folders,
     model: str | None = None,
     dtype: str | None = None,
     limit: int | None = None,
@@ -91,21 +94,26 @@ def rows(
 ) -> list[Row]:
     """One row per declared cell, in the table's order; raises NoRecordsError if none was ever run.
 
+    A cell that several results folders have is shown from the first of them, with a warning where their numbers differ.
     With `data_dir` a record that was made from other texts than lie there is withheld.
     """
     made = declared(table, root, papers.runs(table, model, dtype, limit, tasks), data_dir)
     if all(row.state == "missing" and not row.withheld for row in made):
-        again = cli.selection(table.name, root, model, dtype, limit, tasks, data_dir)
+        again = cli.selection(table.name, folders(root)[0], model, dtype, limit, tasks, data_dir)
         raise NoRecordsError(_nothing(table, root, [row.run for row in made], again))
     return made
 
 
-def declared(table: Table, root: Path, runs: Sequence[Run], data_dir: Path | None = None) -> list[Row]:
+def declared(table: Table, root: Folders, runs: Sequence[Run], data_dir: Path | None = None) -> list[Row]:
     """One row for each of the table's `runs`, in their order, whether or not any has a record (`data_dir`: see `rows`).
 
     ValueError where records are of several models whose folders have the same name and which is meant cannot be told.
     """
-    done, broken = _by_key(records.load(root, table.name)), _by_key(records.load_failures(root, table.name))
+    places = folders(root)
+    stored = {place: records.load(place, table.name) for place in places}
+    failures = {place: records.load_failures(place, table.name) for place in places}
+    _tell_apart(stored)
+    done, broken = _by_key(_merged(stored)), _by_key(_merged(failures))
     made = [
         Row(
             method,
@@ -116,7 +124,32 @@ def declared(table: Table, root: Path, runs: Sequence[Run], data_dir: Path | Non
         )
         for run, (method, setting) in zip(runs, labels(runs, table.label), strict=True)
     ]
+    made = [replace(row, folder=_holder(row.record, stored)) for row in made]
     return [_of_these_texts(row, data_dir) for row in made] if data_dir else made
+
+
+def folders(root: Folders) -> list[Path]:
+    """Each once, in their order."""
+    return list(dict.fromkeys([Path(root)] if isinstance(root, str | Path) else map(Path, root)))
+
+
+def _merged(stored: Mapping[Path, Mapping[str, Any]]) -> dict[str, Any]:
+    """By id; what several folders have is the first one's."""
+    return {id: item for items in reversed([*stored.values()]) for id, item in items.items()}
+
+
+def _holder(record: Record | None, stored: Mapping[Path, Mapping[str, Record]]) -> Path | None:
+    return next((place for place, items in stored.items() if record and items.get(record.id) is record), None)
+
+
+def _tell_apart(stored: Mapping[Path, Mapping[str, Record]]) -> None:
+    """Warn of cells that two folders have with different numbers."""
+    first: dict[str, Path] = {}
+    for place, items in stored.items():
+        for id, record in items.items():
+            shown = first.setdefault(id, place)
+            if place != shown and record.measures != stored[shown][id].measures:
+                logger.warning("%s differs between %s, which is shown, and %s.", id, shown, place)
 
 
 def _of_these_texts(row: Row, data_dir: Path) -> Row:
@@ -170,15 +203,20 @@ def _print(stored: Any) -> str | None:
     return found
 
 
-def _nothing(table: Table, root: Path, runs: list[Run], again: str) -> str:
+def _nothing(table: Table, root: Folders, runs: list[Run], again: str) -> str:
     asked = ", ".join(sorted({_protocol(run.spec(), [m.key for m in run.measures]) for run in runs}))
-    there = records.load(root, table.name).values()
+    places = folders(root)
+    there = [record for place in places for record in records.load(place, table.name).values()]
     other = sorted({_protocol(record.spec, list(record.measures)) for record in there})
     hint = f" Its records there are of {'; '.join(other)}." if other else ""
     return (
-        f"No record of {table.name} for {asked} under {records.folder(root, table.name)}.{hint} "
+        f"No record of {table.name} for {asked} under {_some(places, table)}.{hint} "
         f"Run `python -m experiments run {again}`, or name another --results, --model or --dtype."
     )
+
+
+def _some(places: Sequence[Path], table: Table) -> str:
+    return " or ".join(str(records.folder(place, table.name)) for place in places)
 
 
 def _protocol(spec: dict[str, Any], measured: list[str]) -> str:

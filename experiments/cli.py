@@ -223,8 +223,9 @@ def selection(
 
 
 def same_cells(asked: argparse.Namespace, data_dir: Path | None = None) -> str:
-    """As `selection`, of the cells of this command."""
-    return selection(asked.table, asked.results, asked.model, asked.dtype, asked.limit, asked.tasks, data_dir)
+    """As `selection`, of the cells of this command; of several results folders in the first."""
+    results = asked.results if isinstance(asked.results, Path) else asked.results[0]
+    return selection(asked.table, results, asked.model, asked.dtype, asked.limit, asked.tasks, data_dir)
 
 
 def same_tables(asked: argparse.Namespace) -> str:

@@ -13,8 +13,10 @@ from PIL import Image
 
 import pruners
 from analysis import rows
+from analysis.__main__ import main
 from analysis.figures import perplexity, style
 from analysis.tables import frames, markdown
+from experiments import papers
 from experiments.models.fingerprint import fingerprint
 from experiments.spec import Perplexity, Run, Table, Windows
 from experiments.store import records
@@ -49,6 +51,41 @@ def made(tmp_path) -> list[rows.Row]:
         store(tmp_path, run, perplexity=value)
     records.write_failure(small.failure(wanda, "Out of memory: try less_of & it."), tmp_path)
     return rows.rows(table(), tmp_path)
+
+
+def test_several_results_folders_fill_one_table_the_first_goes_first(tmp_path, caplog):
+    dense, magnitude, wanda, gblm, _ = table().runs()
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    store(ours, dense, perplexity=25.0)
+    store(ours, magnitude, perplexity=50.0)
+    records.write_failure(small.failure(gblm, "Out of memory."), ours)
+    for run, value in ((dense, 25.0), (magnitude, 51.0), (wanda, 40.0), (gblm, 41.0)):
+        store(theirs, run, perplexity=value)
+    for places in ([ours, theirs], [theirs, ours]):
+        made = rows.rows(table(), places)
+        first, *_ = places
+        assert [row.state for row in made] == ["done"] * 4 + ["missing"]
+        assert [row.folder for row in made] == [first, first, theirs, theirs, None]
+        assert made[1].measure(KEY)["perplexity"] == (50.0 if first == ours else 51.0)
+        (told,) = [line.getMessage() for line in caplog.records if "differs between" in line.getMessage()]
+        assert f"{first}, which is shown" in told
+        caplog.clear()
+    with pytest.raises(rows.NoRecordsError, match=r"ours.* or .*theirs.*--results \S+ours`"):
+        rows.rows(table(models=("llama-7b",)), [ours, theirs])
+
+
+def test_commands_take_several_results_folders(tmp_path):
+    kept = papers.find("embedded.gblm")
+    for name, half in (("a", 0), ("b", 1)):
+        for run in kept.runs()[half::2]:
+            records.write(small.record(run, table=kept.name), tmp_path / name)
+    with_both = ["embedded.gblm", "--results", str(tmp_path / "a"), str(tmp_path / "b")]
+    assert main(["table", *with_both]) == 0
+    assert main(["claims", "--results", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    assert sorted(path.name for path in (tmp_path / "a").glob("*.*")) == [
+        "claims.csv", "embedded.gblm.csv", "embedded.gblm.md", "embedded.gblm.tex", "embedded.gblm.verdicts.csv",
+    ]  # fmt: skip
+    assert not list((tmp_path / "b").glob("*.*"))
 
 
 def test_numbers_are_unrounded_and_gaps_are_empty(made):

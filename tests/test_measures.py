@@ -158,9 +158,9 @@ def test_tasks_and_conventions_can_be_asked_for_by_name(capsys):
 def test_cells_are_compared_on_the_same_documents(scored):
     table, root = scored
     made = rows.rows(table, root)
-    text = comparisons.page(table, made, comparisons.baselines(made), root)
+    text = comparisons.page(table, made, comparisons.baselines(made))
     pairs = [(made[1], made[0])]
-    (piqa, winogrande) = comparisons.task_tests(table, pairs, root)
+    (piqa, winogrande) = comparisons.task_tests(table, pairs)
     files = [records.folder(root, table.name) / row.measure(SHORT.key)["samples"]["file"] for row in made]
     dense, pruned = ([s["acc"] for s in read_samples(file)[:12]] for file in files)
     only_here, only_dense = (sum(a > b for a, b in zip(*p, strict=True)) for p in ((pruned, dense), (dense, pruned)))
@@ -179,10 +179,11 @@ def test_comparing_changed_answers_or_an_unknown_baseline_is_refused(scored, tmp
     with pytest.raises(LookupError, match="Did you mean"):
         comparisons.baselines(made, "magnitude 60 %")
     shutil.copytree(root, tmp_path / "root")
+    made = rows.rows(table, tmp_path / "root")
     file = tmp_path / "root/runs/tiny" / made[0].measure(SHORT.key)["samples"]["file"]
     file.write_bytes(gzip.compress(gzip.decompress(file.read_bytes()).replace(b'"acc": 1.0', b'"acc": 0.0')))
     with pytest.raises(ValueError, match="the answers of Dense, is missing or was changed"):
-        comparisons.task_tests(table, [(made[1], made[0])], tmp_path / "root")
+        comparisons.task_tests(table, [(made[1], made[0])])
 
 
 def test_cost_and_text_are_measured_and_shown(tmp_path, data):

@@ -22,7 +22,7 @@ import numpy as np
 
 from analysis import published
 from analysis.compare import Cell, cells
-from analysis.rows import COST, Row, declared
+from analysis.rows import COST, Folders, Row, declared
 from eval.intervals import half_width, normal_half_width
 from experiments import papers
 
@@ -112,7 +112,7 @@ class Answer:
 class Ours:
     """Our cells by table, read once; with `data_dir` without the records of other texts than lie there."""
 
-    def __init__(self, root: Path, data_dir: Path | None = None) -> None:
+    def __init__(self, root: Folders, data_dir: Path | None = None) -> None:
         self.root, self.data_dir = root, data_dir
         self._known: dict[str, dict[tuple[str, ...], Cell]] = {}
 

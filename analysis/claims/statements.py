@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from analysis.claims.judge import Better, Claim, Ours, Place, on_ours, on_paper
-from analysis.rows import COST
+from analysis.rows import COST, Folders
 
 EMBEDDED, EMBEDDED_KEY = ("smollm2-135m",), "embedded/wiki@512[:128]"
 AT_128, AT_2048, AT_4096 = (f"wikitext2/test@{window}" for window in (128, 2048, 4096))
@@ -178,7 +178,7 @@ CLAIMS = (
 )  # fmt: skip
 
 
-def frame(root: Path, claims: Sequence[Claim] = CLAIMS, data_dir: Path | None = None) -> pd.DataFrame:
+def frame(root: Folders, claims: Sequence[Claim] = CLAIMS, data_dir: Path | None = None) -> pd.DataFrame:
     """A row a claim with its three answers; with `data_dir` records of other texts than lie there answer nothing."""
     ours = Ours(root, data_dir)
     return pd.DataFrame(

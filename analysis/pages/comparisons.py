@@ -48,7 +48,7 @@ def baselines(rows: Sequence[Row], label: str | None = None) -> dict[str, Row]:
     return found
 
 
-def page(table: Table, rows: Sequence[Row], against: Mapping[str, Row], root: Path) -> str:
+def page(table: Table, rows: Sequence[Row], against: Mapping[str, Row]) -> str:
     """Markdown of the differences and the tests.
 
     Raises UsageError where no other row was measured, ValueError where two rows were measured on other texts or a
@@ -56,7 +56,7 @@ def page(table: Table, rows: Sequence[Row], against: Mapping[str, Row], root: Pa
     """
     columns(rows)  # refuses other texts under one key
     pairs = _pairs(rows, against)
-    frame, tests = differences(table, pairs, root), task_tests(table, pairs, root)
+    frame, tests = differences(table, pairs), task_tests(table, pairs)
     parts = [
         f"**{table.title}: every cell minus {pairs[0][1].label}** (`{table.name}`)",
         frame.to_markdown(index=False),
@@ -70,7 +70,7 @@ def page(table: Table, rows: Sequence[Row], against: Mapping[str, Row], root: Pa
 Pair = tuple[Row, Row]  # a cell and its baseline
 
 
-def differences(table: Table, pairs: Sequence[Pair], root: Path) -> pd.DataFrame:
+def differences(table: Table, pairs: Sequence[Pair]) -> pd.DataFrame:
     """Cell minus baseline with its interval, one column a perplexity or mean; a dash where one was not measured."""
     lines = []
     several = len({row.seed for row, _ in pairs} - {None}) > 1
@@ -79,18 +79,18 @@ def differences(table: Table, pairs: Sequence[Pair], root: Path) -> pd.DataFrame
         if several:
             values["Seed"] = "—" if row.seed is None else str(row.seed)
         for what in row.run.measures:
-            if (interval := _difference(table, what, row, base, root)) is not None:
+            if (interval := _difference(table, what, row, base)) is not None:
                 values[_head(what)] = _text(interval, 100 if isinstance(what, ZeroShot) else 1)
         lines.append(values)
     return pd.DataFrame(lines).fillna("—")
 
 
-def task_tests(table: Table, pairs: Sequence[Pair], root: Path) -> list[TaskTest]:
+def task_tests(table: Table, pairs: Sequence[Pair]) -> list[TaskTest]:
     """Every task of every cell, tested against the baseline."""
     found = []
     for row, base in pairs:
         for what in (what for what in row.run.measures if isinstance(what, ZeroShot)):
-            here, there = _scores(table, what, row, root), _scores(table, what, base, root)
+            here, there = _scores(table, what, row), _scores(table, what, base)
             for task, metric in what.metrics:
                 if task in here and task in there:
                     found.append(_test(row.label, what.task_key(task, metric), here[task], there[task]))
@@ -105,23 +105,23 @@ def _pairs(rows: Sequence[Row], against: Mapping[str, Row]) -> list[Pair]:
     return found
 
 
-def _difference(table: Table, what: Any, row: Row, base: Row, root: Path) -> Interval | None:
+def _difference(table: Table, what: Any, row: Row, base: Row) -> Interval | None:
     here, there = row.measure(what.key), base.measure(what.key)
     if here is None or there is None:
         return None
     if isinstance(what, Perplexity):
         return perplexity_difference(here["nll_per_window"], there["nll_per_window"])
     if isinstance(what, ZeroShot) and "score" in here and "score" in there:
-        return mean_difference(_scores(table, what, row, root), _scores(table, what, base, root))
+        return mean_difference(_scores(table, what, row), _scores(table, what, base))
     return None
 
 
-def _scores(table: Table, what: ZeroShot, row: Row, root: Path) -> dict[str, list[float]]:
+def _scores(table: Table, what: ZeroShot, row: Row) -> dict[str, list[float]]:
     """Each task's scores of the shown metric, by document in order; the file must be the one of the record."""
     measured = row.measure(what.key) or {}
     if "samples" not in measured:
         return {}
-    path = records.folder(root, table.name) / measured["samples"]["file"]
+    path = records.folder(row.folder or Path(), table.name) / measured["samples"]["file"]
     if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != measured["samples"]["sha256"]:
         raise ValueError(
             f"{path}, the answers of {row.label}, is missing or was changed since; delete its record and run it again."

@@ -20,7 +20,7 @@ from analysis import compare, coverage, figures
 from analysis.claims import statements
 from analysis.figures import style
 from analysis.pages import provenance
-from analysis.rows import NoRecordsError, Row, rows
+from analysis.rows import Folders, NoRecordsError, Row, folders, rows
 from analysis.tables import frames, grid
 from analysis.tables.grid import Pivot, Verdict
 from analysis.tables.notes import notes, title
@@ -66,7 +66,7 @@ class Grid:
     origins: list[list[str]]
 
 
-def html(root: Path, known_as: Path | None = None, data_dir: Path | None = None) -> str:
+def html(root: Folders, known_as: Path | None = None, data_dir: Path | None = None) -> str:
     """The page; NoRecordsError where there is no record at all.  Its hints name `root` as a reader knows it.
 
     With `data_dir` records of other texts than lie there are withheld.
@@ -74,7 +74,8 @@ def html(root: Path, known_as: Path | None = None, data_dir: Path | None = None)
     place = known_as or root
     sections = [section for table in papers.TABLES.values() if (section := _section(table, root, place, data_dir))]
     if not sections:
-        raise NoRecordsError(f"No record of any table under {root}. Run `python -m experiments run TABLE` first.")
+        where = " or ".join(map(str, folders(root)))
+        raise NoRecordsError(f"No record of any table under {where}. Run `python -m experiments run TABLE` first.")
     answered_first = sorted(grid.judged(statements.CLAIMS, root, data_dir), key=lambda one: not one.ours.of)
     shown = {section.name for section in sections}
     return _environment().get_template(TEMPLATE).render(
@@ -96,7 +97,7 @@ def _environment() -> Environment:
     return made
 
 
-def _section(table: Table, root: Path, known_as: Path, data_dir: Path | None) -> Section | None:
+def _section(table: Table, root: Folders, known_as: Folders, data_dir: Path | None) -> Section | None:
     try:
         made = rows(table, root, data_dir=data_dir)
     except NoRecordsError:
@@ -112,7 +113,7 @@ def _section(table: Table, root: Path, known_as: Path, data_dir: Path | None) ->
         claims=[],
         beside=_grid(compare.text(found), [provenance.ids(cell.rows) for cell in found]) if table.published else None,
         own=_grid(frames.text(made), [provenance.ids([row]) for row in made]),
-        notes=notes(table, made, cli.selection(table.name, known_as)),
+        notes=notes(table, made, cli.selection(table.name, folders(known_as)[0])),
         figures=list(_figures(table, made)),
         made=made,
     )

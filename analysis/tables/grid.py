@@ -11,7 +11,7 @@ import pandas as pd
 from analysis import compare, significance
 from analysis.claims.judge import Answer, Claim, Ours, on_ours, on_paper, scopes
 from analysis.compare import Cell
-from analysis.rows import Row
+from analysis.rows import Folders, Row
 from analysis.tables.frames import MISSING, QUANTITIES
 
 SIDE_BY_SIDE = 4  # columns that leave room for a figure beside them
@@ -94,7 +94,7 @@ def _printed(cell: Cell | None) -> str:
     return compare.printed(paper.value, cell) if cell and paper and paper.value is not None else ""
 
 
-def judged(claims: Sequence[Claim], root: Path, data_dir: Path | None = None) -> list[Verdict]:
+def judged(claims: Sequence[Claim], root: Folders, data_dir: Path | None = None) -> list[Verdict]:
     ours = Ours(root, data_dir)
     return [Verdict(claim, on_paper(claim), on_ours(claim, ours), on_ours(claim, ours, noise=True)) for claim in claims]
 
