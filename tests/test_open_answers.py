@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from decimal import Decimal
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +20,8 @@ from eval.generation import written
 from eval.greedy import Agreement, agreement, greedy, last_number, prompt, solved
 from experiments import cells, estimate, papers
 from experiments.batch import run_table
-from experiments.data import corpora
+from experiments.data import corpora, eval_tasks
+from experiments.data.sources import SOURCES
 from experiments.measures.asked import DenseAnswers, OpenAnswers
 from experiments.settings import Settings
 from experiments.spec import Run, Windows
@@ -165,3 +167,11 @@ def test_a_table_of_variants_has_its_models_unpruned_in_front(table):
     assert {table.label(run) for run in dense} == {("Dense", "")}
     assert {run.measures for run in dense} == {run.measures for run in table.runs()}
     assert all(run.windows is None and run.recovery is None for run in dense)
+
+
+def test_every_file_of_a_data_folder_is_documented():
+    told = (Path(__file__).resolve().parents[1] / "CONTRIBUTING.md").read_text()
+    files = [file for source in SOURCES.values() for file in source.local]
+    files += [f"{name.format(part='mmlu_SUBJECT')}.jsonl" for source in eval_tasks.SOURCES.values()
+              for names in source.splits.values() for name in names]  # fmt: skip
+    assert [file for file in files if f"`{file}`" not in told] == []

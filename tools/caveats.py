@@ -30,6 +30,9 @@ def caveat(paper: str, table: str, row: Row) -> str:
         "no released code prunes ChatGLM's heads or names its blocks: here MLPs of all blocks": paper == "llm_pruner"
         and table == "table 5"
         and "Dense" not in method,
+        "neither its batch size nor its alpha is known here": paper == "wanda"
+        and table == "table 6"
+        and "LoRA" in method,
         "another group's rerun, not of the paper": paper == "reruns" or "user reproduction" in source,
         "the window is not known": "perplexity" in metric and row["seq_len"] in ("", "unknown"),
         "a setting is presumed": "presumed" in row["setting"] and paper != "gblm",

@@ -5,7 +5,8 @@
 Magnitude and Wanda prune with one threshold a matrix, as PERP does.  Retraining reads C4 documents one by one, cut to
 the model's length and padded.  Of the budgets only the 1,000 steps of the first version are public, of the learning
 rates only that they were swept: every row takes the best of RATES by the loss on C4's validation split, chosen at 50 %
-for 40 and 50 %, 2:4 and 4:8, and at 60 % for 60 and 70 % (`perp.rates`; other tables make the choices that they lack).
+for 40 and 50 %, 2:4 and 4:8, and at 60 % for 60 and 70 %.  Run `perp.rates` first, its choices at the same time; the
+other tables make those that they lack, and wait for one another's.
 Batches of two, the first 2,000 documents of the shard in an order of a run's own seed, and bfloat16 are this project's.
 """
 
