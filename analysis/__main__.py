@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,19 +42,22 @@ def parser() -> argparse.ArgumentParser:
     table = commands.add_parser("table", help="print Markdown; write .md, .csv and .tex under the results folder")
     table.set_defaults(command=_table)
     figure = commands.add_parser(
-        "figure", help="a figure (default: perplexity by method), as .svg and .png under the results folder"
+        "figure", help="figures (default: what the table is looked at for), as .svg and .png under the results folder"
     )
     figure.set_defaults(command=_figure)
     figure.add_argument(
         "--measure", type=cli.word, metavar="KEY", help="the protocol key to show, where several were measured"
     )
     figure.add_argument(
-        "--kind", choices=list(figures.KINDS), default="perplexity", help="default: perplexity by method"
+        "--kind", choices=list(figures.KINDS), help="default: perplexity by method, or else accuracy, masks, numbers"
     )
     compare = commands.add_parser("compare", help="every cell against a baseline: paired differences, intervals, tests")
     compare.set_defaults(command=_compare)
     compare.add_argument(
-        "--baseline", type=cli.word, metavar="LABEL", help="the cell to compare with (default: the dense model)"
+        "--baseline",
+        type=cli.word,
+        metavar="LABEL",
+        help="the cell to compare with (default: the dense model, of this table or another, or else the first cell)",
     )
     generation = commands.add_parser("generation", help="generated text of the models, side by side")
     generation.set_defaults(command=_generation)
@@ -113,12 +117,29 @@ def _figure(asked: argparse.Namespace) -> None:
     from analysis.figures import style
     from experiments.papers import find
 
-    figures.check_key(asked.kind, asked.measure)
-    path = asked.results[0] / _stem(asked)
-    if asked.kind != "perplexity":
-        path = path.with_name(f"{path.name}.{asked.kind}")
-    figure = figures.draw(asked.kind, find(asked.table), _rows(asked), asked.measure)
-    print(f"Written: {', '.join(map(str, style.save(figure, path)))}", file=sys.stderr)
+    table, made = find(asked.table), _rows(asked)
+    for place, (kind, key) in enumerate(_drawn(asked, made)):
+        path = asked.results[0] / _stem(asked)
+        ending = [kind] if kind != "perplexity" else []
+        ending += [_slug(key)] if place and key else []  # the first has the table's own name
+        path = path.with_name(".".join([path.name, *ending]))
+        figure = figures.draw(kind, table, made, key)
+        print(f"Written: {', '.join(map(str, style.save(figure, path)))}", file=sys.stderr)
+
+
+def _drawn(asked: argparse.Namespace, made: list[Row]) -> list[tuple[str, str | None]]:
+    """A kind and a protocol key each: the one that is asked for, or all that there are."""
+    from analysis.figures import KINDS
+
+    if asked.kind is None and asked.measure is None:
+        return figures.main(made)
+    kind = asked.kind or next((kind for kind, key in figures.main(made) if key == asked.measure), "perplexity")
+    figures.check_key(kind, asked.measure)
+    return [(kind, key) for key in ([asked.measure] if asked.measure else KINDS[kind].keys(made) or [None])]
+
+
+def _slug(key: str) -> str:
+    return re.sub(r"[^A-Za-z0-9]+", "-", key).strip("-")
 
 
 def _compare(asked: argparse.Namespace) -> None:
@@ -126,7 +147,7 @@ def _compare(asked: argparse.Namespace) -> None:
     from experiments.papers import find
 
     table, made = find(asked.table), _rows(asked)
-    against = comparisons.baselines(made, asked.baseline)
+    against = comparisons.baselines(table, made, asked.results, asked.baseline)
     _write(comparisons.page(table, made, against), asked, "compared")
 
 

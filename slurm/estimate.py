@@ -13,8 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from experiments import measures
-from experiments.cells import Cell, made
+from experiments.cells import Cell
 from experiments.estimate import BYTES, parameters_of, taken_over
 from experiments.placement import needs
 from experiments.spec import Run
@@ -78,14 +77,10 @@ def slow(cells: Sequence[Cell], profile: Profile) -> dict[Cell, float]:
 
 
 def seconds(cells: Sequence[Cell], profile: Profile) -> float:
-    """Of these cells on one machine, what they share computed once: statistics, pruned models, steps of retraining."""
+    """Of these cells on one machine, their shared statistics and shared steps of retraining computed once."""
     run = cells[0].run
-    pruned = {made(cell.run): cell for cell in cells}
-    apart = list(pruned.values())  # one of each model that is made
-    reading = len(apart) * _weights_gb(run) / READING_GB_PER_SECOND
-    again = sum(cell.work for cell in cells) - sum(cell.work for cell in apart)
-    measured = sum(measures.work_tokens(what) for cell in set(cells) - set(apart) for what in cell.run.measures)
-    tokens = sum(cell.work for cell in cells) - (again - measured) - _saved_tokens(apart) - taken_over(apart).total()
+    reading = len(cells) * _weights_gb(run) / READING_GB_PER_SECOND
+    tokens = sum(cell.work for cell in cells) - _saved_tokens(cells) - taken_over(cells).total()
     return reading + 2 * parameters_of(run.model) * tokens / (profile.teraflops * 1e12)
 
 

@@ -158,7 +158,7 @@ def test_tasks_and_conventions_can_be_asked_for_by_name(capsys):
 def test_cells_are_compared_on_the_same_documents(scored):
     table, root = scored
     made = rows.rows(table, root)
-    text = comparisons.page(table, made, comparisons.baselines(made))
+    text = comparisons.page(table, made, comparisons.baselines(table, made, [root]))
     pairs = [(made[1], made[0])]
     (piqa, winogrande) = comparisons.task_tests(table, pairs)
     files = [records.folder(root, table.name) / row.measure(SHORT.key)["samples"]["file"] for row in made]
@@ -177,7 +177,7 @@ def test_comparing_changed_answers_or_an_unknown_baseline_is_refused(scored, tmp
     table, root = scored
     made = rows.rows(table, root)
     with pytest.raises(LookupError, match="Did you mean"):
-        comparisons.baselines(made, "magnitude 60 %")
+        comparisons.baselines(table, made, [root], "magnitude 60 %")
     shutil.copytree(root, tmp_path / "root")
     made = rows.rows(table, tmp_path / "root")
     file = tmp_path / "root/runs/tiny" / made[0].measure(SHORT.key)["samples"]["file"]

@@ -65,4 +65,4 @@ def _statistics(done: Sequence[Row]) -> dict[str, float]:
 
 
 def _shared(row: Row) -> str:
-    return repr((row.run.model, row.run.dtype, row.run.windows, row.run.method.statistics_key))
+    return repr((row.run.model, row.run.dtype, row.run.windows, getattr(row.run.method, "statistics_key", None)))

@@ -1,4 +1,4 @@
-"""Perplexity by method, as one figure; and what all figures share: colours, marks, titles, files."""
+"""Perplexity or accuracy by method, as one figure."""
 
 from __future__ import annotations
 
@@ -21,8 +21,23 @@ BELOW = 0.2  # of a method's height: where the seeds of a mark stand
 
 
 @dataclass(frozen=True)
+class Quantity:
+    """What is drawn, under its name in a record; `better` is said at the axis, and errors are over `units`."""
+
+    name: str
+    title: str
+    scale: float
+    better: str
+    units: str
+
+
+PERPLEXITY = Quantity("perplexity", "perplexity", 1, "lower", "windows")
+ACCURACY = Quantity("score", "accuracy, %", 100, "higher", "documents")
+
+
+@dataclass(frozen=True)
 class Point:
-    """One method at one setting: perplexities by seed, and the length of the bar to each side (0: none)."""
+    """One method at one setting: values by seed, and the length of the bar to each side (0: none)."""
 
     model: str
     method: str
@@ -41,8 +56,17 @@ def perplexity(table: Table, rows: Sequence[Row], key: str | None = None) -> Fig
     Settings have their own colour and marker; several seeds are one mark at their mean.  Raises ValueError if several
     protocol keys were measured and none is asked for, UsageError for a key that nobody measured.
     """
-    key = one_key(rows, key, "perplexity")
-    found = _points([row for row in rows if row.measure(key)], key)
+    return _by_method(table, rows, one_key(rows, key, "perplexity"), PERPLEXITY)
+
+
+def accuracy(table: Table, rows: Sequence[Row], key: str | None = None) -> Figure:
+    """As `perplexity`, of a mean over tasks or of one task."""
+    return _by_method(table, rows, one_key(rows, key, "score"), ACCURACY)
+
+
+def _by_method(table: Table, rows: Sequence[Row], key: str, what: Quantity) -> Figure:
+    measured = [row for row in rows if what.name in (row.measure(key) or {})]
+    found = _points(measured, key, what)
     pruned = [point for point in found if point.method]
     methods, settings, models = (
         list(dict.fromkeys(getattr(point, name) for point in points))
@@ -54,30 +78,30 @@ def perplexity(table: Table, rows: Sequence[Row], key: str | None = None) -> Fig
     for axes, model in zip(panels, models, strict=True):
         _draw(axes, [point for point in found if point.model == model], methods, settings, most <= LABELLED)
     for axes in panels[-2:]:
-        axes.set_xlabel(f"perplexity, {key} (lower is better)")
-    legend(figure, panels, _bars(pruned))
+        axes.set_xlabel(f"{what.title}, {key} ({what.better} is better)")
+    legend(figure, panels, _bars(pruned, what))
     return figure
 
 
-def _points(rows: Sequence[Row], key: str) -> list[Point]:
+def _points(rows: Sequence[Row], key: str, what: Quantity) -> list[Point]:
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
         method = "" if row.is_dense else row.method
         groups.setdefault((row.run.model_name, method, row.setting), []).append(row)
-    return [_point(name, [row.measure(key) or {} for row in group]) for name, group in groups.items()]
+    return [_point(name, [row.measure(key) or {} for row in group], what) for name, group in groups.items()]
 
 
-def _point(name: tuple[str, str, str], measured: Sequence[dict[str, Any]]) -> Point:
-    values = tuple(one["perplexity"] for one in measured)
+def _point(name: tuple[str, str, str], measured: Sequence[dict[str, Any]], what: Quantity) -> Point:
+    values = tuple(what.scale * one[what.name] for one in measured)
     if len(values) == 1:
-        return Point(*name, values, measured[0].get("standard_error") or 0.0)
+        return Point(*name, values, what.scale * (measured[0].get("standard_error") or 0.0))
     return Point(*name, values, half_width(values))
 
 
-def _bars(points: Sequence[Point]) -> str:
+def _bars(points: Sequence[Point], what: Quantity) -> str:
     kinds = {
         "several seeds: mean and its 95 % interval, each seed below it": any(len(p.values) > 1 for p in points),
-        "one run: ± 1 standard error over windows": any(len(p.values) == 1 and p.half_width for p in points),
+        f"one run: ± 1 standard error over {what.units}": any(len(p.values) == 1 and p.half_width for p in points),
     }
     return "; ".join(kind for kind, there in kinds.items() if there)
 

@@ -14,11 +14,12 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.rows import Row
+from analysis.rows import Row, declared
 from analysis.tables.frames import columns
 from eval.answers import read_samples
 from eval.intervals import Interval, holm, mcnemar, mean_difference, perplexity_difference
-from experiments.spec import Perplexity, Table, ZeroShot
+from experiments import papers
+from experiments.spec import Perplexity, Run, Table, ZeroShot
 from experiments.store import records
 from pruners.suggest import UsageError, unknown
 
@@ -35,17 +36,54 @@ class TaskTest:
     p: float
 
 
-def baselines(rows: Sequence[Row], label: str | None = None) -> dict[str, Row]:
-    """By model the row of that label, by default the dense one; UsageError where none has a record."""
-    named = [row for row in rows if (row.is_dense if label is None else row.label.lower() == label.lower())]
+def baselines(table: Table, rows: Sequence[Row], roots: Sequence[Path], label: str | None = None) -> dict[str, Row]:
+    """By model the row of that label; without one the dense model's, of this table or of another one that has its
+    record, or else the first cell of the table that has one, the same for all models where there is such a cell.
+
+    UsageError where no cell of that label has a record.
+    """
+    if label is None:
+        return _dense(table, rows, roots) or _first(rows)
+    named = [row for row in rows if row.label.lower() == label.lower()]
     if not named:
-        raise UsageError(unknown("baseline", label or "Dense", [row.label for row in rows]))
+        raise UsageError(unknown("baseline", label, [row.label for row in rows]))
     found = {row.run.model: row for row in named if row.record}
     if not found:
         raise UsageError(
             f"{named[0].label} has no record yet, so nothing can be compared with it; run that cell first."
         )
     return found
+
+
+def _dense(table: Table, rows: Sequence[Row], roots: Sequence[Path]) -> dict[str, Row]:
+    """Of every model that is measured, where all have one; of another table that which shares the most measures."""
+    asked = {row.run.model: row.run.dtype for row in rows if row.record}
+    keys = {what.key for row in rows if row.record for what in row.run.measures}
+    found = {row.run.model: row for row in rows if row.is_dense and row.record}
+    for other in papers.TABLES.values() if set(asked) - set(found) else ():
+        if other.name == table.name or not any(records.folder(root, other.name).is_dir() for root in roots):
+            continue
+        runs = [run for run in other.runs() if _is_dense_of(run, asked, found)]
+        for row in declared(other, roots, runs) if runs else ():
+            if row.record and keys & set(row.record.measures):
+                found[row.run.model] = row
+    return found if not set(asked) - set(found) else {}
+
+
+def _is_dense_of(run: Run, asked: Mapping[str, str], found: Mapping[str, Row]) -> bool:
+    dense = run.method is None and run.recovery is None and not run.quantised
+    return dense and run.model not in found and asked.get(run.model) == run.dtype
+
+
+def _first(rows: Sequence[Row]) -> dict[str, Row]:
+    """The first label that all models have a record of, or else each model's first record."""
+    done = [row for row in rows if row.record]
+    models = {row.run.model for row in done}
+    for label in dict.fromkeys(row.label for row in done):
+        found = {row.run.model: row for row in reversed(done) if row.label == label}
+        if set(found) == models:
+            return found
+    return {row.run.model: row for row in reversed(done)}
 
 
 def page(table: Table, rows: Sequence[Row], against: Mapping[str, Row]) -> str:
@@ -57,9 +95,11 @@ def page(table: Table, rows: Sequence[Row], against: Mapping[str, Row]) -> str:
     columns(rows)  # refuses other texts under one key
     pairs = _pairs(rows, against)
     frame, tests = differences(table, pairs), task_tests(table, pairs)
+    names = list(dict.fromkeys(base.label for _, base in pairs))
     parts = [
-        f"**{table.title}: every cell minus {pairs[0][1].label}** (`{table.name}`)",
+        f"**{table.title}: every cell minus {' or '.join(names)}** (`{table.name}`)",
         frame.to_markdown(index=False),
+        *_said(table, pairs),
     ]
     parts.append("In brackets: 95 % interval of a paired bootstrap over windows or documents.")
     if tests:
@@ -97,6 +137,19 @@ def task_tests(table: Table, pairs: Sequence[Pair]) -> list[TaskTest]:
     return [replace(test, p=p) for test, p in zip(found, holm([test.p for test in found]), strict=True)]
 
 
+def _said(table: Table, pairs: Sequence[Pair]) -> list[str]:
+    """Where a baseline is not the table's own dense model."""
+    bases = {base.run.model_name: base for _, base in pairs}
+    lines = [
+        f"The dense {model} is that of `{base.record.table}`."
+        for model, base in bases.items()
+        if base.is_dense and base.record and base.record.table != table.name
+    ]
+    if chosen := [f"{base.label} of {model}" for model, base in bases.items() if not base.is_dense]:
+        lines.append(f"Compared with {', '.join(chosen)}; --baseline LABEL chooses another cell.")
+    return lines
+
+
 def _pairs(rows: Sequence[Row], against: Mapping[str, Row]) -> list[Pair]:
     found = [(row, against[row.run.model]) for row in rows if row.record and row.run.model in against]
     found = [(row, base) for row, base in found if row is not base]
@@ -111,7 +164,7 @@ def _difference(table: Table, what: Any, row: Row, base: Row) -> Interval | None
         return None
     if isinstance(what, Perplexity):
         return perplexity_difference(here["nll_per_window"], there["nll_per_window"])
-    if isinstance(what, ZeroShot) and "score" in here and "score" in there:
+    if isinstance(what, ZeroShot) and all("score" in one and "samples" in one for one in (here, there)):
         return mean_difference(_scores(table, what, row), _scores(table, what, base))
     return None
 
@@ -121,7 +174,8 @@ def _scores(table: Table, what: ZeroShot, row: Row) -> dict[str, list[float]]:
     measured = row.measure(what.key) or {}
     if "samples" not in measured:
         return {}
-    path = records.folder(row.folder or Path(), table.name) / measured["samples"]["file"]
+    folder = records.folder(row.folder or Path(), row.record.table if row.record else table.name)
+    path = folder / measured["samples"]["file"]
     if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != measured["samples"]["sha256"]:
         raise ValueError(
             f"{path}, the answers of {row.label}, is missing or was changed since; delete its record and run it again."

@@ -21,6 +21,7 @@ GRID = (
     "stroke the paper's value where it has one."
 )
 WORDS = ("Method", "Model", "Setting", "Measured", "Verdict")
+LONG = 30  # lines that a reader can still compare
 
 
 def write(table: Table, rows: Sequence[Row], path: Path, again: str = "") -> list[Path]:
@@ -72,8 +73,12 @@ def tex(table: Table, rows: Sequence[Row], again: str = "") -> str:
 
 
 def _grids(found: Sequence[Cell]) -> list[Pivot]:
-    """None where every cell is one run without a paper."""
-    return grid.pivots(found) if compare.tells_more(found) else []
+    """None where every cell is one run without a paper, and the list of them is short."""
+    return grid.pivots(found) if _is_wide(found) else []
+
+
+def _is_wide(found: Sequence[Cell]) -> bool:
+    return compare.tells_more(found) or len(found) > LONG
 
 
 def _beside(table: Table, found: Sequence[Cell]) -> list[Cell]:
@@ -88,7 +93,7 @@ def _list(found: Sequence[Cell], listed: Sequence[Cell]) -> tuple[pd.DataFrame, 
 
 
 def _notes(table: Table, rows: Sequence[Row], found: Sequence[compare.Cell], again: str) -> list[str]:
-    grid = [GRID] if compare.tells_more(found) else []
+    grid = [GRID] if _is_wide(found) else []
     return [*grid, *notes(table, rows, again), *([significance.NOTE] if significance.competes(found) else [])]
 
 

@@ -26,6 +26,7 @@ def notes(table: Table, rows: Sequence[Row], again: str = "") -> list[str]:
         *_distinct(_calibration(record) for record in done),
         *([f"{table.rates}."] if table.rates else []),
         *_rates(rows),
+        *_distinct(_trained(record) for record in done),
         *_distinct(_origin(record) for record in done),
         *_distinct(f"{name} was only a part of the data set." for row in rows for name in row.partial),
         *(f"{row.label} failed: {row.failure.message}" for row in rows if row.failure and not row.record),
@@ -54,6 +55,20 @@ def _calibration(record: Record) -> str | None:
         f"Calibration: {windows['count']:,} x {windows['length']:,} tokens of {windows['corpus']} "
         f"({windows['sampling']}{seed})."
     )
+
+
+def _trained(record: Record) -> str | None:
+    """How long and at which rate was trained, of rates that were chosen in a note of their own."""
+    recovery = record.spec.get("recovery")
+    if not recovery:
+        return None
+    text = recovery.get("text") or {}
+    on = f" x {text['length']:,} tokens of {text['corpus']}" if text else " calibration windows"
+    steps = f"{recovery['steps']:,} steps" if recovery["steps"] > 1 else "1 step"
+    chosen = "rate_choice" in record.achieved or recovery.get("learning_rate") is None
+    rate = "" if chosen else f", learning rate {recovery['learning_rate']:g}"
+    stop = f", left after {recovery['stop']:,}" if recovery.get("stop") else ""
+    return f"{recovery['name'].capitalize()}: {steps} of {recovery['batch_size']}{on}{rate}{stop}."
 
 
 def _rates(rows: Sequence[Row]) -> Iterator[str]:

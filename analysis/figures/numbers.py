@@ -1,0 +1,39 @@
+"""Sizes, speed and what else a cell's numbers are, as bars: a panel a quantity, a bar a cell."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+from matplotlib.figure import Figure
+
+from analysis.figures.style import COLOURS, UndrawableError, grid
+from analysis.rows import Row
+from analysis.tables.frames import Column, shown
+from experiments.spec import Table
+
+ELSEWHERE = ("perplexity", "score")  # have figures of their own
+
+
+def numbers(table: Table, rows: Sequence[Row]) -> Figure:
+    """Every quantity but perplexities and accuracies, a mean over seeds; UndrawableError where there is none."""
+    columns = [column for column in shown(rows) if column.quantity.name not in ELSEWHERE]
+    if not columns:
+        raise UndrawableError(f"No record of {table.name} holds a number that has a figure.")
+    several = len({row.run.model for row in rows}) > 1
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(f"{row.label}, {row.run.model_name}" if several else row.label, []).append(row)
+    figure, panels = grid(table.title, len(columns), (3.2, 0.5 + 0.24 * len(groups)))
+    for index, (axes, column) in enumerate(zip(panels, columns, strict=True)):
+        bars = {name: value for name, some in groups.items() if (value := _mean(column, some)) is not None}
+        axes.barh(list(groups), [bars.get(name, 0.0) for name in groups], color=COLOURS[index % len(COLOURS)])
+        axes.set_xlabel(column.title)
+        axes.margins(y=0.01)
+    panels[0].invert_yaxis()  # which all panels share
+    return figure
+
+
+def _mean(column: Column, rows: Sequence[Row]) -> float | None:
+    values = [value for row in rows if (value := column.value(row)) is not None]
+    return column.quantity.scale * statistics.fmean(values) if values else None
