@@ -86,7 +86,7 @@ CASES = [
     ("experiments", "the following arguments are required: COMMAND"),
     (f"analysis figure {TABLE} --kind pie", "argument --kind: invalid choice: 'pie'"),
     (f"analysis figure {TABLE} --measure ''", f"argument --measure: {EMPTY}"),
-    (f"analysis figure {TABLE} --kind cost --measure x", "--measure chooses among perplexity and masks"),
+    (f"analysis figure {TABLE} --kind cost --measure x", "--measure chooses among perplexity, accuracy and masks"),
     ("analysis figure embedded.flap --measure nobody", "Unknown protocol key 'nobody'"),
     (f"analysis compare {TABLE} --baseline ''", f"argument --baseline: {EMPTY}"),
     ("analysis compare embedded.flap --baseline nobody", "Unknown baseline 'nobody'"),

@@ -77,5 +77,5 @@ def draw(kind: str, table: Table, rows: Sequence[Row], key: str | None = None) -
 def check_key(kind: str, key: str | None) -> None:
     """UsageError for a protocol key where the kind shows no single one."""
     if key is not None and KINDS[kind].measured is None:
-        keyed = " and ".join(name for name, one in KINDS.items() if one.measured)
-        raise UsageError(f"--measure chooses among {keyed}; --kind {kind} draws what it finds.")
+        *keyed, last = (name for name, one in KINDS.items() if one.measured)
+        raise UsageError(f"--measure chooses among {', '.join(keyed)} and {last}; --kind {kind} draws what it finds.")
