@@ -117,6 +117,8 @@ def _figure(asked: argparse.Namespace) -> None:
     from analysis.figures import style
     from experiments.papers import find
 
+    if asked.kind:
+        figures.check_key(asked.kind, asked.measure)
     table, made = find(asked.table), _rows(asked)
     for place, (kind, key) in enumerate(_drawn(asked, made)):
         path = asked.results[0] / _stem(asked)
