@@ -23,8 +23,10 @@ from pruners.lazy import Bool, Float, Tensor, torch
 from pruners.matrices import Matrix
 from pruners.select import Pattern
 from pruners.unstructured import Unstructured
+from pruners.weights import memory
 
 Damping = Annotated[float, Rule("a positive number up to 1", (int, float), lambda value: 0 < value <= 1)]
+FACTOR_BYTES = 20  # a number of the Hessian: its damped copy and the factor in float64, and what libraries want
 log = logging.getLogger(__name__)
 
 
@@ -41,10 +43,11 @@ class SparseGPT(Unstructured):
             raise ValueError(f"block_size {self.block_size} is no multiple of the m of {self.pattern}; change one.")
 
     def remove(self, linears: Mapping[str, Matrix], x: Hessian, dense: Mapping[str, Tensor]) -> None:
-        hessian = x.matrix
+        hessian = x.taken()
         dead = hessian.diagonal() == 0  # an input that is always zero: its weights do nothing
         hessian.diagonal()[dead] = 1
         factor = inverse_factor(hessian, self.damping, "/".join(linears))
+        del hessian
         weights = [linear.weight.data for linear in linears.values()]
         stacked = torch.cat(weights).float()
         stacked[:, dead] = 0
@@ -89,29 +92,35 @@ def inverse_factor(hessian: Float[Tensor, "inp inp"], damping: float, name: str)
     """U with H^-1 = U^T U, upper triangular; where H is not positive definite, damping grows tenfold, with a warning.
 
     With H = R R^T, R upper triangular (Cholesky of H read backwards), U is R^-1: half the work of inverting H first.
-    In float64: in float32 the rounding of an ill-conditioned H alone flips mask entries.  Raises ValueError once
-    damping exceeds the mean diagonal itself.
+    In float64: in float32 the rounding of an ill-conditioned H alone flips mask entries; on the CPU where the device
+    has not the memory for it.  Raises ValueError once damping exceeds the mean diagonal itself.
     """
-    mean = hessian.diagonal().mean()
+    mean, device = hessian.diagonal().mean(), hessian.device
+    place = device if FACTOR_BYTES * hessian.numel() <= memory.free_bytes(device) else torch.device("cpu")
     while damping <= 1:
-        damped = hessian.to(torch.float64, copy=True)
-        damped.diagonal().add_(damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        damped = hessian.flip(0, 1).to(place, torch.float64)
+        damped.diagonal().add_(damping * mean.to(place))
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        del damped
         if not failed:
-            return _inverse_of_upper(lower.flip(0, 1)).float()
+            upper = lower.flip(0, 1)
+            del lower
+            _invert_upper(upper)
+            return upper.float().to(device)
         log.warning("%s: the Hessian is not positive definite at damping %g; trying %g.", name, damping, 10 * damping)
         damping *= 10
     raise ValueError(f"{name}: the Hessian cannot be factorised even with damping 1; calibrate with more windows.")
 
 
-def _inverse_of_upper(matrix: Float[Tensor, "inp inp"]) -> Float[Tensor, "inp inp"]:
-    """By halves, so that nearly all of the work is matrix products."""
+def _invert_upper(matrix: Float[Tensor, "inp inp"]) -> None:
+    """An upper triangular matrix in place, by halves, so that nearly all of the work is matrix products."""
     size = len(matrix)
     if size <= 128:
         identity = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
-        return torch.linalg.solve_triangular(matrix, identity, upper=True)
-    half, inverse = size // 2, torch.zeros_like(matrix)
-    inverse[:half, :half] = _inverse_of_upper(matrix[:half, :half])
-    inverse[half:, half:] = _inverse_of_upper(matrix[half:, half:])
-    inverse[:half, half:] = -inverse[:half, :half] @ matrix[:half, half:] @ inverse[half:, half:]
-    return inverse
+        matrix.copy_(torch.linalg.solve_triangular(matrix, identity, upper=True))
+        return
+    half = size // 2
+    left, corner, right = matrix[:half, :half], matrix[:half, half:], matrix[half:, half:]
+    _invert_upper(left)
+    _invert_upper(right)
+    corner.copy_((left @ corner).neg_() @ right)

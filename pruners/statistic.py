@@ -97,8 +97,26 @@ class Hessian(Statistic):
 
     @property
     def matrix(self) -> Float[Tensor, "inp inp"]:
-        upper = self.sum.triu()
-        return (upper + upper.triu(1).T) * (2 / self.windows)
+        return _symmetric(self.sum.clone()).mul_(2 / self.windows)
+
+    def taken(self) -> Float[Tensor, "inp inp"]:
+        """The same in the memory of the sum, which is used up by it: once."""
+        if not len(self.sum):
+            raise ValueError("This Hessian was taken before; gather it again, or use its `matrix` in the first place.")
+        matrix, self.sum = self.sum, self.sum.new_empty(0, 0)
+        return _symmetric(matrix).mul_(2 / self.windows)
 
     def finite(self) -> bool:
         return bool(self.sum.isfinite().all())
+
+
+def _symmetric(matrix: Float[Tensor, "inp inp"]) -> Float[Tensor, "inp inp"]:
+    """What stands above the diagonal also below it, in place and a strip at a time."""
+    size = len(matrix)
+    strip = max(1, -(-size // 8))
+    for start in range(0, size, strip):
+        here, below = slice(start, start + strip), slice(start + strip, size)
+        corner = matrix[here, here]
+        corner.copy_(corner.triu() + corner.triu(1).T)
+        matrix[below, here] = matrix[here, below].T
+    return matrix

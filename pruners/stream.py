@@ -15,6 +15,7 @@ from pruners.matrices import owner
 from pruners.statistic import Statistic
 from pruners.weights import homes, memory
 
+WITHIN = 4  # times a block's widest states are alive at once
 Arguments = dict[str, Any]  # of one block, by name, without its hidden states
 
 
@@ -31,7 +32,7 @@ class Stream:
 
     def __init__(self, model: Any, windows: Tensor, batch_size: int, also: int = 0) -> None:
         """`also` is another number of windows that will run together."""
-        self.batch_size = min(batch_size, len(windows))
+        self.batch_size = min(batch_size, len(windows), _fitting(model, windows))
         self.hidden, self.device = torch.empty(0), torch.device("cpu")
         self.returned: list[tuple[Any, ...]] = []
         self.shared: dict[int, list[Arguments]] = {}
@@ -127,6 +128,15 @@ class Stream:
         states = self.hidden[rows].to(self.device) if inputs is None else inputs
         outputs = block.module(states, **self.arguments(block, rows))
         return outputs if isinstance(outputs, Tensor) else outputs[0]
+
+
+def _fitting(model: Any, windows: Tensor) -> int:
+    """How many windows have room within a block of a model whose weights are away from their device; one at least."""
+    if homes.of(model) is None or model.device.type == "cpu":
+        return len(windows)
+    widest = max((max(p.shape) for module in anatomy.modules(model) for p in module.parameters()), default=1)
+    window = WITHIN * widest * model.dtype.itemsize * windows.shape[1]
+    return max(1, int(memory.SHARE * memory.free_bytes(model.device)) // window)
 
 
 def _buffer(model: nn.Module, hidden: Tensor, count: int) -> Tensor:

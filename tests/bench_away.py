@@ -1,5 +1,5 @@
-"""Prunes and measures a checkpoint of 6 GB and more in a process that may take 2.5 GB, and compares with one that may
-take what it wants.
+"""Prunes and measures (perplexity, answers) a checkpoint of 6 GB and more in a process that may take 2.5 GB, and
+compares with one that may take what it wants.
 
     python -m tests.bench_away                          every method, both ways, about an hour on two cores
     python -m tests.bench_away wanda --skip-whole       only these, without the run in memory
@@ -24,12 +24,14 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from tabulate import tabulate
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import pruners
 from eval.perplexity import perplexity
+from eval.scorer import Scorer
 from pruners import checkpoint
 from pruners.weights import homes, opening
+from tests import small_table as small
 
 SHAPE = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "num_key_value_heads": 4}
 VOCABULARY, SHARD_BLOCKS = 32_000, 4
@@ -64,9 +66,9 @@ def main() -> None:
             whole = {} if asked.skip_whole else _apart(_pruned, folder, None, name, False)
             same = "-" if asked.skip_whole else away["digest"] == whole["digest"]
             rows.append((name, away["seconds"], away["sweeps"], away["read_gb"], away["peak_gb"], away["ppl"],
-                         whole.get("seconds"), whole.get("peak_gb"), same))  # fmt: skip
+                         away["answers"], whole.get("seconds"), whole.get("peak_gb"), same))  # fmt: skip
             print(tabulate([rows[-1]]), flush=True)
-    heads = ("method", "s", "sweeps", "GB read", "peak GB", "perplexity", "s in memory", "peak GB", "same")
+    heads = ("method", "s", "sweeps", "GB read", "peak GB", "perplexity", "answers", "s in memory", "peak GB", "same")
     print(tabulate(rows, heads, floatfmt=".2f"))
 
 
@@ -123,13 +125,14 @@ def _pruned(folder: Path, name: str, away: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as saved:
         model = opening.open_folder(folder) if away else AutoModelForCausalLM.from_pretrained(folder).eval()
         pruners.prune(model, METHODS[name], tokens)
-        found = perplexity(model, tokens.flatten(), LENGTH).perplexity
+        found = (perplexity(model, tokens.flatten(), LENGTH).perplexity, *_answers(model))
         seconds = time.perf_counter() - started
         checkpoint.save(model, None, Path(saved) / "out")
         home = homes.of(model)
         return {
             "seconds": seconds,
-            "ppl": found,
+            "ppl": found[0],
+            "answers": sum(found[1:]),
             "sweeps": home.sweeps if home else 0,
             "read_gb": home.source.bytes_read / 1e9 if home else 0.0,
             "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
@@ -137,7 +140,16 @@ def _pruned(folder: Path, name: str, away: bool) -> dict[str, Any]:
         }
 
 
-def _digest(model: Any, found: float) -> str:
+def _answers(model: Any) -> list[float]:
+    """Log-likelihoods of a few answers, as zero-shot tasks ask for them."""
+    generator = torch.Generator().manual_seed(2)
+    rows = [torch.randint(5, VOCABULARY, (length,), generator=generator).tolist() for length in range(20, 36)]
+    asked = [(("before", str(row[0])), row[:-4], row[-4:]) for row in rows]
+    tokenizer = AutoTokenizer.from_pretrained(small.MODEL)
+    return [nats for nats, _ in Scorer(model, tokenizer)._loglikelihood_tokens(asked)]
+
+
+def _digest(model: Any, found: tuple[float, ...]) -> str:
     parts = {
         name: hashlib.sha256(p.detach().numpy().tobytes()).hexdigest()
         for part in homes.each(model)

@@ -152,16 +152,16 @@ def test_sparsegpt_equals_the_surgeon(pattern, dead):
 
 
 def test_sparsegpt_solves_stacked_matrices_as_if_alone():
-    x = fed(Hessian, randn(3, 20, 16, seed=1))
+    x = randn(3, 20, 16, seed=1)
     stacked = {name: torch.nn.Linear(16, rows, bias=False) for name, rows in (("q", 6), ("k", 2), ("v", 3))}
     for seed, linear in enumerate(stacked.values()):
         linear.weight.data.copy_(randn(*linear.weight.shape, seed=seed))
     before = {name: linear.weight.clone() for name, linear in stacked.items()}
-    pruners.SparseGPT().remove(stacked, x, {})
+    pruners.SparseGPT().remove(stacked, fed(Hessian, x), {})
     for name, weight in before.items():
         alone = torch.nn.Linear(*weight.shape[::-1], bias=False)
         alone.weight.data.copy_(weight)
-        pruners.SparseGPT().remove({name: alone}, x, {})
+        pruners.SparseGPT().remove({name: alone}, fed(Hessian, x), {})
         assert torch.equal(alone.weight == 0, stacked[name].weight == 0)
         assert_close(alone.weight, stacked[name].weight)
 
@@ -224,3 +224,15 @@ def test_alpha_note_holds_l2_grows_with_the_root_of_the_window_count(windows):
     four = gblm.gradient_norms(model, windows[:1].repeat(4, 1), "l2")
     name = next(iter(once))
     assert_close(four[name], once[name] * math.sqrt(4))
+
+
+def test_the_hessian_is_the_same_in_the_memory_of_its_sum(monkeypatch):
+    x = torch.randn(3, 50, 37, generator=torch.Generator().manual_seed(0))
+    one, other = fed(Hessian, x), fed(Hessian, x)
+    expected = one.matrix
+    assert torch.equal(expected, expected.T)
+    assert torch.equal(other.taken(), expected)
+    factor = sparsegpt.inverse_factor(expected, 0.01, "H")
+    assert torch.equal(expected, one.matrix)  # which is left as it was
+    monkeypatch.setattr(sparsegpt.memory, "free_bytes", lambda device: 0)
+    assert torch.equal(sparsegpt.inverse_factor(expected, 0.01, "H"), factor)

@@ -27,6 +27,8 @@ HELD_TOKENS = 2**18  # whose hidden states stay on the device where weights are 
 SCORED_TOKENS = 32_768  # of a batch of answers on an accelerator
 LOGITS_BYTES = 2 * 4 * 2**25  # logits in float32 and what the loss makes of them
 CONTEXT_BYTES = 0.8e9  # of the accelerator's own libraries
+LLAMA = (32_000, 2, 8 / 3)  # tokens, matrices of them around the blocks, channels of the MLP for each of the width's
+LAYOUTS = {"facebook/opt": (50_272, 1, 4), "bigscience/bloom": (250_880, 1, 4), "EleutherAI/": (50_432, 2, 4)}
 SLACK = 1.05  # of an allocator
 
 
@@ -50,7 +52,8 @@ def shape_of(model: str) -> Shape:
     found = models.find(model)
     if found.folder is not None:
         return _configured(found.folder, found.parameters or 0)
-    return _usual(found.parameters or 0, found.blocks or 1)
+    layout = next((told for start, told in LAYOUTS.items() if (found.hub or "").startswith(start)), LLAMA)
+    return _usual(found.parameters or 0, found.blocks or 1, *layout)
 
 
 @lru_cache
@@ -67,12 +70,12 @@ def _configured(folder: Path, parameters: int) -> Shape:
 
 
 @lru_cache
-def _usual(parameters: int, blocks: int) -> Shape:
-    """12 width^2 parameters a block, and two matrices of 32,000 tokens around them, as LLaMA has."""
-    a, b = 12 * blocks, 2 * 32_000
+def _usual(parameters: int, blocks: int, vocabulary: int, matrices: int, channels: float) -> Shape:
+    """12 width^2 parameters a block, so many times the width as channels, and embeddings and head around them."""
+    a, b = 12 * blocks, matrices * vocabulary
     width = round((math.sqrt(b * b + 4 * a * parameters) - b) / (2 * a))
     around = min(parameters, b * width)
-    return Shape(blocks, width, round(8 * width / 3), 32_000, (parameters - around) // blocks, around)
+    return Shape(blocks, width, round(channels * width), vocabulary, (parameters - around) // blocks, around)
 
 
 def device_bytes(run: Run, away: bool = False, batch: int = BATCH) -> dict[str, float]:
@@ -96,6 +99,8 @@ def home_on(run: Run, card_gb: float) -> tuple[str | None, float]:
     if needs_all_weights(run):
         return None, whole
     part = device_gb(run, away=True)
+    if part > card_gb:  # then fewer windows go through a block at once
+        part = max(card_gb, device_gb(run, away=True, batch=1))
     return ("away" if part <= card_gb else None), part
 
 
@@ -167,17 +172,24 @@ def _pruning(run: Run, shape: Shape, size: int, weights: float, away: bool, batc
         rows = min(batch, run.windows.count) * length
         hidden = size * shape.width * (min(tokens, HELD_TOKENS) if away else tokens)
         name = type(run.method).__name__
-        squares = 3 * shape.width**2 + shape.channels**2
-        hessians = 4 * squares + (2 * 4 + 3 * 8) * max(shape.channels, shape.width) ** 2 if name == "SparseGPT" else 0
+        scores = 8 * shape.width * shape.channels  # of one matrix
+        gathered = _hessians(shape, size, away) if name == "SparseGPT" else scores
         sums = 0 if away or key.get("kind") != "gradient_norms" else 4 * shape.block * shape.blocks
         stages.append(
             {
                 "weights": weights,
                 "activations": hidden + _inside(shape, size, rows),
-                "statistics": hessians + sums + 8 * shape.width * shape.channels,  # scores of one matrix
+                "statistics": gathered + sums,
             }
         )
     return stages
+
+
+def _hessians(shape: Shape, size: int, away: bool) -> float:
+    """Of a block's four inputs in float32; the largest is turned into its factor in float64, in CPU memory if need be,
+    by which a matrix is solved then."""
+    largest, solved = shape.channels**2, (4 + size) * shape.width * shape.channels
+    return 12 * shape.width**2 + max((8 if away else 24) * largest, 4 * largest + solved)
 
 
 def _measured(run: Run, shape: Shape, size: int, batch: int) -> float:
