@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 import pruners
 from eval.perplexity import perplexity
-from pruners import checkpoint, gradients
-from pruners.weights import homes, opening, sources
+from pruners import anatomy, checkpoint, gradients
+from pruners.weights import homes, opening, sources, sweep
 from tests import families
 
 
@@ -120,6 +120,18 @@ def test_perplexity_reads_the_weights_once(family, tmp_path):
         return
     assert perplexity(model, tokens, 16, batch_size=5) == expected
     assert homes.of(model).sweeps <= 3  # of the text, of a few tokens to see what follows the head, of the first block
+
+
+def test_a_sweep_lets_go_of_each_block(tmp_path):
+    saved(KIND, tmp_path)
+    model, tokens = opening.open_folder(tmp_path), families.windows(KIND, 2)
+    graphs = []
+    for block in anatomy.modules(model):
+        block.register_forward_hook(lambda _, __, made: graphs.append(made.requires_grad))
+    for _ in sweep.over(model, [tokens, tokens]):  # as a scorer does, which forbids gradients in the loop alone
+        pass
+    assert len(graphs) > 2
+    assert not any(graphs)  # which would hold its weights
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "bloom", "falcon: multi-query", "gpt2", "chatglm"])

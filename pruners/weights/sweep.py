@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pruners import anatomy
-from pruners.lazy import Tensor, nn
+from pruners.lazy import Tensor, nn, torch
 from pruners.stream import Arguments, handing_on, inputs_of
 from pruners.weights import homes, memory
 
@@ -46,7 +46,7 @@ def _one(model: Any, inputs: Sequence[Input]) -> Iterator[int]:
             hidden.append(states)
             others.append(arguments)
     for index, module in enumerate(anatomy.modules(model)):
-        with homes.held(module):
+        with homes.held(module), torch.no_grad():  # a graph would hold every block's weights
             for number, states in enumerate(hidden):
                 made = module(states, **others[number][index])
                 hidden[number] = made if isinstance(made, Tensor) else made[0]
