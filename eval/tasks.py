@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -31,19 +32,59 @@ Loaded = dict[str, dict[str, Task]]  # by name what was asked for, of that every
 
 
 @functools.cache
-def task_manager() -> TaskManager:
-    """lm-eval's index of its tasks; reading it takes several seconds."""
+def task_manager(name: str) -> TaskManager:
+    """lm-eval's index of the folder that declares the task or group of this name; of all folders where none does.
+
+    To read all of them takes more than ten seconds, a folder takes none.
+    """
+    for folder in _declaring(name):
+        found = TaskManager(include_defaults=False, include_path=folder)
+        if name in (*found.all_subtasks, *found.all_groups) and _is_whole(name, found, folder):
+            return found
+    return _everything()
+
+
+@functools.cache
+def _everything() -> TaskManager:
     return TaskManager()
+
+
+def _declaring(name: str) -> Iterator[Path]:
+    """The folder of the first file, in lm-eval's order, that says so."""
+    line = re.compile(rb"^(?:task|group):[ \t]*(['\"]?)%s\1[ \t\r]*$" % re.escape(name.encode()), re.MULTILINE)
+    for path, text in _declarations():
+        if line.search(text):
+            yield path.parent
+            return
+
+
+@functools.cache
+def _declarations() -> list[tuple[Path, bytes]]:
+    """Every file of lm-eval that may declare tasks, with what it says."""
+    root = Path(lm_eval.tasks.__file__).parent
+    return [(path, path.read_bytes()) for path in sorted(root.rglob("*.yaml"), key=Path.as_posix)]
+
+
+def _is_whole(name: Any, known: TaskManager, folder: Path) -> bool:
+    """Whether the folder has all of a task, group or tag."""
+    if not isinstance(name, str) or name not in known.task_index:
+        return False
+    if name in known.all_tags:
+        word = re.compile(rb"(?<!\w)%s(?!\w)" % re.escape(name.encode()))
+        return not any(word.search(text) for path, text in _declarations() if folder not in path.parents)
+    if name in known.all_groups:
+        return all(_is_whole(child, known, folder) for child in (known.task_index[name].cfg or {})["task"])
+    return True
 
 
 def check_names(tasks: Sequence[str] | Mapping[str, Any]) -> None:
     """UsageError with the nearest names for a task that lm-eval does not have, or for a group without one accuracy."""
-    known = task_manager().all_tasks
     for name in tasks:
-        if name not in task_manager().task_index:
-            near = ", ".join(difflib.get_close_matches(name, known, n=3)) or "none"
+        known = task_manager(name)
+        if name not in known.task_index:
+            near = ", ".join(difflib.get_close_matches(name, known.all_tasks, n=3)) or "none"
             raise UsageError(f"lm-eval {lm_eval.__version__} has no task {name!r}; nearest: {near}.")
-        if name in (*task_manager().all_groups, *task_manager().all_tags) and not _is_one_task(name):
+        if name in (*known.all_groups, *known.all_tags) and not _is_one_task(name):
             raise UsageError(
                 f"{name!r} is a group for which lm-eval {lm_eval.__version__} gives no accuracy over all documents; "
                 "ask for its tasks by their names."
@@ -52,12 +93,18 @@ def check_names(tasks: Sequence[str] | Mapping[str, Any]) -> None:
 
 def parts(name: str) -> tuple[str, ...]:
     """The tasks of a group in lm-eval's order, or the one task of that name."""
-    entry = task_manager().task_index[name]
-    if name in task_manager().all_tags:
-        return tuple(sorted(entry.tags))
-    if name not in task_manager().all_groups:
-        return (name,)
-    return tuple(part for child in (entry.cfg or {})["task"] for part in parts(child))
+    return tuple(_parts(name, task_manager(name)))
+
+
+def _parts(name: str, known: TaskManager) -> Iterator[str]:
+    entry = known.task_index[name]
+    if name in known.all_tags:
+        yield from sorted(entry.tags)
+    elif name not in known.all_groups:
+        yield name
+    else:
+        for child in (entry.cfg or {})["task"]:
+            yield from _parts(child, known)
 
 
 def load(
@@ -85,7 +132,7 @@ class _MissingError(Exception):
 def _load(name: str, changes: Mapping[str, Any], examples: int, limit: int | None) -> Iterator[tuple[str, Task]]:
     for part in parts(name):
         try:
-            task = _task(part, changes if part == name else changes.get(part, {}))
+            task = _task(part, task_manager(name), changes if part == name else changes.get(part, {}))
         except UNAVAILABLE as error:
             what = f"its documents cannot be read: {shorten(str(error), 300)}"
             raise _MissingError(_told(name, part, what)) from error
@@ -125,15 +172,17 @@ def _told(name: str, part: str, what: str) -> str:
     return f"it has no accuracy without all of its {len(parts(name))} tasks, and {part} is missing: {what}"
 
 
-def _task(name: str, changes: Mapping[str, Any]) -> Any:
+def _task(name: str, known: TaskManager, changes: Mapping[str, Any]) -> Any:
     """A group around a task is lm-eval's way to change its configuration."""
-    config = task_manager().task_index[name].cfg or {}
+    config = known.task_index[name].cfg or {}
     if config.get("output_type") == "multiple_choice":
         changes = {**changes, "metric_list": ACCURACIES}
     if changes.get("dataset_path") == "json":
         changes = {**changes, "custom_dataset": _from_files}
     asked = {"group": f"{name}, changed", "task": [{"task": name, **changes}]} if changes else name
-    (task,) = task_manager().load([asked])["tasks"].values()
+    (task,) = known.load([asked])["tasks"].values()
+    for docs in ("training_docs", "validation_docs", "test_docs", "fewshot_docs"):  # which lm-eval makes each time
+        setattr(task, docs, functools.cache(getattr(task, docs)))
     return task
 
 
@@ -145,7 +194,7 @@ def _from_files(data_files: Mapping[str, str], **_: Any) -> datasets.DatasetDict
 
 def _is_one_task(group: str) -> bool:
     """Whether lm-eval weights the accuracies of the group's tasks, which it names, by their documents."""
-    config = task_manager().task_index[group].cfg or {}
+    config = task_manager(group).task_index[group].cfg or {}
     weighted = (
         metric["metric"] == "acc" and metric.get("weight_by_size", True)
         for metric in config.get("aggregate_metric_list") or ()

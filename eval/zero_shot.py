@@ -137,7 +137,7 @@ def _pooled(
     found = [scored[part] for part in group]
     per_document = {m: [v for score in found for v in score.per_document[m]] for m in found[0].per_document}
     return TaskScore(
-        version=(task_manager().task_index[name].cfg or {}).get("metadata", {}).get("version"),
+        version=(task_manager(name).task_index[name].cfg or {}).get("metadata", {}).get("version"),
         revision=", ".join(sorted({score.revision for score in found if score.revision})) or None,
         documents=sum(score.documents for score in found),
         documents_sha256=_digest([sample for part in group for sample in samples[part]]),

@@ -59,7 +59,7 @@ def data(tmp_path_factory):
 @pytest.fixture
 def small(monkeypatch):
     """MMLU as if it had two subjects."""
-    monkeypatch.setitem(tasks.task_manager().task_index["mmlu"].cfg, "task", list(PARTS))
+    monkeypatch.setitem(tasks.task_manager("mmlu").task_index["mmlu"].cfg, "task", list(PARTS))
 
 
 def found_in(folder: Path) -> dict:
@@ -69,6 +69,19 @@ def found_in(folder: Path) -> dict:
 def test_mmlu_has_57_tasks():
     assert len(tasks.parts("mmlu")) == len(set(tasks.parts("mmlu"))) == 57
     assert tasks.parts("piqa") == ("piqa",)
+
+
+def test_a_task_is_what_lm_eval_s_whole_index_says():
+    """For every task of the papers and every 400th other name."""
+    whole = tasks._everything()
+    papers = {name for convention in protocols.TASK_SETS for name, _ in protocols.zero_shot(convention).metrics}
+    for name in (*papers, "mmlu", *whole.all_subtasks[::400], *whole.all_groups[::50]):
+        known = tasks.task_manager(name)
+        assert known.task_index[name].cfg == whole.task_index[name].cfg, name
+        assert known.task_index[name].yaml_path == whole.task_index[name].yaml_path, name
+        if name in papers or name == "mmlu":
+            assert known is not whole
+            assert tasks.parts(name) == tuple(tasks._parts(name, whole))
 
 
 def test_the_examples_stand_in_the_prompt(stories, data, small):
@@ -92,10 +105,10 @@ def by_lm_eval(stories, folder: Path, examples: int) -> dict:
     model, tokenizer = stories
     given = [{"task": part, **changes} for part, changes in found_in(folder)["mmlu"].items()]
     group = Group.from_config({"group": "pooled", "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}]})
-    for task in tasks.task_manager().load([{"group": "changed", "task": given}])["tasks"].values():
+    for task in tasks.task_manager("mmlu").load([{"group": "changed", "task": given}])["tasks"].values():
         group.add(task)
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
-    return lm_eval.simple_evaluate(lm, tasks=[group], num_fewshot=examples, task_manager=tasks.task_manager())
+    return lm_eval.simple_evaluate(lm, tasks=[group], num_fewshot=examples, task_manager=tasks.task_manager("mmlu"))
 
 
 @pytest.mark.parametrize("examples", [0, 3, 5])
@@ -119,7 +132,7 @@ def test_examples_drawn_at_random_are_those_of_lm_eval(stories, tmp_path):
     ours, again = (zs.zero_shot(*stories, {"piqa": changes}, examples=2) for _ in range(2))
     lm = HFLM(pretrained=stories[0], tokenizer=stories[1], batch_size=4)
     asked = [{"group": "changed", "task": [{"task": "piqa", **changes}]}]
-    theirs = lm_eval.simple_evaluate(lm, tasks=asked, num_fewshot=2, task_manager=tasks.task_manager())
+    theirs = lm_eval.simple_evaluate(lm, tasks=asked, num_fewshot=2, task_manager=tasks.task_manager("piqa"))
     assert ours.tasks["piqa"].documents_sha256 == again.tasks["piqa"].documents_sha256
     assert ours.tasks["piqa"].documents_sha256 == zs._digest(theirs["samples"]["piqa"])
 
