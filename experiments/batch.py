@@ -49,14 +49,14 @@ def run_table(
     A record that lacks tasks whose documents have turned up since, or that was made from other texts than this run
     would read, is made again, and with `settings.again` one that other code of its method or measures made.
     Two processes may run the same table: each cell is done by one of them; the ranks of `group` retrain together.
-    Raises StorageError before any work where
-    the results folder cannot be written.
+    Raises StorageError before any work where there is some and the results folder cannot be written.
     """
-    atomic.check_writable(records.folder(settings.root, table))
     known = records.load(settings.root, table)
     recorded = [(cell, known[cell.id]) for cell in chosen if cell.id in known]
     finished = found.finished(chosen, known, settings.data_dir, settings.again)
     finished = {id: record for id, record in finished.items() if _is_kept(id, settings)}
+    if any(cell.id not in finished for cell in chosen):
+        atomic.check_writable(records.folder(settings.root, table))
     unmade = [cell for cell in chosen if cell.id not in finished and _is_kept(cell.id, settings)]
     taken = elsewhere.adopt_all(settings.root, table, unmade, settings.data_dir)
     finished |= taken

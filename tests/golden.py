@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from experiments import models
 from tests.conftest import SHARED
 
 FOLDER = SHARED / "golden"
+UNDECIDED = ("dense", "sparsegpt", "flap_0.2")
 CASES = json.loads((FOLDER / "golden.json").read_text())["cases"] if FOLDER.is_dir() else {}
 
 
@@ -50,6 +52,13 @@ def pruned(case: dict) -> PreTrainedModel:
     return model
 
 
-def check_perplexity(model: PreTrainedModel, case: dict) -> None:
+def check_perplexity(model: PreTrainedModel, name: str) -> None:
+    """In the suite only where the masks do not decide it: of the dense model and of methods that also change weights.
+
+    `make golden` checks all; one costs half a minute.
+    """
+    case = CASES[name]
+    if name not in UNDECIDED and not os.environ.get("PRUNING_GOLDEN"):
+        return
     found = perplexity(model, tokens("wikitext2_test"), 512).perplexity
     assert found == pytest.approx(case["perplexity"], rel=case["tolerance"]["perplexity"])

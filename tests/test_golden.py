@@ -20,7 +20,7 @@ def test_masks_and_perplexity_agree_with_the_released_code(name):
         zero = model.get_submodule(projection).weight == 0
         agreement = (zero == expected.view_as(zero)).double().mean().item()
         assert agreement >= case["tolerance"]["mask"], projection
-    golden.check_perplexity(model, case)
+    golden.check_perplexity(model, name)
 
 
 def masks(name):
