@@ -2,7 +2,7 @@
 
     memory   the weights while they are read, dense statistics, Python and its libraries; and without an accelerator
              all that would be on one
-    time     3 * (reading the weights + 2 * parameters * tokens / sustained speed)
+    time     3 * (reading the weights, in every sweep where they are away, + 2 * parameters * tokens / sustained speed)
 
 A job that needs longer than the profile allows asks for the longest time and puts itself back into the queue.
 """
@@ -14,13 +14,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from experiments.cells import Cell
-from experiments.estimate import BYTES, parameters_of, taken_over
+from experiments.estimate import BYTES, parameters_of, sweeps, taken_over
 from experiments.placement import needs
 from experiments.spec import Run
 from slurm.profile import Profile
 
 LIBRARIES_GB = 4.0
 READING_GB_PER_SECOND = 0.5
+BRINGING_GB_PER_SECOND = 10.0  # from CPU memory to the device
 SAFETY = 3
 SHORTEST_HOURS = 0.25
 PATIENCE_DAYS = 30
@@ -79,9 +80,23 @@ def slow(cells: Sequence[Cell], profile: Profile) -> dict[Cell, float]:
 def seconds(cells: Sequence[Cell], profile: Profile) -> float:
     """Of these cells on one machine, their shared statistics and shared steps of retraining computed once."""
     run = cells[0].run
-    reading = len(cells) * _weights_gb(run) / READING_GB_PER_SECOND
+    reading = sum(_reading_seconds(cell, profile) for cell in cells)
     tokens = sum(cell.work for cell in cells) - _saved_tokens(cells) - taken_over(cells).total()
     return reading + 2 * parameters_of(run.model) * tokens / (profile.teraflops * 1e12)
+
+
+def _reading_seconds(cell: Cell, profile: Profile) -> float:
+    """Once from the disk; of weights away from the device in every sweep, from CPU memory where they find room."""
+    once = _weights_gb(cell.run) / READING_GB_PER_SECOND
+    if needs.home_on(cell.run, card_gb(profile))[0] != "away":
+        return once
+    again = sweeps(cell.run) * _weights_gb(cell.run)
+    return again / READING_GB_PER_SECOND if _on_disk(cell.run, profile) else once + again / BRINGING_GB_PER_SECOND
+
+
+def _on_disk(run: Run, profile: Profile) -> bool:
+    """Whether weights that are not on the device find no room in CPU memory."""
+    return bool(profile.memory_gb and 1.2 * _weights_gb(run) > profile.memory_gb - LIBRARIES_GB)
 
 
 def _saved_tokens(cells: Sequence[Cell]) -> int:
@@ -99,7 +114,7 @@ def _saved_tokens(cells: Sequence[Cell]) -> int:
 
 def _host_gb(cell: Cell, home: str | None, profile: Profile) -> float:
     """Weights away from the device are in CPU memory where the profile allows so much, else on the disk."""
-    if home == "away" and profile.memory_gb and 1.2 * _weights_gb(cell.run) > profile.memory_gb - LIBRARIES_GB:
+    if home == "away" and _on_disk(cell.run, profile):
         return 4 * _weights_gb(cell.run) / needs.shape_of(cell.run.model).blocks
     key = cell.run.method.statistics_key if cell.run.method is not None else None
     gradients = 4e-9 * parameters_of(cell.run.model) if key and key["kind"] == "gradient_norms" else 0

@@ -113,6 +113,8 @@ def test_a_model_larger_than_the_card_has_its_weights_in_memory_or_on_the_disk()
     poor = estimate.request(found("llama-65b"), with_changes(gpu_memory_gb=80, memory_gb=64))
     assert poor.gpu_memory_gb == request.gpu_memory_gb
     assert poor.memory_gb < 24
+    near = estimate.request(found("llama-65b"), with_changes(gpu_memory_gb=1000, memory_gb=480))
+    assert near.needed_hours < request.needed_hours < poor.needed_hours  # each sweep reads the weights again
 
 
 def test_the_batch_script_is_the_stored_one(tmp_path):
