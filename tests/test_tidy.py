@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pandas as pd
@@ -63,3 +64,14 @@ def test_another_ending_and_an_empty_folder_are_refused(made, tmp_path, capsys):
         tidy.write(made, tmp_path / "all.xlsx")
     assert main(["frame", "--results", str(tmp_path)]) != 0
     assert "has no records" in capsys.readouterr().err
+
+
+def test_the_notebook_runs_and_shows_what_it_says():
+    told = json.loads((RESULTS.parent / "analysis/example.ipynb").read_text(encoding="utf-8"))
+    names: dict = {}
+    for cell in (cell for cell in told["cells"] if cell["cell_type"] == "code"):
+        assert cell["outputs"] == []  # numbers come from the records, not from a stored run
+        exec("".join(cell["source"]), names)
+    assert (names["over_seeds"].loc["embedded.gblm"].loc["Wanda", "50 %"]["count"]) == 3
+    assert names["axes"].get_legend() is not None
+    names["plt"].close(names["figure"])
