@@ -42,8 +42,10 @@ def parser() -> argparse.ArgumentParser:
     top = cli.Parser(prog="python -m slurm", description=(__doc__ or "").splitlines()[0])
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     submit = commands.add_parser("submit", help="send the cells that have no record and are not queued")
-    retry = commands.add_parser("retry", help="send the cells that failed once more")
-    retry.add_argument("--failed", action="store_true", required=True, help="which cells: those that failed")
+    retry = commands.add_parser("retry", help="send the cells that failed or were cancelled once more")
+    retry.add_argument(
+        "--failed", action="store_true", required=True, help="which cells: those that failed or were cancelled"
+    )
     for command in (submit, retry):
         selection.add(command)
         cli.add_running(command)
@@ -94,7 +96,7 @@ def _retry(asked: argparse.Namespace) -> int:
     known, again = state.jobs(asked.results), []
     for one, cells in selection.chosen(asked):
         found = state.cells(asked.results, one.table, {cell.id: cell.label for cell in cells}, known)
-        failed = {cell.id for cell in found if cell.state == "failed"}
+        failed = {cell.id for cell in found if cell.state in ("failed", "cancelled")}
         again.append((one, [cell for cell in cells if cell.id in failed]))
     return _launch(asked, again)
 

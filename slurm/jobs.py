@@ -93,7 +93,8 @@ def _jobs(cells: list[Cell], profile: Profile) -> list[Job]:
         alone = estimate.seconds([cell], profile)
         together = estimate.seconds([*jobs[-1], cell], profile) if jobs else 0.0
         saved = taken + alone - together
-        shares = bool(jobs) and sharing(jobs[-1][-1]) == sharing(cell) and saved >= WORTH * alone
+        worth = saved >= WORTH * alone or together <= 3600 * estimate.SHORTEST_HOURS  # too short to wait for
+        shares = bool(jobs) and sharing(jobs[-1][-1]) == sharing(cell) and worth
         if jobs and (together <= 3600 * profile.packed_hours or shares):
             jobs[-1].append(cell)
             taken = together

@@ -36,7 +36,7 @@ class Standing:
 
 
 def show(asked: argparse.Namespace) -> int:
-    """Print it, once or until nothing is alive any more; the exit status is 1 where a cell failed."""
+    """Print it, once or until nothing is alive any more; the exit status is 1 where a cell failed or was cancelled."""
     if asked.json:
         found, jobs = look(asked)
         print(json.dumps([_plain(one, cell) for one in found for cell in one.cells], indent=1))
@@ -45,7 +45,7 @@ def show(asked: argparse.Namespace) -> int:
     else:
         found, jobs = look(asked)
         print(text(found, jobs, detail=bool(asked.sources)))
-    return cli.EXIT_FAILED if any(one.counts["failed"] for one in found) else 0
+    return cli.EXIT_FAILED if any(one.counts["failed"] + one.counts["cancelled"] for one in found) else 0
 
 
 def look(asked: argparse.Namespace) -> tuple[list[Standing], list[Job]]:
@@ -135,7 +135,7 @@ def _of_cells(one: Standing) -> str:
 def _running(found: Sequence[Standing], detail: bool) -> str:
     rows = [
         (*_where(one, detail), cell.label, cell.job, cell.stage or "starting",
-         "" if cell.share is None else f"{cell.share:.0%}", cell.end.replace("+00:00", " UTC").replace("T", " "))
+         "" if cell.share is None else f"{cell.share:.0%}", cell.end.replace("T", " ").replace("+00:00", " UTC"))
         for one in found for cell in one.cells if cell.state == "running"
     ]  # fmt: skip
     heads = (*([] if detail else ["table"]), "running", "job", "stage", "done", "expected end")

@@ -168,7 +168,7 @@ def _cell(id: str, label: str, record: Record | None, failure: Failure | None, j
             return CellState(id, label, "queued", name, job.queued.reason)
         if job.current == id:
             return CellState(id, label, "running", name, **job.pace)
-        return CellState(id, label, "queued", name, "after others of its job")
+        return CellState(id, label, "queued", name, "after others of its job" if job.events else "its job is starting")
     if failure:  # later than a record, which would have removed it
         return CellState(id, label, "failed", name, failure.message, tuple(failure.traceback))
     if job and not record and job.is_cancelled:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import replace
+from datetime import datetime, timedelta
 
 import pytest
 import small_table as small
 
 import pruners
 from experiments import __main__ as experiments
-from experiments import cells, papers
+from experiments import callbacks, cells, papers
 from experiments.selection import terms
 from experiments.spec import Run, Table, Windows
 from experiments.store import elsewhere, records
@@ -216,3 +217,21 @@ def test_waiting_tasks_that_were_cancelled_are_called_so(tmp_path, monkeypatch):
     for told in ({"7": rest}, {}):  # the queue forgets after some minutes
         monkeypatch.setattr(queue, "jobs", lambda names, told=told: told)
         assert [cell.state for cell in state.cells(tmp_path, "t", {"aa": "A", "bb": "B"})] == ["cancelled"] * 2
+
+
+def test_when_a_running_cell_will_be_done_is_said_by_its_own_pace(tmp_path, monkeypatch):
+    sent = ledger.Sent("7", {"aa": "A", "bb": "B"})
+    entry = ledger.Entry("t-1", "t", "slurm", str(tmp_path), (sent,), 4, "2026-01-01T00:00:00+00:00", True)
+    ledger.write(entry)
+    monkeypatch.setattr(queue, "jobs", lambda names: {"7": queue.Queued("RUNNING", "n1", "", "")})
+    log = callbacks.Events(entry.events(0))
+    log.cell = "aa"
+    log.write("started", label="A", resumed=0)
+    log.stage("pruning")
+    log.pace(0.25, 3600)
+    (line,) = [event for event in callbacks.read(entry.events(0)) if event["event"] == "progress"]
+    running, waiting = state.cells(tmp_path, "t", {"aa": "A", "bb": "B"})
+    assert (running.state, running.stage, running.share) == ("running", "pruning", 0.25)
+    assert datetime.fromisoformat(running.end) > datetime.fromisoformat(line["at"]) + timedelta(minutes=58)
+    assert (waiting.state, waiting.note) == ("queued", "after others of its job")
+    assert slurm.main(["status", "--results", str(tmp_path)]) == 0
