@@ -20,6 +20,7 @@ from typing import Any
 
 from pruners import anatomy
 from pruners.lazy import Tensor, nn, torch
+from pruners.weights import memory
 from pruners.weights.sources import Disk, Memory, Source
 
 ATTRIBUTE = "_weights_home"  # of the model and of the module of every part
@@ -73,6 +74,8 @@ class Home:
         self._names = {p: name for name, p in model.named_parameters()}  # tied ones have their first name
         self._uses: Counter[nn.Parameter] = Counter()
         self._ahead: tuple[Part, Future[dict[nn.Parameter, Tensor]]] | None = None
+        if isinstance(source, Disk):  # where memory is short
+            memory.give_back()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights")
         self._buffers = _move_buffers(model, device)
         self._forwards = [vars(part.module).get("forward") for part in self._all]

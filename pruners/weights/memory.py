@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import resource
 import tempfile
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from pruners.lazy import Tensor, torch
 
+M_MMAP_THRESHOLD, LARGE = -3, 2**22  # malloc.h's number; bytes
 SHARE = 0.5  # of the free memory that one large tensor may take
 
 
@@ -46,6 +48,19 @@ def roomy(shape: tuple[int, ...], dtype: torch.dtype, folder: Path | None = None
     with tempfile.NamedTemporaryFile(dir=place, prefix=".aside-") as file:
         # shared, so that the pages are the file's own and count towards no limit of the process
         return torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=dtype).view(shape)
+
+
+@functools.cache
+def give_back() -> None:
+    """From now on what large tensors leave goes back to the system at once.
+
+    glibc raises the size from which on it does so to 32 MB as soon as such a tensor is freed; smaller ones then come
+    from a heap whose holes add up, block after block.  Other C libraries have no such call.
+    """
+    import ctypes
+
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE)
 
 
 def _machine() -> int:
