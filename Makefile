@@ -1,8 +1,9 @@
 # Each word here is one chore; `make demo` and `make test` are all a newcomer needs.
 PYTHON ?= python3
 RUN := .venv/bin/python
-# In the order of collection, which tests/conftest.py sets: what mostly waits, for a cluster, begins first.
-PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# In the order of collection, which tests/conftest.py sets: what mostly waits, for a cluster, begins first.  One process
+# more than the two cores that are counted on, as some wait.
+PYTEST := -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 # Every package, transitive ones too, at the version that the tests passed with; a clone made in a year gets the same.
 LOCK := requirements.lock
 # What comes as source is built with its setuptools, too: older pips hear the first, newer ones the second.

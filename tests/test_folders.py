@@ -368,7 +368,7 @@ def test_a_job_takes_the_folder_with_its_whole_path(toy, tmp_path, monkeypatch, 
     data, found = small.data(tmp_path / "data"), []
     from slurm import launch
 
-    monkeypatch.setattr(launch, "launch", lambda plan, *rest: found.append(plan.asked.model) or iter(()))
+    monkeypatch.setattr(launch, "launch", lambda plan, *rest: found.append(plan.arguments["model"]) or iter(()))
     for model in ("toy=hf", "hf", "toy"):
         words = ["submit", "tiny", "--model", model, "--executor", "debug", "--results", str(tmp_path / "r")]
         assert slurm([*words, "--data-dir", str(data)]) == 0
