@@ -35,8 +35,8 @@ def frame(*results: Path | str, data_dir: Path | None = None) -> pd.DataFrame:
     protocol key), `metric`, `value`, `standard_error` (in the value's unit); the cell's cost, `seconds` and
     `peak_bytes`; `device`, `commit`, `dirty`, `code` (digest of the source that made it, if recorded), `made_at`.
 
-    With `data_dir`, records of other texts than lie there are left out.  Raises FileNotFoundError for a folder without
-    records.
+    Rehearsals are left out, with `data_dir` also records of other texts than lie there.  Raises FileNotFoundError for a
+    folder without records.
     """
     rows = [row for root in results or ("results",) for row in _folder(Path(root), data_dir)]
     return pd.DataFrame(rows)
@@ -59,7 +59,7 @@ def _folder(root: Path, data_dir: Path | None) -> Iterator[dict[str, Any]]:
     for folder in records.folders(root):
         known = _labels(folder.name)
         for record in records.load(root, folder.name).values():
-            if data_dir and found.other_data(record, data_dir):
+            if record.spec.get("rehearsal") or (data_dir and found.other_data(record, data_dir)):
                 continue
             yield from _values(record, {"results": str(root), **_cell(record, known)})
 

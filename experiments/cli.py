@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_PIPE, EXIT_TERMINATED = 1, 2, 130, 141, 143
 RESULTS = Path("results")
 LARGEST_GB = 100_000
-_SOURCES: dict[str, tuple[str, list[str]]] = {}  # of the tables at hand, what they were asked for by
+_SOURCES: dict[
+    str, tuple[str, list[str]]
+] = {}  # of the tables at hand, what they were asked for by and options before all others
 LARGEST = 10**9  # documents or windows: more than any data set has
 
 
@@ -127,12 +129,30 @@ def resolve(asked: argparse.Namespace) -> None:
 
     plugin.use(files)
     plugins = [str(file) for file in files]
+    options = ["--plugin", *plugins] if plugins else []
+    options += ["--rehearse"] if getattr(asked, "rehearse", False) else []
     if source:
         asked.source, asked.table = source, tables.find(source).name
-        _SOURCES[asked.table] = (source, plugins)
+        _SOURCES[asked.table] = (source, options)
     elif several:
         asked.sources = {tables.find(word).name: word for word in _named(asked)}
-        _SOURCES.update({name: (word, plugins) for name, word in asked.sources.items()})
+        _SOURCES.update({name: (word, options) for name, word in asked.sources.items()})
+    _rehearse(asked)
+
+
+def _rehearse(asked: argparse.Namespace) -> None:
+    """Put rehearsals in the place of the tables where that is asked for."""
+    wanted = getattr(asked, "rehearse", False)
+    if not wanted and "experiments.selection.rehearsal" not in sys.modules:
+        return
+    from experiments.selection import rehearsal
+
+    rehearsal.use((asked.sources if hasattr(asked, "sources") else [asked.table]) if wanted else ())
+    if wanted:
+        asked.no_dense_gate = True
+        asked.results = {str(RESULTS): rehearsal.RESULTS, str([RESULTS]): [rehearsal.RESULTS]}.get(
+            str(asked.results), asked.results
+        )
 
 
 def _named(asked: argparse.Namespace) -> list[str]:
@@ -196,6 +216,11 @@ def add_variant(command: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="additional zero-shot tasks: a task set, or tasks of lm-eval",
     )
+    command.add_argument(
+        "--rehearse",
+        action="store_true",
+        help="a few cells of every kind at toy scale, into results/rehearsal; their numbers mean nothing",
+    )
 
 
 def add_plugin(command: argparse.ArgumentParser) -> None:
@@ -217,9 +242,8 @@ def selection(
     told = {"--model": model, "--dtype": dtype, "--limit": limit, "--data-dir": data_dir}
     options = [word for name, value in told.items() if value for word in (name, str(value))]
     asked = ["--tasks", *tasks] if tasks else []
-    source, plugin = _SOURCES.get(table, (table, []))
-    files = ["--plugin", *plugin] if plugin else []
-    return shlex.join([source, *files, *options, *asked, *_results(results)])
+    source, before = _SOURCES.get(table, (table, []))
+    return shlex.join([source, *before, *options, *asked, *_results(results)])
 
 
 def same_cells(asked: argparse.Namespace, data_dir: Path | None = None) -> str:
@@ -231,8 +255,8 @@ def same_cells(asked: argparse.Namespace, data_dir: Path | None = None) -> str:
 def same_tables(asked: argparse.Namespace) -> str:
     """The arguments by which another command finds the records of these tables."""
     sources = ["--all"] if asked.all else list(asked.sources.values())
-    plugin = ["--plugin", *map(str, asked.plugin)] if asked.plugin else []
-    return shlex.join([*sources, *plugin, *_results(asked.results)])
+    before = next(iter(_SOURCES[name][1] for name in asked.sources), [])
+    return shlex.join([*sources, *before, *_results(asked.results)])
 
 
 def _results(folder: Path) -> list[str]:

@@ -201,6 +201,7 @@ class Run:
     `recovery` follows pruning: a `recovery.Retraining`, or a `retrain.Reconstruction` block by block.  `quantised`: the
     weights are then put into 8 bits by LLM.int8, before anything is measured.  With a `tuning`, a `rates.Tuning`, the
     learning rate of `recovery` is chosen from its grid, and the one that `recovery` names counts for nothing.
+    A `rehearsal` is none of the table's numbers.
     `model` is a name of the catalogue, a local folder, or NAME=FOLDER for a folder that is a model of the catalogue;
     `identity` is filled in by `experiments.models` (hub id and revision, or a fingerprint of the folder), so that two
     models never share an id.
@@ -214,6 +215,7 @@ class Run:
     recovery: Any = None
     quantised: Flag = False
     tuning: Any = None
+    rehearsal: Flag = False
 
     def __post_init__(self) -> None:
         checks.fields(self)
@@ -252,6 +254,7 @@ class Run:
             **recovery,
             **({"quantised": "LLM.int8"} if self.quantised else {}),
             **({"tuning": describe(self.tuning)} if self.tuning else {}),
+            **({"rehearsal": True} if self.rehearsal else {}),
         }
 
     def _recovery(self) -> dict[str, Any]:

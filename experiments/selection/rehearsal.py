@@ -1,0 +1,88 @@
+"""A table at toy scale, to see every kind of its cells run from end to end minutes before days of computing.
+
+A few cells, each on two short windows, a few steps and documents.  A rehearsed cell says so in its record, whose id is
+then another one: no table, figure or claim takes it for a number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from experiments import papers
+from experiments.labels import labels
+from experiments.spec import Run, Table
+
+RESULTS = Path("results/rehearsal")
+AT_MOST = {
+    "count": 2, "length": 64, "window": 64, "limit": 2, "new_tokens": 4, "repetitions": 1, "prompts": 1,
+    "steps": 4, "stop": 2, "warmup": 1, "batch_size": 2, "micro_batch_size": 1, "held_out": 4,
+}  # fmt: skip
+FIRST = {"lengths": 1, "batch_sizes": 1, "rates": 2}
+WHOLE = ("limit",)  # None asks for everything
+_real: dict[str, Table] = {}
+
+
+def use(names: Iterable[str]) -> None:
+    """Let these tables, and no others, be their own rehearsals from now on."""
+    papers.TABLES.update(_real)
+    _real.clear()
+    for name in names:
+        _real[name] = papers.TABLES[name]
+        papers.TABLES[name] = rehearsed(papers.TABLES[name])
+
+
+def rehearsed(table: Table) -> Table:
+    """The first cell of every kind, and of every model, at toy scale, under the labels that they have in the table."""
+    runs = table.runs()
+    kinds: set[Any] = set()
+    kept: dict[Run, None] = {}
+    named: dict[Run, tuple[str, str]] = {}
+    for run, label in zip(runs, labels(runs, table.label), strict=True):
+        kind = (type(run.method), run.recovery and (type(run.recovery), run.recovery.trainable), run.quantised)
+        if kind not in kinds or run.model not in kinds:
+            kept[small(run)] = None
+            named.setdefault(_pruned(small(run)), label)
+        kinds |= {kind, run.model}
+    return replace(
+        table,
+        title=f"Rehearsal of: {table.title}",
+        rows=tuple(kept),
+        columns=(("",),),
+        run=lambda run, model: replace(run, model=model) if model else run,
+        published=None,
+        label=lambda run: named[_pruned(run)],
+    )
+
+
+def small(run: Run) -> Run:
+    """The same cell on little text, marked."""
+    return replace(
+        run,
+        windows=_shrunk(run.windows),
+        measures=tuple(_shrunk(what) for what in run.measures),
+        recovery=_shrunk(run.recovery),
+        tuning=replace(run.tuning, grid=_shrunk(run.tuning.grid)) if run.tuning else None,
+        rehearsal=True,
+    )
+
+
+def _shrunk(thing: Any) -> Any:
+    return replace(thing, **{f.name: _less(f.name, getattr(thing, f.name)) for f in fields(thing)}) if thing else None
+
+
+def _less(name: str, value: Any) -> Any:
+    if name in AT_MOST and type(value) in (int, float):
+        return min(value, AT_MOST[name]) if name != "warmup" or value >= 1 else value
+    if name in WHOLE and value is None:
+        return AT_MOST[name]
+    if name in FIRST and isinstance(value, tuple):
+        return value[: FIRST[name]]
+    return _shrunk(value) if is_dataclass(value) and not isinstance(value, type) else value
+
+
+def _pruned(run: Run) -> Run:
+    """What has a label: the cell whatever its model, its dtype and what is measured."""
+    return replace(run, model="any", dtype="float32", measures=())
