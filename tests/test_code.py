@@ -104,6 +104,7 @@ def test_a_package_that_forgets_a_module_would_be_noticed(tree):
         "__main__",
         "checkpoint",
         "contract",
+        "described",
         "weights.__init__",
         "weights.opening",
         "peft_targets",
