@@ -74,6 +74,8 @@ def carry_out(asked: argparse.Namespace, stopped: str) -> int:
             say(redaction.redacted(traceback.format_exc()))
         say(sentence(error))
         return EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED
+    finally:
+        _rehearse_no_more()
 
 
 def _printable() -> None:
@@ -142,17 +144,21 @@ def resolve(asked: argparse.Namespace) -> None:
 
 def _rehearse(asked: argparse.Namespace) -> None:
     """Put rehearsals in the place of the tables where that is asked for."""
-    wanted = getattr(asked, "rehearse", False)
-    if not wanted and "experiments.selection.rehearsal" not in sys.modules:
+    if not getattr(asked, "rehearse", False):
         return
     from experiments.selection import rehearsal
 
-    rehearsal.use((asked.sources if hasattr(asked, "sources") else [asked.table]) if wanted else ())
-    if wanted:
-        asked.no_dense_gate = True
-        asked.results = {str(RESULTS): rehearsal.RESULTS, str([RESULTS]): [rehearsal.RESULTS]}.get(
-            str(asked.results), asked.results
-        )
+    rehearsal.use(asked.sources if hasattr(asked, "sources") else [asked.table])
+    asked.no_dense_gate = True
+    asked.results = {str(RESULTS): rehearsal.RESULTS, str([RESULTS]): [rehearsal.RESULTS]}.get(
+        str(asked.results), asked.results
+    )
+
+
+def _rehearse_no_more() -> None:
+    """The command is over, and the process may go on."""
+    if (rehearsal := sys.modules.get("experiments.selection.rehearsal")) is not None:
+        rehearsal.use(())
 
 
 def _named(asked: argparse.Namespace) -> list[str]:

@@ -63,3 +63,4 @@ def test_results_go_to_a_folder_of_their_own(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     assert analysis(["table", TABLE, "--rehearse"]) == 2
     assert "results/rehearsal" in capsys.readouterr().err
+    assert papers.find(TABLE).published
