@@ -129,8 +129,11 @@ def declared(table: Table, root: Folders, runs: Sequence[Run], data_dir: Path | 
 
 
 def folders(root: Folders) -> list[Path]:
-    """Each once, in their order."""
-    return list(dict.fromkeys([Path(root)] if isinstance(root, str | Path) else map(Path, root)))
+    """Each once, in their order; ValueError for none."""
+    found = list(dict.fromkeys([Path(root)] if isinstance(root, str | Path) else map(Path, root)))
+    if not found:
+        raise ValueError("No results folder is given; name one or several.")
+    return found
 
 
 def _merged(stored: Mapping[Path, Mapping[str, Any]]) -> dict[str, Any]:

@@ -70,6 +70,8 @@ def test_several_results_folders_fill_one_table_the_first_goes_first(tmp_path, c
         (told,) = [line.getMessage() for line in caplog.records if "differs between" in line.getMessage()]
         assert f"{first}, which is shown" in told
         caplog.clear()
+    with pytest.raises(ValueError, match="No results folder is given"):
+        rows.rows(table(), [])
     with pytest.raises(rows.NoRecordsError, match=r"ours.* or .*theirs.*--results \S+ours`"):
         rows.rows(table(models=("llama-7b",)), [ours, theirs])
 
