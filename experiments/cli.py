@@ -75,7 +75,7 @@ def carry_out(asked: argparse.Namespace, stopped: str) -> int:
         say(sentence(error))
         return EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED
     finally:
-        _rehearse_no_more()
+        _forget()
 
 
 def _printable() -> None:
@@ -155,8 +155,9 @@ def _rehearse(asked: argparse.Namespace) -> None:
     )
 
 
-def _rehearse_no_more() -> None:
-    """The command is over, and the process may go on."""
+def _forget() -> None:
+    """The command is over, and the process may go on to another one."""
+    _SOURCES.clear()
     if (rehearsal := sys.modules.get("experiments.selection.rehearsal")) is not None:
         rehearsal.use(())
 

@@ -87,15 +87,15 @@ speed = Table(
     run=lambda method, model: Run(model, method, WINDOWS, (SPEED,)),
 )
 
+HALVED = (None, pruners.Magnitude(sparsity=0.5), pruners.Wanda(sparsity=0.5), pruners.SparseGPT(sparsity=0.5))
+
 generation = Table(
     name="embedded.generation",
     title="What pruned models write",
-    rows=(None, pruners.Magnitude(sparsity=0.5), pruners.Wanda(sparsity=0.5), pruners.SparseGPT(sparsity=0.5)),
+    rows=HALVED,
     columns=((MODEL,),),
     run=lambda method, model: Run(model, method, WINDOWS, (Generation(),)),
 )
-
-HALVED = (None, pruners.Magnitude(sparsity=0.5), pruners.Wanda(sparsity=0.5), pruners.SparseGPT(sparsity=0.5))
 
 tasks = Table(
     name="embedded.tasks",
