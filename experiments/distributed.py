@@ -27,7 +27,7 @@ from experiments.recovery import Retraining
 from experiments.spec import digest
 from pruners import checkpoint
 from pruners.lazy import torch
-from pruners.retrain.peers import PeerLostError
+from pruners.ranks import RankLostError
 
 if TYPE_CHECKING:
     from experiments.cells import Cell
@@ -120,7 +120,7 @@ class Group:
                 if self.store.check([failed := f"failed/{self.calls}/{rank}"]):
                     raise ConnectionError(f"Process {rank} cannot train along. {self.store.get(failed).decode()}")
                 if time.monotonic() > deadline:
-                    raise PeerLostError(f"Process {rank} is not ready to train along after {LOADING_SECONDS:.0f} s.")
+                    raise RankLostError(f"Process {rank} is not ready to train along after {LOADING_SECONDS:.0f} s.")
                 time.sleep(POLL_SECONDS)
 
     def _reach(self, place: str, said: str = "") -> None:
@@ -137,7 +137,7 @@ class Group:
     def _lost(self, error: BaseException) -> bool:
         """Whether this error keeps somebody waiting: it does not where every process met one in this call."""
         self._reach(f"failed/{self.calls}", sentence(error))
-        return isinstance(error, PeerLostError) or not self._all_reached(f"failed/{self.calls}")
+        return isinstance(error, RankLostError) or not self._all_reached(f"failed/{self.calls}")
 
 
 @contextmanager

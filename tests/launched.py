@@ -22,8 +22,8 @@ from experiments.__main__ import main
 from experiments.recovery import Retraining
 from experiments.spec import Table
 from pruners import checkpoint
+from pruners.ranks import Ranks
 from pruners.retrain import MaskLoRA, Trainable
-from pruners.retrain.peers import Peers
 
 NORMS = Retraining(Trainable(norms=True), small.WINDOWS, steps=8, learning_rate=1e-3)
 ADAPTERS = replace(NORMS, trainable=Trainable(norms=True, adapters=MaskLoRA(rank=4)), batch_size=4)
@@ -42,15 +42,15 @@ def table() -> Table:
 
 def lose(rank: int, step: int) -> None:
     """That process runs out of memory in its so-many-th step."""
-    add_up, steps = Peers.add_up, []
+    add_up, steps = Ranks.add_up, []
 
-    def failing(self: Peers, *arguments: object) -> None:
+    def failing(self: Ranks, *arguments: object) -> None:
         steps.append(1)
         if self.rank == rank and len(steps) == step:
             raise MemoryError
         add_up(self, *arguments)
 
-    Peers.add_up = failing  # type: ignore[method-assign, assignment]
+    Ranks.add_up = failing  # type: ignore[method-assign, assignment]
 
 
 def load_slowly(seconds: float) -> None:

@@ -19,9 +19,9 @@ from torch.testing import assert_close
 
 import pruners
 from pruners import storage
+from pruners.ranks import RankLostError, Ranks, explained
 from pruners.retrain import Diverged, LoRA, LoRAPrune, MaskLoRA, ScaleLoRA, Trainable, finetune, held_out_loss, state
 from pruners.retrain.batches import Batches
-from pruners.retrain.peers import PeerLostError, Peers, _explained
 from pruners.retrain.schedule import Schedule, precision_for
 
 MASKED = {
@@ -291,8 +291,8 @@ def test_two_processes_train_as_one_with_the_same_batch():
 
 def test_a_batch_that_processes_cannot_share_is_refused():
     with pytest.raises(ValueError, match="multiple of 2"):
-        Peers(0, 2).share([1, 2, 3])
-    assert Peers(1, 2).share([1, 2, 3, 4]) == [2, 4]
+        Ranks(0, 2).share([1, 2, 3])
+    assert Ranks(1, 2).share([1, 2, 3, 4]) == [2, 4]
 
 
 def test_the_held_out_loss_weighs_tokens_not_batches(kind, windows):
@@ -331,8 +331,10 @@ def test_a_held_out_loss_that_is_not_finite_is_refused_at_once(windows):
 
 
 def test_a_lost_peer_is_told_with_what_torch_said():
-    with pytest.raises(PeerLostError, match=r"not answer \(Connection reset by peer\); see what"), _explained():
-        raise RuntimeError("Connection reset by peer\nat tcp.cc:12")
+    with pytest.raises(RankLostError, match=r"not answer \(Closed by peer \[::1\]:7\); see what"), explained():
+        raise RuntimeError("[gloo/pair.cc:12] Closed by peer [::1]:7. This is typical.\nat tcp.cc:12")
+    with pytest.raises(RuntimeError, match="sizes differ"), explained():
+        raise RuntimeError("sizes differ")
 
 
 def test_a_schedule_can_be_left_early_and_gone_on_with(kind, windows, tmp_path):

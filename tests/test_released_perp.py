@@ -23,8 +23,8 @@ from experiments.distributed import Group
 from experiments.recovery import Retraining
 from experiments.spec import Run, Windows, describe
 from pruners import anatomy
+from pruners.ranks import Ranks
 from pruners.retrain import LoRA, LoRAPrune, MaskLoRA, Reconstruction, ScaleLoRA, Trainable, finetune
-from pruners.retrain.peers import Peers
 from pruners.retrain.trainable import Attached
 
 TRAINED = {
@@ -231,7 +231,7 @@ def test_two_processes_share_whole_micro_batches():
 
 def test_micro_batches_that_processes_cannot_share_are_refused():
     with pytest.raises(ValueError, match="A batch of 4 cannot be shared evenly by 2 processes in micro-batches of 4"):
-        Peers(0, 2).share([[1, 2, 3, 4]], 4)
+        Ranks(0, 2).share([[1, 2, 3, 4]], 4)
     recovery = Retraining(Trainable(norms=True), Windows("c4/train", 4, 8), 2, 1e-3, 4, reference=True)
     cell = Cell(Run("smollm2-135m", None, None, (), recovery=recovery), "0", "the row")
     with pytest.raises(ValueError, match="a batch of 4 in micro-batches of 4 evenly, as the row would"):

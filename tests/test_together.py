@@ -22,7 +22,7 @@ from experiments.batch import run_table
 from experiments.distributed import Group
 from experiments.settings import Settings
 from experiments.store import records
-from pruners.retrain.peers import PeerLostError
+from pruners.ranks import RankLostError
 
 SCRIPT = Path(__file__).with_name("launched.py")
 LAUNCH = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
@@ -87,7 +87,7 @@ def test_batches_that_do_not_divide_are_refused_before_any_work(tmp_path, monkey
 def test_process_0_waits_until_all_are_ready_and_is_told_why_one_is_not(monkeypatch):
     monkeypatch.setattr(distributed, "LOADING_SECONDS", 0.0)
     one, other = (Group(rank, 2, store, calls=1) for store in [HashStore()] for rank in (0, 1))
-    with pytest.raises(PeerLostError, match="Process 1 is not ready to train along after 0 s"):
+    with pytest.raises(RankLostError, match="Process 1 is not ready to train along after 0 s"):
         one._wait_until_loaded()
     monkeypatch.setattr(distributed, "PATIENCE_SECONDS", 0.0)
     other._lost(ValueError("No such file."))
@@ -140,7 +140,7 @@ def test_an_error_that_all_meet_is_told_from_one_that_keeps_somebody_waiting(mon
     assert one._lost(ValueError())  # the other has met none yet
     assert not other._lost(ValueError())
     assert not one._lost(ValueError())
-    assert one._lost(PeerLostError())
+    assert one._lost(RankLostError())
 
 
 def test_each_process_takes_its_own_gpu(monkeypatch):

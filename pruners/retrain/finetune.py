@@ -27,14 +27,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pruners import checks, gradients, inputs
+from pruners import checks, gradients, inputs, ranks
 from pruners.calibrate import Progress
 from pruners.checks import Count, Finite, Flag, Folder, Positive, Seed, Text, Whole
 from pruners.lazy import PreTrainedModel, no_grad, torch
 from pruners.retrain import state
 from pruners.retrain.batches import Batches
 from pruners.retrain.passes import Micro, Passes
-from pruners.retrain.peers import Peers
 from pruners.retrain.schedule import Schedule, precision_for
 from pruners.retrain.trainable import Attached, Trainable
 from pruners.weights import homes
@@ -177,13 +176,13 @@ class _Loop:
         self.optimizer = self.schedule.optimizer(self.attached.tensors)
         trained = list(self.attached.tensors.values())
         self.passes = Passes(self.model, self.batches, self.precision, trained)
-        self.peers = Peers.here(self.model.device)
-        self.report.processes = self.peers.count
+        self.ranks = ranks.here(self.model.device)
+        self.report.processes = self.ranks.count
         self.good: tuple[int, dict[str, torch.Tensor]] = (0, {})
 
     def run(self, save_every: int, checkpointing: bool, progress: Progress | None, watch: Watch | None) -> None:
         self._resume()
-        self.peers.agree(f"{self.mark} from step {self.report.resumed_at}")
+        self.ranks.agree(f"{self.mark} from step {self.report.resumed_at}")
         training = self.model.training
         with ExitStack() as stack:
             stack.callback(self.model.train, training)
@@ -206,7 +205,7 @@ class _Loop:
         indices = self.batches.indices(step)
         loss = self.passes.backward(step, self._micros(indices))
         tensors = list(self.attached.tensors.values())
-        self.peers.add_up(tensors, loss)
+        self.ranks.add_up([loss, *(p.grad for p in tensors if p.grad is not None)])
         self.attached.mask_gradients()
         norm = torch.nn.utils.clip_grad_norm_(tensors, self.clip)
         self._refuse_divergence(step, float(loss), float(norm))
@@ -220,10 +219,10 @@ class _Loop:
         size, numbered = self.micro_batch_size, list(enumerate(indices))
         if self.reference:
             whole = _cut(numbered, size)
-            mine = self.peers.share(whole, size)
+            mine = self.ranks.share(whole, size)
             return [_micro(part, len(whole) * self.batches.predicted([i for _, i in part])) for part in mine]
         tokens = self.batches.predicted(indices)
-        return [_micro(part, tokens) for part in _cut(self.peers.share(numbered), size)]
+        return [_micro(part, tokens) for part in _cut(self.ranks.share(numbered), size)]
 
     def _refuse_divergence(self, step: int, loss: float, norm: float) -> None:
         losses = [*self.report.losses, loss]
@@ -245,11 +244,11 @@ class _Loop:
         tensors = {name: p.detach().cpu().clone() for name, p in self.attached.tensors.items()}
         self.good = (step, tensors)
         # a run of the same schedule that stops later may have overtaken this one
-        if self.path and self.peers.rank == 0 and step > state.step_in(self.path, self.mark):
+        if self.path and self.ranks.rank == 0 and step > state.step_in(self.path, self.mark):
             moments = state.of_optimizer(self.optimizer, self.attached.tensors)
             about = {name: getattr(self.report, name) for name in ("losses", "tokens", "seconds")}
             state.save(self.path, {**tensors, **moments}, {"fingerprint": self.mark, "step": step, **about})
-        self.peers.wait()
+        self.ranks.wait()
 
     def _resume(self) -> None:
         if self.path and (found := state.load(self.path, self.mark)):
