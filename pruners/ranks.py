@@ -94,6 +94,12 @@ class Ranks:
                 for handle in [torch.distributed.all_reduce(tensor, async_op=True) for tensor in tensors]:
                     handle.wait()
 
+    def any(self, here: bool) -> bool:
+        """Whether it is so on any rank."""
+        told = torch.tensor([float(here)], device=self.device)
+        self.add_up([told])
+        return bool(told)
+
     def wait(self) -> None:
         """Until every rank has come here."""
         if self.count > 1:
@@ -121,6 +127,8 @@ def here(device: torch.device | str = "cpu", patience: timedelta = PATIENCE) -> 
     device = torch.device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
         on_gpu = device.type == "cuda"
+        if on_gpu:
+            torch.cuda.set_device(device)
         with explained():
             torch.distributed.init_process_group(
                 "nccl" if on_gpu else "gloo", timeout=patience, device_id=device if on_gpu else None

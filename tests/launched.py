@@ -22,8 +22,8 @@ from experiments.__main__ import main
 from experiments.recovery import Retraining
 from experiments.spec import Table
 from pruners import checkpoint
-from pruners.ranks import Ranks
 from pruners.retrain import MaskLoRA, Trainable
+from pruners.retrain.layouts import Sharded
 
 NORMS = Retraining(Trainable(norms=True), small.WINDOWS, steps=8, learning_rate=1e-3)
 ADAPTERS = replace(NORMS, trainable=Trainable(norms=True, adapters=MaskLoRA(rank=4)), batch_size=4)
@@ -42,15 +42,15 @@ def table() -> Table:
 
 def lose(rank: int, step: int) -> None:
     """That process runs out of memory in its so-many-th step."""
-    add_up, steps = Ranks.add_up, []
+    collect, steps = Sharded.collect, []
 
-    def failing(self: Ranks, *arguments: object) -> None:
+    def failing(self: Sharded, loss: Any) -> None:
         steps.append(1)
-        if self.rank == rank and len(steps) == step:
+        if self.ranks.rank == rank and len(steps) == step:
             raise MemoryError
-        add_up(self, *arguments)
+        collect(self, loss)
 
-    Ranks.add_up = failing  # type: ignore[method-assign, assignment]
+    Sharded.collect = failing  # type: ignore[method-assign]
 
 
 def load_slowly(seconds: float) -> None:

@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import socket
-import subprocess
-import sys
-from typing import Any
 
 import pytest
 import safetensors.torch
@@ -253,40 +248,6 @@ def test_the_global_generator_is_left_alone(windows):
 def test_examples_that_do_not_fit_are_refused(examples, says):
     with pytest.raises(ValueError, match=says):
         finetune(tiny("opt"), PEFT, examples, steps=1, learning_rate=1e-3)
-
-
-TOGETHER = """
-import torch, pruners
-from pruners.retrain import MaskLoRA, Trainable, finetune
-from transformers import LlamaConfig, LlamaForCausalLM
-torch.manual_seed(0)
-model = LlamaForCausalLM(LlamaConfig(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                                     num_attention_heads=4, max_position_embeddings=64))
-pruners.prune(model, pruners.Magnitude(sparsity=0.5))
-windows = torch.randint(3, 96, (6, 16), generator=torch.Generator().manual_seed(1))
-what = Trainable(norms=True, adapters=MaskLoRA(rank=4))
-report = finetune(model, what, windows, steps=6, learning_rate=5e-3, batch_size=4)
-total = sum(float(p.detach().double().abs().sum()) for p in model.parameters())
-RESULT = [total, *report.losses]
-"""
-
-
-def test_two_processes_train_as_one_with_the_same_batch():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", TOGETHER + "print(*RESULT)"], env=environment | {"RANK": str(rank)},
-                         stdout=subprocess.PIPE, text=True)
-        for rank in (0, 1)
-    ]  # fmt: skip
-    alone: dict[str, Any] = {}
-    with torch.random.fork_rng():
-        exec(TOGETHER, alone)
-    together = [[float(value) for value in process.communicate(timeout=120)[0].split()] for process in ranks]
-    assert together[0] == together[1]
-    assert_close(together[0], alone["RESULT"])
 
 
 def test_a_batch_that_processes_cannot_share_is_refused():

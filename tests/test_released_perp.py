@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from dataclasses import replace
 from typing import Any
 
@@ -193,40 +189,6 @@ def test_micro_batches_that_are_no_whole_step_are_refused_before_anything_is_don
         Retraining(Trainable(norms=True), Windows("c4/train", 4, 8), reference=True, **asked)
     assert all(linear.weight.all() for block in anatomy.blocks(model) for linear in block.linears().values())
     finetune(model, Trainable(norms=True), windows, **asked)
-
-
-TOGETHER = """
-import torch, pruners
-from pruners.retrain import MaskLoRA, Trainable, finetune
-from transformers import OPTConfig, OPTForCausalLM
-torch.manual_seed(0)
-model = OPTForCausalLM(OPTConfig(vocab_size=96, hidden_size=32, ffn_dim=48, num_hidden_layers=2, dropout=0.0,
-                                 num_attention_heads=4, max_position_embeddings=64, word_embed_proj_dim=32))
-pruners.prune(model, pruners.Magnitude(sparsity=0.5))
-windows = torch.randint(3, 96, (8, 16), generator=torch.Generator().manual_seed(1))
-records = [{"input_ids": row[:length]} for row, length in zip(windows, (16, 3, 9, 16, 5, 12, 4, 7))]
-report = finetune(model, Trainable(norms=True, adapters=MaskLoRA(rank=4)), records, steps=6, learning_rate=5e-3,
-                  batch_size=4, micro_batch_size=2, reference=True)
-RESULT = [sum(float(p.detach().double().abs().sum()) for p in model.parameters()), *report.losses]
-"""
-
-
-def test_two_processes_share_whole_micro_batches():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", TOGETHER + "print(*RESULT)"], env=environment | {"RANK": str(rank)},
-                         stdout=subprocess.PIPE, text=True)
-        for rank in (0, 1)
-    ]  # fmt: skip
-    alone: dict[str, Any] = {}
-    with torch.random.fork_rng():
-        exec(TOGETHER, alone)
-    together = [[float(value) for value in process.communicate(timeout=120)[0].split()] for process in ranks]
-    assert together[0] == together[1]
-    assert_close(together[0], alone["RESULT"])
 
 
 def test_micro_batches_that_processes_cannot_share_are_refused():

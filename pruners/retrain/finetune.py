@@ -31,8 +31,10 @@ from pruners import checks, gradients, inputs, ranks
 from pruners.calibrate import Progress
 from pruners.checks import Count, Finite, Flag, Folder, Positive, Seed, Text, Whole
 from pruners.lazy import PreTrainedModel, no_grad, torch
+from pruners.ranks import Ranks
 from pruners.retrain import state
 from pruners.retrain.batches import Batches
+from pruners.retrain.layouts import Replicated, Sharded, laid_out
 from pruners.retrain.passes import Micro, Passes
 from pruners.retrain.schedule import Schedule, precision_for
 from pruners.retrain.trainable import Attached, Trainable
@@ -116,7 +118,11 @@ def finetune(
     `micro_batch_size`, a divisor of `batch_size`, moves the loss (see the module).  With a `folder`, the state is kept
     there every `save_every` steps and a killed run goes on from it, as does one that is to `stop` the same schedule
     after more steps.  After every step `progress(step, stop or steps)` and
-    `watch(step, loss, tokens a second)` are called.  Under torchrun the processes share each batch.
+    `watch(step, loss, tokens a second)` are called.
+
+    Under torchrun every rank calls this with the same model and examples, whole; they share each batch, and each keeps
+    its part of weights, gradients and moments meanwhile (see pruners.retrain.layouts).  Where a rank is lost the others
+    raise RankLostError, and the model's weights are gone; the state in `folder` fits any number of ranks.
 
     Raises TypeError or ValueError for a model, examples, settings or checkpoints that do not fit, before anything is
     trained, and Diverged where the loss does.
@@ -131,10 +137,15 @@ def finetune(
     unusual = [f"means of {micro_batch_size}"] * reference + ["in order"] * (not shuffle)
     mark = state.fingerprint(model, schedule, trainable, clip, seed, cast, batches.digest(), *unusual)
     path = Path(folder) / "retrain.safetensors" if folder else None
-    attached = trainable.attach(model, seed, untie=not reference)
+    together = ranks.here(model.device)
+    _share(together, list(range(batch_size)), micro_batch_size, reference)  # refused now if at all
+    together.agree(f"{mark} {stop} {micro_batch_size} {save_every} {checkpointing} {folder is None}")
+    spread = together.count > 1 and homes.of(model) is None
+    attached = trainable.attach(model, seed, untie=not reference, spread=spread)
     report = Retrained(repr(trainable), attached.trained, attached.parameters, attached.share, attached.sparsity)
     try:
         loop = _Loop(
+            ranks=together,
             model=model,
             attached=attached,
             schedule=schedule,
@@ -148,9 +159,11 @@ def finetune(
             mark=mark,
             report=report,
         )
-        loop.run(save_every, checkpointing, progress, watch)
+        with ranks.explained():
+            loop.run(save_every, checkpointing, progress, watch)
+            loop.bring_back()
     except BaseException as error:
-        if not isinstance(error, Diverged):
+        if not isinstance(error, Diverged) and not spread:
             attached.detach()
         raise
     loop.merge()
@@ -159,6 +172,7 @@ def finetune(
 
 @dataclass(kw_only=True)
 class _Loop:
+    ranks: Ranks
     model: PreTrainedModel
     attached: Attached
     schedule: Schedule
@@ -173,23 +187,24 @@ class _Loop:
     report: Retrained
 
     def __post_init__(self) -> None:
-        self.optimizer = self.schedule.optimizer(self.attached.tensors)
-        trained = list(self.attached.tensors.values())
-        self.passes = Passes(self.model, self.batches, self.precision, trained)
-        self.ranks = ranks.here(self.model.device)
+        self.layout: Replicated | Sharded = laid_out(self.attached, self.ranks)
+        self.optimizer = self.schedule.optimizer(self.layout.tensors)
+        trained = list(self.layout.tensors.values())
+        self.passes = Passes(self.layout.model, self.batches, self.precision, trained, not self.layout.spread)
+        self.unmerged = 0.0
         self.report.processes = self.ranks.count
         self.good: tuple[int, dict[str, torch.Tensor]] = (0, {})
 
     def run(self, save_every: int, checkpointing: bool, progress: Progress | None, watch: Watch | None) -> None:
         self._resume()
         self.ranks.agree(f"{self.mark} from step {self.report.resumed_at}")
-        training = self.model.training
+        model = self.layout.model
         with ExitStack() as stack:
-            stack.callback(self.model.train, training)
+            stack.callback(model.train, model.training)
             stack.enter_context(self.passes.drawing())
-            if checkpointing and homes.of(self.model) is None:  # else blocks are recomputed as they come
-                stack.enter_context(gradients.checkpointed(self.model))
-            self.model.train()
+            if checkpointing and homes.of(model) is None:  # else blocks are recomputed as they come
+                stack.enter_context(gradients.checkpointed(model))
+            model.train()
             for step in range(len(self.report.losses), self.stop):
                 if step % save_every == 0 or step == self.report.resumed_at:
                     self._keep(step)
@@ -204,10 +219,8 @@ class _Loop:
         started = time.perf_counter()
         indices = self.batches.indices(step)
         loss = self.passes.backward(step, self._micros(indices))
-        tensors = list(self.attached.tensors.values())
-        self.ranks.add_up([loss, *(p.grad for p in tensors if p.grad is not None)])
-        self.attached.mask_gradients()
-        norm = torch.nn.utils.clip_grad_norm_(tensors, self.clip)
+        self.layout.collect(loss)
+        norm = self.layout.clip(self.clip)
         self._refuse_divergence(step, float(loss), float(norm))
         self.schedule.step(self.optimizer, step)
         self.report.losses.append(float(loss))
@@ -215,14 +228,13 @@ class _Loop:
         self.report.seconds += time.perf_counter() - started
 
     def _micros(self, indices: list[int]) -> list[Micro]:
-        """This process's micro-batches of a batch."""
-        size, numbered = self.micro_batch_size, list(enumerate(indices))
+        """This rank's micro-batches of a batch."""
+        mine = _share(self.ranks, list(enumerate(indices)), self.micro_batch_size, self.reference)
         if self.reference:
-            whole = _cut(numbered, size)
-            mine = self.ranks.share(whole, size)
-            return [_micro(part, len(whole) * self.batches.predicted([i for _, i in part])) for part in mine]
+            count = len(indices) // self.micro_batch_size
+            return [_micro(part, count * self.batches.predicted([i for _, i in part])) for part in mine]
         tokens = self.batches.predicted(indices)
-        return [_micro(part, tokens) for part in _cut(self.ranks.share(numbered), size)]
+        return [_micro(part, tokens) for part in mine]
 
     def _refuse_divergence(self, step: int, loss: float, norm: float) -> None:
         losses = [*self.report.losses, loss]
@@ -231,8 +243,9 @@ class _Loop:
         if math.isfinite(loss) and math.isfinite(norm) and not rising:
             return
         step_kept, tensors = self.good
-        for name, p in self.attached.tensors.items():
+        for name, p in self.layout.tensors.items():
             p.data.copy_(tensors[name])
+        self.layout.bring_back()
         self.attached.merge()
         raise Diverged(
             f"Retraining diverged at step {step + 1} of {self.schedule.steps}: loss {loss:.4g} after {losses[0]:.4g} "
@@ -241,44 +254,54 @@ class _Loop:
         )
 
     def _keep(self, step: int) -> None:
-        tensors = {name: p.detach().cpu().clone() for name, p in self.attached.tensors.items()}
+        tensors = {name: p.detach().cpu().clone() for name, p in self.layout.tensors.items()}
         self.good = (step, tensors)
+        if (path := self.path) is None:
+            return
         # a run of the same schedule that stops later may have overtaken this one
-        if self.path and self.ranks.rank == 0 and step > state.step_in(self.path, self.mark):
-            moments = state.of_optimizer(self.optimizer, self.attached.tensors)
+        if self.ranks.first(lambda: step > state.step_in(path, self.mark)):
+            moments = state.of_optimizer(self.optimizer, self.layout.tensors)
             about = {name: getattr(self.report, name) for name in ("losses", "tokens", "seconds")}
-            state.save(self.path, {**tensors, **moments}, {"fingerprint": self.mark, "step": step, **about})
-        self.ranks.wait()
+            self.layout.save(path, {**tensors, **moments}, {"fingerprint": self.mark, "step": step, **about})
 
     def _resume(self) -> None:
-        if self.path and (found := state.load(self.path, self.mark)):
+        if self.path and (found := self.layout.load(self.path, self.mark)):
             saved, about = found
             if about["step"] > self.stop:  # of a run that went further; it stays
                 return
-            state.restore(self.optimizer, self.attached.tensors, saved, about["step"])
+            state.restore(self.optimizer, self.layout.tensors, saved, about["step"])
             self.report.losses, self.report.tokens = about["losses"], about["tokens"]
             self.report.resumed_seconds, self.report.resumed_at = about["seconds"], about["step"]
             self.report.seconds = about["seconds"]
 
     @no_grad
+    def bring_back(self) -> None:
+        """What was trained into the model, adapters in place; the moments are dropped first."""
+        if self.attached.merges:
+            self.unmerged = self._last_loss(self.passes, self.precision)
+        self.optimizer.state.clear()
+        self.layout.bring_back()
+
+    @no_grad
     def merge(self) -> None:
         report, attached = self.report, self.attached
-        before = self._last_loss(self.precision) if attached.merges else 0.0
         report.lost_by_merging = attached.lost_by_merging()
         if home := homes.of(self.model):
             home.source.enter("retrained")
         attached.merge()
-        report.merging = (before, self._last_loss(None)) if attached.merges else None
+        if attached.merges:
+            plain = Passes(self.model, self.batches, None, [])
+            report.merging = (self.unmerged, self._last_loss(plain, None))
         report.sparsity, report.untied = attached.sparsity, attached.untied
 
-    def _last_loss(self, precision: torch.dtype | None) -> float:
+    def _last_loss(self, passes: Passes, precision: torch.dtype | None) -> float:
         indices = self.batches.indices(self.stop - 1)[: self.micro_batch_size]
-        training = self.model.training
-        self.model.eval()
+        model, training = passes.model, passes.model.training
+        model.eval()
         try:
-            return float(self.passes.loss(Micro(indices, self.batches.predicted(indices), 0), precision))
+            return float(passes.loss(Micro(indices, self.batches.predicted(indices), 0), precision))
         finally:
-            self.model.train(training)
+            model.train(training)
 
 
 def refuse_away(model: PreTrainedModel, trainable: Trainable) -> None:
@@ -294,6 +317,13 @@ def refuse_away(model: PreTrainedModel, trainable: Trainable) -> None:
 def _micro(part: Sequence[tuple[int, int]], divisor: int) -> Micro:
     """Of the places and numbers of examples."""
     return Micro([index for _, index in part], divisor, part[0][0])
+
+
+def _share(together: Ranks, examples: list[T], size: int, reference: bool) -> list[Sequence[T]]:
+    """This rank's micro-batches of a batch; ValueError where it does not divide."""
+    if reference:
+        return list(together.share(_cut(examples, size), size))
+    return _cut(together.share(examples), size)
 
 
 def _cut(examples: Sequence[T], size: int) -> list[Sequence[T]]:

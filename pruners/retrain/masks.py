@@ -6,7 +6,15 @@ pruned weight.
 
 from __future__ import annotations
 
+from typing import Any
+
 from pruners.lazy import Bool, Float, Tensor, torch
+
+
+def refuse_back(name: str, back: int) -> None:
+    """Raises AssertionError unless none of the pruned weights are back."""
+    if back:
+        raise AssertionError(f"{name}: {back:,} pruned weights came back during retraining.")
 
 
 class BitMask:
@@ -39,9 +47,15 @@ class BitMask:
 
     def check(self, name: str, weight: Float[Tensor, "..."]) -> None:
         """Raises AssertionError if a pruned weight is back."""
-        back = int(((weight.detach() != 0) & self.gone()).sum())
-        if back:
-            raise AssertionError(f"{name}: {back:,} pruned weights came back during retraining.")
+        refuse_back(name, self.back(weight))
+
+    def back(self, weight: Float[Tensor, "..."]) -> int:
+        """How many pruned weights are not zero."""
+        return int(((weight.detach() != 0) & self.gone()).sum())
+
+    def __deepcopy__(self, memo: Any) -> BitMask:
+        """A copied model shares its masks, which nothing changes."""
+        return self
 
     def _whole(self, unpacked: Tensor) -> Tensor:
         return unpacked.flatten()[: self.shape.numel()].view(self.shape)

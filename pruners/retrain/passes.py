@@ -46,11 +46,20 @@ class Way:
 
 
 class Passes:
-    """Of `model` on examples of `batches`; `precision` is a dtype for autocast, `trained` what gets gradients."""
+    """Of `model` on examples of `batches`; `precision` is a dtype for autocast, `trained` what gets gradients.
+
+    Where weights are gathered for a while only, their casts are not to be `cached` for longer.
+    """
 
     def __init__(
-        self, model: Any, batches: Batches, precision: torch.dtype | None, trained: Sequence[nn.Parameter]
+        self,
+        model: Any,
+        batches: Batches,
+        precision: torch.dtype | None,
+        trained: Sequence[nn.Parameter],
+        cached: bool = True,
     ) -> None:
+        self.cached = cached
         self.model, self.batches, self.precision, self.trained = model, batches, precision, trained
         self.device: torch.device = model.device
         self._numbers: tuple[int, ...] = (batches.seed,)
@@ -75,12 +84,12 @@ class Passes:
     @contextmanager
     def _at(self, step: int, micro: Micro) -> Iterator[None]:
         self._numbers = (self.batches.seed, step, micro.place)
-        with seeded(self.device, *self._numbers), autocast(self.precision, self.device):
+        with seeded(self.device, *self._numbers), autocast(self.precision, self.device, self.cached):
             yield
 
     def loss(self, micro: Micro, precision: torch.dtype | None) -> Tensor:
         batch = self.batches.collated(micro.indices, self.device)
-        with autocast(precision, self.device):
+        with autocast(precision, self.device, self.cached):
             return self.model(**batch, use_cache=False, num_items_in_batch=micro.divisor).loss
 
     def backward(self, step: int, micros: Sequence[Micro]) -> Tensor:

@@ -85,8 +85,9 @@ def precision_for(asked: str | None, model_dtype: torch.dtype, device: torch.dev
 
 
 @contextmanager
-def autocast(precision: torch.dtype | None, device: torch.device) -> Iterator[None]:
-    with torch.autocast(device.type, dtype=precision, enabled=precision is not None):
+def autocast(precision: torch.dtype | None, device: torch.device, cached: bool = True) -> Iterator[None]:
+    """`cached`: the cast of a weight is kept until the end, for its next use."""
+    with torch.autocast(device.type, dtype=precision, enabled=precision is not None, cache_enabled=cached):
         yield
 
 

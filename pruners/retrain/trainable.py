@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pruners import anatomy, checks
 from pruners.anatomy import Block
 from pruners.checks import Flag
-from pruners.lazy import nn, torch
+from pruners.lazy import Tensor, nn, torch
 from pruners.matrices import Matrix
 from pruners.retrain.adapters import Adapter, LoRA, LoRAPrune, LowRank
 from pruners.retrain.masks import BitMask
@@ -52,13 +52,14 @@ class Trainable:
         """Every parameter, under the mask."""
         return cls(biases=True, norms=True, embeddings=True, weights=True)
 
-    def attach(self, model: nn.Module, seed: int = 0, untie: bool = True) -> Attached:
+    def attach(self, model: nn.Module, seed: int = 0, untie: bool = True, spread: bool = False) -> Attached:
         """Freeze `model` but for what is selected, adapters in place; `seed` starts the adapters.
 
-        With `untie`, a head that shares the embeddings' matrix gets one of its own when its adapter merges.
+        With `untie`, a head that shares the embeddings' matrix gets one of its own when its adapter merges.  What is
+        to be `spread` over ranks becomes float32 when it is, part by part.
         Raises ValueError where nothing is selected, a projection does not exist or a rank is too large.
         """
-        attached = self._attach(model, {f"{block.name}.": block for block in anatomy.blocks(model)}, seed, "")
+        attached = self._attach(model, {f"{block.name}.": block for block in anatomy.blocks(model)}, seed, "", spread)
         attached.unties = untie
         if not attached.tensors:
             attached.detach()
@@ -96,7 +97,9 @@ class Trainable:
         if not trained and block.shared_inputs:
             raise ValueError(f"{self!r} selects nothing in {block.name}. Select norms or adapters.")
 
-    def _attach(self, root: nn.Module, blocks: Mapping[str, Block], seed: int, prefix: str) -> Attached:
+    def _attach(
+        self, root: nn.Module, blocks: Mapping[str, Block], seed: int, prefix: str, spread: bool = False
+    ) -> Attached:
         """To what `blocks`, by what stands in front of their names within `root`, hold."""
         required = {p: p.requires_grad for p in root.parameters()}
         linears = {where + name: linear for where, block in blocks.items() for name, linear in block.linears().items()}
@@ -119,7 +122,7 @@ class Trainable:
             with homes.held(head):
                 adapters.append(self._on_head().attach("head", head, BitMask.of(head.weight.data), seed))
         inside = {where + name: p for where, named in matrices.items() for name, p in named.items()}
-        return Attached(root, blocks, inside, selected, adapters, masks, required)
+        return Attached(root, blocks, inside, selected, adapters, masks, required, spread)
 
     def _on_head(self) -> LoRA:
         given = {name: getattr(self.adapters, name) for name in SHARED if hasattr(self.adapters, name)}
@@ -153,6 +156,7 @@ class Attached:
     adapters: list[Adapter]
     masks: dict[str, BitMask]
     required: dict[nn.Parameter, bool]
+    spread: bool = False
     unties: bool = True
     untied: bool = False
     _dtypes: dict[nn.Parameter, torch.dtype] = field(default_factory=dict)
@@ -163,8 +167,8 @@ class Attached:
         homes.stay(self.root, self._dtypes)
         for p in self.required:
             p.requires_grad_(p in self._dtypes)
-        for p in self._dtypes:
-            p.data = p.data.float()
+        for p in () if self.spread else self._dtypes:
+            p.data = self.widened(p)
         for adapter in self.adapters:
             _replace(self.root, adapter.linear, adapter.module)
             self.tensors |= {f"{adapter.name}.A": adapter.a, f"{adapter.name}.B": adapter.b}
@@ -199,6 +203,14 @@ class Attached:
     def keeps_sparsity(self) -> bool:
         """Whether pruned weights stay zero; plain LoRA that merges fills them."""
         return all(a.kind.keeps_sparsity or a.on_head or not _merges(a) for a in self.adapters)
+
+    def widened(self, p: nn.Parameter) -> Tensor:
+        """A parameter's value in the type in which it goes through training."""
+        return p.data.float() if p in self._dtypes else p.data
+
+    def narrowed(self, p: nn.Parameter, value: Tensor) -> Tensor:
+        """`value` in the type that the parameter had before."""
+        return value.to(self._dtypes.get(p, value.dtype))
 
     def mask_gradients(self) -> None:
         """No gradient, hence no step, for pruned weights."""
@@ -253,7 +265,7 @@ class Attached:
 
     def _restore(self, parameters: set[nn.Parameter]) -> None:
         for p in parameters:
-            p.data = p.data.to(self._dtypes.get(p, p.dtype))
+            p.data = self.narrowed(p, p.data)
             p.requires_grad_(self.required[p])
             p.grad = None
         homes.go(self.root, parameters)
@@ -295,7 +307,7 @@ def _selected(wanted: Trainable, root: nn.Module, matrices: set[nn.Parameter]) -
             chosen.add(weight)
     embeddings: set[Any] = {module.weight for module in root.modules() if isinstance(module, nn.Embedding)}
     chosen = chosen | embeddings if wanted.embeddings else chosen - embeddings
-    return {name: p for name, p in root.named_parameters() if p in chosen}
+    return {name: p for name, p in root.named_parameters() if p in chosen and p.numel()}
 
 
 def _replace(root: nn.Module, old: nn.Module, new: nn.Module) -> None:
