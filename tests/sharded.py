@@ -2,12 +2,13 @@
 
     python tests/sharded.py FOLDER
 
-forks launches of four ranks and of two, which leave FOLDER/COUNT.RANK.pt: what became of every job, as plain values and
+forks launches of four ranks and of two, which leave FOLDER/WORK.RANK.pt: what became of every job, as plain values and
 tensors.  The last of four ranks dies in the middle of a training; one process and two ranks go on with others' states.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import multiprocessing
 import os
@@ -16,6 +17,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from conftest import hollow, tiny
 import pruners
 from pruners import ranks
 from pruners.retrain import Diverged, LoRA, LoRAPrune, MaskLoRA, ScaleLoRA, Trainable, choose_rate, finetune, layouts
+from pruners.weights import homes, sources
 
 STEPS = 20
 
@@ -39,15 +42,21 @@ class Job:
     trainable: Trainable
     settings: dict[str, Any] = field(default_factory=dict)
     words: bool = False  # records of several lengths with labels, not windows
+    away: bool = False  # weights come from CPU memory block by block
 
     def model(self) -> Any:
         model = self.made()
         pruners.prune(model, pruners.Magnitude(sparsity=0.5))
+        if self.away:
+            homes.settle(model, sources.Memory(model), "cpu")
         return model
 
     def run(self, **more: Any) -> tuple[Any, Any]:
         model, settings = self.model(), {"steps": STEPS, "learning_rate": 1e-3, "batch_size": 4} | self.settings | more
-        return model, finetune(model, self.trainable, records() if self.words else windows(), **settings)
+        report = finetune(model, self.trainable, records() if self.words else windows(), **settings)
+        if self.away:
+            homes.of(model).leave()
+        return model, report
 
 
 def windows() -> torch.Tensor:
@@ -88,6 +97,7 @@ JOBS = {
     "a block without heads": Job(partial(hollow, "llama multi-head", "nothing"), Trainable.full(), FEW),
     "bfloat16": Job(lambda: LLAMA().bfloat16(), Trainable.full(), ONE | FEW),
 }
+STREAMED = Job(partial(dry, "opt"), Trainable(norms=True, adapters=MaskLoRA(rank=3)), FEW, words=True, away=True)
 RESUMED = Job(partial(tiny, "llama grouped-query"), Trainable.full(), {"save_every": 5})
 
 
@@ -166,6 +176,9 @@ def two(here: ranks.Ranks, folder: Path) -> Iterator[tuple[str, Any]]:
     yield "other", refused(lambda: RESUMED.run(seed=here.rank))
     for begun in ("of four", "of one"):
         yield begun, told(*RESUMED.run(folder=folder / begun, stop=15))
+    yield "streamed", told(*STREAMED.run(folder=folder / "streamed"))
+    foreign = dataclasses.replace(RESUMED, settings={"learning_rate": 1e-4})
+    yield "foreign", refused(lambda: foreign.run(folder=folder / "of one"))
     damaged(folder / "of two", here)
     yield "damaged", told(*RESUMED.run(folder=folder / "of two", stop=5))
 
@@ -183,23 +196,32 @@ def one(here: ranks.Ranks, folder: Path) -> Iterator[tuple[str, Any]]:
     yield "begun", told(*RESUMED.run(folder=folder / "of one", stop=10))
 
 
-def rank(number: int, count: int, port: int, folder: Path) -> None:
+def hung(here: ranks.Ranks, folder: Path) -> Iterator[tuple[str, Any]]:
+    if here.rank:
+        yield "waited", TOLD.wait(60)
+    else:
+        yield "hung", refused(RESUMED.run)
+        TOLD.set()
+
+
+def rank(work: Any, number: int, count: int, port: int, folder: Path) -> None:
     logging.disable()
     os.environ |= {"RANK": str(number), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    here, answers = ranks.here(), {}
-    for name, answer in {1: one, 2: two, 4: four}[count](here, folder):
+    here, answers = ranks.here(patience=timedelta(seconds=3 if work is hung else 300)), {}
+    for name, answer in work(here, folder):
         answers[name] = answer
-        torch.save(answers, folder / f"{count}.{number}.pt")
+        torch.save(answers, folder / f"{work.__name__}.{number}.pt")
 
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     fork = multiprocessing.get_context("fork")  # one process that has loaded torch is enough
-    for count in (4, 1, 2):
+    TOLD = fork.Event()
+    for work, count in ((four, 4), (one, 1), (two, 2), (hung, 2)):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        together = [fork.Process(target=rank, args=(number, count, port, folder)) for number in range(count)]
+        together = [fork.Process(target=rank, args=(work, number, count, port, folder)) for number in range(count)]
         for process in together:
             process.start()
         for process in together:

@@ -36,7 +36,8 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def answers(folder) -> dict[int, list[dict[str, Any]]]:
     """By number of ranks, of each."""
-    return {n: [torch.load(folder / f"{n}.{rank}.pt") for rank in range(n)] for n in (1, 2, 4)}
+    names = {2: "two", 4: "four"}
+    return {n: [torch.load(folder / f"{name}.{rank}.pt") for rank in range(n)] for n, name in names.items()}
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +101,20 @@ def test_losing_a_rank_is_one_sentence_on_the_others(answers):
         assert told["lost"].endswith("The same command goes on from the last state that was kept.")
 
 
+def test_a_rank_that_does_not_come_is_waited_for_as_long_as_said(folder):
+    told = torch.load(folder / "hung.0.pt")["hung"]
+    assert told.startswith(
+        "RankLostError: A process that was to work along has ended or does not answer (Timed out wait"
+    )
+
+
+def test_ranks_that_stream_their_weights_share_batches(answers):
+    expected = sharded.told(*sharded.STREAMED.run())
+    for told in answers[2]:
+        assert_close(told["streamed"]["losses"], expected["losses"], rtol=EPSILON, atol=0)
+        assert_same(told["streamed"]["state"], expected["state"])
+
+
 def test_any_number_of_ranks_goes_on_from_the_state_of_any(folder, answers, tmp_path):
     whole = sharded.told(*sharded.RESUMED.run())
     early = sharded.told(*sharded.RESUMED.run(stop=15))
@@ -140,4 +155,5 @@ def test_ranks_choose_the_rate_that_one_process_chooses(answers):
 def test_what_ranks_cannot_share_or_do_not_agree_on_is_refused(answers):
     for told in answers[2]:
         assert told["uneven"].startswith("ValueError: A batch of 3 cannot be shared evenly by 2 processes; use a ")
+        assert "retrain.safetensors belongs to another run" in told["foreign"]
         assert told["other"].startswith("ValueError: The 2 processes do not run the same: model, examples, settings or")

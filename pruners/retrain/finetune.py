@@ -141,6 +141,8 @@ def finetune(
     _share(together, list(range(batch_size)), micro_batch_size, reference)  # refused now if at all
     together.agree(f"{mark} {stop} {micro_batch_size} {save_every} {checkpointing} {folder is None}")
     spread = together.count > 1 and homes.of(model) is None
+    if path and spread:  # while the model is whole on every rank
+        together.first(lambda: state.refuse_other_at(path, mark))
     attached = trainable.attach(model, seed, untie=not reference, spread=spread)
     report = Retrained(repr(trainable), attached.trained, attached.parameters, attached.share, attached.sparsity)
     try:
