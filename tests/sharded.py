@@ -82,11 +82,13 @@ ONE, FEW = {"micro_batch_size": 1}, {"steps": 6}
 LLAMA = partial(tiny, "llama multi-head")
 JOBS = {
     "all weights": Job(partial(tiny, "llama grouped-query"), Trainable.full()),
-    "all weights, blocks recomputed": Job(partial(dry, "opt"), Trainable.full(), {"checkpointing": True}, words=True),
+    "all weights, blocks recomputed": Job(
+        partial(dry, "opt"), Trainable.full(), FEW | {"checkpointing": True}, words=True
+    ),
     "all weights of experts": Job(partial(families.tiny, "mixtral"), Trainable.full(), FEW),
     "biases and norms": Job(partial(tiny, "opt"), Trainable(biases=True, norms=True), ONE, words=True),
     "MaskLoRA, norms and head": Job(partial(dry, "opt"), Trainable(norms=True, head=True, adapters=MaskLoRA(rank=3))),
-    "ScaleLoRA": Job(LLAMA, Trainable(adapters=ScaleLoRA(rank=4))),
+    "ScaleLoRA": Job(LLAMA, Trainable(adapters=ScaleLoRA(rank=4)), FEW),
     "LoRA-Prune by reference": Job(
         partial(dry, "opt"),
         Trainable(adapters=LoRAPrune(rank=4)),
@@ -98,6 +100,7 @@ JOBS = {
     "bfloat16": Job(lambda: LLAMA().bfloat16(), Trainable.full(), ONE | FEW),
 }
 STREAMED = Job(partial(dry, "opt"), Trainable(norms=True, adapters=MaskLoRA(rank=3)), FEW, words=True, away=True)
+PAIRS = Job(partial(dry, "opt"), Trainable.full(), FEW | {"batch_size": 2}, words=True)
 RESUMED = Job(partial(tiny, "llama grouped-query"), Trainable.full(), {"save_every": 5})
 
 
@@ -160,6 +163,7 @@ def refused(work: Callable[[], Any]) -> str:
 
 def four(here: ranks.Ranks, folder: Path) -> Iterator[tuple[str, Any]]:
     yield from ((name, told(*JOBS[name].run())) for name in ("all weights", "MaskLoRA, norms and head"))
+    yield "more than examples", told(*PAIRS.run())
     yield "sizes", sizes()
 
     def dying(step: int, _: int) -> None:

@@ -21,6 +21,8 @@ from eval.scorer import Scorer
 from experiments import cells, models, placement
 from experiments.__main__ import main
 from experiments.batch import run_table
+from experiments.placement import needs
+from experiments.recovery import Retraining
 from experiments.settings import Settings
 from experiments.spec import Efficiency, Generation, MaskPatterns, Run
 from experiments.store import records
@@ -231,3 +233,18 @@ def test_the_command_line_says_where_weights_go(tmp_path, data, monkeypatch, cap
     with pytest.raises(SystemExit):
         main([*words, "--weights", "moon"])
     assert "moon" in capsys.readouterr().err
+
+
+def test_cards_that_share_a_training_hold_their_part_each():
+    recovery = Retraining(Trainable.full(), small.WINDOWS, steps=1, learning_rate=1e-3)
+    run = Run("opt-6.7b", pruners.Wanda(0.5), small.WINDOWS, (small.PPL,), recovery=recovery, dtype="float16")
+    shape = needs.shape_of("opt-6.7b")
+    masks = shape.blocks * shape.block / 8 + 12 * shape.width * shape.channels
+    for cards in (1, 2, 4, 8):
+        told = needs.device_bytes(run, cards=cards)
+        assert told["training"] == pytest.approx((16 * shape.parameters + masks) / cards)
+        assert ("gathered" in told) == (cards > 1)
+    assert needs.home_on(run, 80.0)[0] is None
+    assert needs.home_on(run, 80.0, cards=2)[0] == "device"
+    pruned = replace(run, recovery=None)
+    assert needs.device_bytes(pruned, cards=8) == needs.device_bytes(pruned)  # which every card does whole

@@ -5,6 +5,7 @@
     statistics     Hessians with their factorisation; gradients and their sums, of all blocks or of one
     training       what is trained in float32 with gradient and moments (16 bytes), masks of a bit a weight,
                    activations that backward reads: each block's inputs (away from home in CPU memory) and one block's
+    gathered       where cards share what is trained, so that each has its part of these: what is whole for a while
 
 Shapes come from a folder's configuration, or from the catalogue's parameters and blocks, as usual decoders have them.
 """
@@ -78,29 +79,32 @@ def _usual(parameters: int, blocks: int, vocabulary: int, matrices: int, channel
     return Shape(blocks, width, round(channels * width), vocabulary, (parameters - around) // blocks, around)
 
 
-def device_bytes(run: Run, away: bool = False, batch: int = BATCH) -> dict[str, float]:
-    """By item, at the stage where all of them together take most; `away`: weights in CPU memory or on the disk."""
-    return max(_stages(run, away, batch), key=lambda items: sum(items.values()))
+def device_bytes(run: Run, away: bool = False, batch: int = BATCH, cards: int = 1) -> dict[str, float]:
+    """By item, at the stage where they take most together, on each of so many `cards` that share the cell.
+
+    `away`: weights in CPU memory or on the disk.
+    """
+    return max(_stages(run, away, batch, cards), key=lambda items: sum(items.values()))
 
 
-def device_gb(run: Run, away: bool = False, batch: int = BATCH) -> float:
+def device_gb(run: Run, away: bool = False, batch: int = BATCH, cards: int = 1) -> float:
     """What they are together, with an allocator's slack and the accelerator's libraries."""
-    return 1e-9 * (SLACK * sum(device_bytes(run, away, batch).values()) + CONTEXT_BYTES)
+    return 1e-9 * (SLACK * sum(device_bytes(run, away, batch, cards).values()) + CONTEXT_BYTES)
 
 
-def home_on(run: Run, card_gb: float) -> tuple[str | None, float]:
-    """Where weights are on a card of that size, and the memory of the card that the cell takes then in GB.
+def home_on(run: Run, card_gb: float, cards: int = 1) -> tuple[str | None, float]:
+    """Where weights are on so many cards of that size, and the memory of a card that the cell takes then in GB.
 
     `device`, or `away`; None, with what the nearest of the two takes, where neither fits.
     """
-    whole = device_gb(run)
+    whole = device_gb(run, cards=cards)
     if whole <= card_gb:
         return "device", whole
     if needs_all_weights(run):
         return None, whole
-    part = device_gb(run, away=True)
+    part = device_gb(run, away=True, cards=cards)
     if part > card_gb:  # then fewer windows go through a block at once
-        part = max(card_gb, device_gb(run, away=True, batch=1))
+        part = max(card_gb, device_gb(run, away=True, batch=1, cards=cards))
     return ("away" if part <= card_gb else None), part
 
 
@@ -139,16 +143,17 @@ def needs_all_weights(run: Run) -> str | None:
     return None
 
 
-def _stages(run: Run, away: bool, batch: int) -> list[dict[str, float]]:
+def _stages(run: Run, away: bool, batch: int, cards: int) -> list[dict[str, float]]:
     shape, size = shape_of(run.model), BYTES.get(run.dtype, 2)
     weights = size * (max(2 * shape.block, shape.block + shape.around) if away else shape.parameters)
     stages = [{"weights": weights, "activations": _measured(run, shape, size, batch)}]
     if run.calibrates and run.windows:
         stages += _pruning(run, shape, size, weights, away, batch)
     if isinstance(run.recovery, Retraining):
-        training = _training(run.recovery, shape, size, away)
+        stages.append({"weights": weights, "training": _masks(run.recovery, shape)})  # as the model arrives
+        training = _training(run.recovery, shape, size, away, cards)
         kept = 0 if run.recovery.trainable.weights else weights  # else in float32, and among what is trained
-        stages.append({"weights": kept, **training})
+        stages.append({"weights": kept if away else kept / cards, **training})
     return stages
 
 
@@ -210,17 +215,38 @@ def _inside(shape: Shape, size: int, tokens: int) -> float:
     return size * tokens * (4 * shape.width + 3 * shape.channels)
 
 
-def _training(recovery: Retraining, shape: Shape, size: int, away: bool) -> dict[str, float]:
+def _training(recovery: Retraining, shape: Shape, size: int, away: bool, cards: int) -> dict[str, float]:
     """Blocks recompute their activations, so each keeps its inputs alone."""
-    tokens = (recovery.micro_batch_size or recovery.batch_size) * recovery.text.length
-    trainable = recovery.trainable
-    trained = _trained(recovery, shape)
-    changes = trainable.weights or trainable.adapters is not None
-    masks = shape.blocks * shape.block / 8 + 12 * shape.width * shape.channels if changes else 0
-    whole = recovery.batch_size * recovery.text.length
-    kept = size * shape.width * (3 * whole if away else tokens * shape.blocks)
+    each = max(1, recovery.batch_size // cards)
+    tokens = min(recovery.micro_batch_size or each, each) * recovery.text.length
+    trained, masks = _trained(recovery, shape), _masks(recovery, shape)
+    kept = size * shape.width * (3 * each * recovery.text.length if away else tokens * shape.blocks)
     graph = size * tokens * (14 * shape.width + 5 * shape.channels)
-    return {"training": 16 * trained + masks, "activations": kept + graph + 12 * tokens * shape.vocabulary}
+    activations = kept + graph + 12 * tokens * shape.vocabulary
+    if away or cards == 1:
+        return {"training": 16 * trained + masks, "activations": activations}
+    own = masks / cards if recovery.trainable.weights else masks
+    return {
+        "training": 16 * trained / cards + own,
+        "gathered": _gathered(recovery, shape, size),
+        "activations": activations,
+    }
+
+
+def _masks(recovery: Retraining, shape: Shape) -> float:
+    """One bit a weight that training changes, and those of one matrix unpacked."""
+    changes = recovery.trainable.weights or recovery.trainable.adapters is not None
+    return shape.blocks * shape.block / 8 + 12 * shape.width * shape.channels if changes else 0
+
+
+def _gathered(recovery: Retraining, shape: Shape, size: int) -> float:
+    """What is whole for a while where cards share a model: what is around the blocks, and a block and the next.
+
+    Where they are trained so are their gradients, some on their way to the other cards, and the block in hand as matrix
+    products take it.
+    """
+    blocks, around = (8 if recovery.trainable.weights else size), (8 if recovery.trainable.embeddings else size)
+    return 2 * blocks * shape.block + around * shape.around + 2 * shape.block * recovery.trainable.weights
 
 
 def _trained(recovery: Retraining, shape: Shape) -> int:

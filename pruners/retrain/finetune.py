@@ -21,11 +21,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from pruners import checks, gradients, inputs, ranks
 from pruners.calibrate import Progress
@@ -35,13 +35,12 @@ from pruners.ranks import Ranks
 from pruners.retrain import state
 from pruners.retrain.batches import Batches
 from pruners.retrain.layouts import Replicated, Sharded, laid_out
-from pruners.retrain.passes import Micro, Passes
+from pruners.retrain.passes import Micro, Passes, dealt, share
 from pruners.retrain.schedule import Schedule, precision_for
 from pruners.retrain.trainable import Attached, Trainable
 from pruners.weights import homes
 
 Watch = Annotated[Callable[[int, float, float], None], checks.FUNCTION]
-T = TypeVar("T")
 SMOOTHED = 10  # steps whose mean loss is compared when looking for divergence
 
 
@@ -120,8 +119,9 @@ def finetune(
     after more steps.  After every step `progress(step, stop or steps)` and
     `watch(step, loss, tokens a second)` are called.
 
-    Under torchrun every rank calls this with the same model and examples, whole; they share each batch, and each keeps
-    its part of weights, gradients and moments meanwhile (see pruners.retrain.layouts).  Where a rank is lost the others
+    Under torchrun every rank calls this with the same model and examples, whole; they share each batch, which is a
+    multiple of their number or divides it, and each keeps its part of weights, gradients and moments meanwhile (see
+    pruners.retrain.layouts).  Where a rank is lost the others
     raise RankLostError, and the model's weights are gone; the state in `folder` fits any number of ranks.
 
     Raises TypeError or ValueError for a model, examples, settings or checkpoints that do not fit, before anything is
@@ -138,7 +138,7 @@ def finetune(
     mark = state.fingerprint(model, schedule, trainable, clip, seed, cast, batches.digest(), *unusual)
     path = Path(folder) / "retrain.safetensors" if folder else None
     together = ranks.here(model.device)
-    _share(together, list(range(batch_size)), micro_batch_size, reference)  # refused now if at all
+    share(together, list(range(batch_size)), micro_batch_size, reference)  # refused now if at all
     together.agree(f"{mark} {stop} {micro_batch_size} {save_every} {checkpointing} {folder is None}")
     spread = together.count > 1 and homes.of(model) is None
     if path and spread:  # while the model is whole on every rank
@@ -220,7 +220,8 @@ class _Loop:
     def _step(self, step: int) -> None:
         started = time.perf_counter()
         indices = self.batches.indices(step)
-        loss = self.passes.backward(step, self._micros(indices))
+        mine = dealt(self.batches, indices, self.micro_batch_size, self.reference, self.ranks)
+        loss = self.passes.backward(step, mine)
         self.layout.collect(loss)
         norm = self.layout.clip(self.clip)
         self._refuse_divergence(step, float(loss), float(norm))
@@ -228,15 +229,6 @@ class _Loop:
         self.report.losses.append(float(loss))
         self.report.tokens += sum(len(self.batches.examples[index][0]) for index in indices)
         self.report.seconds += time.perf_counter() - started
-
-    def _micros(self, indices: list[int]) -> list[Micro]:
-        """This rank's micro-batches of a batch."""
-        mine = _share(self.ranks, list(enumerate(indices)), self.micro_batch_size, self.reference)
-        if self.reference:
-            count = len(indices) // self.micro_batch_size
-            return [_micro(part, count * self.batches.predicted([i for _, i in part])) for part in mine]
-        tokens = self.batches.predicted(indices)
-        return [_micro(part, tokens) for part in mine]
 
     def _refuse_divergence(self, step: int, loss: float, norm: float) -> None:
         losses = [*self.report.losses, loss]
@@ -314,19 +306,3 @@ def refuse_away(model: PreTrainedModel, trainable: Trainable) -> None:
             f"Training all weights needs them, their gradients and moments on the device, {16 * size:.1f} GB, and they "
             "are away from home; load the model whole, or train norms, biases or adapters."
         )
-
-
-def _micro(part: Sequence[tuple[int, int]], divisor: int) -> Micro:
-    """Of the places and numbers of examples."""
-    return Micro([index for _, index in part], divisor, part[0][0])
-
-
-def _share(together: Ranks, examples: list[T], size: int, reference: bool) -> list[Sequence[T]]:
-    """This rank's micro-batches of a batch; ValueError where it does not divide."""
-    if reference:
-        return list(together.share(_cut(examples, size), size))
-    return _cut(together.share(examples), size)
-
-
-def _cut(examples: Sequence[T], size: int) -> list[Sequence[T]]:
-    return [examples[start : start + size] for start in range(0, len(examples), size)]

@@ -9,27 +9,63 @@ bit.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from pruners import anatomy
 from pruners.lazy import Tensor, nn, torch
+from pruners.ranks import Ranks
 from pruners.retrain.batches import Batches
 from pruners.retrain.schedule import autocast, seeded
 from pruners.stream import Arguments, handing_on, instead, reaching
 from pruners.weights import aside, homes
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Micro:
-    """Examples that go through the model at once: their numbers, what their summed loss is divided by, and the place of
-    the first of them in the whole batch."""
+    """Examples that go through the model at once: their numbers, what their summed loss is divided by (infinity: they
+    are another rank's, and have no gradient here), and the place of the first of them in the whole batch."""
 
     indices: Sequence[int]
-    divisor: int
+    divisor: float
     place: int
+
+
+def dealt(batches: Batches, indices: Sequence[int], size: int, reference: bool, together: Ranks) -> list[Micro]:
+    """This rank's micro-batches of a batch, of so many examples; by `reference` a loss is a mean of their means."""
+    mine = share(together, list(enumerate(indices)), size, reference)
+    numbers = [[index for _, index in part] for part in mine]
+    if reference:
+        divisors: list[float] = [len(indices) // size * batches.predicted(part) for part in numbers]
+    else:
+        divisors = [batches.predicted(indices)] * len(mine)
+    if together.rank >= len(indices) // (size if reference else 1):
+        divisors = [math.inf] * len(mine)
+    places = (part[0][0] for part in mine)
+    return [Micro(*told) for told in zip(numbers, divisors, places, strict=True)]
+
+
+def share(together: Ranks, examples: Sequence[T], size: int, reference: bool) -> list[Sequence[T]]:
+    """This rank's micro-batches of so many of these examples; ValueError where ranks cannot share them evenly.
+
+    Where ranks are a multiple of what is shared, the first of them do it, and the others go through the same examples
+    and only lend their memory.
+    """
+    units: Sequence[Any] = _cut(examples, size) if reference else examples
+    if together.count % len(units) == 0:
+        mine: Sequence[Any] = [units[together.rank % len(units)]]
+    else:
+        mine = together.share(units, size if reference else 1)
+    return list(mine) if reference else _cut(mine, size)
+
+
+def _cut(examples: Sequence[T], size: int) -> list[Sequence[T]]:
+    return [examples[start : start + size] for start in range(0, len(examples), size)]
 
 
 @dataclass
