@@ -8,7 +8,7 @@ import torch
 
 from tests import golden
 
-UNSTRUCTURED = ["dense", "magnitude", "wanda", "sparsegpt", "gblm_l2"]
+UNSTRUCTURED = golden.chosen(("dense", "gblm_l2"), first=("magnitude", "wanda", "sparsegpt"))
 
 
 @pytest.mark.parametrize("name", UNSTRUCTURED)
@@ -16,7 +16,10 @@ def test_masks_and_perplexity_agree_with_the_released_code(name):
     golden.tokens("c4")  # skips where the golden values are absent
     case = golden.CASES[name]
     model = golden.pruned(case)
+    here = {name for name, _ in model.named_modules()}
     for projection, expected in masks(name).items():
+        if projection not in here and not golden.WHOLE:
+            continue
         zero = model.get_submodule(projection).weight == 0
         agreement = (zero == expected.view_as(zero)).double().mean().item()
         assert agreement >= case["tolerance"]["mask"], projection

@@ -44,19 +44,19 @@ def same(one: list[Any], other: list[Any]) -> bool:
 
 
 @pytest.mark.parametrize(
-    "what",
+    ("kind", "what"),
     [
-        Trainable(norms=True, adapters=MaskLoRA(rank=2)),
-        Trainable(adapters=LoRA(rank=2)),
-        Trainable(adapters=LoRAPrune(rank=2)),
-        Trainable(head=True),
-        Trainable.full(),
+        ("llama grouped-query", Trainable(norms=True, adapters=MaskLoRA(rank=2))),
+        ("opt", Trainable(adapters=LoRA(rank=2))),
+        ("llama grouped-query", Trainable(adapters=LoRAPrune(rank=2))),
+        ("opt", Trainable(head=True)),
+        ("opt", Trainable.full()),
     ],
     ids=["MaskLoRA", "LoRA that stays", "LoRA-Prune", "head", "full"],
 )
 def test_the_choice_is_that_of_trying_each_by_hand(kind, what, windows):
     text, kept = windows[:4], windows[4:]
-    asked = {"steps": 6, "micro_batch_size": 1}
+    asked = {"steps": 3, "micro_batch_size": 1}
 
     def by_hand(rate: float) -> float:
         model = pruned(kind)
