@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
@@ -131,19 +132,50 @@ class _MissingError(Exception):
 
 def _load(name: str, changes: Mapping[str, Any], examples: int, limit: int | None) -> Iterator[tuple[str, Task]]:
     for part in parts(name):
-        try:
-            task = _task(part, task_manager(name), changes if part == name else changes.get(part, {}))
-        except UNAVAILABLE as error:
-            what = f"its documents cannot be read: {shorten(str(error), 300)}"
-            raise _MissingError(_told(name, part, what)) from error
-        task.set_config(key="num_fewshot", value=examples)
+        task = _known(name, part, changes if part == name else changes.get(part, {}), examples, limit)
         task.set_fewshot_seed(EXAMPLES_SEED)
-        if examples and (held := len(task.sampler.df) if hasattr(task, "sampler") else 0) < examples:
-            what = f"it has {held} documents to take the {examples} examples of its prompts from"
-            raise _MissingError(_told(name, part, what))
-        if what := _unanswerable(task, limit):
-            raise _MissingError(_told(name, part, what))
         yield part, task
+
+
+def _known(name: str, part: str, changes: Mapping[str, Any], examples: int, limit: int | None) -> Any:
+    """The task as it was made for an earlier model of this process, while nothing that it is made of has changed.
+
+    Its documents take seconds to read, to form and to check, once a cell.
+    """
+    try:
+        told, states = json.dumps(changes, sort_keys=True), _states(changes)
+    except (TypeError, OSError):  # a function among them, or a file that is about to be reported missing
+        told = None
+    if told is None or changes.get("dataset_path", "json") != "json":
+        return _made(name, part, changes, examples, limit)
+    return _remembered(name, part, told, states, examples, limit)
+
+
+@functools.lru_cache(maxsize=64)  # MMLU has 57
+def _remembered(name: str, part: str, told: str, states: Any, examples: int, limit: int | None) -> Any:
+    return _made(name, part, json.loads(told), examples, limit)
+
+
+def _states(changes: Mapping[str, Any]) -> tuple[tuple[int, int, int], ...]:
+    """What changes with the files that the documents come from."""
+    files = (changes.get("dataset_kwargs") or {}).get("data_files") or {}
+    found = (Path(path).stat() for path in files.values())
+    return tuple((state.st_size, state.st_mtime_ns, state.st_ino) for state in found)
+
+
+def _made(name: str, part: str, changes: Mapping[str, Any], examples: int, limit: int | None) -> Any:
+    try:
+        task = _task(part, task_manager(name), changes)
+    except UNAVAILABLE as error:
+        what = f"its documents cannot be read: {shorten(str(error), 300)}"
+        raise _MissingError(_told(name, part, what)) from error
+    task.set_config(key="num_fewshot", value=examples)
+    if examples and (held := len(task.sampler.df) if hasattr(task, "sampler") else 0) < examples:
+        what = f"it has {held} documents to take the {examples} examples of its prompts from"
+        raise _MissingError(_told(name, part, what))
+    if what := _unanswerable(task, limit):
+        raise _MissingError(_told(name, part, what))
+    return task
 
 
 def _unanswerable(task: Any, limit: int | None) -> str:
