@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import math
 import shutil
 from dataclasses import replace
-from itertools import pairwise
+from itertools import islice, pairwise
+from pathlib import Path
 
 import pytest
 import small_table
@@ -27,6 +29,7 @@ from experiments.spec import Run, Windows
 from experiments.store import records
 from pruners.retrain import MaskLoRA, Reconstruction, Trainable
 
+FEW = 400  # records
 TEXT = Windows("c4/train", count=4, length=32, seed=1)
 NORMS = Retraining(Trainable(norms=True), TEXT, steps=3, learning_rate=1e-3)
 MASKED = replace(NORMS, trainable=Trainable(norms=True, adapters=MaskLoRA(rank=4)))
@@ -136,12 +139,22 @@ def test_recovery_stages_share_one_pruning_and_leave_their_reports(tmp_path, mon
     assert [block["block"] for block in told[2]["reconstruction"]] == [f"model.layers.{i}" for i in range(5)]
 
 
+@pytest.fixture(scope="module")
+def alpaca(tmp_path_factory) -> Path:
+    """A data folder with the first of Alpaca's records."""
+    folder = tmp_path_factory.mktemp("alpaca")
+    (folder / "alpaca").mkdir()
+    with gzip.open(SHARED / "data/alpaca/alpaca_cleaned_head_5000.jsonl.gz", "rt", encoding="utf-8") as whole:
+        (folder / "alpaca/alpaca_data_cleaned.jsonl").write_text("".join(islice(whole, FEW)), encoding="utf-8")
+    return folder
+
+
 @needs_shared
-def test_loss_is_on_the_answers_alone(tokenizer):
-    text = Instructions("alpaca/train", length=256, held_out=4990)
-    made = list(examples(text, tokenizer, SHARED / "data"))
+def test_loss_is_on_the_answers_alone(tokenizer, alpaca):
+    text = Instructions("alpaca/train", length=256, held_out=FEW - 10)
+    made = list(examples(text, tokenizer, alpaca))
     prompts = {tokenizer.inner(corpora.alpaca_prompt(record), truncation=True, max_length=256).input_ids.__repr__()
-               for record in corpora.instructions("alpaca/train", SHARED / "data")}  # fmt: skip
+               for record in corpora.instructions("alpaca/train", alpaca)}  # fmt: skip
     assert 0 < len(made) <= 10
     for record in made:
         asked = record["labels"].count(-100)
@@ -151,21 +164,21 @@ def test_loss_is_on_the_answers_alone(tokenizer):
 
 
 @needs_shared
-def test_what_is_held_out_is_not_trained_on(tokenizer):
-    text = Instructions("alpaca/train", length=1024, held_out=4600)
-    train, kept = (list(make(text, tokenizer, SHARED / "data")) for make in (examples, held_out))
-    assert (len(train), len(kept)) == (400, 4600)
+def test_what_is_held_out_is_not_trained_on(tokenizer, alpaca):
+    text = Instructions("alpaca/train", length=1024, held_out=FEW - 100)
+    train, kept = (list(make(text, tokenizer, alpaca)) for make in (examples, held_out))
+    assert (len(train), len(kept)) == (100, FEW - 100)
     assert not {repr(record) for record in train} & {repr(record) for record in kept}
     assert held_out(TEXT, tokenizer, SHARED / "data") == []
 
 
 @needs_shared
-def test_instructions_are_read_as_often_as_asked_and_split_by_their_numbers(tokenizer):
-    text = Instructions("alpaca/train", length=1024, held_out=4990)
-    made = examples(text, tokenizer, SHARED / "data")
+def test_instructions_are_read_as_often_as_asked_and_split_by_their_numbers(tokenizer, alpaca):
+    text = Instructions("alpaca/train", length=1024, held_out=FEW - 10)
+    made = examples(text, tokenizer, alpaca)
     assert list(made) == list(made)
-    asked = corpora.instructions("alpaca/train", SHARED / "data")
-    whole = Dataset.from_list(list(asked)).train_test_split(test_size=4990, shuffle=True, seed=42)["train"]
+    asked = corpora.instructions("alpaca/train", alpaca)
+    whole = Dataset.from_list(list(asked)).train_test_split(test_size=FEW - 10, shuffle=True, seed=42)["train"]
     answers = [tokenizer.inner(corpora.alpaca_prompt(row) + row["output"]).input_ids for row in whole]
     assert [record["input_ids"][: len(ids)] for record, ids in zip(made, answers, strict=True)] == answers
 
@@ -177,11 +190,11 @@ def test_more_data_takes_three_epochs_of_what_is_not_held_out():
 
 
 @needs_shared
-def test_a_record_says_how_the_held_out_loss_moved(tmp_path):
+def test_a_record_says_how_the_held_out_loss_moved(tmp_path, alpaca):
     data_dir = small_table.data(tmp_path / "data")
-    shutil.copytree(SHARED / "data/alpaca", data_dir / "alpaca")
-    text = Instructions("alpaca/train", length=384, held_out=40)
-    recovery = Retraining(Trainable.full(), text, steps=20, learning_rate=3e-3, batch_size=4)
+    shutil.copytree(alpaca / "alpaca", data_dir / "alpaca")
+    text = Instructions("alpaca/train", length=256, held_out=40)
+    recovery = Retraining(Trainable.full(), text, steps=10, learning_rate=3e-3, batch_size=4)
     found = cells.cells([replace(RUN, model=str(small_table.MODEL), recovery=recovery)])
     assert run_table("tiny", found, Settings(tmp_path, data_dir=data_dir)).done
     record = records.find(tmp_path, "tiny", found[0].id)
@@ -200,9 +213,9 @@ def test_documents_come_whole_or_cut(tokenizer):
 
 
 @needs_shared
-def test_a_corpus_that_cannot_give_what_is_asked_is_refused(tokenizer):
-    with pytest.raises(ValueError, match="5,000 records here, of which 5,000 are held out"):
-        examples(replace(POST_TRAINING.text, held_out=5000), tokenizer, SHARED / "data")
+def test_a_corpus_that_cannot_give_what_is_asked_is_refused(tokenizer, alpaca):
+    with pytest.raises(ValueError, match=f"{FEW} records here, of which {FEW} are held out"):
+        examples(replace(POST_TRAINING.text, held_out=FEW), tokenizer, alpaca)
     with pytest.raises(ValueError, match=r"holds texts, not instructions"):
         examples(Instructions("c4/train"), tokenizer, SHARED / "data")
     with pytest.raises(ValueError, match="has 800 documents"):
