@@ -26,7 +26,7 @@ gemma: .venv/ready
 test: .venv/ready check
 	OMP_NUM_THREADS=1 $(RUN) $(PYTEST)
 
-# The authors' released code with every perplexity; the suite has all masks and those perplexities that they leave open.
+# The authors' released code, every case whole; the suite has those that fit its time, on the model's first blocks.
 golden: .venv/ready
 	PRUNING_GOLDEN=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 tests/test_golden.py tests/test_golden_structured.py
 
