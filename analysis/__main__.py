@@ -67,6 +67,10 @@ def parser() -> argparse.ArgumentParser:
     claims.set_defaults(command=_claims)
     report = commands.add_parser("report", help="everything as one HTML page, report.html under the results folder")
     report.set_defaults(command=_report)
+    report.add_argument(
+        "--figures", choices=("few", "all"),
+        help="all, or only what the papers draw and do not print; default: all where few tables have records",
+    )  # fmt: skip
     readme = commands.add_parser("readme", help="renew the README's tables and results from the committed records")
     readme.set_defaults(command=_readme)
     everything = commands.add_parser("everything", help="tables and figures of these tables, claims, and the report")
@@ -179,8 +183,8 @@ def _report(asked: argparse.Namespace) -> None:
     from analysis.pages import report
 
     cli.refuse_absent(asked.data_dir)
-    path = asked.results[0] / "report.html"
-    atomic.write(path, report.html(asked.results, data_dir=asked.data_dir))
+    path, every = asked.results[0] / "report.html", asked.figures and asked.figures == "all"
+    atomic.write(path, report.html(asked.results, data_dir=asked.data_dir, every_figure=every))
     print(f"Written: {path}", file=sys.stderr)
 
 
@@ -200,7 +204,7 @@ def _everything(asked: argparse.Namespace) -> int:
     failed = 0
     for what, write, one in [*tables, ("claims", _claims, asked), ("report", _report, asked)]:
         try:
-            write(argparse.Namespace(**{**vars(one), "measure": None, "kind": None}))
+            write(argparse.Namespace(**{**vars(one), "measure": None, "kind": None, "figures": None}))
         except (NoRecordsError, UndrawableError) as error:
             print(f"{what}: {error}", file=sys.stderr)
         except Exception as error:  # noqa: BLE001  (one table that cannot be shown keeps no other from it)

@@ -94,6 +94,30 @@ def test_text_from_records_cannot_become_markup(root, tmp_path):
     assert "<script>alert" not in report.html(tmp_path)
 
 
+def test_of_many_tables_only_what_the_papers_draw_is_drawn_unless_asked(root, page, tmp_path, monkeypatch, capsys):
+    hint = "Figures: <code>python -m analysis figure gblm.perplexity</code>"
+    assert hint not in page
+    monkeypatch.setattr(report, "FEW_TABLES", 0)
+    few = report.html(root)
+    assert few.count("data:image/svg+xml") == 0
+    assert hint in few
+    shutil.copytree(root / "runs", tmp_path / "runs")
+    for asked, drawn in (("all", 3), ("few", 0)):
+        assert main(["report", "--results", str(tmp_path), "--figures", asked]) == 0
+        assert (tmp_path / "report.html").read_text().count("data:image/svg+xml") == drawn
+
+
+def test_facts_of_many_cells_are_written_once():
+    made_by = {"commit": "a" * 40, "torch": "2"}
+    told = {name: {"cell": name, "Made by": made_by, "Cost": {"prune, s": cost}} for name, cost in (("a", 1), ("b", 2))}
+    shared = provenance.shared(told)
+    assert shared["groups"] == [made_by, {"prune, s": 1}, {"prune, s": 2}]
+    assert shared["cells"] == {
+        "a": {"cell": "a", "Made by": 0, "Cost": 1},
+        "b": {"cell": "b", "Made by": 0, "Cost": 2},
+    }
+
+
 def test_without_records_there_is_no_report(tmp_path, capsys):
     assert main(["report", "--results", str(tmp_path)]) == 2
     assert "No record of any table" in capsys.readouterr().err

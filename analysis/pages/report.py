@@ -28,6 +28,8 @@ from experiments import cli, papers
 from experiments.spec import Table
 
 TEMPLATE = "report.html"
+FEW_TABLES = 12  # with records; of so many every figure is drawn, which takes a second or so each
+TELLING = ("sparsity", "steps", "parameters", "masks")  # kinds that say what no grid of numbers does
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Section:
     notes: list[str]
     figures: list[Drawn]
     made: list[Row]
+    all_drawn: bool
 
 
 @dataclass(frozen=True)
@@ -66,13 +69,19 @@ class Grid:
     origins: list[list[str]]
 
 
-def html(root: Folders, known_as: Path | None = None, data_dir: Path | None = None) -> str:
+def html(
+    root: Folders, known_as: Path | None = None, data_dir: Path | None = None, every_figure: bool | None = None
+) -> str:
     """The page; NoRecordsError where there is no record at all.  Its hints name `root` as a reader knows it.
 
-    With `data_dir` records of other texts than lie there are withheld.
+    With `data_dir` records of other texts than lie there are withheld.  Without `every_figure`, which is the default
+    where more than FEW_TABLES tables have records, only what the papers draw and do not print is drawn; the page names
+    the command for the others.
     """
     place = known_as or root
-    sections = [section for table in papers.TABLES.values() if (section := _section(table, root, place, data_dir))]
+    found = [(table, made) for table in papers.TABLES.values() if (made := _rows(table, root, data_dir))]
+    every = len(found) <= FEW_TABLES if every_figure is None else every_figure
+    sections = [_section(table, made, place, every) for table, made in found]
     if not sections:
         where = " or ".join(map(str, folders(root)))
         raise NoRecordsError(f"No record of any table under {where}. Run `python -m experiments run TABLE` first.")
@@ -82,7 +91,8 @@ def html(root: Folders, known_as: Path | None = None, data_dir: Path | None = No
         sections=[replace(section, claims=grid.about(section.name, answered_first)) for section in sections],
         claims=answered_first,
         methods=_methods(section.made for section in sections),
-        provenance={id: told for section in sections for id, told in provenance.origins(section.made).items()},
+        provenance=provenance.shared({id: told for section in sections
+                                      for id, told in provenance.origins(section.made).items()}),
         left=[_left(table) for table in papers.TABLES.values() if table.name not in shown],
         coverage=coverage.summary(coverage.unmatched(papers.TABLES.values())),
     )  # fmt: skip
@@ -97,11 +107,15 @@ def _environment() -> Environment:
     return made
 
 
-def _section(table: Table, root: Folders, known_as: Folders, data_dir: Path | None) -> Section | None:
+def _rows(table: Table, root: Folders, data_dir: Path | None) -> list[Row]:
+    """None of them where no cell was ever run."""
     try:
-        made = rows(table, root, data_dir=data_dir)
+        return rows(table, root, data_dir=data_dir)
     except NoRecordsError:
-        return None
+        return []
+
+
+def _section(table: Table, made: list[Row], known_as: Folders, every: bool) -> Section:
     found = compare.cells(table, made)
     return Section(
         name=table.name,
@@ -114,8 +128,9 @@ def _section(table: Table, root: Folders, known_as: Folders, data_dir: Path | No
         beside=_grid(compare.text(found), [provenance.ids(cell.rows) for cell in found]) if table.published else None,
         own=_grid(frames.text(made), [provenance.ids([row]) for row in made]),
         notes=notes(table, made, cli.selection(table.name, folders(known_as)[0])),
-        figures=list(_figures(table, made)),
+        figures=list(_figures(table, made, every)),
         made=made,
+        all_drawn=every,
     )
 
 
@@ -135,9 +150,11 @@ def _left(table: Table) -> dict[str, Any]:
     return {"name": table.name, "title": table.title, "count": len(table.runs())}
 
 
-def _figures(table: Table, made: list[Row]) -> Iterator[Drawn]:
-    """Every figure that there are enough numbers for."""
+def _figures(table: Table, made: list[Row], every: bool) -> Iterator[Drawn]:
+    """Every figure that there are enough numbers for, or those in which the paper has its numbers."""
     for name, kind in figures.KINDS.items():
+        if not every and (table.published or name not in TELLING):
+            continue
         for key in kind.keys(made):
             try:
                 figure = figures.draw(name, table, made, key)
