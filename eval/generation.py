@@ -14,7 +14,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.checks import Progress, check_fits, check_model, check_tokenizer
-from pruners import checks
+from pruners import checks, ranks
 from pruners.checks import Count, Number, Positive, Rule, Seed
 
 PROMPTS = (
@@ -74,7 +74,8 @@ def generate(
 ) -> list[Continuation]:
     """Each prompt's greedy and sampled continuation by at most `new_tokens` tokens.
 
-    The same seed gives the same text on the same device and no random state is left changed.  Raises ValueError for
+    The same seed gives the same text on the same device and no random state is left changed.  The ranks of a launch
+    share the continuations.  Raises ValueError for
     no or an empty prompt, for one that does not fit the model's positions with its continuation, and for a tokenizer
     that does not belong to the model.
     """
@@ -82,16 +83,25 @@ def generate(
     check_tokenizer(model, tokenizer)
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise ValueError("Generation needs at least one prompt, and none that is empty.")
-    found = []
-    for prompt in prompts:
-        ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
-        check_fits(model, ids.shape[1], new_tokens)
-        for decoding, config in _configs(new_tokens, sampling).items():
-            new = _continue(model, ids, config, sampling.seed)
-            found.append(_described(prompt, decoding, new, str(tokenizer.decode(new, skip_special_tokens=True))))
+    together = ranks.here(model.device)
+    asked = [(prompt, decoding) for prompt in prompts for decoding in ("greedy", "sampled")]
+    configs = _configs(new_tokens, sampling)
+
+    def continued(numbers: Sequence[int]) -> list[list[int]]:
+        found: list[list[int]] = []
+        for number in numbers:
+            prompt, decoding = asked[number]
+            ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
+            check_fits(model, ids.shape[1], new_tokens)
+            found.append(_continue(model, ids, configs[decoding], sampling.seed))
             if progress:
-                progress(len(found), 2 * len(prompts))
-    return found
+                progress(min(len(found) * together.count, len(asked)), len(asked))
+        return found
+
+    return [
+        _described(prompt, decoding, new, str(tokenizer.decode(new, skip_special_tokens=True)))
+        for (prompt, decoding), new in zip(asked, together.split(continued, len(asked)), strict=True)
+    ]
 
 
 @checks.arguments

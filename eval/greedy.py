@@ -22,7 +22,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from eval.checks import Progress, check_fits, check_model, check_tokenizer
 from eval.generation import Prompts
 from eval.intervals import standard_error
-from pruners import checks
+from pruners import checks, ranks
 from pruners.checks import Count, Text
 
 PROMPTS = (
@@ -76,6 +76,8 @@ def greedy(
 ) -> list[list[int]]:
     """The tokens [new_tokens or fewer] of each prompt's greedy answer, which ends after the text `stop`.
 
+    The ranks of a launch share the prompts.
+
     Raises ValueError for no or an empty prompt, one that does not fit the model's positions with its answer, and a
     tokenizer that does not belong to the model.
     """
@@ -86,18 +88,23 @@ def greedy(
     config = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, num_beams=1, use_cache=True,
                               repetition_penalty=1.0, stop_strings=stop)  # fmt: skip
     generator: Any = model  # the class's own annotation hides that `generate` is a method
-    found = []
-    for prompt in prompts:
-        ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
-        check_fits(model, ids.shape[1], new_tokens)
-        with torch.inference_mode():
-            output = generator.generate(
-                ids, attention_mask=torch.ones_like(ids), generation_config=config, tokenizer=tokenizer
-            )
-        found.append([int(token) for token in output[0, ids.shape[1] :]])
-        if progress:
-            progress(len(found), len(prompts))
-    return found
+    together = ranks.here(model.device)
+
+    def answers(numbers: Sequence[int]) -> list[list[int]]:
+        found: list[list[int]] = []
+        for number in numbers:
+            ids = tokenizer(prompts[number], return_tensors="pt").input_ids.to(model.device)
+            check_fits(model, ids.shape[1], new_tokens)
+            with torch.inference_mode():
+                output = generator.generate(
+                    ids, attention_mask=torch.ones_like(ids), generation_config=config, tokenizer=tokenizer
+                )
+            found.append([int(token) for token in output[0, ids.shape[1] :]])
+            if progress:
+                progress(min(len(found) * together.count, len(prompts)), len(prompts))
+        return found
+
+    return together.split(answers, len(prompts))
 
 
 def agreement(one: Sequence[Sequence[int]], other: Sequence[Sequence[int]]) -> Agreement:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from eval.checks import Progress, check_model
 from eval.marks import prefixed, text_prefix
-from pruners import checks, inputs
+from pruners import checks, inputs, ranks
 from pruners.checks import Count, Whole
 from pruners.stream import instead
 from pruners.weights import sweep
@@ -62,21 +62,31 @@ def perplexity(
     """Perplexity of `model` over the windows of `token_ids`, in float32 log-softmax whatever the model's dtype.
 
     A model whose weights are away from home reads them once for as many windows as there is memory.  The head runs on
-    as many tokens at a time as keep the logits within 128 MiB.  A model that needs marks in front of
+    as many tokens at a time as keep the logits within 128 MiB.  The ranks of a launch share
+    the batches.  A model that needs marks in front of
     text (ChatGLM: `[gMASK] <sop>`) gets them before every window, where they are not scored.  Raises TypeError for
     arguments that are none, ValueError where the stream is shorter than one window, the window longer than the model's
     positions, a token outside the vocabulary, or a loss is not finite.
     """
     check_model(model)
     windows = _windows(model, token_ids, window)
-    losses: list[Tensor] = []
-    with _evaluating(model), torch.inference_mode():
-        batches = [prefixed(model, batch.to(model.device)) for batch in windows.split(batch_size)]
-        for number in sweep.over(model, batches):
-            losses += _nll(model, batches[number]).cpu()
+    batches = windows.split(batch_size)
+    together = ranks.here(model.device)
+
+    def losses(numbers: Sequence[int]) -> list[list[float]]:
+        mine = [prefixed(model, batches[number].to(model.device)) for number in numbers]
+        found: list[list[float]] = []
+        done = 0
+        for number in sweep.over(model, mine):
+            found.append(_nll(model, mine[number]).tolist())
+            done += len(mine[number]) * together.count
             if progress:
-                progress(len(losses), len(windows))
-    nll = torch.stack(losses)
+                progress(min(done, len(windows)), len(windows))
+        return found
+
+    with _evaluating(model), torch.inference_mode():
+        made = together.split(losses, len(batches))
+    nll = torch.tensor([loss for batch in made for loss in batch], dtype=torch.float64)
     if not nll.isfinite().all():
         raise ValueError("The loss is NaN or inf in some windows: the model overflows; use bfloat16 or float32.")
     return PerplexityResult(

@@ -1,7 +1,8 @@
 """lm-eval's scoring of a model that is already in memory.
 
 Requests are sorted by length and packed into batches of about the same number of tokens; a batch that does not fit
-is halved, and so are the ones after it.  The head is applied only where an answer is read off.
+is halved, and so are the ones after it.  The head is applied only where an answer is read off.  The ranks of a launch
+share the batches; rank 0 keeps what all of them answer, so that another number of ranks goes on from there.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from eval.answers import Answer, AnswerStore
 from eval.checks import Progress, check_tokenizer
 from eval.marks import prefixed
+from pruners import ranks
 from pruners.weights import homes, sweep
 
 Request = tuple[Any, list[int], list[int]]  # what was asked, the tokens before, the tokens to score
@@ -54,6 +56,7 @@ class Scorer(HFLM):
         self.tokenizer.model_max_length = 10**30  # too long prompts are counted here, not warned of one by one
         self.truncated: Counter[str] = Counter()
         self._asked_size, self._store, self._progress = batch_size, store, progress
+        self._together = ranks.here(model.device)
         self._largest = batch_size or ACCELERATOR_TOKENS_PER_BATCH
         self._keep = 0
         self._seen: torch.Tensor | None = None  # by a pass that only looks at its tokens
@@ -74,13 +77,42 @@ class Scorer(HFLM):
         answers: dict[int, Answer] = {}
         batches = self._batches(requests)
         asked = [[requests[i] for i in batch] for batch in batches]
-        for number, found in (
-            self._swept(asked) if homes.of(self.model) else enumerate(map(self._known_or_asked, asked))
-        ):
+        for number, found in self._answered(asked):
             answers.update(zip(batches[number], found, strict=True))
             if self._progress:
                 self._progress(len(answers), len(requests))
         return [answers[i] for i in range(len(requests))]
+
+    def _answered(self, batches: Sequence[list[Request]]) -> Iterator[tuple[int, list[Answer]]]:
+        if self._together.count > 1:
+            return self._shared(batches)
+        return self._swept(batches) if homes.of(self.model) else enumerate(map(self._known_or_asked, batches))
+
+    def _shared(self, batches: Sequence[list[Request]]) -> Iterator[tuple[int, list[Answer]]]:
+        """By all ranks, as many batches at a time as there are ranks; all at once where each reads its weights for it.
+
+        What was answered before and is kept, rank 0 knows.
+        """
+        keys = [digest(requests) for requests in batches]
+        store, self._store = self._store, None
+        known = self._together.first(lambda: [None if store is None else store.get(key) for key in keys])
+        yield from ((number, _plain(found)) for number, found in enumerate(known) if found)
+        new = [number for number, found in enumerate(known) if not found]
+        away = homes.of(self.model) is not None
+        ask = self._swept if away else lambda mine: enumerate(map(self._known_or_asked, mine))
+        size = len(new) if away else self._together.count
+        for start in range(0, len(new), max(size, 1)):
+            here = new[start : start + size]
+
+            def work(numbers: Sequence[int], here: list[int] = here) -> list[list[Answer]]:
+                found = dict(ask([batches[here[number]] for number in numbers]))
+                return [found[place] for place in range(len(numbers))]
+
+            for number, found in zip(here, self._together.split(work, len(here)), strict=True):
+                if store is not None:
+                    store.put(keys[number], _plain(found))
+                yield number, _plain(found)
+        self._store = store
 
     def _swept(self, batches: Sequence[list[Request]]) -> Iterator[tuple[int, list[Answer]]]:
         """The same answers of a model whose weights are away from home, read once for many batches."""
@@ -168,6 +200,11 @@ class Scorer(HFLM):
             return super()._model_call(inps, attn_mask, labels)
         with torch.inference_mode():
             return self.model(inps, use_cache=False, logits_to_keep=self._keep).logits
+
+
+def _plain(answers: Sequence[Sequence[Any]]) -> list[Answer]:
+    """As they come from JSON."""
+    return [(float(nats), bool(greedy)) for nats, greedy in answers]
 
 
 def fingerprint(model: PreTrainedModel) -> str:

@@ -33,7 +33,7 @@ from eval.checks import Progress, check_model, check_tokenizer
 from eval.intervals import standard_error
 from eval.scorer import fingerprint
 from eval.tasks import check_names, load, task_manager
-from pruners import checks
+from pruners import checks, ranks
 from pruners.checks import Count, PathLike, Whole
 
 
@@ -83,7 +83,8 @@ def zero_shot(
     `tasks` maps lm-eval's task names to changes of their configuration: {} for the task as lm-eval has it, or where
     its documents come from; a group maps to such changes by task of the group, and is missing where one of its tasks
     is.  `limit` keeps the first so many documents of each task.  `batch_size` None packs batches by tokens.  `resume`
-    names a file that keeps finished batches until the caller removes it.  `released_marks` asks ChatGLM as LLM-Pruner's
+    names a file that keeps finished batches until the caller removes it.  The ranks of a launch share the batches and
+    have the same result; rank 0 keeps the file.  `released_marks` asks ChatGLM as LLM-Pruner's
     released harness does, with `[gMASK] <sop>` behind every choice, too, and scored with it (its table 5).  Raises
     UsageError for unknown tasks, ValueError for a limit below 1, `examples` below 0, a tokenizer that does not fit the
     model, and `released_marks` for a model without such marks.
@@ -101,7 +102,8 @@ def zero_shot(
     with _quiet():
         loaded, missing = load(tasks, examples, limit)
         each = {part: task for group in loaded.values() for part, task in group.items()}
-        store = AnswerStore(resume, fingerprint(model)) if resume else None
+        identity = fingerprint(model) if resume else ""
+        store = AnswerStore(resume, identity) if resume and ranks.here(model.device).rank == 0 else None
         scorer = scorer_of(model, tokenizer, batch_size, store, progress, released=released_marks)
         outcome = evaluate(scorer, {"tasks": each}, limit=limit, bootstrap_iters=0) if each else {}
     scored = {part: _score(task, outcome, scorer.truncated[part]) for part, task in each.items()}

@@ -4,7 +4,7 @@ python -m experiments list
 python -m experiments show embedded.demo
 python -m experiments run embedded.demo --method wanda
 python -m experiments run flap.perplexity gblm.perplexity --only model=llama-7b "Wanda 50 %"
-torchrun --nproc-per-node 2 -m experiments run perp.magnitude    # two GPUs share each batch of a retraining
+torchrun --nproc-per-node 2 -m experiments run perp.magnitude    # two GPUs share every cell
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from experiments.store import records
 
 if TYPE_CHECKING:
     from experiments.cells import Cell
-    from experiments.distributed import Group
     from experiments.spec import Run
     from experiments.store.records import Record
 
@@ -186,30 +185,23 @@ def _hours(hours: float) -> str:
 
 
 def _run(asked: argparse.Namespace) -> int:
-    from experiments import distributed
-
-    with distributed.joined() as group:
-        if group and group.rank > 0:
-            settings = cli.settings(selection.each(asked)[0])
-            group.follow(lambda: [cell for _, cells in selection.chosen(asked) for cell in cells], settings)
-            return 0
-        return max(_run_table(one, chosen, group) for one, chosen in selection.chosen(asked))
+    return max([_run_table(one, chosen) for one, chosen in selection.chosen(asked)])
 
 
-def _run_table(asked: argparse.Namespace, chosen: Sequence[Cell], group: Group | None) -> int:
+def _run_table(asked: argparse.Namespace, chosen: Sequence[Cell]) -> int:
     """One table's cells that the device takes; the exit status."""
     from experiments import placement, resume
     from experiments.batch import run_table
+    from pruners import ranks
 
     settings = cli.settings(asked, chosen if asked.save_models else ())
-    large = {cell: why for cell in chosen if (why := placement.too_large(cell.run, settings, asked.card))}
+    together = ranks.here(settings.device or "cpu")
+    reasons = together.first(lambda: [placement.too_large(cell.run, settings, asked.card) for cell in chosen])
+    large = {cell: why for cell, why in zip(chosen, reasons, strict=True) if why}
     cli.say_lines(selection.left_out(asked.table, {cell.label: why for cell, why in large.items()}))
     fitting = [cell for cell in chosen if cell not in large]
-    if group:
-        group.refuse_uneven(fitting)
-        cli.say(_shares(fitting, group.count))
-    outcome = run_table(asked.table, fitting, settings, cli.watchers(asked), group)
-    resume.tidy(asked.results, asked.table, cli.declared(asked))
+    outcome = run_table(asked.table, fitting, settings, cli.watchers(asked))
+    together.first(lambda: resume.tidy(asked.results, asked.table, cli.declared(asked)))
     counts = f"{len(outcome.done)} done now, {len(outcome.found)} before, {len(outcome.failed)} failed"
     counts += f", {len(outcome.incomplete)} incomplete" if outcome.incomplete else ""
     counts += f", {len(large)} left out" if large else ""
@@ -249,15 +241,6 @@ def _compare(asked: argparse.Namespace) -> int:
     table = argparse.Namespace(**vars(parser().parse_args(words)) | {name: getattr(asked, name) for name in RUNNING})
     cli.resolve(table)
     return _run(table) or comparison.show(path, asked)
-
-
-def _shares(chosen: Sequence[Cell], processes: int) -> str:
-    from experiments.recovery import Retraining
-
-    retrained = sum(isinstance(cell.run.recovery, Retraining) for cell in chosen)
-    shares = f"{processes} processes share the retraining of {retrained} of {len(chosen)} cells"
-    hint = "" if retrained else "; several plain commands would share the cells themselves"
-    return f"{shares}. Rank 0 does all else alone{hint}."
 
 
 def _keys(run: Run) -> list[str]:

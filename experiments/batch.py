@@ -7,20 +7,27 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 
 from filelock import Timeout
 
 from experiments import errors, measures, models
 from experiments.callbacks import Watcher, Watchers
 from experiments.cells import Cell, ordered
-from experiments.distributed import Group
 from experiments.progress import Board, duration
+from experiments.recovery import Retraining
 from experiments.resume import unfinished
 from experiments.run import execute
 from experiments.settings import Settings
 from experiments.store import atomic, elsewhere, found, records
 from experiments.store.locks import lock
 from experiments.store.records import Failure, Record
+from pruners import ranks
+from pruners.ranks import RankLostError, Ranks
+from pruners.retrain import Reconstruction
+
+_PLACES = count()  # where ranks tell each other that a cell has failed
+WAIT_SECONDS = 60.0  # for another process at a cell, before the other ranks of this launch are told that it goes on
 
 
 @dataclass
@@ -41,16 +48,71 @@ def run_table(
     chosen: Sequence[Cell],
     settings: Settings,
     watchers: Sequence[Watcher] = (),
-    group: Group | None = None,
 ) -> Outcome:
     """Run the chosen cells that have no record; one that fails does not stop the others, nor does a watcher.
 
     A cell that another table has a record of, from the same texts and code, is taken over from there.
     A record that lacks tasks whose documents have turned up since, or that was made from other texts than this run
     would read, is made again, and with `settings.again` one that other code of its method or measures made.
-    Two processes may run the same table: each cell is done by one of them; the ranks of `group` retrain together.
-    Raises StorageError before any work where there is some and the results folder cannot be written.
+    Two processes may run the same table: each cell is done by one of them.  The ranks of a launch run each cell
+    together: rank 0 says which, keeps it, and alone has an outcome to tell.
+    Raises StorageError before any work where there is some and the results folder cannot be written, ValueError for
+    cells that so many ranks cannot share, RankLostError where one is lost.
     """
+    together = ranks.here(settings.device or "cpu")
+    refuse_unshared(chosen, together.count)
+    if together.rank:
+        _run_along(table, chosen, settings, together)
+        return Outcome()
+    try:
+        outcome = _run_table(table, chosen, settings, watchers, together)
+    except RankLostError:
+        raise
+    except Exception:
+        together.first(lambda: None)
+        raise
+    together.first(lambda: None)
+    return outcome
+
+
+def refuse_unshared(chosen: Sequence[Cell], processes: int) -> None:
+    """ValueError for cells that so many processes cannot share, before any of them is pruned."""
+    if processes == 1:
+        return
+    if rebuilt := [cell.label for cell in chosen if isinstance(cell.run.recovery, Reconstruction)]:
+        raise ValueError(
+            f"Blocks are reconstructed by one process, and {processes} would do {rebuilt[0]}"
+            f"{f' and {len(rebuilt) - 1} more cells' if rebuilt[1:] else ''}; run these alone, and others with --only."
+        )
+    trained = [(cell, cell.run.recovery) for cell in chosen if isinstance(cell.run.recovery, Retraining)]
+    if uneven := [(cell, recovery) for cell, recovery in trained if recovery.shared % processes]:
+        (cell, recovery), *others = uneven
+        more = f" and {len(others)} more cells" if others else ""
+        parts = f" in micro-batches of {recovery.batch_size // recovery.shared}" if recovery.reference else ""
+        raise ValueError(
+            f"{processes} processes cannot share a batch of {recovery.batch_size}{parts} evenly, as {cell.label}{more} "
+            "would need; launch a number that divides the batch, or choose cells with --only."
+        )
+
+
+def _run_along(table: str, chosen: Sequence[Cell], settings: Settings, together: Ranks) -> None:
+    """Of the other ranks: every cell that rank 0 names, until it lets them go."""
+    cells = {cell.id: cell for cell in chosen}
+    while told := together.first(lambda: None):
+        if told["cell"] is None:  # rank 0 waits for another process
+            continue
+        try:
+            execute(cells[told["cell"]].run, table, settings, Board(silent=True))
+        except RankLostError:
+            raise
+        except Exception:
+            if not together.met(told["place"]):
+                raise
+
+
+def _run_table(
+    table: str, chosen: Sequence[Cell], settings: Settings, watchers: Sequence[Watcher], together: Ranks
+) -> Outcome:
     known = records.load(settings.root, table)
     recorded = [(cell, known[cell.id]) for cell in chosen if cell.id in known]
     finished = found.finished(chosen, known, settings.data_dir, settings.again)
@@ -69,11 +131,12 @@ def run_table(
             board.say(line)
         if taken:
             board.say(f"Taken over from other tables: {len(taken)} of {len(chosen)} cells.")
-        worker = _Worker(table, settings, board, outcome, watcher, group)
+        worker = _Worker(table, settings, board, outcome, watcher, together)
         busy = [cell for cell in todo if not worker.attempt(cell, wait=False)]
         for cell in busy:
             board.say(f"Waiting for another process that is at {cell.label}.")
-            worker.attempt(cell, wait=True)
+            while not worker.attempt(cell, wait=True):
+                together.first(lambda: {"cell": None})
         known = records.load(settings.root, table)
         made = [(cell.label, known[cell.id]) for cell in chosen if cell.id in known]
         outcome.incomplete += [label for label, record in made if measures.missing(record.measures)]
@@ -89,7 +152,7 @@ class _Worker:
     board: Board
     outcome: Outcome
     watcher: Watcher
-    group: Group | None = None
+    together: Ranks
 
     def attempt(self, cell: Cell, *, wait: bool) -> bool:
         """False if another process is at this cell."""
@@ -115,19 +178,24 @@ class _Worker:
         return elsewhere.adopt(root, self.table, cell, data_dir) is not None
 
     def _run(self, cell: Cell, resumed: int) -> None:
-        started = time.monotonic()
+        started, place = time.monotonic(), f"failed/{next(_PLACES)}"
         self.board.begin(cell.label)
         self.watcher.started(cell, resumed)
         try:
-            record = execute(cell.run, self.table, self.settings, self.board, resumed, self.group)
+            self.together.first(lambda: {"cell": cell.id, "place": place})
+            record = execute(cell.run, self.table, self.settings, self.board, resumed)
         except BrokenPipeError:  # nobody reads what this command says, which is no fault of the cell
             raise
         except Exception as error:  # whatever it was, the other cells go on and the table shows it
             self.outcome.failed.append(cell.label)
             self._keep_failure(cell, error)
             self.board.finish(cell.work, f"{cell.label}: failed: {errors.sentence(error)}")
-            if self.group and self.group.broken:
-                raise  # the processes that train along are lost, and this one with them
+            if isinstance(error, RankLostError):
+                raise
+            if not self.together.met(place):
+                raise RankLostError(
+                    f"{errors.sentence(error)} The other processes have not met that, and end."
+                ) from error
         else:
             shutil.rmtree(unfinished(self.settings.root, self.table, cell.id), ignore_errors=True)
             self.outcome.done.append(cell.label)
@@ -141,7 +209,7 @@ class _Worker:
         place = self.settings.root / ".cache" / "started" / self.table
         with atomic.explained(place):
             place.mkdir(parents=True, exist_ok=True)
-        patience = -1 if wait else 0
+        patience = (WAIT_SECONDS if self.together.count > 1 else -1) if wait else 0
         everywhere = lock(place.parent / f"{cell.id}.lock", timeout=patience)  # whatever table asks for it
         with lock(place / f"{cell.id}.lock", timeout=patience), everywhere:
             marker = place / cell.id

@@ -13,13 +13,14 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from experiments.data import eval_tasks, sources
 from experiments.measures import zero_shot
 from experiments.store import redaction
+from pruners import ranks
 
 if TYPE_CHECKING:
     from experiments.callbacks import Watcher
@@ -55,8 +56,9 @@ def carry_out(asked: argparse.Namespace, stopped: str) -> int:
     """
 
     _printable()
+    lost = False
     try:  # commands import what they need: torch takes seconds, and --help should not
-        with _terminable(), redaction.quiet_logs():
+        with _terminable(), redaction.quiet_logs(), _heard_once():
             resolve(asked)
             status = int(asked.command(asked) or 0)
             sys.stdout.flush()
@@ -70,12 +72,17 @@ def carry_out(asked: argparse.Namespace, stopped: str) -> int:
         from experiments.errors import sentence
         from pruners.suggest import UsageError
 
+        lost = isinstance(error, ranks.RankLostError)
+        if _all_have_met_it(error):
+            return EXIT_FAILED
         if asked.debug:
             say(redaction.redacted(traceback.format_exc()))
-        say(sentence(error))
+        say(f"{_whose()}{sentence(error)}")
         return EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED
     finally:
         _forget()
+        if "WORLD_SIZE" in os.environ:
+            ranks.leave(lost)
 
 
 def _printable() -> None:
@@ -97,6 +104,41 @@ def _nobody_reads() -> bool:
     for output in gone:
         os.dup2(os.open(os.devnull, os.O_WRONLY), output)  # or Python complains at its end
     return bool(gone)
+
+
+@contextmanager
+def _heard_once() -> Iterator[None]:
+    """Of ranks that run the same program the first one speaks; what ends another one alone is said behind this."""
+    if os.environ.get("RANK", "0") == "0":
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
+
+
+def _whose() -> str:
+    return f"Process {rank}: " if (rank := os.environ.get("RANK", "0")) != "0" else ""
+
+
+def _all_have_met_it(error: Exception) -> bool:
+    """Whether this is a rank whose error the first one has met, too, and says."""
+    if "WORLD_SIZE" not in os.environ or isinstance(error, ranks.RankLostError):
+        return False
+    if os.environ.get("RANK", "0") == "0":
+        _tell_the_others()
+        return False
+    try:
+        return ranks.here().met("ended")
+    except (ValueError, ConnectionError):  # they have not met at all
+        return False
+
+
+def _tell_the_others() -> None:
+    """Of the first rank: that it ends with an error, which others need not say."""
+    with suppress(ValueError, ConnectionError):
+        together = ranks.here()
+        if together.count > 1:
+            together.reach("ended")
 
 
 @contextmanager

@@ -27,10 +27,14 @@ class Board:
     """
 
     def __init__(
-        self, works: Sequence[float] = (), seconds_per_work: float | None = None, watcher: Watcher | None = None
+        self,
+        works: Sequence[float] = (),
+        seconds_per_work: float | None = None,
+        watcher: Watcher | None = None,
+        silent: bool = False,
     ) -> None:
         self.watcher = watcher or Watcher()
-        self.console = _Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+        self.console = _Console(stderr=True, soft_wrap=True, highlight=False, markup=False, quiet=silent)
         self.total, self.cells = sum(works), len(works)
         self.finished_work, self.finished_cells, self.partial = 0.0, 0, 0.0
         self.prior, self.label = seconds_per_work, ""

@@ -13,7 +13,7 @@ from experiments.data import corpora, tokens
 from experiments.data.tokens import Tokenizer
 from experiments.recovery import Documents, Instructions, Retraining
 from experiments.spec import Windows
-from pruners import retrain, storage
+from pruners import ranks, retrain, storage
 from pruners.calibrate import Progress
 from pruners.retrain import Retrained
 from pruners.retrain.batches import IGNORED
@@ -65,7 +65,7 @@ def own_state(folder: Path, work: Callable[[], Result]) -> Result:
         return work()
     except OtherRunError as error:
         logger.warning("Beginning again: %s", error)
-        storage.remove(folder)
+        ranks.here().first(lambda: storage.remove(folder))
         return work()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import metadata
@@ -14,7 +13,7 @@ from typing import Any
 import pruners
 from eval import int8
 from eval.perplexity import token_sha256
-from experiments import distributed, measures, models, placement, provenance, rates, recover, resume
+from experiments import measures, models, placement, provenance, rates, recover, resume
 from experiments.data import corpora, tokens
 from experiments.data.tokens import Tokenizer
 from experiments.measures import dense_gate, made, zero_shot
@@ -29,8 +28,9 @@ from experiments.settings import Settings
 from experiments.spec import Perplexity, Run, describe, digest
 from experiments.store import blocks, cache, code, pruned_weights, records
 from experiments.store.records import Record
-from pruners import retrain
+from pruners import ranks, retrain, storage
 from pruners.lazy import torch
+from pruners.ranks import Ranks
 from pruners.retrain import Reconstruction
 from pruners.unstructured import Unstructured
 
@@ -40,6 +40,7 @@ class Session:
     """One cell on its way: what is asked, the model as it is by now, where it goes and who watches.
 
     `begun` is the folder of its unfinished work, `steps` that of its retraining, which other cells may share.
+    `together` are the ranks of the launch, all of which run it.
     """
 
     run: Run
@@ -51,32 +52,26 @@ class Session:
     placed: placement.Placement
     begun: Path
     steps: Path
-    group: distributed.Group | None
+    together: Ranks
 
     @property
     def retrains(self) -> bool:
         return isinstance(self.run.recovery, Retraining)
 
 
-def execute(
-    run: Run,
-    table: str,
-    settings: Settings,
-    board: Board | None = None,
-    resumed: int = 0,
-    group: distributed.Group | None = None,
-) -> Record:
+def execute(run: Run, table: str, settings: Settings, board: Board | None = None, resumed: int = 0) -> Record:
     """One cell from its model to its record, which is stored before the model is kept, if it is to be.
 
-    The ranks of `group` retrain it together.
+    All ranks of a launch call this for the same cell; rank 0 stores.
     """
     if run.quantised:
         int8.library()
     board = board or Board()
-    run, chosen = _settled(run, settings, board, group)
-    session = _open(run, table, settings, board, group)
-    if folder := settings.save.get(session.id):
-        saved.check(run, folder)
+    run, chosen = _settled(run, settings, board)
+    session = _open(run, table, settings, board)
+    together, folder = session.together, settings.save.get(session.id)
+    if folder:
+        together.first(lambda: saved.check(run, folder))
     passed = _dense_gate(session)
     said = {what: made.said(what, session.subject) for what in run.measures if isinstance(what, DenseAnswers)}
     grid = rates.grid(run)
@@ -104,29 +99,48 @@ def execute(
         resumed=resumed,
         code=code.of(run),
     )
-    records.write(record, settings.root)
-    if folder:
-        session.board.stage("saving")
-        saved.write(session.subject.model, session.subject.tokenizer.inner, run, record, folder, settings.root)
+    together.first(lambda: _keep(record, folder, session))
     return record
 
 
-def _open(run: Run, table: str, settings: Settings, board: Board, group: distributed.Group | None) -> Session:
-    stages, identity = provenance.Stages(), models.identity(run.model)
-    id, placed = run.id(identity), placement.choose(run, settings)
+def _keep(record: Record, folder: Path | None, session: Session) -> None:
+    root, subject = session.settings.root, session.subject
+    records.write(record, root)
+    if folder:
+        session.board.stage("saving")
+        saved.write(subject.model, subject.tokenizer.inner, session.run, record, folder, root)
+
+
+def _open(run: Run, table: str, settings: Settings, board: Board) -> Session:
+    stages, identity, together = provenance.Stages(), models.identity(run.model), ranks.here(settings.device or "cpu")
+    id, placed = run.id(identity), placement.agreed(run, settings, together)
     begun, steps = resume.begun(run, id, table, settings), resume.steps(run, id, table, settings)
     board.stage("loading")
     board.say_once((run.model, placed.home), str(placed))
     if placed.home == "disk" and run.method is not None:
-        placement.check_disk(run, begun)
+        together.first(lambda: placement.check_disk(run, begun, together.count))
+    loaded: list[Any] = []
     with stages("load"):
-        model, inner = models.load(run.model, run.dtype, settings.device, placed.home, begun / "weights", mark=id)
-    if models.identity(run.model) != identity:
-        raise ValueError(f"{run.model} changed while it was loaded; run again, so that the record is of one model.")
+        together.each(lambda: loaded.extend(_load(run, id, identity, settings, placed, begun, together)))
+    model, inner = loaded
     place = zero_shot.Place(records.folder(settings.root, table) / id, resume.answers(run, id, table, settings))
     tokenizer = Tokenizer(digest(identity), inner)
     subject = measures.Subject(model, tokenizer, settings.batch_size, settings.data_dir, place, identity)
-    return Session(run, id, subject, settings, board, stages, placed, begun / "pruned", steps, group)
+    return Session(run, id, subject, settings, board, stages, placed, begun / "pruned", steps, together)
+
+
+def _load(
+    run: Run, id: str, identity: Any, settings: Settings, placed: placement.Placement, begun: Path, together: Ranks
+) -> tuple[Any, Any]:
+    """The model and its tokenizer; of several ranks each changes weights in a folder of its own, begun anew."""
+    work = begun / "weights"
+    if together.count > 1 and placed.home == "disk":
+        work = begun / f"weights_{together.rank}"
+        storage.remove(work)
+    loaded = models.load(run.model, run.dtype, settings.device, placed.home, work, mark=id)
+    if models.identity(run.model) != identity:
+        raise ValueError(f"{run.model} changed while it was loaded; run again, so that the record is of one model.")
+    return loaded
 
 
 def _prune(session: Session) -> dict[str, Any]:
@@ -176,11 +190,13 @@ def _windows(session: Session) -> torch.Tensor:
         return tokens.calibration(asked, subject.tokenizer, session.settings.data_dir)
     from eval.generation import written
 
-    return written(subject.model, subject.tokenizer.inner, asked.count, asked.length, asked.seed, subject.batch_size)
+    model, inner, batch = subject.model, subject.tokenizer.inner, subject.batch_size
+    drawn = partial(written, model, inner, asked.count, asked.length, asked.seed, batch)
+    return torch.tensor(session.together.first(lambda: drawn().tolist()))
 
 
 def _retrain(session: Session) -> dict[str, Any]:
-    recovery, subject, group = session.run.recovery, session.subject, session.group
+    recovery, subject = session.run.recovery, session.subject
     assert isinstance(recovery, Retraining)
     kept_back = recover.held_out(recovery.text, subject.tokenizer, subject.data_dir)
     before = _held_out(kept_back, session)
@@ -189,25 +205,21 @@ def _retrain(session: Session) -> dict[str, Any]:
     def watch(step: int, loss: float, pace: float) -> None:
         session.board.note(f"{step}/{recovery.taken}, loss {loss:.3f}, {pace:.0f} tokens/s")
 
-    model, inner = subject.model, subject.tokenizer.inner
+    model = subject.model
     with session.stages("retrain"):
         text = recover.examples(recovery.text, subject.tokenizer, subject.data_dir)
-        along = (session.id, model, inner, session.steps, recovery.learning_rate)
-        with group.training(*along) if group else nullcontext():
-            report = recover.retrained(model, recovery, text, session.steps, progress, watch)
+        report = recover.retrained(model, recovery, text, session.steps, progress, watch)
     session.stages.add("retrain", report.resumed_seconds)  # what another process took is this cell's cost, too
     held_out = {"held_out": {"before": before, "after": _held_out(kept_back, session)}}
     return report.to_dict() | (held_out if kept_back else {})
 
 
-def _settled(run: Run, settings: Settings, board: Board, group: distributed.Group | None) -> tuple[Run, dict[str, Any]]:
+def _settled(run: Run, settings: Settings, board: Board) -> tuple[Run, dict[str, Any]]:
     """The run at its learning rate, which is chosen now where it was not yet, and what to record of the choice."""
-    if group and rates.grid(run):
-        raise ValueError("A learning rate is chosen by one process; run this cell without torchrun.")
     if not run.tuning:
         return run, {}
     alone = replace(settings, save={})
-    return settled(run, settings, None if group else lambda wanted, table: execute(wanted, table, alone, board))
+    return settled(run, settings, lambda wanted, table: execute(wanted, table, alone, board))
 
 
 def _choose(grid: RateGrid, session: Session) -> tuple[Values, dict[str, Any]]:
@@ -304,6 +316,7 @@ def _measure(session: Session, recovery: Mapping[str, Any], said: Mapping[DenseA
     """`recovery` is what retraining achieved, if there was any; `said` are the dense model's answers."""
     run = session.run
     values: Values = {}
+    made.agree(session.subject, session.together)
     with session.stages("measure"):
         for what in run.measures:
             if isinstance(what, Costs):

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from experiments import processes
-from pruners import checks
+from pruners import checks, ranks
 from pruners.checks import AnyPath, Count, Flag, Folder, Text
 
 WEIGHTS = ("device", "host", "disk", "auto")
@@ -47,14 +46,14 @@ def _device(asked: str | None) -> str:
     import torch
 
     found = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-    name = f"cuda:{processes.local_rank()}" if asked == "cuda" or (asked is None and len(found) > 1) else asked or "cpu"
+    name = f"cuda:{ranks.local_rank()}" if asked == "cuda" or (asked is None and len(found) > 1) else asked or "cpu"
     if name not in found:
         raise ValueError(
             f"There is no device {name!r} here; found {', '.join(found)}."
-            + (" Launch one process for each GPU at most." if processes.local_rank() else "")
+            + (" Launch one process for each GPU at most." if ranks.local_rank() else "")
         )
-    if asked == name != "cpu" and processes.count() > 1:
+    if asked == name != "cpu" and ranks.launched() > 1:
         raise ValueError(
-            f"{processes.count()} processes cannot train together on {name}; leave --device out, or say cpu."
+            f"{ranks.launched()} processes cannot work together on {name}; leave --device out, or say cpu."
         )
     return name

@@ -22,6 +22,11 @@ from pruners.lazy import Tensor, torch
 
 T = TypeVar("T")
 PATIENCE = timedelta(minutes=30)  # for a rank that does not come to where the others wait
+MEETING = timedelta(minutes=5)  # for all to be started
+ERROR_PATIENCE = timedelta(seconds=30)  # for the others to meet an error that one has met
+WAY_OUT = "start all of them with torchrun, or unset WORLD_SIZE for one process"
+STARTED = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun says beside WORLD_SIZE
+_STORE: list[Any] = []  # by which the ranks have met; it answers where sums and messages would wait
 
 
 class RankLostError(ConnectionError):
@@ -80,12 +85,50 @@ class Ranks:
         try:
             said = json.dumps({"answer": work()})
         except Exception as error:
-            kind = type(error)
-            self._told(json.dumps({"failed": [kind.__module__, kind.__qualname__, str(error)]}).encode())
+            self._told(json.dumps({"failed": _described(error)}).encode())
             raise
         self._told(said.encode())
         same: T = json.loads(said)["answer"]
         return same
+
+    def each(self, work: Callable[[], T]) -> list[T]:
+        """What `work` returns on every rank, in their order; plain JSON values (tuples arrive as lists).
+
+        What it raises on one rank is raised on every rank, of the first of them where several fail.
+        """
+        if self.count == 1:
+            return [work()]
+        own: Exception | None = None
+        try:
+            said: dict[str, Any] = {"answer": work()}
+        except Exception as error:  # noqa: BLE001  (raised below, on every rank)
+            own, said = error, {"failed": _described(error)}
+        told = [json.loads(text) for text in self._gathered(json.dumps(said).encode())]
+        for rank, one in enumerate(told):
+            if "failed" in one:
+                raise own if own is not None and rank == self.rank else _rebuilt(*one["failed"])
+        return [one["answer"] for one in told]
+
+    def split(self, work: Callable[[Sequence[int]], list[T]], count: int) -> list[T]:
+        """What `work(numbers)` makes of every number below `count`, one answer each, in order; dealt out in turns."""
+        parts = self.each(lambda: work(range(self.rank, count, self.count)))
+        return [parts[number % self.count][number // self.count] for number in range(count)]
+
+    def reach(self, place: str) -> None:
+        """Say that this rank is there, without waiting for the others."""
+        with explained():
+            _STORE[0].set(f"{place}/{self.rank}", "")
+
+    def met(self, place: str) -> bool:
+        """Whether every rank says that it is at this place, soon: after an error that others may not have met."""
+        if self.count == 1:
+            return True
+        self.reach(place)
+        try:
+            _STORE[0].wait([f"{place}/{rank}" for rank in range(self.count)], ERROR_PATIENCE)
+        except RuntimeError:  # nobody keeps the store any more, or the time is over
+            return False
+        return True
 
     def add_up(self, tensors: Iterable[Tensor]) -> None:
         """Sum each of these over the ranks, in place."""
@@ -106,6 +149,18 @@ class Ranks:
             with explained():
                 torch.distributed.barrier()
 
+    def _gathered(self, said: bytes) -> list[bytes]:
+        """What every rank says, on every rank."""
+        lengths = torch.zeros(self.count, dtype=torch.long, device=self.device)
+        lengths[self.rank] = len(said)
+        self.add_up([lengths])
+        mine = torch.zeros(int(lengths.max()), dtype=torch.uint8, device=self.device)
+        mine[: len(said)] = torch.frombuffer(bytearray(said), dtype=torch.uint8)
+        texts = [torch.empty_like(mine) for _ in range(self.count)]
+        with explained():
+            torch.distributed.all_gather(texts, mine)
+        return [text[:length].cpu().numpy().tobytes() for text, length in zip(texts, lengths.tolist(), strict=True)]
+
     def _told(self, said: bytes) -> bytes:
         """What rank 0 says, on every rank."""
         length = torch.tensor([len(said)], device=self.device)
@@ -122,20 +177,66 @@ class Ranks:
 def here(device: torch.device | str = "cpu", patience: timedelta = PATIENCE) -> Ranks:
     """Joins the process group that the environment describes, if there is one.
 
-    A rank that the others wait for longer than `patience` counts as lost.  Raises RankLostError where they do not meet.
+    A rank that the others wait for longer than `patience` counts as lost.  Raises ValueError where the environment
+    speaks of others but not of how to meet them, ConnectionError where they do not meet.
     """
-    device = torch.device(device)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
-        on_gpu = device.type == "cuda"
-        if on_gpu:
-            torch.cuda.set_device(device)
-        with explained():
-            torch.distributed.init_process_group(
-                "nccl" if on_gpu else "gloo", timeout=patience, device_id=device if on_gpu else None
-            )
-    if not torch.distributed.is_initialized():
+    if launched() == 1 and not _initialised():
         return Ranks()
+    device = torch.device(device)
+    if not _initialised():
+        _join(device, patience)
     return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
+
+
+def launched() -> int:
+    """How many processes were launched together; ValueError for a WORLD_SIZE that is no such number."""
+    return _number("WORLD_SIZE", "1", least=1)
+
+
+def local_rank() -> int:
+    """Which of the processes of this machine this is, from 0."""
+    return _number("LOCAL_RANK", "0", least=0)
+
+
+def leave(lost: bool = False) -> None:
+    """The ranks part, once all have come here, unless one is `lost`; nothing where they never met."""
+    if _STORE and _initialised() and not lost:
+        here().met("gone")
+        torch.distributed.destroy_process_group()
+    _STORE.clear()
+
+
+def _initialised() -> bool:
+    return "torch" in sys.modules and torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _join(device: torch.device, patience: timedelta) -> None:
+    if absent := [name for name in STARTED if name not in os.environ]:
+        raise ValueError(f"WORLD_SIZE is {launched()} but {', '.join(absent)} is not set; {WAY_OUT}.")
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(device)
+    try:
+        store, rank, size = next(torch.distributed.rendezvous("env://", timeout=MEETING))
+        torch.distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",  # messages go by the CPU, tensors by where they are
+            store=torch.distributed.PrefixStore("group", store),
+            rank=rank,
+            world_size=size,
+            timeout=patience,
+            device_id=device if on_gpu else None,
+        )
+    except (RuntimeError, ValueError) as error:
+        first = str(error).partition("\n")[0]
+        raise ConnectionError(f"The {launched()} processes of WORLD_SIZE do not meet ({first}); {WAY_OUT}.") from error
+    _STORE[:] = [torch.distributed.PrefixStore("ranks", store)]
+
+
+def _number(name: str, default: str, least: int) -> int:
+    said = os.environ.get(name, default)
+    if not said.isdecimal() or int(said) < least:
+        raise ValueError(f"{name} is {said!r}, not a number from {least} on; {WAY_OUT}.")
+    return int(said)
 
 
 @contextmanager
@@ -155,6 +256,10 @@ def explained() -> Iterator[None]:
 
 def _of_a_lost_rank(error: RuntimeError) -> bool:
     return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)  # which raises plain RuntimeErrors
+
+
+def _described(error: Exception) -> tuple[str, str, str]:
+    return type(error).__module__, type(error).__qualname__, str(error)
 
 
 def _rebuilt(module: str, name: str, message: str) -> Exception:

@@ -119,22 +119,6 @@ def test_costs_are_those_of_the_cell(tmp_path):
     assert 0 < found["peak_bytes"] <= record.cost.peak_bytes
 
 
-def test_processes_together_choose_nothing():
-    from experiments.distributed import Group
-    from experiments.run import execute
-
-    with pytest.raises(ValueError, match="chosen by one process; run this cell without torchrun"):
-        execute(choice(run(RETRAINING, 0.5)), "tiny.rates", Settings(), group=Group(0, 2, None))
-
-
-def test_processes_together_ask_for_a_choice_that_is_there(tmp_path):
-    from experiments.distributed import Group
-    from experiments.run import execute
-
-    with pytest.raises(ValueError, match=r"run python -m experiments run tiny.rates --only \w+ first"):
-        execute(run(RETRAINING, 0.5), "tiny", Settings(tmp_path), group=Group(0, 2, None))
-
-
 def test_a_choice_costs_as_many_trainings_as_it_tries_and_wants_all_weights():
     tuned, chosen = (cells.cells([one])[0] for one in (run(RETRAINING, 0.5), choice(run(RETRAINING, 0.5))))
     training = tuned.work - cells.OVERHEAD_TOKENS - measures.work_tokens(small.PPL)

@@ -14,8 +14,8 @@ from torch.testing import assert_close
 from transformers import PreTrainedModel
 
 import pruners
+from experiments.batch import refuse_unshared
 from experiments.cells import Cell
-from experiments.distributed import Group
 from experiments.recovery import Retraining
 from experiments.spec import Run, Windows, describe
 from pruners import anatomy
@@ -197,9 +197,9 @@ def test_micro_batches_that_processes_cannot_share_are_refused():
     recovery = Retraining(Trainable(norms=True), Windows("c4/train", 4, 8), 2, 1e-3, 4, reference=True)
     cell = Cell(Run("smollm2-135m", None, None, (), recovery=recovery), "0", "the row")
     with pytest.raises(ValueError, match="a batch of 4 in micro-batches of 4 evenly, as the row would"):
-        Group(0, 2, None).refuse_uneven([cell])
+        refuse_unshared([cell], 2)
     halves = replace(cell, run=replace(cell.run, recovery=replace(recovery, micro_batch_size=2)))
-    Group(0, 2, None).refuse_uneven([halves])
+    refuse_unshared([halves], 2)
 
 
 @pytest.mark.parametrize(

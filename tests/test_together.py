@@ -1,31 +1,30 @@
-"""Processes that torchrun launches together: they retrain as one, and end together where one is lost."""
+"""Processes that torchrun launches together: they make what one makes, and end together where one is lost."""
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
 import sys
-from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import launched
 import pytest
 import small_table as small
 from conftest import needs_shared
-from torch.distributed import HashStore
 from torch.testing import assert_close
 
-from experiments import cells, distributed, papers, processes
-from experiments.__main__ import main
+from experiments import batch, cells
 from experiments.batch import run_table
-from experiments.distributed import Group
 from experiments.settings import Settings
 from experiments.store import records
-from pruners.ranks import RankLostError
+from pruners import ranks
+from pruners.retrain import Reconstruction, Trainable
 
 SCRIPT = Path(__file__).with_name("launched.py")
-LAUNCH = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
 EPSILON = 1e-5  # sums over processes are rounded in another order
 
 
@@ -34,67 +33,113 @@ def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
 
 
-def run(root: Path, data: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *LAUNCH, "run", "retrained", "--results", str(root), "--data-dir", str(data), *words]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+def launch(count: int, *words: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), SCRIPT]
+    asked = [*map(str, [*command, *words])]
+    return subprocess.run(asked, env=environment(), capture_output=True, text=True, timeout=300)
 
 
-def found(root: Path) -> dict[str, records.Record]:
-    return records.load(root, "retrained")
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return small.data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> dict[str, Any]:
+    return launched.found(tmp_path_factory.mktemp("alone"), launched.WORKS)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory, data) -> tuple[Path, str]:
+    """The folder and what was said, of two ranks that have measured and then run the table; nobody launched them."""
+    folder = tmp_path_factory.mktemp("two")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    words = [SCRIPT, folder, "run", "retrained", "--results", folder, "--data-dir", data, "--device", "cpu"]
+    started = [subprocess.Popen([sys.executable, *map(str, words)], env=environment() | meeting | {"RANK": rank},
+                                stderr=subprocess.PIPE, text=True) for rank in "01"]  # fmt: skip
+    told = [process.communicate(timeout=300)[1] for process in started]
+    assert [process.returncode for process in started] == [1, 0], told  # rank 0 tells of a cell that failed
+    assert told[1] == ""
+    return folder, told[0]
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("four")
+    told = launch(4, folder)
+    assert told.returncode == 0, told.stderr
+    return folder
 
 
 @needs_shared
-def test_two_launched_processes_make_the_records_of_one(tmp_path):
-    data = small.data(tmp_path / "data")
-    alone = cells.cells(launched.table().runs())
-    assert len(run_table("retrained", alone, Settings(tmp_path / "1", device="cpu", data_dir=data)).failed) == 1
-    told = run(tmp_path / "2", data)
-    assert told.returncode != 0
-    assert told.stderr.count("3 done now, 0 before, 1 failed") == 1  # rank 0 alone speaks
-    assert "Rank 1000 is larger than" in told.stderr
-    one, two = found(tmp_path / "1"), found(tmp_path / "2")
-    assert len(two) == 3
-    for id in two:
-        perplexity = [made[id].measures[small.PPL.key]["perplexity"] for made in (one, two)]
-        assert_close(*perplexity, rtol=EPSILON, atol=0)
-        recoveries = [made[id].achieved.get("recovery", {}) for made in (one, two)]
-        assert [done.get("processes") for done in recoveries] == ([1, 2] if recoveries[0] else [None, None])
+@pytest.mark.parametrize(
+    ("name", "count"), [*((name, 2) for name in launched.WORKS), *((name, 4) for name in sorted(launched.FEWER))]
+)
+def test_every_rank_finds_exactly_what_one_process_finds(name, count, alone, request):
+    folder = request.getfixturevalue("two")[0] if count == 2 else request.getfixturevalue("four")
+    for rank in range(count):
+        found = json.loads((folder / f"{rank}.json").read_text())[name]
+        if name == "told":
+            assert (found, alone[name]) == (2, 2)
+        else:
+            assert found == alone[name]
+
+
+def table_records(root: Path, table: str = "retrained") -> dict[str, records.Record]:
+    return records.load(root, table)
+
+
+@needs_shared
+def test_two_ranks_make_the_records_of_one_process(two, data, tmp_path):
+    folder, said = two
+    asked = cells.cells(launched.table().runs())
+    assert len(run_table("retrained", asked, Settings(tmp_path, device="cpu", data_dir=data)).failed) == 1
+    assert said.count("4 done now, 0 before, 1 failed") == 1  # rank 0 alone speaks
+    assert "Rank 1000 is larger than" in said
+    one, both = table_records(tmp_path), table_records(folder)
+    assert one.keys() == both.keys()
+    assert len(both) == 4
+    for id in both:
+        before, after = one[id].measures, both[id].measures
+        retrained = "recovery" in both[id].achieved
+        if not retrained:
+            assert before == after
+        assert_close(*(made[small.PPL.key]["perplexity"] for made in (before, after)), rtol=EPSILON, atol=0)
+        recoveries = [made.achieved.get("recovery", {}) for made in (one[id], both[id])]
+        assert [done.get("processes") for done in recoveries] == ([1, 2] if retrained else [None, None])
         assert_close(*(done.get("losses", []) for done in recoveries), rtol=EPSILON, atol=0)
-    assert not list((tmp_path / "2").rglob("to_train*"))
+    chosen = [made.measures[launched.GRID.key]["learning_rate"] for root in (tmp_path, folder)
+              for made in table_records(root, "retrained.rates").values()]  # fmt: skip
+    assert len(chosen) == 2
+    assert chosen[0] == chosen[1]
 
 
 @needs_shared
-def test_a_process_that_is_lost_ends_all_with_its_sentence(tmp_path):
-    told = run(tmp_path, small.data(tmp_path / "data"), "--lose", "1", "12")
+def test_a_rank_that_is_lost_ends_all_with_its_sentence_and_fewer_go_on(data, tmp_path):
+    asked = cells.cells(launched.table().runs())[1:2]
+    words = ["run", "retrained", "--only", asked[0].id, "--results", tmp_path, "--data-dir", data, "--device", "cpu"]
+    told = launch(2, tmp_path, *words, "--lose", 1, 4)
     assert told.returncode != 0
     assert "Process 1: Out of memory" in told.stderr
     assert "done now" not in told.stderr
-    assert len(found(tmp_path)) == 1  # of the cell before; the one after is left to the next run
+    assert not table_records(tmp_path)
+    outcome = run_table("retrained", asked, Settings(tmp_path, device="cpu", data_dir=data))
+    assert outcome.done == [asked[0].label]
 
 
-@needs_shared
-def test_batches_that_do_not_divide_are_refused_before_any_work(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(distributed, "PATIENCE_SECONDS", 0.0)
-    monkeypatch.setattr(distributed, "joined", lambda: nullcontext(Group(0, 4, HashStore())))
-    monkeypatch.setitem(papers.TABLES, "retrained", launched.table())
-    assert main(["run", "retrained", "--results", str(tmp_path / "results"), "--device", "cpu"]) == 1
-    assert "4 processes cannot share a batch of 2 evenly, as " in (told := capsys.readouterr().err)
-    assert "and 1 more cells would need" in told
-    assert told.count("\n") == 1
-    assert not (tmp_path / "results").exists()
-
-
-def test_process_0_waits_until_all_are_ready_and_is_told_why_one_is_not(monkeypatch):
-    monkeypatch.setattr(distributed, "LOADING_SECONDS", 0.0)
-    one, other = (Group(rank, 2, store, calls=1) for store in [HashStore()] for rank in (0, 1))
-    with pytest.raises(RankLostError, match="Process 1 is not ready to train along after 0 s"):
-        one._wait_until_loaded()
-    monkeypatch.setattr(distributed, "PATIENCE_SECONDS", 0.0)
-    other._lost(ValueError("No such file."))
-    with pytest.raises(ConnectionError, match=r"Process 1 cannot train along\. No such file"):
-        one._wait_until_loaded()
-    other._reach("loaded/1")
-    one._wait_until_loaded()
+def test_what_ranks_cannot_share_is_refused_before_any_work(monkeypatch, tmp_path):
+    asked = cells.cells(launched.table().runs())
+    with pytest.raises(ValueError, match=r"8 processes cannot share a batch of 4 evenly, as .* and 2 more cells would"):
+        batch.refuse_unshared(asked, 8)
+    batch.refuse_unshared(asked, 4)
+    rebuilding = Reconstruction(Trainable(norms=True), steps=2)
+    (cell,) = cells.cells([replace(asked[0].run, recovery=rebuilding)])
+    with pytest.raises(
+        ValueError, match=r"Blocks are reconstructed by one process, and 2 would do .*; run these alone"
+    ):
+        batch.refuse_unshared([cell], 2)
 
 
 @pytest.mark.parametrize(
@@ -109,38 +154,25 @@ def test_process_0_waits_until_all_are_ready_and_is_told_why_one_is_not(monkeypa
 def test_an_environment_that_is_left_over_is_one_sentence(environment, says, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises((ValueError, ConnectionError), match=says), distributed.joined():
-        processes.local_rank()
+    asked = ranks.here if "WORLD_SIZE" in environment else ranks.local_rank
+    with pytest.raises((ValueError, ConnectionError), match=says):
+        asked()
 
 
-@needs_shared
-def test_without_a_launcher_the_process_that_keeps_the_store_leaves_last(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    data = small.data(tmp_path / "data")
-    words = ["run", "retrained", "--only", "dense", "--results", str(tmp_path), "--data-dir", str(data)]
-    ranks = [subprocess.Popen([sys.executable, SCRIPT, *words], env=environment() | meeting | {"RANK": rank},
-                              stderr=subprocess.PIPE, text=True) for rank in "01"]  # fmt: skip
-    told = [process.communicate(timeout=120)[1] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], told
-
-
-def test_the_others_are_let_go_without_a_word_whatever_ends_process_0(monkeypatch):
-    monkeypatch.setattr(distributed, "PATIENCE_SECONDS", 0.0)
-    store = HashStore()
-    Group(0, 2, store).end()
-    Group(1, 2, store).follow(lambda: pytest.fail("there was nothing to train"), Settings(device="cpu"))
-
-
-def test_an_error_that_all_meet_is_told_from_one_that_keeps_somebody_waiting(monkeypatch):
-    monkeypatch.setattr(distributed, "PATIENCE_SECONDS", 0.0)
-    store = HashStore()
-    one, other = Group(0, 2, store, calls=1), Group(1, 2, store, calls=1)
-    assert one._lost(ValueError())  # the other has met none yet
-    assert not other._lost(ValueError())
-    assert not one._lost(ValueError())
-    assert one._lost(RankLostError())
+def test_a_port_that_is_taken_is_one_sentence(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        meeting = {
+            "WORLD_SIZE": "2",
+            "RANK": "0",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(taken.getsockname()[1]),
+        }
+        for name, value in meeting.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ConnectionError, match=r"The 2 processes of WORLD_SIZE do not meet .*; start all of them"):
+            ranks.here()
 
 
 def test_each_process_takes_its_own_gpu(monkeypatch):
@@ -151,5 +183,5 @@ def test_each_process_takes_its_own_gpu(monkeypatch):
     with pytest.raises(ValueError, match=r"no device 'cuda:2' here; .* Launch one process for each GPU at most"):
         Settings()
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="2 processes cannot train together on cuda:0; leave --device out"):
+    with pytest.raises(ValueError, match="2 processes cannot work together on cuda:0; leave --device out"):
         Settings(device="cuda:0")

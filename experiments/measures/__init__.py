@@ -13,6 +13,7 @@ from experiments.data import corpora, tokens
 from experiments.data.tokens import Tokenizer
 from experiments.measures import asked, zero_shot
 from experiments.measures.zero_shot import Values
+from pruners import ranks
 from pruners.lazy import Tensor
 
 Progress = Callable[[int, int], None]
@@ -40,7 +41,10 @@ class Subject:
 
 def measure(what: Any, subject: Subject, progress: Progress | None = None) -> Values:
     """Values by protocol key, plain JSON; TypeError for a measure nobody knows."""
-    return _kind(what).measure(what, subject, progress)
+    kind = _kind(what)
+    if kind.shared:
+        return kind.measure(what, subject, progress)
+    return ranks.here().first(lambda: kind.measure(what, subject, progress))
 
 
 def work_tokens(what: Any) -> int:
@@ -191,20 +195,22 @@ def _generation_work(what: spec.Generation) -> int:
 
 @dataclass(frozen=True)
 class Kind:
-    """How a class of measures is taken, its rough work in tokens, and the modules that compute it."""
+    """How a class of measures is taken, its rough work in tokens, and the modules that compute it; `shared` where the
+    ranks of a launch take it together, else rank 0 does alone."""
 
     measure: Callable[[Any, Subject, Progress | None], Values]
     work: Callable[[Any], int]
     code: tuple[str, ...]
+    shared: bool = False
 
 
 KINDS = {
-    spec.Perplexity: Kind(_perplexity, _perplexity_work, ("eval.perplexity", "eval.intervals")),
-    spec.ZeroShot: Kind(_zero_shot, _zero_shot_work, ("eval.zero_shot",)),
+    spec.Perplexity: Kind(_perplexity, _perplexity_work, ("eval.perplexity", "eval.intervals"), shared=True),
+    spec.ZeroShot: Kind(_zero_shot, _zero_shot_work, ("eval.zero_shot",), shared=True),
     spec.Efficiency: Kind(_efficiency, _efficiency_work, ("eval.efficiency", "eval.semi_structured")),
-    spec.Generation: Kind(_generation, _generation_work, ("eval.generation",)),
+    spec.Generation: Kind(_generation, _generation_work, ("eval.generation",), shared=True),
     spec.MaskPatterns: Kind(_mask_patterns, lambda what: 0, ("eval.patterns",)),
-    asked.OpenAnswers: Kind(_open_answers, _open_answers_work, ("eval.greedy",)),
+    asked.OpenAnswers: Kind(_open_answers, _open_answers_work, ("eval.greedy",), shared=True),
     asked.DenseAnswers: Kind(_unmeasured, lambda what: 32 * STEP_TOKENS * what.new_tokens, ("eval.greedy",)),
     asked.Costs: Kind(_unmeasured, lambda what: 0, ()),
     rates.RateGrid: Kind(_unmeasured, lambda what: 0, ("pruners.retrain.rates",)),

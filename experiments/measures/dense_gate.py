@@ -18,6 +18,7 @@ from experiments.measures.zero_shot import Values
 from experiments.models.catalogue import Model
 from experiments.spec import Perplexity, digest
 from experiments.store import atomic, checksummed_json, locks
+from pruners import ranks
 
 logger = logging.getLogger(__name__)
 
@@ -67,14 +68,21 @@ def dense(root: Path, key: dict[str, Any], evaluate: Callable[[], Values]) -> Va
     A second process that asks for the same values waits for the first; a damaged file is evaluated again.
     """
     path = root / ".cache" / "dense" / f"{digest(key)}.json"
-    with locks.held(path.with_suffix(".lock")):
-        if (values := _read(path, key)) is None:
+    together = ranks.here()
+    with locks.shared(path.with_suffix(".lock")):
+        values = together.first(lambda: _read(path, key))
+        if values is None:
             values = evaluate()
-            try:
-                atomic.write(path, checksummed_json.dumps({"key": key, "values": values}))
-            except atomic.StorageError as error:
-                logger.warning("%s The dense value is not kept for other cells.", error)
+            content = checksummed_json.dumps({"key": key, "values": values})
+            together.first(lambda: _write(path, content))
     return values
+
+
+def _write(path: Path, content: str) -> None:
+    try:
+        atomic.write(path, content)
+    except atomic.StorageError as error:
+        logger.warning("%s The dense value is not kept for other cells.", error)
 
 
 def _read(path: Path, key: dict[str, Any]) -> Values | None:

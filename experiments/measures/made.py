@@ -8,6 +8,15 @@ from typing import Any
 from experiments import provenance
 from experiments.measures import Subject
 from experiments.measures.asked import DenseAnswers
+from pruners.ranks import Ranks
+
+
+def agree(subject: Subject, together: Ranks) -> None:
+    """ValueError unless every rank is about to measure the same model."""
+    if together.count > 1:
+        from eval.scorer import fingerprint
+
+        together.agree(fingerprint(subject.model))
 
 
 def said(what: DenseAnswers, subject: Subject) -> list[list[int]]:

@@ -15,6 +15,7 @@ from experiments.data.sources import DATA_DIR
 from experiments.models import hub
 from experiments.spec import ZeroShot, describe, digest
 from experiments.store import atomic
+from pruners import ranks
 
 Progress = Callable[[int, int], None]
 Values = dict[str, dict[str, Any]]
@@ -63,7 +64,7 @@ def measure(
     values[what.key] |= {
         **_mean(what, {task: score.per_document for task, score in result.tasks.items()}),
         "lm_eval": result.lm_eval,
-        "samples": _keep(result.samples, what, place),
+        "samples": ranks.here().first(lambda: _keep(result.samples, what, place)),
         "data": {task: provenance(task, place_of_texts) for task in found if task not in missing},
     }
     return values

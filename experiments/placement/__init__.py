@@ -6,7 +6,7 @@ stream) is told before any work where it is asked elsewhere.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from experiments.placement import needs
 from experiments.recovery import Retraining
 from experiments.spec import Run
 from pruners import storage
+from pruners.ranks import Ranks
 from pruners.weights import homes, memory
 
 if TYPE_CHECKING:
@@ -36,11 +37,18 @@ class Placement:
         return f"Weights {where}: {self.reason}."
 
 
-def choose(run: Run, settings: Settings) -> Placement:
-    """As asked, or by the room; ValueError where the cell cannot run with its weights there."""
+def agreed(run: Run, settings: Settings, together: Ranks) -> Placement:
+    """What `choose` says on rank 0, for all ranks, each of which has its weights there."""
+    home, reason = together.first(lambda: astuple(choose(run, settings, together.count)))
+    return Placement(home, reason)
+
+
+def choose(run: Run, settings: Settings, copies: int = 1) -> Placement:
+    """As asked, or by the room, of which so many copies of the weights take their part in CPU memory; ValueError where
+    the cell cannot run with its weights there."""
     whole = needs.needs_all_weights(run)
     if settings.weights == "auto":
-        return _by_room(run, str(settings.device), settings.batch_size, whole)
+        return _by_room(run, str(settings.device), settings.batch_size, whole, copies)
     if settings.weights != "device" and whole:
         raise ValueError(
             f"{whole} needs all weights of {run.model_name} on the device, {needs.all_weights_gb(run):.1f} GB; leave "
@@ -66,13 +74,13 @@ def too_large(run: Run, settings: Settings, card_gb: float | None = None) -> str
     return None
 
 
-def check_disk(run: Run, folder: Path) -> None:
-    """StorageError where the disk of `folder` has no room for the pruned copy of a model at home on the disk."""
+def check_disk(run: Run, folder: Path, copies: int = 1) -> None:
+    """StorageError where the disk of `folder` has no room for pruned copies of a model at home on the disk."""
     import shutil
 
     place = next(path for path in (folder, *folder.parents) if path.exists())
     merges = isinstance(run.recovery, Retraining) and run.recovery.trainable.adapters is not None
-    needed, free = 1e9 * needs.weights_gb(run) * (1 + merges) + SPARE_BYTES, shutil.disk_usage(place).free
+    needed, free = 1e9 * needs.weights_gb(run) * (1 + merges) * copies + SPARE_BYTES, shutil.disk_usage(place).free
     if free < needed:
         raise storage.StorageError(
             f"The pruned copy of {run.model_name} takes {needed / 1e9:.1f} GB and the disk of {place} has "
@@ -88,8 +96,9 @@ def told(placement: Placement, model: Any) -> dict[str, Any]:
     return {**asdict(placement), "sweeps": home.sweeps, "bytes_read": home.source.bytes_read}
 
 
-def _by_room(run: Run, device: str, batch: int, whole: str | None) -> Placement:
+def _by_room(run: Run, device: str, batch: int, whole: str | None, copies: int) -> Placement:
     kind, free = device.partition(":")[0], memory.free_bytes(device) / 1e9
+    free /= copies if kind == "cpu" else 1
     needed = needs.device_gb(run, batch=batch)
     there = f"about {needed:.1f} GB needed, {free:.1f} GB free on {kind}"
     if needed <= ROOM * free:
@@ -101,7 +110,7 @@ def _by_room(run: Run, device: str, batch: int, whole: str | None) -> Placement:
                 f"{device} has {free:.1f} GB free; take a larger one."
             )
         return Placement("device", f"{there}, and {whole} needs all weights there")
-    host = memory.free_bytes() / 1e9
+    host = memory.free_bytes() / 1e9 / copies
     if kind != "cpu" and needs.weights_gb(run) <= ROOM * host:
         return Placement(
             "host", f"{there}; the weights are {needs.weights_gb(run):.1f} GB, {host:.1f} GB of CPU memory free"

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from experiments.store import atomic, cache, room
+from pruners import ranks
 from pruners.anatomy import Block
-from pruners.calibrate import Keeper
+from pruners.calibrate import NOTHING, Keeper
+from pruners.ranks import Ranks
 from pruners.weights import homes, sources
 
 SECONDS_BETWEEN = 30.0
@@ -89,7 +91,30 @@ class PrunedBlocks(Keeper):
         return "/".join(self._path(block).absolute().parts[-4:])
 
 
+class Together(Keeper):
+    """What rank 0 keeps and finds, for all ranks, which read it there."""
+
+    def __init__(self, kept: Keeper, together: Ranks) -> None:
+        self.kept, self.together = kept, together
+
+    def restore(self, block: Block) -> bool:
+        found = self.together.first(lambda: self.kept.restore(block))
+        return found and all(self.together.each(lambda: self._read_along(block)))
+
+    def keep(self, block: Block) -> None:
+        if self.together.rank == 0:
+            self.kept.keep(block)
+
+    def _read_along(self, block: Block) -> bool:
+        if self.together.rank and not self.kept.restore(block):
+            raise ValueError(f"{block.name} of a killed run is read by rank 0 and by no other; use one results folder.")
+        return True
+
+
 def keeper(model: Any, folder: Path, root: Path | None = None) -> Keeper:
-    """For this model: one at home on the disk has its finished blocks there anyhow."""
-    disk = homes.on_disk(model)
+    """For this model: one at home on the disk has its finished blocks there anyhow, but of several ranks each its own,
+    which are begun anew together."""
+    disk, together = homes.on_disk(model), ranks.here()
+    if together.count > 1:
+        return Together(PrunedBlocks(folder, root), together) if disk is None else NOTHING
     return PrunedBlocks(folder, root) if disk is None else WrittenBlocks(disk)

@@ -18,7 +18,7 @@ from typing import Any
 from experiments.spec import digest
 from experiments.store import atomic, locks, room
 from experiments.store.room import DEFAULT_LIMIT_GB, LIMIT_VARIABLE, limit_bytes
-from pruners import storage
+from pruners import ranks, storage
 from pruners.lazy import Tensor
 
 __all__ = ["DEFAULT_LIMIT_GB", "LIMIT_VARIABLE", "folder", "limit_bytes", "read", "statistics", "write"]
@@ -32,23 +32,25 @@ def statistics(root: Path, key: dict[str, Any], compute: Callable[[], Mapping[st
 
     `key` names everything that can move them.  A second process asking for the same key waits for the first.  What
     cannot be stored is reported and used all the same; what is no dictionary, but read from a disk when it is asked
-    for, stays there for the cell alone.
+    for, stays there for the cell alone.  The ranks of a launch compute together; rank 0 stores.
     """
     path, limit, told = folder(root) / f"{digest(key)}.safetensors", limit_bytes(), json.dumps(key, sort_keys=True)
     with ExitStack() as stack:
         try:
-            stack.enter_context(locks.held(path.with_suffix(".lock")))
+            stack.enter_context(locks.shared(path.with_suffix(".lock")))
         except atomic.StorageError as error:
             _not_kept(error)
             computed = compute()
             return _on_cpu(computed) if isinstance(computed, dict) else computed
-        found = read(path, told)
-        if found is None:
-            computed = compute()
-            if not isinstance(computed, dict):  # on the disk, where the weights are at home
-                return computed
-            found = _on_cpu(computed)
-            _keep(root, path, found, told, limit)
+        together = ranks.here()
+        held: list[Statistics] = []
+        if together.first(lambda: _found(path, told, held)):
+            return held[0] if held else _read_along(path, told)
+        computed = compute()
+        if not isinstance(computed, dict):  # on the disk, where the weights are at home
+            return computed
+        found = _on_cpu(computed)
+        together.first(lambda: _keep(root, path, found, told, limit))
         return found
 
 
@@ -78,6 +80,19 @@ def read(path: Path, key: str) -> Statistics | None:
     except OSError as error:  # of a disk that can only be read
         logger.debug("%s is not marked as used: %s", path, error)
     return tensors
+
+
+def _found(path: Path, key: str, held: list[Statistics]) -> bool:
+    held += [found for found in (read(path, key),) if found is not None]
+    return bool(held)
+
+
+def _read_along(path: Path, key: str) -> Statistics:
+    """Of the other ranks, while rank 0 holds the lock."""
+    found = read(path, key)
+    if found is None:
+        raise ValueError(f"Rank 0 has read {path} and another rank cannot; all ranks need the same results folder.")
+    return found
 
 
 def _on_cpu(computed: Statistics) -> Statistics:

@@ -12,16 +12,17 @@ import errno
 import fcntl
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, SoftFileLease, Timeout
 
 from experiments.store import atomic
-from pruners import storage
+from pruners import ranks, storage
 
 LEASE_SECONDS = 180.0
+AT_ONCE_SECONDS = 60.0  # that ranks wait before they tell each other that they do
 NO_FLOCK = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 
 
@@ -43,6 +44,25 @@ def held(path: Path, timeout: float = -1, otherwise: str = atomic.OTHERWISE) -> 
         yield
     finally:
         taken.release()
+
+
+@contextmanager
+def shared(path: Path) -> Iterator[None]:
+    """As `held`, for all ranks of a launch: rank 0 holds the lock, and the others are within the block, too."""
+    together = ranks.here()
+    timeout = AT_ONCE_SECONDS if together.count > 1 else -1
+    with ExitStack() as stack:
+        while not together.first(lambda: _entered(stack, path, timeout)):
+            pass
+        yield
+
+
+def _entered(stack: ExitStack, path: Path, timeout: float) -> bool:
+    try:
+        stack.enter_context(held(path, timeout))
+    except Timeout:
+        return False
+    return True
 
 
 def lock(path: Path, timeout: float = -1) -> BaseFileLock:
