@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pruners import anatomy, checks
+from pruners import anatomy, checks, ranks
 from pruners.anatomy import Block
 from pruners.checks import Count, Flag
 from pruners.lazy import Float, Int, Tensor, nn, no_grad, torch
+from pruners.ranks import Ranks
 from pruners.statistic import Hessian, InputNorm, Moments, Statistic
 from pruners.stream import Stream, evaluating
 from pruners.weights import homes
@@ -124,12 +125,14 @@ def walk(
     Whatever the caller does to the block before asking for the next one is seen by the later blocks when
     `sequential`; else later blocks get dense outputs and one pass serves both.  `keeper` is told when the caller is
     done with a block; blocks that it restores are not yielded.  `finished` sees every block once it is as it stays.
+    The ranks of a launch share the windows and see the same statistics, to the bit those of one process.
     Raises ValueError, naming block and projection, for inputs that are not finite.  An expert that no token was routed
     to has None for a statistic.
     """
     blocks = anatomy.blocks(model)
     with evaluating(model):
-        stream = Stream(model, windows, how.batch_size, also=keeper.rebuild_batch)
+        together = Ranks() if keeper.rebuild_batch else ranks.here(windows.device)
+        stream = Stream(model, windows, how.batch_size, also=keeper.rebuild_batch, together=together)
         for block in blocks:
             with homes.held(block.module, changes=sequential):
                 last = block is blocks[-1]

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pruners import anatomy, checks, gradients, matrices
+from pruners import anatomy, checks, gradients, matrices, ranks
 from pruners.anatomy import Block
 from pruners.calibrate import PLAIN, Execution, InputNorm, Progress
 from pruners.checks import Finite
@@ -44,6 +44,7 @@ def gradient_norms(
     """G of every projection in float32, by full name; memory is the weights, G and one gradient.
 
     Of a model whose weights are away from home G lies there, too, and one block's is on the device at a time.
+    The ranks of a launch share the windows; G is the same on all, to the bit that of one process.
     """
     blocks = anatomy.blocks(model)
     weights = {f"{b.name}.{name}": p for b in blocks for name, p in map(b.parameter, b.linears())}
@@ -74,7 +75,10 @@ def gradient_norms(
             },
         )
 
-    gradients.backward(model, windows, weights, add, checkpointing=checkpointing, progress=progress, left=left)
+    together = ranks.here(windows.device)
+    gradients.backward(
+        model, windows, weights, add, checkpointing=checkpointing, progress=progress, left=left, together=together
+    )
     return kept.all()
 
 

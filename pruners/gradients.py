@@ -14,7 +14,8 @@ from pruners.anatomy import Block
 from pruners.calibrate import Progress, evaluating
 from pruners.inputs import IGNORED
 from pruners.lazy import F, Int, Tensor, nn, torch
-from pruners.stream import Stream, handing_on, instead
+from pruners.ranks import Ranks
+from pruners.stream import ALONE, Stream, handing_on, instead
 from pruners.weights import homes, memory
 
 LOGITS = 2**25  # of one pass through the head, where it works on its own
@@ -32,6 +33,7 @@ def backward(
     checkpointing: bool = False,
     progress: Progress | None = None,
     left: Left = lambda block: None,
+    together: Ranks = ALONE,
 ) -> None:
     """Backward passes of the mean next-token loss; `consume(name, gradient)` sees each weight's gradient once a batch.
 
@@ -42,6 +44,9 @@ def backward(
     A model whose weights are away from home goes back one block at a time, all batches through each, with the inputs
     of every block kept; the gradients are the same.  `left(block)` is called when a block's gradients are complete.
 
+    The batches are shared by the ranks that are `together`, each of which sees the gradients of all of them in order,
+    as one process does; of weights away from home every rank computes all.
+
     Raises ValueError for windows of one token, which predict nothing, and for a loss or gradient that is not finite.
     """
     if windows.shape[1] < 2:
@@ -51,11 +56,13 @@ def backward(
     scale = 1024.0 if model.dtype == torch.float16 else 1.0
 
     def handle(name: str, weight: Tensor) -> None:
-        gradient, weight.grad = weight.grad, None
-        assert gradient is not None  # the hook runs once the gradient is there
-        if not gradient.isfinite().all():
-            raise ValueError(f"The gradient of {name} is not finite; use --dtype bfloat16 or float32.")
-        consume(name, gradient.float().div_(scale) if scale != 1 else gradient)
+        own, weight.grad = weight.grad, None
+        assert own is not None  # the hook runs once the gradient is there
+        for source in range(min(together.count, left_over[0])):
+            gradient = together.tell(source, own if source == together.rank else torch.empty_like(own))
+            if not gradient.isfinite().all():
+                raise ValueError(f"The gradient of {name} is not finite; use --dtype bfloat16 or float32.")
+            consume(name, gradient.float().div_(scale) if scale != 1 else gradient)
 
     with ExitStack() as stack:
         stack.enter_context(_only_trainable(model, weights))
@@ -63,17 +70,21 @@ def backward(
             stack.enter_context(checkpointed(model))
         for name, weight in weights.items():
             stack.callback(weight.register_post_accumulate_grad_hook(partial(handle, name)).remove)
+        left_over = [1]
         if homes.of(model) is not None:
+            together = ALONE
             _by_block(model, windows, weights, batch_size, scale, progress, left)
             return
         batches = windows.split(batch_size)
-        for index, batch in enumerate(batches):
-            batch = batch.to(next(iter(weights.values())).device)
+        for first in range(0, len(batches), together.count):
+            left_over[0] = len(batches) - first
+            index = first + together.rank if together.rank < left_over[0] else first  # else another's, which it drops
+            batch = batches[index].to(next(iter(weights.values())).device)
             loss = model(input_ids=batch, labels=inputs.labels(model.config, batch), use_cache=False).loss
             (loss * scale).backward()
-            _check_loss(index, loss)
+            together.each(partial(_check_loss, index, loss))
             if progress:
-                progress(index + 1, len(batches))
+                progress(min(first + together.count, len(batches)), len(batches))
         for block in anatomy.blocks(model):
             left(block)
 

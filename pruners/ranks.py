@@ -130,6 +130,15 @@ class Ranks:
             return False
         return True
 
+    def tell(self, source: int, tensor: Tensor) -> Tensor:
+        """The tensor of rank `source`; on the others `tensor` says shape and dtype, and is overwritten."""
+        if self.count == 1:
+            return tensor
+        tensor = tensor.contiguous()
+        with explained():
+            torch.distributed.broadcast(tensor.view(-1).view(torch.uint8), src=source)
+        return tensor
+
     def add_up(self, tensors: Iterable[Tensor]) -> None:
         """Sum each of these over the ranks, in place."""
         if self.count > 1:

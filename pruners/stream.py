@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -12,11 +13,13 @@ from pruners import anatomy
 from pruners.anatomy import Block
 from pruners.lazy import Float, Tensor, nn, no_grad, torch
 from pruners.matrices import owner
+from pruners.ranks import Ranks
 from pruners.statistic import Statistic
 from pruners.weights import homes, memory
 
 WITHIN = 4  # times a block's widest states are alive at once
 Arguments = dict[str, Any]  # of one block, by name, without its hidden states
+ALONE = Ranks()
 
 
 class Caught(Exception):  # noqa: N818  (a signal that enough of a forward pass has run, not an error)
@@ -27,12 +30,19 @@ class Stream:
     """`hidden` [windows, tokens, width] is what the block to run next gets.
 
     A block's other arguments (mask, positions, rotary tables) are kept once for each number of windows that run
-    together; where they depend on the windows' contents, as ChatGLM's do, window by window.
+    together; where they depend on the windows' contents, as ChatGLM's do, window by window.  Of ranks that work
+    together each has the windows of the batches that are its turn, and all see the inputs of every batch, in order.
     """
 
-    def __init__(self, model: Any, windows: Tensor, batch_size: int, also: int = 0) -> None:
+    def __init__(self, model: Any, windows: Tensor, batch_size: int, also: int = 0, together: Ranks = ALONE) -> None:
         """`also` is another number of windows that will run together."""
-        self.batch_size = min(batch_size, len(windows), _fitting(model, windows))
+        self.batch_size = min(batch_size, len(windows), *together.each(lambda: _fitting(model, windows)))
+        self.together = together
+        whole = torch.arange(len(windows)).split(self.batch_size)
+        self.sizes = [len(batch) for batch in whole]  # of every rank's batches, in order
+        self.own = len(whole[together.rank :: together.count])
+        if together.count > 1:  # a rank without any runs the first, and nobody looks
+            windows = windows[torch.cat(whole[together.rank :: together.count] or whole[:1])]
         self.hidden, self.device = torch.empty(0), torch.device("cpu")
         self.returned: list[tuple[Any, ...]] = []
         self.shared: dict[int, list[Arguments]] = {}
@@ -86,16 +96,24 @@ class Stream:
                 raise Caught
 
         def look(names: tuple[str, ...], _module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0]
-            made[names].add(x if x.ndim == 3 else x.unflatten(0, (-1, self.hidden.shape[1])))
+            shared.take(names, args[:1])
             seen(names)
 
-        def look_at_experts(module: Any, args: tuple[Tensor, ...]) -> None:
-            for names, x in _routed(block, module, args, self.hidden.shape[1]):
-                made[names].add(x)
+        def add(names: Any, args: tuple[Tensor, ...]) -> None:
+            if names is not None:
+                (x,) = args
+                made[names].add(x if x.ndim == 3 else x.unflatten(0, (-1, self.hidden.shape[1])))
+                return
+            for expert, x in _routed(block, block.experts, args, self.hidden.shape[1]):
+                made[expert].add(x)
                 if x.shape[1]:
-                    reached.add(names)
+                    reached.add(expert)
+
+        def look_at_experts(module: Any, args: tuple[Tensor, ...]) -> None:
+            shared.take(None, args[:2])
             seen(*block.expert_groups)
+
+        shared = _Shared(self.together, self.sizes, self.own, add)
 
         with ExitStack() as stack:
             for names in groups:
@@ -110,6 +128,8 @@ class Stream:
                     made_here = self.run(block, here)
                     if outputs is not None:
                         outputs[here] = made_here
+                shared.batch_done()
+            shared.all_done()
         if silent:
             raise ValueError(
                 f"{block.name}.{min(silent)[0]} was not called while its block ran, so what it reads is not known; its "
@@ -128,6 +148,54 @@ class Stream:
         states = self.hidden[rows].to(self.device) if inputs is None else inputs
         outputs = block.module(states, **self.arguments(block, rows))
         return outputs if isinstance(outputs, Tensor) else outputs[0]
+
+
+@dataclass
+class _Shared:
+    """What projections got, of every rank's batches in the order in which one process would see them.
+
+    `sizes` are the windows of all batches, `own` how many of them are this rank's; `see` takes what one projection got.
+    """
+
+    together: Ranks
+    sizes: Sequence[int]
+    own: int
+    see: Callable[[Any, tuple[Tensor, ...]], None]
+    kept: list[tuple[Any, tuple[Tensor, ...]]] = field(default_factory=list)
+    rounds: int = 0
+    over: bool = False  # what is kept is of the batch before
+
+    def take(self, names: Any, args: tuple[Tensor, ...]) -> None:
+        """Of this rank's batch, while it runs; the block may write over it afterwards."""
+        if self.together.count == 1:
+            self.see(names, args)
+            return
+        if self.over:
+            self.kept, self.over = [], False
+        self.kept.append((names, tuple(x.clone() for x in args)))
+
+    def batch_done(self) -> None:
+        """Every rank has run a batch, or has none left."""
+        ranks = self.together
+        if ranks.count == 1:
+            return
+        mine = min(self.rounds, self.own - 1) * ranks.count + ranks.rank if self.own else 0
+        first = self.rounds * ranks.count
+        for source, number in enumerate(range(first, min(first + ranks.count, len(self.sizes)))):
+            for names, args in self.kept:
+                if source == ranks.rank:
+                    told = args
+                else:
+                    told = tuple(
+                        x.new_empty(len(x) // self.sizes[mine] * self.sizes[number], *x.shape[1:]) for x in args
+                    )
+                self.see(names, tuple(ranks.tell(source, x) for x in told))
+        self.rounds, self.over = self.rounds + 1, True
+
+    def all_done(self) -> None:
+        """The other ranks' last batches, where this one has one less."""
+        while self.rounds * self.together.count < len(self.sizes) and self.together.count > 1:
+            self.batch_done()
 
 
 def _fitting(model: Any, windows: Tensor) -> int:
