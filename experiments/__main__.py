@@ -196,7 +196,9 @@ def _run_table(asked: argparse.Namespace, chosen: Sequence[Cell]) -> int:
 
     settings = cli.settings(asked, chosen if asked.save_models else ())
     together = ranks.here(settings.device or "cpu")
-    reasons = together.first(lambda: [placement.too_large(cell.run, settings, asked.card) for cell in chosen])
+    reasons = together.first(
+        lambda: [placement.too_large(cell.run, settings, asked.card, together.count) for cell in chosen]
+    )
     large = {cell: why for cell, why in zip(chosen, reasons, strict=True) if why}
     cli.say_lines(selection.left_out(asked.table, {cell.label: why for cell, why in large.items()}))
     fitting = [cell for cell in chosen if cell not in large]

@@ -85,13 +85,15 @@ def refuse_unshared(chosen: Sequence[Cell], processes: int) -> None:
             f"{f' and {len(rebuilt) - 1} more cells' if rebuilt[1:] else ''}; run these alone, and others with --only."
         )
     trained = [(cell, cell.run.recovery) for cell in chosen if isinstance(cell.run.recovery, Retraining)]
-    if uneven := [(cell, recovery) for cell, recovery in trained if recovery.shared % processes]:
+    if uneven := [
+        (cell, recovery) for cell, recovery in trained if recovery.shared % processes and processes % recovery.shared
+    ]:
         (cell, recovery), *others = uneven
         more = f" and {len(others)} more cells" if others else ""
         parts = f" in micro-batches of {recovery.batch_size // recovery.shared}" if recovery.reference else ""
         raise ValueError(
             f"{processes} processes cannot share a batch of {recovery.batch_size}{parts} evenly, as {cell.label}{more} "
-            "would need; launch a number that divides the batch, or choose cells with --only."
+            "would need; launch a number that divides the batch or a multiple of it, or choose cells with --only."
         )
 
 

@@ -131,9 +131,10 @@ def test_a_rank_that_is_lost_ends_all_with_its_sentence_and_fewer_go_on(data, tm
 
 def test_what_ranks_cannot_share_is_refused_before_any_work(monkeypatch, tmp_path):
     asked = cells.cells(launched.table().runs())
-    with pytest.raises(ValueError, match=r"8 processes cannot share a batch of 4 evenly, as .* and 2 more cells would"):
-        batch.refuse_unshared(asked, 8)
+    with pytest.raises(ValueError, match=r"3 processes cannot share a batch of 4 evenly, as .* and 2 more cells would"):
+        batch.refuse_unshared(asked, 3)
     batch.refuse_unshared(asked, 4)
+    batch.refuse_unshared(asked, 8)
     rebuilding = Reconstruction(Trainable(norms=True), steps=2)
     (cell,) = cells.cells([replace(asked[0].run, recovery=rebuilding)])
     with pytest.raises(

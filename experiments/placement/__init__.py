@@ -57,18 +57,18 @@ def choose(run: Run, settings: Settings, copies: int = 1) -> Placement:
     return Placement(settings.weights, "asked for")
 
 
-def too_large(run: Run, settings: Settings, card_gb: float | None = None) -> str | None:
-    """Why a card of that size (by default the device at hand) cannot take the cell, wherever its weights are; None for
-    one that it takes, and where the weights' place was asked for."""
+def too_large(run: Run, settings: Settings, card_gb: float | None = None, cards: int = 1) -> str | None:
+    """Why so many cards of that size (by default the device at hand) cannot take the cell, wherever its weights are;
+    None for one that they take, and where the weights' place was asked for."""
     if settings.weights != "auto":
         return None
     device = str(settings.device)
     if card_gb is None and device.startswith("cuda"):
         card_gb = memory.total_bytes(device) / 1e9
     if card_gb is not None:
-        return needs.too_large(run, card_gb)
+        return needs.too_large(run, card_gb, cards)
     try:
-        choose(run, settings)
+        choose(run, settings, cards)
     except ValueError as error:
         return str(error)
     return None
@@ -99,14 +99,15 @@ def told(placement: Placement, model: Any) -> dict[str, Any]:
 def _by_room(run: Run, device: str, batch: int, whole: str | None, copies: int) -> Placement:
     kind, free = device.partition(":")[0], memory.free_bytes(device) / 1e9
     free /= copies if kind == "cpu" else 1
-    needed = needs.device_gb(run, batch=batch)
+    needed = needs.device_gb(run, batch=batch, cards=copies)
     there = f"about {needed:.1f} GB needed, {free:.1f} GB free on {kind}"
     if needed <= ROOM * free:
         return Placement("device", there)
     if whole:
-        if needs.all_weights_gb(run) > free:
+        least = max(needs.weights_gb(run), needs.all_weights_gb(run) / copies)
+        if least > free:
             raise ValueError(
-                f"{whole} needs all weights of {run.model_name} on the device, {needs.all_weights_gb(run):.1f} GB, and "
+                f"{whole} needs all weights of {run.model_name} on the device, {least:.1f} GB, and "
                 f"{device} has {free:.1f} GB free; take a larger one."
             )
         return Placement("device", f"{there}, and {whole} needs all weights there")

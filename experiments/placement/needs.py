@@ -108,14 +108,15 @@ def home_on(run: Run, card_gb: float, cards: int = 1) -> tuple[str | None, float
     return ("away" if part <= card_gb else None), part
 
 
-def too_large(run: Run, card_gb: float) -> str | None:
+def too_large(run: Run, card_gb: float, cards: int = 1) -> str | None:
     """Why no home of the weights lets the cell run on a card of that size; None where one does."""
-    home, needed = home_on(run, card_gb)
+    home, needed = home_on(run, card_gb, cards)
     if home is not None:
         return None
     whole = needs_all_weights(run)
     why = f", as {whole} needs all weights in place" if whole else ""
-    return f"{run.model_name} needs about {needed:.0f} GB on one accelerator and this one holds {card_gb:g} GB{why}."
+    where = "one accelerator and this one holds" if cards == 1 else f"each of {cards} accelerators, which hold"
+    return f"{run.model_name} needs about {needed:.0f} GB on {where} {card_gb:g} GB{why}."
 
 
 def weights_gb(run: Run) -> float:
