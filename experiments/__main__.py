@@ -4,7 +4,7 @@ python -m experiments list
 python -m experiments show embedded.demo
 python -m experiments run embedded.demo --method wanda
 python -m experiments run flap.perplexity gblm.perplexity --only model=llama-7b "Wanda 50 %"
-torchrun --nproc-per-node 2 -m experiments run perp.magnitude    # two GPUs share every cell
+python -m experiments run perp.magnitude --cards 2    # two GPUs share every cell
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ def main(words: Sequence[str] | None = None) -> int:
     made = parser()
     asked, unknown = made.parse_known_args(words)
     asked.hyperparameters = unknown
+    asked.words = list(sys.argv[1:] if words is None else words)
     if asked.hyperparameters and asked.command is not _prune:
         made.error(f"unrecognized arguments: {' '.join(asked.hyperparameters)}")
     return cli.carry_out(asked, "Stopped. Finished cells are kept; the same command continues with the others.")
@@ -68,6 +69,10 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="exit status 0 although tasks could not be measured for want of their documents",
     )
+    run.add_argument(
+        "--cards", type=cli.positive, default=1, metavar="N",
+        help="cards of this machine that share every cell; with --device cpu as many processes (default: 1)",
+    )  # fmt: skip
     run.add_argument(
         "--card", type=cli.gigabytes, metavar="GB", help="leave out what such a card cannot take (default: the device)"
     )
@@ -185,6 +190,10 @@ def _hours(hours: float) -> str:
 
 
 def _run(asked: argparse.Namespace) -> int:
+    from experiments import cards
+
+    if cards.wanted(asked.cards, asked.device):
+        return cards.run(asked.cards, asked.words)
     return max([_run_table(one, chosen) for one, chosen in selection.chosen(asked)])
 
 

@@ -1,0 +1,74 @@
+"""Several cards of this machine: the same command once for each, started as torchrun does."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+from pruners import ranks
+from pruners.suggest import UsageError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def wanted(count: int, device: str | None) -> bool:
+    """Whether processes are to be started for so many cards; False in one of them.
+
+    Raises UsageError where this machine has fewer, ValueError in a launch of another number.
+    """
+    if "WORLD_SIZE" in os.environ:
+        if count > 1 and ranks.launched() != count:
+            raise ValueError(
+                f"--cards {count} is asked of a process that is one of {ranks.launched()}; leave --cards out under "
+                "torchrun, or unset WORLD_SIZE."
+            )
+        return False
+    if count == 1:
+        return False
+    if device not in (None, "cpu", "cuda"):
+        raise UsageError(
+            f"--cards {count} takes cards from the first on, and --device {device} names one; drop either."
+        )
+    import torch
+
+    there = torch.cuda.device_count()
+    if device != "cpu" and there < count:
+        raise UsageError(
+            f"--cards {count} was asked and this machine has {there or 'no'} GPU{'s' * (there != 1)}; ask for fewer, "
+            "or say --device cpu for as many processes without."
+        )
+    return True
+
+
+def run(count: int, words: Sequence[str], module: str = "experiments") -> int:
+    """The exit status of the first of `count` processes `python -m module words`; all see what it says."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes say what there is to say
+    threads = max(1, len(os.sched_getaffinity(0)) // count)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", module, *words)
+    except ChildFailedError as error:
+        first = error.failures.get(0)
+        return first.exitcode if first is not None and first.exitcode > 0 else 1
+    except SignalException as stopped:
+        return 128 + int(stopped.sigval)
+    return 0
