@@ -192,9 +192,10 @@ def _hours(hours: float) -> str:
 def _run(asked: argparse.Namespace) -> int:
     from experiments import cards
 
-    if cards.wanted(asked.cards, asked.device):
+    several, chosen = cards.wanted(asked.cards, asked.device), list(selection.chosen(asked))
+    if several:
         return cards.run(asked.cards, asked.words)
-    return max([_run_table(one, chosen) for one, chosen in selection.chosen(asked)])
+    return max([_run_table(one, some) for one, some in chosen])
 
 
 def _run_table(asked: argparse.Namespace, chosen: Sequence[Cell]) -> int:

@@ -67,8 +67,8 @@ def run(count: int, words: Sequence[str], module: str = "experiments") -> int:
     try:
         elastic_launch(config, sys.executable)("-m", module, *words)
     except ChildFailedError as error:
-        first = error.failures.get(0)
-        return first.exitcode if first is not None and first.exitcode > 0 else 1
+        said = [failure.exitcode for _, failure in sorted(error.failures.items()) if failure.exitcode > 0]
+        return said[0] if said else 1  # the others were stopped once one had failed
     except SignalException as stopped:
         return 128 + int(stopped.sigval)
     return 0

@@ -73,12 +73,13 @@ def carry_out(asked: argparse.Namespace, stopped: str) -> int:
         from pruners.suggest import UsageError
 
         lost = isinstance(error, ranks.RankLostError)
+        status = EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED
         if _all_have_met_it(error):
-            return EXIT_FAILED
+            return status
         if asked.debug:
             say(redaction.redacted(traceback.format_exc()))
         say(f"{_whose()}{sentence(error)}")
-        return EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED
+        return status
     finally:
         _forget()
         if "WORLD_SIZE" in os.environ:

@@ -261,7 +261,7 @@ def __getattr__(name: str) -> ModuleType:
 @wrapt.when_imported("pruners.modeling_pruned")
 def _register(_: ModuleType) -> None:
     """Tell transformers' Auto classes of the pruned models and ChatGLM."""
-    pruned = sys.modules.get("pruners.modeling_pruned")
-    if pruned is None or not getattr(pruned.__spec__, "_initializing", False):  # else it is what imports transformers
+    ours = (sys.modules.get(name) for name in ("pruners.modeling_pruned", "pruners.chatglm"))
+    if not any(getattr(one.__spec__, "_initializing", False) for one in ours if one):  # else it imports transformers
         importlib.import_module("pruners.checkpoint")
         importlib.import_module("pruners.chatglm")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -187,3 +189,12 @@ def test_code_of_a_folder_never_runs(copied):
         assert isinstance(way(copied)[0], ChatGLMForCausalLM)
     assert AutoConfig.from_pretrained(copied).text_prefix == (5, 8)
     assert json.loads((copied / "config.json").read_text())["auto_map"]
+
+
+def test_chatglm_can_be_what_is_imported_first():
+    code = (
+        "from pruners.chatglm import ChatGLMForCausalLM\n"
+        "from transformers.models.auto.configuration_auto import CONFIG_MAPPING\n"
+        "assert {'chatglm', 'pruned_chatglm', 'pruned_llama'} <= set(CONFIG_MAPPING)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

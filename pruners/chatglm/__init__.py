@@ -1,5 +1,7 @@
 """ChatGLM-6B as a family of its own: transformers has no class for it, and code from a model folder never runs here."""
 
+import importlib
+
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from pruners.chatglm.configuration_chatglm import ChatGLMConfig, read_tokens
@@ -14,3 +16,4 @@ AutoTokenizer.register(ChatGLMConfig, tokenizer_class=ChatGLMTokenizer, exist_ok
 ChatGLMConfig.register_for_auto_class()  # so that saving copies the modules and names them
 ChatGLMForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 ChatGLMTokenizer.register_for_auto_class("AutoTokenizer")
+importlib.import_module("pruners.checkpoint")  # which knows all families, and was not imported for this first import
