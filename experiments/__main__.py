@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -81,6 +81,10 @@ def parser() -> argparse.ArgumentParser:
     show.add_argument(
         "--card", type=cli.gigabytes, default=80, metavar="GB", help="memory of one accelerator (default: 80)"
     )
+    show.add_argument(
+        "--cards", type=cli.positive, default=1, metavar="N",
+        help="as many of them in a machine: the fewest that take each cell, of 1, 2, 4 and 8 (default: 1)",
+    )  # fmt: skip
     audit = commands.add_parser("check-records", help="whether records can be believed, and which cells they fill")
     audit.add_argument("results", nargs="+", type=cli.path, metavar="DIR", help="results folders")
     audit.set_defaults(command=_check_records)
@@ -115,20 +119,23 @@ def _show(asked: argparse.Namespace) -> int:
 
 def _shown(asked: argparse.Namespace, chosen: Sequence[Cell]) -> str:
     """One table's cells."""
-    from experiments.placement import needs
+    from experiments.placement import needs, several
 
     done, failed = records.load(asked.results, asked.table), records.load_failures(asked.results, asked.table)
     states = {cell: _state(cell, done.get(cell.id), cell.id in failed, asked.data_dir) for cell in chosen}
     rows = []
     for cell in chosen:
-        home, gigabytes = needs.home_on(cell.run, asked.card)
-        cost = (HOMES[home], f"{gigabytes:.1f}", "" if home is None else _hours(_card_hours(cell, asked.card)))
+        cards = several.fewest(cell.run, asked.card, asked.cards)
+        home, gigabytes = needs.home_on(cell.run, asked.card, cards)
+        hours = "" if home is None else _hours(_card_hours(cell, asked.card, cards))
+        cost = (*([str(cards)] if asked.cards > 1 else []), HOMES[home], f"{gigabytes:.1f}", hours)
         about = (labels.calibration(cell.run), ", ".join(_keys(cell.run)))
         label = labels.beside_model(cell.label, cell.run.model_name)
         rows.append((label, cell.id, states[cell], cell.run.model_name, *cost, *about))
-    heads = ("cell", "id", "state", "model", "weights", "GPU GB", "A100 h", "calibration", "measures")
+    place = (*(["cards"] if asked.cards > 1 else []), "weights", "GPU GB", "A100 h")
+    heads = ("cell", "id", "state", "model", *place, "calibration", "measures")
     finished = [cell for cell in chosen if states[cell] == "done"]
-    summary = _summary(chosen, finished, asked.data_dir, asked.card)
+    summary = _summary(chosen, finished, asked.data_dir, asked.card, asked.cards)
     heading = [f"{asked.table}:"] if asked.several else []
     return "\n".join([*heading, tabulate(rows, heads, disable_numparse=True), summary])
 
@@ -145,19 +152,20 @@ def _state(cell: Cell, record: Record | None, failed: bool, data_dir: Path | Non
     return "incomplete" if measures.missing(record.measures) else "done"
 
 
-def _card_hours(cell: Cell, card: float) -> float:
+def _card_hours(cell: Cell, card: float, cards: int) -> float:
     from experiments import estimate
     from experiments.placement import needs
 
-    return estimate.gpu_hours(cell, away=needs.home_on(cell.run, card)[0] == "away")
+    return estimate.gpu_hours(cell, away=needs.home_on(cell.run, card, cards)[0] == "away")
 
 
-def _summary(chosen: Sequence[Cell], done: Sequence[Cell], data_dir: Path | None, card: float) -> str:
+def _summary(chosen: Sequence[Cell], done: Sequence[Cell], data_dir: Path | None, card: float, most: int) -> str:
     from experiments import estimate
-    from experiments.placement import needs
+    from experiments.placement import needs, several
 
     left = [cell for cell in chosen if cell not in done]
-    home = {cell: needs.home_on(cell.run, card)[0] for cell in left}
+    cards = {cell: several.fewest(cell.run, card, most) for cell in left}
+    home = {cell: needs.home_on(cell.run, card, cards[cell])[0] for cell in left}
     large = [cell for cell in left if home[cell] is None]
     fitting, away = [cell for cell in left if home[cell]], [cell for cell in left if home[cell] == "away"]
     others = f"{len(fitting)} of the others" if large else "the others"
@@ -168,21 +176,23 @@ def _summary(chosen: Sequence[Cell], done: Sequence[Cell], data_dir: Path | None
     cost += f", {len(away)} of them with their weights in CPU memory or on the disk" if away else ""
     lacking = dict.fromkeys(text for cell in left for text in estimate.lacking(cell.run, data_dir))
     missing = [f"Not on this machine: {'; '.join(lacking)}."] if lacking else []
-    return "\n".join([f"{len(done)} of {len(chosen)} cells are done{cost}.", *_too_large(large, card), *missing])
+    return "\n".join([f"{len(done)} of {len(chosen)} cells are done{cost}.", *_too_large(large, card, cards), *missing])
 
 
-def _too_large(cells: Sequence[Cell], card: float) -> list[str]:
+def _too_large(cells: Sequence[Cell], card: float, cards: Mapping[Cell, int]) -> list[str]:
     from experiments.placement import needs
 
     most: dict[str, float] = {}
     for cell in cells:
         name = cell.run.model_name
-        most[name] = max(most.get(name, 0), needs.home_on(cell.run, card)[1])
+        most[name] = max(most.get(name, 0), needs.home_on(cell.run, card, cards[cell])[1])
     models = ", ".join(f"{name} (up to {gigabytes:.0f} GB)" for name, gigabytes in most.items())
     need = f"{len(cells)} cells need" if len(cells) > 1 else "1 cell needs"
     whole = " and ".join(dict.fromkeys(filter(None, (needs.needs_all_weights(cell.run) for cell in cells))))
     why = f", as {whole} needs all weights in place" if whole else ""
-    return [f"{need} more than one {card:g} GB card{why}: {models}."] if cells else []
+    most_cards = max((cards[cell] for cell in cells), default=1)
+    than = f"one {card:g} GB card" if most_cards == 1 else f"{most_cards} cards of {card:g} GB hold"
+    return [f"{need} more than {than}{why}: {models}{' on each' * (most_cards > 1)}."] if cells else []
 
 
 def _hours(hours: float) -> str:

@@ -14,6 +14,7 @@ from filelock import Timeout
 from experiments import errors, measures, models
 from experiments.callbacks import Watcher, Watchers
 from experiments.cells import Cell, ordered
+from experiments.placement import several
 from experiments.progress import Board, duration
 from experiments.recovery import Retraining
 from experiments.resume import unfinished
@@ -85,9 +86,7 @@ def refuse_unshared(chosen: Sequence[Cell], processes: int) -> None:
             f"{f' and {len(rebuilt) - 1} more cells' if rebuilt[1:] else ''}; run these alone, and others with --only."
         )
     trained = [(cell, cell.run.recovery) for cell in chosen if isinstance(cell.run.recovery, Retraining)]
-    if uneven := [
-        (cell, recovery) for cell, recovery in trained if recovery.shared % processes and processes % recovery.shared
-    ]:
+    if uneven := [(cell, recovery) for cell, recovery in trained if not several.shared_by(cell.run, processes)]:
         (cell, recovery), *others = uneven
         more = f" and {len(others)} more cells" if others else ""
         parts = f" in micro-batches of {recovery.batch_size // recovery.shared}" if recovery.reference else ""
@@ -186,14 +185,12 @@ class _Worker:
         try:
             self.together.first(lambda: {"cell": cell.id, "place": place})
             record = execute(cell.run, self.table, self.settings, self.board, resumed)
-        except BrokenPipeError:  # nobody reads what this command says, which is no fault of the cell
+        except (BrokenPipeError, RankLostError):  # nobody reads, or a process is lost: no fault of the cell
             raise
         except Exception as error:  # whatever it was, the other cells go on and the table shows it
             self.outcome.failed.append(cell.label)
             self._keep_failure(cell, error)
             self.board.finish(cell.work, f"{cell.label}: failed: {errors.sentence(error)}")
-            if isinstance(error, RankLostError):
-                raise
             if not self.together.met(place):
                 raise RankLostError(
                     f"{errors.sentence(error)} The other processes have not met that, and end."

@@ -48,6 +48,22 @@ def run(count: int, words: Sequence[str], module: str = "experiments") -> int:
     """The exit status of the first of `count` processes `python -m module words`; all see what it says."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    try:
+        start(count, words, module)
+    except ChildFailedError as error:
+        said = [failure.exitcode for _, failure in sorted(error.failures.items()) if failure.exitcode > 0]
+        return said[0] if said else 1  # the others were stopped once one had failed
+    except SignalException as stopped:
+        return 128 + int(stopped.sigval)
+    return 0
+
+
+def start(count: int, words: Sequence[str], module: str) -> None:
+    """`count` processes `python -m module words` as torchrun starts them, until all have ended.
+
+    Raises torch's ChildFailedError with their exit statuses once one fails, which ends the others.
+    """
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes say what there is to say
@@ -64,11 +80,4 @@ def run(count: int, words: Sequence[str], module: str = "experiments") -> int:
         rdzv_endpoint="localhost:0",
         max_restarts=0,
     )
-    try:
-        elastic_launch(config, sys.executable)("-m", module, *words)
-    except ChildFailedError as error:
-        said = [failure.exitcode for _, failure in sorted(error.failures.items()) if failure.exitcode > 0]
-        return said[0] if said else 1  # the others were stopped once one had failed
-    except SignalException as stopped:
-        return 128 + int(stopped.sigval)
-    return 0
+    elastic_launch(config, sys.executable)("-m", module, *words)

@@ -353,4 +353,5 @@ def _made_by(session: Session) -> records.MadeBy:
         batch_size=session.settings.batch_size,
         at=records.now(),
         weights=placement.told(session.placed, subject.model),
+        processes=session.together.count,
     )

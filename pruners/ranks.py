@@ -25,6 +25,7 @@ PATIENCE = timedelta(minutes=30)  # for a rank that does not come to where the o
 MEETING = timedelta(minutes=5)  # for all to be started
 ERROR_PATIENCE = timedelta(seconds=30)  # for the others to meet an error that one has met
 WAY_OUT = "start all of them with torchrun, or unset WORLD_SIZE for one process"
+LOG = "LLM_PRUNING_LOG"  # names the file that has what all ranks say, where that is not the terminal
 STARTED = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun says beside WORLD_SIZE
 _STORE: list[Any] = []  # by which the ranks have met; it answers where sums and messages would wait
 
@@ -183,23 +184,28 @@ class Ranks:
         return text.cpu().numpy().tobytes()
 
 
-def here(device: torch.device | str = "cpu", patience: timedelta = PATIENCE) -> Ranks:
+def here(device: torch.device | str = "cpu", patience: timedelta | None = None) -> Ranks:
     """Joins the process group that the environment describes, if there is one.
 
-    A rank that the others wait for longer than `patience` counts as lost.  Raises ValueError where the environment
-    speaks of others but not of how to meet them, ConnectionError where they do not meet.
+    A rank that the others wait for longer than `patience` (half an hour) counts as lost.  Raises ValueError where the
+    environment speaks of others but not of how to meet them, ConnectionError where they do not meet.
     """
     if launched() == 1 and not _initialised():
         return Ranks()
     device = torch.device(device)
     if not _initialised():
-        _join(device, patience)
+        _join(device, patience or PATIENCE)
     return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
 
 
 def launched() -> int:
     """How many processes were launched together; ValueError for a WORLD_SIZE that is no such number."""
     return _number("WORLD_SIZE", "1", least=1)
+
+
+def rank() -> int:
+    """Which of the processes that were launched together this is, from 0; of one alone 0."""
+    return _number("RANK", "0", least=0)
 
 
 def local_rank() -> int:
@@ -221,7 +227,8 @@ def _initialised() -> bool:
 
 def _join(device: torch.device, patience: timedelta) -> None:
     if absent := [name for name in STARTED if name not in os.environ]:
-        raise ValueError(f"WORLD_SIZE is {launched()} but {', '.join(absent)} is not set; {WAY_OUT}.")
+        verb = "is" if len(absent) == 1 else "are"
+        raise ValueError(f"WORLD_SIZE is {launched()} but {', '.join(absent)} {verb} not set; {WAY_OUT}.")
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
@@ -256,10 +263,11 @@ def explained() -> Iterator[None]:
     except RuntimeError as error:
         if not _of_a_lost_rank(error):
             raise
+        log = os.environ.get(LOG)
         said = re.sub(r"^\[\S*\] ", "", str(error).partition("\n")[0]).partition(". ")[0]  # without gloo's place
         raise RankLostError(
-            f"A process that was to work along has ended or does not answer ({said}); see what it said. The same "
-            "command goes on from the last state that was kept."
+            f"A process that was to work along has ended or does not answer ({said}); see what it said"
+            f"{f' in {log}' if log else ''}. The same command goes on from the last state that was kept."
         ) from error
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ from experiments.models import catalogue
 
 if TYPE_CHECKING:
     from experiments.cells import Cell
-    from slurm.jobs import Array
+    from slurm.jobs import Array, Job
     from slurm.profile import Profile
     from slurm.work import Work
 
@@ -172,11 +173,21 @@ def _dry_run(
     cli.say_lines(_left(todo.left, tables))
     for name in dict.fromkeys(name for name, _ in planned):
         of_profile = [job for other, array in planned if other == name for job in array.jobs]
-        hours = sum(job.seconds for job in of_profile) / 3600
-        count = sum(len(job.cells) for job in of_profile)
-        print(f"{name}: {count} cells in {len(of_profile)} jobs, about {hours:,.1f} hours together")
+        print(f"{name}: {_counted(of_profile)}")
     print(f"Nothing is sent: {len(todo.cells) - len(todo.left)} cells would be, {len(todo.left)} are left out.")
     return cli.EXIT_FAILED if todo.left and asked.strict else 0
+
+
+def _counted(planned: Sequence[Job]) -> str:
+    """E.g. `14 cells in 9 jobs, about 28.0 hours together`; with their cards where a job takes several."""
+    hours = sum(job.seconds for job in planned) / 3600
+    told = f"{sum(len(job.cells) for job in planned)} cells in {len(planned)} jobs"
+    by_cards = Counter(job.cards for job in planned)
+    if max(by_cards) == 1:
+        return f"{told}, about {hours:,.1f} hours together"
+    each = ", ".join(f"{count} on {cards}" for cards, count in sorted(by_cards.items()))
+    card_hours = sum(job.cards * job.seconds for job in planned) / 3600
+    return f"{told} ({each} cards), about {hours:,.1f} hours, {card_hours:,.1f} card hours"
 
 
 def _slowness(slow: Mapping[Cell, float], count: int, name: str) -> str:
@@ -218,7 +229,12 @@ def _show(array: Array, profile: str) -> None:
     request = array.request
     rows = [(number, len(job.cells), job.label) for number, job in enumerate(array.jobs)]
     print(tabulate(rows, ("job", "cells", "which")))
-    device = f"{request.gpus} accelerator with {request.gpu_memory_gb:g} GB in use, " if request.gpus else ""
+    device = ""
+    if request.gpus:
+        some = "accelerator with" if request.gpus == 1 else "accelerators, each with"
+        device = f"{request.gpus} {some} {request.gpu_memory_gb:g} GB in use, "
+    elif request.cards > 1:
+        device = f"{request.cards} processes, "
     times = (
         f", then back into the queue, {request.needed_hours:.1f} h in all"
         if request.hours < request.needed_hours

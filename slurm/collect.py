@@ -51,7 +51,7 @@ def send(plan: Work, profile: Profile, executor: str) -> str:
         entry = Entry(name, NAME, executor, str(plan.root), sent, LIBRARIES_GB, records.now())
         ledger.write(entry)
         words = ("analysis", "everything", *tables.values(), *_same(plan))
-        array = Array((Job(()),), Request(0, 0, LIBRARIES_GB, HOURS, min(HOURS, profile.hours)))
+        array = Array((Job(()),), Request(1, 0, 0, LIBRARIES_GB, HOURS, min(HOURS, profile.hours)))
         work = Collect(words, str(entry.events(0)))
         try:
             (id,) = SENDERS[executor](entry, [work], array, _after(profile, alive))

@@ -1,8 +1,11 @@
 """What a job asks for, from the model's size and the work of its cells; rough, and on the safe side.
 
-    memory   the weights while they are read, dense statistics, Python and its libraries; and without an accelerator
-             all that would be on one
-    time     3 * (reading the weights, in every sweep where they are away, + 2 * parameters * tokens / sustained speed)
+    cards    the fewest on which its cells fit; twice as many while it would need more time than the profile allows and
+             so many save a quarter of it
+    memory   for each card: the weights while they are read, dense statistics, Python and its libraries; and without an
+             accelerator all that would be on one
+    time     3 * (reading the weights, in every sweep where they are away, + 2 * parameters * tokens / sustained speed),
+             or what records of such cells on that card tell (see `pace`)
 
 A job that needs longer than the profile allows asks for the longest time and puts itself back into the queue.
 """
@@ -13,15 +16,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from experiments.cells import Cell
+from experiments.cells import OVERHEAD_TOKENS, Cell
 from experiments.estimate import BYTES, parameters_of, sweeps, taken_over
-from experiments.placement import needs
+from experiments.placement import needs, several
 from experiments.spec import Run
 from slurm.profile import Profile
 
 LIBRARIES_GB = 4.0
 READING_GB_PER_SECOND = 0.5
 BRINGING_GB_PER_SECOND = 10.0  # from CPU memory to the device
+ADDING_UP = 0.25  # of calibration, which every card does whole: it adds up all statistics
+WORTH = 0.25  # of the time, which twice as many cards, or cells in one job, must save
 SAFETY = 3
 SHORTEST_HOURS = 0.25
 PATIENCE_DAYS = 30
@@ -33,8 +38,10 @@ class TooLargeError(ValueError):
 
 @dataclass(frozen=True)
 class Request:
-    """What one job asks for; `hours` is capped at the profile's, `needed_hours` is not."""
+    """What one job asks for: `cards` processes, each with an accelerator of the `gpus` where there are some, of which
+    it takes `gpu_memory_gb`; `hours` is capped at the profile's, `needed_hours` is not."""
 
+    cards: int
     gpus: int
     gpu_memory_gb: float
     memory_gb: float
@@ -46,19 +53,19 @@ class Request:
         return math.ceil(60 * self.hours)
 
 
-def request(cells: Sequence[Cell], profile: Profile, memory_gb: float | None = None) -> Request:
+def request(cells: Sequence[Cell], profile: Profile, memory_gb: float | None = None, cards: int = 1) -> Request:
     """Of a job that runs these cells of one model one after the other; `memory_gb` overrides the estimate.
 
-    Raises TooLargeError where the profile's accelerator or memory limit is below that.
+    Raises TooLargeError where the profile's accelerators or memory limit are below that.
     """
-    homes = {cell: needs.home_on(cell.run, card_gb(profile)) for cell in cells}
-    device = max(gigabytes for _, gigabytes in homes.values())
-    host = LIBRARIES_GB + max(_host_gb(cell, homes[cell][0], profile) for cell in cells)
+    device = max(needs.home_on(cell.run, card_gb(profile), cards)[1] for cell in cells)
+    host = LIBRARIES_GB + max(_host_gb(cell, profile, cards) for cell in cells)
     host += 0 if profile.gres else device
-    asked = math.ceil(host if memory_gb is None else memory_gb)
-    needed = max(SHORTEST_HOURS, needed_hours(cells, profile))
-    _check(cells[0].run.model, device, asked, profile)
-    return Request(1 if profile.gres else 0, round(device, 1), asked, needed, min(needed, profile.hours))
+    asked = math.ceil(cards * host if memory_gb is None else memory_gb)
+    needed = max(SHORTEST_HOURS, needed_hours(cells, profile, cards))
+    _check(cells[0].run.model, device, asked, profile, cards)
+    gpus = cards if profile.gres else 0
+    return Request(cards, gpus, round(device, 1), asked, needed, min(needed, profile.hours))
 
 
 def card_gb(profile: Profile) -> float:
@@ -66,37 +73,67 @@ def card_gb(profile: Profile) -> float:
     return profile.gpu_memory_gb or math.inf if profile.gres else math.inf
 
 
-def needed_hours(cells: Sequence[Cell], profile: Profile) -> float:
+def fewest(cell: Cell, profile: Profile) -> int:
+    """The fewest cards of a node that take the cell; the most that may share it where none do."""
+    return several.fewest(cell.run, card_gb(profile), profile.cards)
+
+
+def cards(cells: Sequence[Cell], profile: Profile, memory_gb: float | None = None) -> int:
+    """How many a job of these cells asks for."""
+    count = max(fewest(cell, profile) for cell in cells)
+    able = set.intersection(*(set(several.counts(cell.run, profile.cards)) for cell in cells))
+    while needed_hours(cells, profile, count) > profile.hours and 2 * count in able:
+        try:
+            request(cells, profile, memory_gb, 2 * count)
+        except TooLargeError:
+            break
+        if seconds(cells, profile, 2 * count) > (1 - WORTH) * seconds(cells, profile, count):
+            break
+        count *= 2
+    return count
+
+
+def needed_hours(cells: Sequence[Cell], profile: Profile, cards: int = 1) -> float:
     """On the safe side, of a job that may run that long."""
-    return SAFETY * seconds(cells, profile) / 3600
+    return SAFETY * seconds(cells, profile, cards) / 3600
 
 
 def slow(cells: Sequence[Cell], profile: Profile) -> dict[Cell, float]:
     """Those that would take more than PATIENCE_DAYS each, with their days."""
-    days = {cell: needed_hours([cell], profile) / 24 for cell in cells}
+    days = {cell: needed_hours([cell], profile, cards([cell], profile)) / 24 for cell in cells}
     return {cell: needed for cell, needed in days.items() if needed > PATIENCE_DAYS}
 
 
-def seconds(cells: Sequence[Cell], profile: Profile) -> float:
-    """Of these cells on one machine, their shared statistics and shared steps of retraining computed once."""
+def seconds(cells: Sequence[Cell], profile: Profile, cards: int = 1) -> float:
+    """Of these cells on one machine, their shared statistics and shared steps of retraining computed once.
+
+    Every card reads the weights; training and measuring are shared evenly, calibration but for its sums.
+    """
     run = cells[0].run
-    reading = sum(_reading_seconds(cell, profile) for cell in cells)
-    tokens = sum(cell.work for cell in cells) - _saved_tokens(cells) - taken_over(cells).total()
+    reading = sum(_reading_seconds(cell, profile, cards) for cell in cells)
+    loading = OVERHEAD_TOKENS * len(cells)
+    calibration = sum(cell.pruning_work for cell in cells) - _saved_tokens(cells)
+    everything = sum(cell.work for cell in cells) - _saved_tokens(cells) - taken_over(cells).total()
+    shared = (everything - loading - calibration) / cards
+    tokens = loading + calibration * (ADDING_UP + (1 - ADDING_UP) / cards) + shared
     return reading + 2 * parameters_of(run.model) * tokens / (profile.teraflops * 1e12)
 
 
-def _reading_seconds(cell: Cell, profile: Profile) -> float:
-    """Once from the disk; of weights away from the device in every sweep, from CPU memory where they find room."""
+def _reading_seconds(cell: Cell, profile: Profile, cards: int) -> float:
+    """Once from the disk, for all cards; of weights away from the device in every sweep, from CPU memory where they
+    find room, else from the disk, where every card's own copy is."""
     once = _weights_gb(cell.run) / READING_GB_PER_SECOND
-    if needs.home_on(cell.run, card_gb(profile))[0] != "away":
+    if needs.home_on(cell.run, card_gb(profile), cards)[0] != "away":
         return once
     again = sweeps(cell.run) * _weights_gb(cell.run)
-    return again / READING_GB_PER_SECOND if _on_disk(cell.run, profile) else once + again / BRINGING_GB_PER_SECOND
+    if _on_disk(cell.run, profile, cards):
+        return cards * again / READING_GB_PER_SECOND
+    return once + again / BRINGING_GB_PER_SECOND
 
 
-def _on_disk(run: Run, profile: Profile) -> bool:
-    """Whether weights that are not on the device find no room in CPU memory."""
-    return bool(profile.memory_gb and 1.2 * _weights_gb(run) > profile.memory_gb - LIBRARIES_GB)
+def _on_disk(run: Run, profile: Profile, cards: int) -> bool:
+    """Whether weights that are not on the device find no room in CPU memory, where every process has its own."""
+    return bool(profile.memory_gb and 1.2 * _weights_gb(run) > profile.memory_gb / cards - LIBRARIES_GB)
 
 
 def _saved_tokens(cells: Sequence[Cell]) -> int:
@@ -112,9 +149,11 @@ def _saved_tokens(cells: Sequence[Cell]) -> int:
     return every - sum(shared.values())
 
 
-def _host_gb(cell: Cell, home: str | None, profile: Profile) -> float:
-    """Weights away from the device are in CPU memory where the profile allows so much, else on the disk."""
-    if home == "away" and _on_disk(cell.run, profile):
+def _host_gb(cell: Cell, profile: Profile, cards: int) -> float:
+    """Of one process.  Weights away from the device are in CPU memory where the profile allows so much, else on the
+    disk."""
+    home, _ = needs.home_on(cell.run, card_gb(profile), cards)
+    if home == "away" and _on_disk(cell.run, profile, cards):
         return 4 * _weights_gb(cell.run) / needs.shape_of(cell.run.model).blocks
     key = cell.run.method.statistics_key if cell.run.method is not None else None
     gradients = 4e-9 * parameters_of(cell.run.model) if key and key["kind"] == "gradient_norms" else 0
@@ -125,14 +164,16 @@ def _weights_gb(run: Run) -> float:
     return 1e-9 * BYTES.get(run.dtype, 2) * parameters_of(run.model)
 
 
-def _check(model: str, device_gb: float, memory_gb: float, profile: Profile) -> None:
+def _check(model: str, device_gb: float, memory_gb: float, profile: Profile, cards: int) -> None:
     if profile.gpu_memory_gb and device_gb > profile.gpu_memory_gb:
+        where = f"each of {cards} accelerators" if cards > 1 else "one accelerator"
         raise TooLargeError(
-            f"{model} needs about {device_gb:.0f} GB on one accelerator and this profile's hold "
+            f"{model} needs about {device_gb:.0f} GB on {where} and this profile's hold "
             f"{profile.gpu_memory_gb:g} GB; take a profile with larger ones, or one without gres."
         )
     if profile.memory_gb and memory_gb > profile.memory_gb:
+        on = f"A job of {cards} processes" if cards > 1 else "A job"
         raise TooLargeError(
-            f"A job on {model} needs about {memory_gb:.0f} GB of memory and this profile allows {profile.memory_gb:g}; "
+            f"{on} on {model} needs about {memory_gb:.0f} GB of memory and this profile allows {profile.memory_gb:g}; "
             "take another profile, or say --memory-gb if you know better."
         )

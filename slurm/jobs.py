@@ -1,31 +1,32 @@
 """Groups cells into jobs: what is expensive to share stays together, what only waits is parted, short ones meet.
 
 Two cells share what the dense model's statistics or steps of retraining take.  They stay in one job where that
-saves WORTH of what the second takes alone; else its result would wait for nothing.
+saves WORTH of what the second takes alone; else its result would wait for nothing.  All cells of a job take the same
+number of cards.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 from experiments.cells import Cell, ordered, sharing
 from experiments.placement import needs
 from slurm import estimate
-from slurm.estimate import Request
+from slurm.estimate import WORTH, Request
 from slurm.profile import Profile
 
 LARGEST_ARRAY = 1000  # Slurm's own default limit, MaxArraySize
-WORTH = 0.25
 
 
 @dataclass(frozen=True)
 class Job:
-    """Cells that one process runs one after the other, all on the same model; `seconds` is what they take together."""
+    """Cells that one process, or one on each of several cards, runs one after the other, all on the same model;
+    `seconds` is what they take together."""
 
     cells: tuple[Cell, ...]
     seconds: float = 0.0
+    cards: int = 1
 
     @property
     def label(self) -> str:
@@ -49,49 +50,56 @@ def assigned(
 ) -> tuple[dict[str, list[Cell]], dict[str, str]]:
     """By profile the cells that go there, and by id why the others go nowhere.
 
-    A cell goes to the smallest card that holds all of it, or else to the smallest that takes it with its weights
-    elsewhere; to a profile without accelerators where no card takes it.
+    A cell goes where its cards are smallest together among those that hold all of it, or else that take it with its
+    weights elsewhere; to a profile without accelerators where no card takes it.
     """
-    by_size = sorted(profiles.items(), key=lambda item: estimate.card_gb(item[1]))
     found: dict[str, list[Cell]] = {name: [] for name in profiles}
     left: dict[str, str] = {}
     for cell in cells:
-        takers = {}
-        for name, profile in by_size:
+        takers: dict[str, tuple[bool, float]] = {}
+        for name, profile in profiles.items():
+            cards, size = estimate.fewest(cell, profile), estimate.card_gb(profile)
             try:
-                estimate.request([cell], profile, memory_gb)
+                estimate.request([cell], profile, memory_gb, cards)
             except estimate.TooLargeError as error:
                 left[cell.id] = str(error)
             else:
-                takers[name] = needs.home_on(cell.run, estimate.card_gb(profile))[0]
+                home, _ = needs.home_on(cell.run, size, cards)
+                takers[name] = (not profile.gres or home != "device", cards * size)
         if takers:
             left.pop(cell.id, None)
-            whole = [name for name, home in takers.items() if home == "device" and profiles[name].gres]
-            found[(whole or list(takers))[0]].append(cell)
+            found[min(takers, key=lambda name: takers[name])].append(cell)
     return {name: some for name, some in found.items() if some}, left
 
 
 def arrays(
     cells: Sequence[Cell], profile: Profile, memory_gb: float | None = None, largest: int = LARGEST_ARRAY
 ) -> list[Array]:
-    """One array per model and number format, each asking for what its largest job needs; TooLargeError as `request`."""
-    found = []
-    for _, of_model in groupby(ordered(cells), key=lambda cell: (cell.run.model, cell.run.dtype)):
-        jobs = _jobs(list(of_model), profile)
-        for start in range(0, len(jobs), largest):
-            part = tuple(jobs[start : start + largest])
-            requests = [estimate.request(job.cells, profile, memory_gb) for job in part]
-            found.append(Array(part, _largest(requests)))
-    return found
+    """One array per model, number format and number of cards, each asking for what its largest job needs;
+    TooLargeError as `request`."""
+    alike: dict[tuple[str, str, int], list[Cell]] = {}
+    for cell in ordered(cells):
+        alike.setdefault((cell.run.model, cell.run.dtype, estimate.fewest(cell, profile)), []).append(cell)
+    of_cards: dict[tuple[str, str, int], list[Job]] = {}
+    for (model, dtype, fewest), some in alike.items():
+        for job in _jobs(some, profile, fewest):
+            cards = estimate.cards(job.cells, profile, memory_gb)
+            seconds = estimate.seconds(job.cells, profile, cards)
+            of_cards.setdefault((model, dtype, cards), []).append(Job(job.cells, seconds, cards))
+    return [
+        Array(part, _largest([estimate.request(job.cells, profile, memory_gb, job.cards) for job in part]))
+        for jobs in of_cards.values()
+        for part in (tuple(jobs[start : start + largest]) for start in range(0, len(jobs), largest))
+    ]
 
 
-def _jobs(cells: list[Cell], profile: Profile) -> list[Job]:
+def _jobs(cells: list[Cell], profile: Profile, cards: int) -> list[Job]:
     """In order; a job fills up to the profile's `packed_hours`, or as long as sharing is worth the waiting."""
     jobs: list[list[Cell]] = []
     taken = 0.0  # seconds of the last job
     for cell in cells:
-        alone = estimate.seconds([cell], profile)
-        together = estimate.seconds([*jobs[-1], cell], profile) if jobs else 0.0
+        alone = estimate.seconds([cell], profile, cards)
+        together = estimate.seconds([*jobs[-1], cell], profile, cards) if jobs else 0.0
         saved = taken + alone - together
         worth = saved >= WORTH * alone or together <= 3600 * estimate.SHORTEST_HOURS  # too short to wait for
         shares = bool(jobs) and sharing(jobs[-1][-1]) == sharing(cell) and worth
@@ -101,11 +109,12 @@ def _jobs(cells: list[Cell], profile: Profile) -> list[Job]:
         else:
             jobs.append([cell])
             taken = alone
-    return [Job(tuple(job), estimate.seconds(job, profile)) for job in jobs]
+    return [Job(tuple(job)) for job in jobs]
 
 
 def _largest(requests: Sequence[Request]) -> Request:
     return Request(
+        cards=max(request.cards for request in requests),
         gpus=max(request.gpus for request in requests),
         gpu_memory_gb=max(request.gpu_memory_gb for request in requests),
         memory_gb=max(request.memory_gb for request in requests),

@@ -141,7 +141,7 @@ def _here(plan: Work, chosen: Chosen, array: Array, profile: Profile, executor: 
 def _send(plan: Work, array: Array, tables: Mapping[str, list[str]], profile: Profile, executor: str) -> Entry:
     entry = ledger.new(plan.root, tables, executor, array)
     ledger.write(entry)
-    works = _works(replace(plan, requeues=profile.requeues), entry)
+    works = _works(replace(plan, requeues=profile.requeues, cards=entry.cards), entry)
     try:
         ids = SENDERS[executor](entry, works, array, profile)
     except SlurmError:
@@ -202,20 +202,22 @@ def _wait(process: int) -> None:
 
 def _parameters(array: Array, profile: Profile, name: str) -> dict[str, Any]:
     exports = [f"export {variable}={shlex.quote(value)}" for variable, value in profile.environment.items()]
+    cpus = array.request.cards * profile.cpus
     asked = {
         "job_name": name,
         "time": array.request.minutes,
         "mem": f"{array.request.memory_gb:.0f}G",
-        "cpus_per_task": profile.cpus,
+        "cpus_per_task": cpus,
         "signal_delay_s": profile.warning_seconds,
         "array_parallelism": profile.parallel,
         "setup": [*profile.setup, *exports] or None,
         "wckey": None,  # submitit's own would be refused where such keys are checked
-        "srun_args": [f"--cpus-per-task={profile.cpus}"],  # srun no longer takes that over from the job by itself
+        "srun_args": [f"--cpus-per-task={cpus}"],  # srun no longer takes that over from the job by itself
         "additional_parameters": {
             "requeue": True,
             **{name: value for name, value in profile.options.items() if value is not False},
         },
     }
-    named = ("partition", "account", "qos", "constraint", "gres")
-    return asked | {key: value for key in named if (value := getattr(profile, key)) is not None}
+    named = {key: getattr(profile, key) for key in ("partition", "account", "qos", "constraint")}
+    named["gres"] = profile.gres_of(array.request.cards)
+    return asked | {key: value for key, value in named.items() if value is not None}

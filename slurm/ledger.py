@@ -43,7 +43,7 @@ class Entry:
 
     `table` is the table, or the first of several and how many more; `tables` names by cell those that ask for it,
     where they are several.  `model` is what a reader calls the model of its cells; submissions of an earlier day do not
-    know it.  A submission without cells writes down what the others have made.
+    know it.  Each job takes `cards` of a node.  A submission without cells writes down what the others have made.
     """
 
     name: str
@@ -55,6 +55,7 @@ class Entry:
     at: str
     complete: bool = False
     model: str = ""
+    cards: int = 1
     tables: dict[str, list[str]] = field(default_factory=dict)
 
     @property
@@ -99,7 +100,7 @@ def new(root: Path, tables: Mapping[str, Sequence[str]], executor: str, array: A
     several = asking if len(named) > 1 else {}
     return Entry(
         f"{table}-{unique(jobs)}", table, executor, str(root), jobs, array.request.memory_gb, records.now(),
-        model=array.model, tables=several,
+        model=array.model, cards=array.request.cards, tables=several,
     )  # fmt: skip
 
 

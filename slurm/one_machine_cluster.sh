@@ -7,7 +7,7 @@
 #
 # Everything lives in FOLDER: keys, sockets, state, logs.  No accounting, no cgroups: it runs in a container, too.
 # A job that goes back into the queue waits cred_expire seconds there; Slurm's own default is 120.
-# CLUSTER_CPUS sets how many processors it claims to have (default: as many as there are, at least 4).
+# CLUSTER_CPUS sets how many CPUs it claims to have (default: as many as there are, at least 4).
 set -euo pipefail
 export PATH="$PATH:/usr/sbin:/sbin"
 

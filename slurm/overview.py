@@ -123,7 +123,7 @@ def _of_cells(one: Standing) -> str:
             cell.id,
             *([one.models[cell.id]] if several else []),
             cell.state,
-            cell.job,
+            _job(cell),
             cell.note,
         )
         for cell in one.cells
@@ -132,9 +132,13 @@ def _of_cells(one: Standing) -> str:
     return tabulate(rows, heads, disable_numparse=True)
 
 
+def _job(cell: CellState) -> str:
+    return f"{cell.job} ({cell.cards} cards)" if cell.job and cell.cards > 1 else cell.job
+
+
 def _running(found: Sequence[Standing], detail: bool) -> str:
     rows = [
-        (*_where(one, detail), cell.label, cell.job, cell.stage or "starting",
+        (*_where(one, detail), cell.label, _job(cell), cell.stage or "starting",
          "" if cell.share is None else f"{cell.share:.0%}", cell.end.replace("T", " ").replace("+00:00", " UTC"))
         for one in found for cell in one.cells if cell.state == "running"
     ]  # fmt: skip

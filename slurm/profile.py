@@ -22,6 +22,7 @@ else:
 FOLDER = Path(__file__).parent / "profiles"
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 OPTION = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+ONE_CARD = re.compile(r"(?<![^,])(gpu(?::(?!\d+(?:,|$))[^:,]+)?)(?::1)?(?![^,])")  # among what gres names
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Count = Annotated[int, Field(strict=True)]
 OURS = {
@@ -44,11 +45,12 @@ class ProfileError(ValueError):
 
 
 class Profile(BaseModel):
-    """One cluster, or one partition of it.  Without `gres` jobs run on processors alone.
+    """One cluster, or one partition of it.  Without `gres` jobs run on CPUs alone.
 
-    `teraflops` is what a job sustains (not the data sheet's peak); `gpu_memory_gb` what one accelerator holds;
-    `memory_gb` and `hours` the most that a job may ask for; cells of one model keep company in a job of up to
-    `packed_hours`; `parallel` how many jobs of an array run at once;
+    `gres` names one accelerator and `cards` says how many of them a node has, which one cell may share (without `gres`,
+    how many processes); `teraflops` is what one sustains (not the data sheet's peak), `gpu_memory_gb` what it holds;
+    `cpus` are those of one process; `memory_gb` and `hours` the most that a job may ask for; cells of one model keep
+    company in a job of up to `packed_hours`; `parallel` how many jobs of an array run at once;
     `warning_seconds` how long before its time limit a job is told to put itself back into the queue, and `requeues`
     how often in a row it may do so without finishing a cell; `python` the command that starts Python in a job, such
     as a container's; `options` further options of sbatch.
@@ -61,6 +63,7 @@ class Profile(BaseModel):
     qos: str | None = None
     constraint: str | None = None
     gres: str | None = None
+    cards: Count = Field(1, ge=1)
     gpu_memory_gb: Number | None = Field(None, gt=0)
     teraflops: Number = Field(gt=0)
     cpus: Count = Field(8, ge=1)
@@ -80,6 +83,20 @@ class Profile(BaseModel):
         if (self.gres is None) != (self.gpu_memory_gb is None):
             raise ValueError("gres and gpu_memory_gb belong together: name both for accelerators, neither without.")
         return self
+
+    @model_validator(mode="after")
+    def _one_card_is_named(self) -> Profile:
+        if self.cards > 1 and self.gres is not None and len(re.findall(ONE_CARD, self.gres)) != 1:
+            raise ValueError(
+                f'gres: {self.gres!r} does not name one card, as "gpu:a100:1" does; cards says how many a node has.'
+            )
+        return self
+
+    def gres_of(self, cards: int) -> str | None:
+        """What names so many cards of a node."""
+        if self.gres is None or cards == 1:
+            return self.gres
+        return re.sub(ONE_CARD, lambda found: f"{found[1]}:{cards}", self.gres)
 
     @field_validator("options")
     @classmethod

@@ -6,7 +6,7 @@ import re
 import signal
 import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import cached_property
 from pathlib import Path
@@ -103,7 +103,7 @@ class Job:
     def death(self) -> str:
         """One sentence on why it ended before its cells were finished; empty if it did not."""
         of_job = [event for event in self.events if event["event"].startswith("job ")]
-        if of_job and of_job[-1]["event"] in ("job finished", "job gave up"):
+        if of_job and of_job[-1]["event"] in ("job finished", "job gave up", "job failed"):
             return str(of_job[-1].get("message", ""))
         state = self.queued.state if self.queued else ""
         if not of_job and not self.logs[1].exists() and self.entry.executor == "slurm":
@@ -119,7 +119,7 @@ class Job:
 class CellState:
     """`state` is done, incomplete (without a task), running, queued, failed, cancelled or missing; `note` one sentence
     where something is to be said, `stage` and `share` (0 to 1) how far a running cell is, `end` when its job's cells of
-    this table will be done (UTC), by its own pace."""
+    this table will be done (UTC), by its own pace; `cards` are its job's."""
 
     id: str
     label: str
@@ -130,6 +130,7 @@ class CellState:
     stage: str = ""
     share: float | None = None
     end: str = ""
+    cards: int = 1
 
 
 def jobs(root: Path, table: str | None = None) -> list[Job]:
@@ -158,7 +159,8 @@ def cells(root: Path, table: str, labels: Mapping[str, str], known: Sequence[Job
     done, failures = records.load(root, table), records.load_failures(root, table)
     asked = jobs(root) if known is None else known
     last = {id: job for job in sorted(asked, key=lambda job: job.alive) for id in job.sent.cells}
-    return [_cell(id, label, done.get(id), failures.get(id), last.get(id)) for id, label in labels.items()]
+    found = [_cell(id, label, done.get(id), failures.get(id), last.get(id)) for id, label in labels.items()]
+    return [replace(cell, cards=last[cell.id].entry.cards) if cell.id in last else cell for cell in found]
 
 
 def _cell(id: str, label: str, record: Record | None, failure: Failure | None, job: Job | None) -> CellState:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from submitit.core.utils import DelayedSubmission
 from experiments import callbacks, cli, selection
 from experiments.callbacks import Events
 from experiments.store import redaction
+from pruners import ranks
+from slurm import launched
 
 PATHS = ("results", "data_dir", "save_models")
 
@@ -30,6 +32,7 @@ class Work:
     as text; `sources` says by table what it was asked for by.
 
     The first table of a cell runs it and the others take its record over.
+    On several `cards` a process for each runs all cells together with the others (`launched`).
     A job that is told to stop (its time limit is near, or it is preempted) puts itself back into the queue, unless it
     has done so `requeues` times without finishing a cell; what it had finished is kept, and it goes on from there.
     `finished` and `stalled` count cells that it finished and such returns so far.
@@ -39,13 +42,21 @@ class Work:
     cells: dict[str, tuple[str, ...]] = field(default_factory=dict)
     events: str = ""
     requeues: int = 0
+    cards: int = 1
     finished: int = 0
     stalled: int = 0
 
-    def __call__(self) -> dict[str, list[str]]:
-        """The labels of cells found, done and failed; records and failures are on disk."""
+    def __call__(self) -> None:
+        """Records and failures are on disk; the log of events has the labels of cells found, done and failed."""
         self._tidy()
-        self._events().write("job started", stalled=self.stalled)
+        self.log().write("job started", stalled=self.stalled)
+        if self.cards == 1:
+            self.here()
+        else:
+            launched.run(self.cards, asdict(self), self.log(), _said())
+
+    def here(self) -> None:
+        """The cells in this process, along with the other ranks of a launch where it is one of them."""
         total: dict[str, list[str]] = {"found": [], "done": [], "failed": []}
         failed: dict[str, str] = {}  # by cell the table where it failed
         with redaction.quiet_logs():
@@ -55,8 +66,8 @@ class Work:
                     labels += outcome[name]
                 failed |= dict.fromkeys(outcome["failed ids"], table)
                 self._share_failures(table, [id for id in ids if failed.get(id, table) != table], failed)
-        self._events().write("job finished", **total)
-        return total
+        if ranks.rank() == 0:
+            self.log().write("job finished", **total)
 
     def checkpoint(self) -> DelayedSubmission:
         """What to go on with; leaves the process instead where going on has led nowhere too often."""
@@ -67,9 +78,9 @@ class Work:
                 f"{self.requeues + 1} times in a row the time limit came before a cell was finished; "
                 "take a profile with more hours."
             )
-            self._events().write("job gave up", message=message)
+            self.log().write("job gave up", message=message)
             raise SystemExit(message)
-        self._events().write("job requeued", stalled=stalled)
+        self.log().write("job requeued", stalled=stalled)
         return DelayedSubmission(replace(self, finished=finished, stalled=stalled))
 
     @property
@@ -116,7 +127,7 @@ class Work:
 
         asked = self.asked(table)
         chosen = [cell for cell in cli.declared(asked) if cell.id in ids]
-        watchers = [self._events(table), *cli.watchers(asked)]
+        watchers = [self.log(table), *cli.watchers(asked)]
         outcome = batch.run_table(asked.table, chosen, cli.settings(asked, chosen), watchers)
         failed = [cell.id for cell in chosen if cell.label in outcome.failed]
         return {"found": outcome.found, "done": outcome.done, "failed": outcome.failed, "failed ids": failed}
@@ -129,7 +140,8 @@ class Work:
             failure = records.load_failures(self.root, failed[id])[id]
             records.write_failure(failure.model_copy(update={"table": table, "sha256": ""}), self.root)
 
-    def _events(self, table: str = "") -> Events:
+    def log(self, table: str = "") -> Events:
+        """Of the job's events, those of that table where one is named."""
         return Events(Path(self.events), job=_job(), table=table)
 
     def _tidy(self) -> None:
@@ -137,6 +149,11 @@ class Work:
         folder = os.environ.get("SUBMITIT_FOLDER")
         for leftover in Path(folder).glob(f"{_job()}_submitted.pkl.save_tmp") if folder else ():
             leftover.unlink(missing_ok=True)
+
+
+def _said() -> str:
+    """The file with what this job's processes say; empty outside of one."""
+    return str(JobEnvironment().paths.stderr) if "SUBMITIT_EXECUTOR" in os.environ else ""
 
 
 def _job() -> str:

@@ -17,6 +17,7 @@ import slurm_driver
 import small_table as small
 
 from experiments import batch, callbacks, cells, papers
+from experiments.__main__ import main as experiments
 from experiments.settings import Settings
 from experiments.store import records
 from slurm import ledger, queue, state
@@ -100,7 +101,10 @@ class Site:
 
     @property
     def jobs(self) -> list[state.Job]:
-        return state.jobs(self.root.resolve(), self.table)
+        return self.of(self.table)
+
+    def of(self, table: str) -> list[state.Job]:
+        return state.jobs(self.root.resolve(), table)
 
     def wait(self, until: Callable[[], bool], what: str) -> None:
         deadline = time.monotonic() + PATIENCE_SECONDS
@@ -110,8 +114,8 @@ class Site:
                 raise TimeoutError(f"{what} did not come; jobs: {self.jobs}")
             time.sleep(0.3)
 
-    def wait_for_the_end(self) -> None:
-        self.wait(lambda: not any(job.alive for job in self.jobs), "the end of the jobs")
+    def wait_for_the_end(self, table: str | None = None) -> None:
+        self.wait(lambda: not any(job.alive for job in self.of(table or self.table)), "the end of the jobs")
 
     def wait_for_pause(self, left: int) -> None:
         """Until a job has come to a pause and so many pauses are left."""
@@ -230,3 +234,58 @@ def test_a_launcher_that_is_killed_loses_no_cell_and_sends_none_twice(cluster, t
     assert results(site.root) == {id: result for id, result in undisturbed.items() if id in entry.cells}
     told = [event for index in range(2) for event in callbacks.read(entry.events(index))]
     assert sorted(event["cell"] for event in told if event["event"] == "started") == sorted(entry.cells)
+
+
+TWO = """
+import os, signal, sys, time
+from datetime import timedelta
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import small_table as small
+from experiments.spec import Perplexity
+from pruners import ranks
+from pruners.unstructured import Unstructured
+
+two = small.table(name="two", measures=(Perplexity("ptb/test", window=64, limit=20),))
+fault, own = Path({fault!r}), Unstructured.remove
+ranks.PATIENCE = timedelta(seconds=4) if fault.exists() and fault.read_text() == "hang" else ranks.PATIENCE
+
+def remove(*arguments):
+    if os.environ.get("RANK") == "1" and fault.exists():
+        kind = fault.read_text()
+        fault.unlink()
+        os.kill(os.getpid(), signal.SIGKILL) if kind == "kill" else time.sleep(600)
+    return own(*arguments)
+
+Unstructured.remove = remove
+"""
+
+
+def test_a_job_on_two_cards_makes_the_records_of_one_process_whatever_becomes_of_one(cluster, tmp_path, data, capsys):
+    """Two processes share a node's CPUs as they would share its cards; the limit of time is what asks for them."""
+    fault, table = tmp_path / "fault", tmp_path / "two.py"
+    table.write_text(TWO.format(tests=str(TESTS), fault=str(fault)))
+    some = ("--only", "Dense", "GBLM 50 %")
+    words = ["run", str(table), "--results", str(tmp_path / "one"), "--data-dir", str(data), "--device", "cpu"]
+    assert experiments([*words, *some]) == 0
+    site = Site(tmp_path, data, table=str(table), python=sys.executable, cards=2, teraflops=1e-8, packed_hours=1000)
+    for kind, sentence in (
+        ("kill", "Process 1 of 2 was killed (SIGKILL)"),
+        ("hang", "Process 0 of 2: A process that was to work along has ended or does not answer (Timed out"),
+    ):
+        fault.write_text(kind)
+        site("submit", *some)
+        site.wait_for_the_end("two")
+        job = site.of("two")[-1]
+        assert (job.entry.cards, job.queued.state, fault.exists()) == (2, "FAILED", False)
+        capsys.readouterr()
+        assert site("status") == 1
+        told = capsys.readouterr().out
+        assert sentence in told
+        assert f"failed   {job.sent.id} (2 cards)" in told
+        assert kind == "kill" or f"see what it said in {job.logs[1]}." in told
+        assert len(records.load(site.root, "two")) == 1  # the dense model was finished before
+    site("submit", *some)
+    site.wait_for_the_end("two")
+    assert results(site.root, "two") == results(tmp_path / "one", "two")
+    assert [record.made_by.processes for record in records.load(site.root, "two").values()] == [2, 2]

@@ -146,7 +146,7 @@ def test_what_ranks_cannot_share_is_refused_before_any_work(monkeypatch, tmp_pat
 @pytest.mark.parametrize(
     ("environment", "says"),
     [
-        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2 but RANK, MASTER_ADDR, MASTER_PORT is not set; start all of them with"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2 but RANK, MASTER_ADDR, MASTER_PORT are not set; start all of them with"),
         ({"WORLD_SIZE": "abc"}, "WORLD_SIZE is 'abc', not a number from 1 on; start all of them with torchrun"),
         ({"WORLD_SIZE": "2", "RANK": "x", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}, "do not meet .* unset"),
         ({"LOCAL_RANK": "-1"}, "LOCAL_RANK is '-1', not a number from 0 on"),

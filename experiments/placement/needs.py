@@ -139,9 +139,11 @@ def needs_all_weights(run: Run) -> str | None:
         return "training all weights"
     if run.method is not None and run.method.needs_all_weights:
         return "pruning channels of the residual stream"
-    if any(isinstance(what, Efficiency) and what.batch_sizes and what.lengths for what in run.measures):
-        return "the speed of a model"
-    return None
+    return "the speed of a model" if times_the_model(run) else None
+
+
+def times_the_model(run: Run) -> bool:
+    return any(isinstance(what, Efficiency) and what.batch_sizes and what.lengths for what in run.measures)
 
 
 def _stages(run: Run, away: bool, batch: int, cards: int) -> list[dict[str, float]]:

@@ -40,6 +40,7 @@ class MadeBy(BaseModel):
 
     `model_commit` is the Hub commit that the model's name stood for, `at` the time in UTC.  `weights` says where they
     were and why, and of those away from home how often they were read; empty in records of an earlier day.
+    `processes` shared the cell, each on a card of its own where there are cards.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -54,6 +55,7 @@ class MadeBy(BaseModel):
     batch_size: int
     at: str
     weights: dict[str, Any] = Field(default_factory=dict)
+    processes: int = 1
 
 
 class _Stored(BaseModel):

@@ -1,0 +1,60 @@
+"""A job on several cards: a process of `slurm.rank` on each, started as torchrun does, and why one of them failed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from experiments import callbacks, cards
+from experiments.callbacks import Events
+from experiments.store import atomic
+from pruners import ranks
+
+SIGNALS = "SIGINT,SIGHUP,SIGQUIT"  # which end a launch; SIGTERM announces that Slurm will, and work goes on until then
+
+
+class ProcessFailedError(RuntimeError):
+    """A process of a launch failed or was killed, which has ended the others."""
+
+
+def run(count: int, payload: Mapping[str, Any], log: Events, said: str) -> None:
+    """`count` processes that do the work of `payload`, the plain fields of a Work; `said` names the file that has what
+    they say, if there is one.
+
+    Raises ProcessFailedError with the sentence that is written to the job's `log` of events, too.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    told = log.path.with_name(log.path.name.replace(".events.jsonl", ".work.json"))
+    atomic.write(told, json.dumps(dict(payload)))
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = SIGNALS
+    if said:
+        os.environ[ranks.LOG] = said
+    before = len(callbacks.read(log.path))
+    try:
+        cards.start(count, [str(told)], "slurm.rank")
+    except ChildFailedError as error:
+        statuses = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        message = _why(count, statuses, log.path, before)
+        log.write("job failed", message=message)
+        raise ProcessFailedError(message) from None
+
+
+def _why(count: int, statuses: Mapping[int, int], events: Path, before: int) -> str:
+    """A process that was killed says nothing; of those that say why they end, one that met no lost process."""
+    for rank, status in sorted(statuses.items()):
+        if status < 0 and -status != signal.SIGTERM:
+            why = ", most often for its memory" if -status == signal.SIGKILL else ""
+            return (
+                f"Process {rank} of {count} was killed ({signal.Signals(-status).name}){why}; submit again, and what "
+                "was finished is kept."
+            )
+    failed = [event for event in callbacks.read(events)[before:] if event["event"] == "rank failed"]
+    for event in sorted(failed, key=lambda event: event["lost"]):
+        return f"Process {event['rank']} of {count}: {event['message']}"
+    told = ", ".join(f"{status} of process {rank}" for rank, status in sorted(statuses.items()))
+    return f"One of {count} processes ended early (exit status {told}); `logs` shows what it said."
