@@ -58,7 +58,9 @@ def parser() -> argparse.ArgumentParser:
     shown = status.add_mutually_exclusive_group()
     shown.add_argument("--watch", action="store_true", help="renew it in place until nothing runs or waits any more")
     shown.add_argument("--json", action="store_true", help="for programs: a list of cells")
-    cancel = commands.add_parser("cancel", help="stop every job that has cells of these tables")
+    cancel = commands.add_parser(
+        "cancel", help="stop the jobs with cells of these tables, but for those with cells that others want"
+    )
     selection.add_tables(cancel)
     logs = commands.add_parser("logs", help="what the last job with a cell said")
     logs.add_argument("cell", type=cli.word, metavar="CELL", help="its id or label")
@@ -112,17 +114,35 @@ def _refuse_unheeded(asked: argparse.Namespace) -> None:
         raise UsageError(f"{which} means nothing without a cluster; leave it out, or --executor {asked.executor}.")
 
 
+def _refuse_unmeant(asked: argparse.Namespace, profiles: Mapping[str, Profile]) -> None:
+    """UsageError for what Slurm would take for something else."""
+    from pruners.suggest import UsageError
+
+    if "%" in str(asked.results) and asked.executor != "debug":
+        raise UsageError(
+            f"Jobs write their logs below {asked.results}, and in the names of logs what follows % is replaced by the "
+            "job's number and the like; take a results folder without %."
+        )
+    whole = [name for name, found in profiles.items() if found.whole_memory]
+    if whole and asked.memory_gb is not None:
+        raise UsageError(f"The profile {whole[0]} asks for all memory of a node (whole_memory); leave out --memory-gb.")
+
+
 def _launch(asked: argparse.Namespace, chosen: selection.Asked) -> int:
-    from slurm import collect, estimate, launch, profile
+    from slurm import collect, estimate, launch, pace, profile
 
     _refuse_unheeded(asked)
-    profiles = {name: profile.load(name) for name in dict.fromkeys(asked.profile)}
+    loaded = {name: profile.load(name) for name in dict.fromkeys(asked.profile)}
+    _refuse_unmeant(asked, loaded)
+    calibrated = {name: pace.measured(found, asked.results) for name, found in loaded.items()}
+    profiles = {name: found for name, (found, _) in calibrated.items()}
     plan, tables = _plan(asked, chosen), {one.table: cells for one, cells in chosen}
     first = next(iter(profiles))
     if len(profiles) == 1 and (slow := estimate.slow(launch.missing(plan, tables, dry=True).cells, profiles[first])):
         count = len({cell.id for cells in tables.values() for cell in cells})
         print(_slowness(slow, count, first), file=sys.stderr)
     if asked.dry_run:
+        cli.say_lines([f"{name}: {line}" for name, (_, lines) in calibrated.items() for line in lines])
         return _dry_run(asked, plan, tables, profiles)
     sent, left, ids = 0, {}, []
     for entry in launch.launch(plan, tables, profiles, asked.executor, asked.memory_gb):
@@ -162,13 +182,13 @@ def _left(left: Mapping[str, str], tables: Mapping[str, Sequence[Cell]]) -> list
 def _dry_run(
     asked: argparse.Namespace, plan: Work, tables: Mapping[str, Sequence[Cell]], profiles: Mapping[str, Profile]
 ) -> int:
-    from slurm import jobs, launch
+    from slurm import launch
 
     todo = launch.missing(plan, tables, dry=True)
-    planned = launch.planned(todo, profiles, asked.memory_gb, jobs.LARGEST_ARRAY)
+    planned = launch.planned(plan, todo, profiles, asked.memory_gb)
     named = next(iter(tables)) if len(tables) == 1 else f"{next(iter(tables))}+{len(tables) - 1}"
     for name, array in planned:
-        _show(array, name if len(profiles) > 1 else "")
+        _show(array, name if len(profiles) > 1 else "", profiles[name].whole_memory)
         print(f"\n{launch.script(array, profiles[name], named, plan.root / '.cache/slurm/...')}")
     cli.say_lines(_left(todo.left, tables))
     for name in dict.fromkeys(name for name, _ in planned):
@@ -225,7 +245,7 @@ def _absolute(place: Path | None) -> str | None:
     return str(place.expanduser().resolve()) if place else None
 
 
-def _show(array: Array, profile: str) -> None:
+def _show(array: Array, profile: str, whole_memory: bool) -> None:
     request = array.request
     rows = [(number, len(job.cells), job.label) for number, job in enumerate(array.jobs)]
     print(tabulate(rows, ("job", "cells", "which")))
@@ -241,7 +261,11 @@ def _show(array: Array, profile: str) -> None:
         else ""
     )
     where = f" with the profile {profile}" if profile else ""
-    print(f"\nEach asks for {device}{request.memory_gb:g} GB of memory and {request.hours:.1f} h{times}{where}.")
+    memory = "all memory of its node" if whole_memory else f"{request.memory_gb:g} GB of memory"
+    print(f"\nEach asks for {device}{memory} and {request.hours:.1f} h{times}{where}.")
+    if array.after:
+        jobs = f"{len(array.after)} jobs have" if len(array.after) > 1 else "1 job has"
+        print(f"They begin once {jobs} chosen learning rates that they need.")
 
 
 def _status(asked: argparse.Namespace) -> int:
@@ -255,8 +279,13 @@ def _cancel(asked: argparse.Namespace) -> int:
 
     with ledger.launching(asked.results):
         for table in asked.sources:
-            stopped = state.cancel(state.jobs(asked.results, table))
+            alive = [job for job in state.jobs(asked.results, table) if job.alive]
+            others = {job.sent.id: state.wanting(job) - set(asked.sources) for job in alive}
+            stopped = state.cancel([job for job in alive if not others[job.sent.id]])
             told = f"{table}: jobs cancelled: {len(stopped)}; what they had finished is kept"
+            if on := len(alive) - len(stopped):
+                named = ", ".join(sorted(set().union(*others.values())))
+                told += f"; {on} go on, in which there are cells for {named}; name all tables to stop them, too"
             print(told, file=sys.stderr)
     return 0
 

@@ -70,8 +70,7 @@ def _tables(job: state.Job) -> set[str]:
 
 def _after(profile: Profile, ids: Sequence[str]) -> Profile:
     """Without an accelerator, and after these jobs."""
-    waits = {"dependency": f"afterany:{':'.join(ids)}"} if ids else {}
-    return profile.model_copy(update={"gres": None, "options": {**profile.options, **waits}})
+    return profile.model_copy(update={"gres": None, "whole_memory": False}).after(ids)
 
 
 def _same(plan: Work) -> list[str]:

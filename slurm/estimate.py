@@ -16,10 +16,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from experiments.cells import OVERHEAD_TOKENS, Cell
+from experiments.cells import OVERHEAD_TOKENS, Cell, method_name
 from experiments.estimate import BYTES, parameters_of, sweeps, taken_over
 from experiments.placement import needs, several
-from experiments.spec import Run
+from experiments.recovery import Retraining
+from experiments.spec import Run, ZeroShot
+from pruners.retrain import Reconstruction
 from slurm.profile import Profile
 
 LIBRARIES_GB = 4.0
@@ -95,7 +97,17 @@ def cards(cells: Sequence[Cell], profile: Profile, memory_gb: float | None = Non
 
 def needed_hours(cells: Sequence[Cell], profile: Profile, cards: int = 1) -> float:
     """On the safe side, of a job that may run that long."""
-    return SAFETY * seconds(cells, profile, cards) / 3600
+    work = sum(cell.work for cell in cells)
+    times = sum(profile.times(kind(cell), SAFETY) * cell.work / work for cell in cells)
+    return times * seconds(cells, profile, cards) / 3600
+
+
+def kind(cell: Cell) -> str:
+    """What cells have in common that stand in the same ratio to their estimates, in words."""
+    run = cell.run
+    recovery = {Retraining: "retraining", Reconstruction: "reconstruction"}.get(type(run.recovery))
+    measured = "tasks" if any(isinstance(what, ZeroShot) for what in run.measures) else "no tasks"
+    return ", ".join(filter(None, [method_name(run), recovery, measured]))
 
 
 def slow(cells: Sequence[Cell], profile: Profile) -> dict[Cell, float]:

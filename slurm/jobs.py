@@ -22,11 +22,17 @@ LARGEST_ARRAY = 1000  # Slurm's own default limit, MaxArraySize
 @dataclass(frozen=True)
 class Job:
     """Cells that one process, or one on each of several cards, runs one after the other, all on the same model;
-    `seconds` is what they take together."""
+    `seconds` is what they take together, `choices` the ids of the learning rates to be chosen that they need."""
 
     cells: tuple[Cell, ...]
     seconds: float = 0.0
     cards: int = 1
+    choices: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """Tells it from the other jobs of a submission, each cell being in one of them."""
+        return self.cells[0].id
 
     @property
     def label(self) -> str:
@@ -35,10 +41,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Array:
-    """Jobs that ask for the same: one submission."""
+    """Jobs that ask for the same: one submission.  They begin once those `after` which they come have ended, keys of
+    jobs of this submission or ids of others."""
 
     jobs: tuple[Job, ...]
     request: Request
+    after: tuple[str, ...] = ()
 
     @property
     def model(self) -> str:

@@ -25,7 +25,7 @@ from submitit.slurm.slurm import _make_sbatch_string  # the only way to see the 
 
 from experiments.cells import Cell
 from experiments.store import elsewhere, found, records
-from slurm import jobs, ledger, queue, state
+from slurm import choices, jobs, ledger, queue, state
 from slurm.jobs import Array
 from slurm.ledger import Entry
 from slurm.profile import Profile
@@ -69,15 +69,19 @@ def _elsewhere(plan: Work, table: str, cell: Cell, dry: bool) -> bool:
     return not plan.saves and take(plan.root, table, cell, plan.data_dir) is not None
 
 
-def planned(todo: Todo, profiles: Profiles, memory_gb: float | None, largest: int) -> list[tuple[str, Array]]:
+def planned(plan: Work, todo: Todo, profiles: Profiles, memory_gb: float | None = None) -> list[tuple[str, Array]]:
     """By the name of their profile; `todo.left` says afterwards what no profile takes."""
     by_profile, left = jobs.assigned(todo.cells, profiles, memory_gb)
     todo.left.update(left)
-    return [
+    largest = queue.largest_array(jobs.LARGEST_ARRAY)
+    arrays = [
         (name, array)
         for name, cells in by_profile.items()
         for array in jobs.arrays(cells, profiles[name], memory_gb, largest)
     ]
+    alive = [job for job in state.jobs(plan.root) if job.alive and job.entry.executor == "slurm"]
+    makers = {id: job.sent.id for job in reversed(alive) for id in job.sent.choices}
+    return choices.Choices(plan.root, plan.data_dir, plan.again, makers).parted(arrays)
 
 
 def launch(
@@ -93,12 +97,10 @@ def launch(
     with ledger.launching(plan.root):
         clear_broken(plan.root)
         todo = missing(plan, chosen)
-        largest = queue.largest_array(jobs.LARGEST_ARRAY) if executor == "slurm" else jobs.LARGEST_ARRAY
-        arrays = planned(todo, profiles, memory_gb, largest)
+        arrays = planned(plan, todo, profiles, memory_gb)
         yield todo
         if executor == "slurm":
-            for name, array in arrays:
-                yield _send(plan, array, todo.tables, profiles[name], executor)
+            yield from _send_all(plan, todo, arrays, profiles)
             return
     for name, array in arrays:
         for job in array.jobs:
@@ -138,8 +140,18 @@ def _here(plan: Work, chosen: Chosen, array: Array, profile: Profile, executor: 
         _wait(int(entry.jobs[0].id))
 
 
+def _send_all(plan: Work, todo: Todo, arrays: Sequence[tuple[str, Array]], profiles: Profiles) -> Iterator[Entry]:
+    sent: dict[str, str] = {}
+    for name, array in arrays:
+        waits = profiles[name].after(choices.awaited(array, sent))
+        entry = _send(plan, array, todo.tables, waits, "slurm")
+        sent |= {job.key: told.id for job, told in zip(array.jobs, entry.jobs, strict=True)}
+        yield entry
+
+
 def _send(plan: Work, array: Array, tables: Mapping[str, list[str]], profile: Profile, executor: str) -> Entry:
     entry = ledger.new(plan.root, tables, executor, array)
+    entry = replace(entry, memory_gb=0) if profile.whole_memory else entry
     ledger.write(entry)
     works = _works(replace(plan, requeues=profile.requeues, cards=entry.cards), entry)
     try:
@@ -206,7 +218,7 @@ def _parameters(array: Array, profile: Profile, name: str) -> dict[str, Any]:
     asked = {
         "job_name": name,
         "time": array.request.minutes,
-        "mem": f"{array.request.memory_gb:.0f}G",
+        "mem": "0" if profile.whole_memory else f"{array.request.memory_gb:.0f}G",
         "cpus_per_task": cpus,
         "signal_delay_s": profile.warning_seconds,
         "array_parallelism": profile.parallel,

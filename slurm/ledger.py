@@ -29,12 +29,14 @@ logger = logging.getLogger(__name__)
 class Sent:
     """One job: its `id` with the executor (empty until it is known) and the labels of its cells by their ids.
 
-    `seconds` is what it was expected to take, 0 where nobody knows.
+    `seconds` is what it was expected to take, 0 where nobody knows; `choices` are the learning rates to be chosen, by
+    the ids of their cells, that it needs.
     """
 
     id: str
     cells: dict[str, str]
     seconds: float = 0.0
+    choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,8 @@ class Entry:
 
     `table` is the table, or the first of several and how many more; `tables` names by cell those that ask for it,
     where they are several.  `model` is what a reader calls the model of its cells; submissions of an earlier day do not
-    know it.  Each job takes `cards` of a node.  A submission without cells writes down what the others have made.
+    know it.  Each job takes `memory_gb` of memory (0: all that its node has) and `cards` of its node.  A submission
+    without cells writes down what the others have made.
     """
 
     name: str
@@ -93,7 +96,7 @@ def place(root: Path, table: str = "") -> Path:
 
 def new(root: Path, tables: Mapping[str, Sequence[str]], executor: str, array: Array) -> Entry:
     """An entry that is not stored yet, under a name that no other has; `tables` are those that ask, by cell."""
-    jobs = tuple(Sent("", {cell.id: cell.label for cell in job.cells}, job.seconds) for job in array.jobs)
+    jobs = tuple(Sent("", {cell.id: cell.label for cell in job.cells}, job.seconds, job.choices) for job in array.jobs)
     asking = {cell.id: list(tables[cell.id]) for job in array.jobs for cell in job.cells}
     named = list(dict.fromkeys(table for several in asking.values() for table in several))
     table = named[0] if len(named) == 1 else f"{named[0]}+{len(named) - 1}"
@@ -125,7 +128,7 @@ def load(root: Path, table: str | None = None) -> list[Entry]:
         except ValueError as error:
             logger.warning("Ignoring %s: %s.", path, error)
             continue
-        jobs = tuple(Sent(**job) for job in content["jobs"])
+        jobs = tuple(Sent(**{**job, "choices": tuple(job.get("choices", ()))}) for job in content["jobs"])
         kept = {key: value for key, value in content.items() if key not in ("jobs", "sha256")}
         found.append(Entry(**{**kept, "root": str(root), "jobs": jobs}))
     chosen = [entry for entry in found if table is None or entry.of(table)]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 import sys
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from pruners.suggest import UsageError, unknown
 from slurm import secrets
@@ -49,8 +49,10 @@ class Profile(BaseModel):
 
     `gres` names one accelerator and `cards` says how many of them a node has, which one cell may share (without `gres`,
     how many processes); `teraflops` is what one sustains (not the data sheet's peak), `gpu_memory_gb` what it holds;
-    `cpus` are those of one process; `memory_gb` and `hours` the most that a job may ask for; cells of one model keep
-    company in a job of up to `packed_hours`; `parallel` how many jobs of an array run at once;
+    `card` is a word of its name in records, whose times then tell how many hours are asked for; `cpus` are those of one
+    process; `memory_gb` and `hours` the most that a job may ask for, and with `whole_memory` it asks for all memory of
+    its node; cells of one model keep company in a job of up to `packed_hours`; `parallel` how many jobs of an array run
+    at once;
     `warning_seconds` how long before its time limit a job is told to put itself back into the queue, and `requeues`
     how often in a row it may do so without finishing a cell; `python` the command that starts Python in a job, such
     as a container's; `options` further options of sbatch.
@@ -63,11 +65,13 @@ class Profile(BaseModel):
     qos: str | None = None
     constraint: str | None = None
     gres: str | None = None
+    card: str | None = None
     cards: Count = Field(1, ge=1)
     gpu_memory_gb: Number | None = Field(None, gt=0)
     teraflops: Number = Field(gt=0)
     cpus: Count = Field(8, ge=1)
     memory_gb: Number | None = Field(None, gt=0)
+    whole_memory: bool = Field(False, strict=True)
     hours: Number = Field(24.0, gt=0)
     packed_hours: Number = Field(2.0, ge=0)
     parallel: Count = Field(8, ge=1)
@@ -77,6 +81,7 @@ class Profile(BaseModel):
     environment: dict[str, str] = Field(default_factory=dict)
     python: str | None = None
     options: dict[str, str | int | bool] = Field(default_factory=dict)
+    _times: dict[str, float] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="after")
     def _gpu_memory_is_known(self) -> Profile:
@@ -97,6 +102,22 @@ class Profile(BaseModel):
         if self.gres is None or cards == 1:
             return self.gres
         return re.sub(ONE_CARD, lambda found: f"{found[1]}:{cards}", self.gres)
+
+    def after(self, ids: Sequence[str]) -> Profile:
+        """For jobs that begin when these have ended, well or not."""
+        if not ids:
+            return self
+        waits = ",".join(filter(None, [str(self.options.get("dependency", "")), f"afterany:{':'.join(ids)}"]))
+        return self.model_copy(update={"options": {**self.options, "dependency": waits}})
+
+    def with_times(self, times: Mapping[str, float]) -> Profile:
+        """Where cells of these kinds are known to take so many times the estimate, on the safe side."""
+        told = self.model_copy()
+        told._times = dict(times)
+        return told
+
+    def times(self, kind: str, otherwise: float) -> float:
+        return self._times.get(kind, otherwise)
 
     @field_validator("options")
     @classmethod
@@ -137,7 +158,7 @@ class Profile(BaseModel):
 
     def _words(self) -> Iterator[tuple[str, str]]:
         """Every text but the lines of `setup`, with the name of its key."""
-        for name in ("partition", "account", "qos", "constraint", "gres", "python"):
+        for name in ("partition", "account", "qos", "constraint", "gres", "card", "python"):
             if (text := getattr(self, name)) is not None:
                 yield name, text
         yield from ((f"environment.{name}", text) for name, text in self.environment.items())

@@ -26,6 +26,10 @@ from slurm.queue import Queued
 
 LAST_LINES = 8
 CANCELLED = "Cancelled; submit again to go on."
+ALL_MEMORY = (
+    "Out of memory, most likely, although all memory of its node was asked for: take nodes with more, or a smaller "
+    "--batch-size."
+)
 NEVER_BEGUN = "It left the queue before it began, as a cancelled job does; submit again."
 DEATHS = {
     r"exceeded (job )?memory limit|oom.?kill|out of memory|out_of_memory|MemoryError": (
@@ -111,6 +115,8 @@ class Job:
         told = "\n".join([*self.last_lines, state])
         for pattern, sentence in DEATHS.items():
             if re.search(pattern, told, re.IGNORECASE):
+                if not self.entry.memory_gb and "memory_gb" in sentence:
+                    return ALL_MEMORY
                 return sentence.format(memory_gb=self.entry.memory_gb, more_gb=2 * self.entry.memory_gb)
         return f"The job ended early{state and f' ({state})'}; `logs` shows what it said."
 
@@ -221,6 +227,13 @@ def find(root: Path, cell: str) -> list[Job]:
     if not found:
         raise UsageError(f"No job was ever sent with a cell {cell!r}; `status TABLE` lists ids and labels.")
     return found
+
+
+def wanting(job: Job) -> set[str]:
+    """The tables that wait for a cell of this job: those that asked for one and have no record of it since."""
+    asking = {table for id in job.sent.cells for table in job.entry.asking(id)}
+    done = {table: records.load(Path(job.entry.root), table) for table in asking}
+    return {table for id in job.sent.cells for table in job.entry.asking(id) if not _since(job, done[table].get(id))}
 
 
 def cancel(found: Sequence[Job]) -> list[str]:

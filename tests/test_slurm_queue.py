@@ -1,0 +1,204 @@
+"""What waits for what, who is stopped, how many hours are asked for: without a cluster."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import small_table as small
+from test_slurm import GPU, found, with_changes, work
+
+from experiments import cells, models, papers, rates
+from experiments.spec import Run, digest
+from experiments.store import records
+from slurm import choices, estimate, jobs, launch, ledger, pace, profile, queue, state
+from slurm.__main__ import main
+
+RUNNING = queue.Queued("RUNNING", "n1", "", "")
+
+
+@pytest.fixture
+def sent(monkeypatch) -> list[tuple[ledger.Entry, str]]:
+    """Submissions to a Slurm that runs all of them for ever, with the dependency of each."""
+    told: list[tuple[ledger.Entry, str]] = []
+
+    def send(entry, works, array, asked):
+        ids = [f"{len(told) + 1}_{index}" for index, _ in enumerate(works)]
+        told.append((entry.with_ids(ids), asked.options.get("dependency", "")))
+        return ids
+
+    monkeypatch.setattr(queue, "check", lambda: None)
+    monkeypatch.setitem(launch.SENDERS, "slurm", send)
+    ids = lambda: [job.id for entry, _ in told for job in entry.jobs]  # noqa: E731
+    monkeypatch.setattr(queue, "jobs", lambda names: dict.fromkeys(ids(), RUNNING) if names else {})
+    return told
+
+
+def submit(tmp_path: Path, *words: str, **changes: object) -> int:
+    asked = {"teraflops": 60, "gres": "gpu:1", "gpu_memory_gb": 80, "packed_hours": 0, **changes}
+    (path := tmp_path / "p.toml").write_text("\n".join(f"{key} = {json.dumps(value)}" for key, value in asked.items()))
+    return main(["submit", *words, "--profile", str(path), "--results", str(tmp_path / "results")])
+
+
+def recorded(root: Path, run: Run, table: str, seconds: float = 2.0, device: str = "cpu") -> None:
+    spec, made = run.spec(models.identity(run.model)), small.record(run)
+    changes = {
+        "id": digest(spec),
+        "spec": spec,
+        "table": table,
+        "cost": records.Cost(seconds={"total": seconds}, peak_bytes=1),
+    }
+    records.write(
+        made.model_copy(update={**changes, "made_by": made.made_by.model_copy(update={"device": device})}), root
+    )
+
+
+def tuned(count: int) -> list[cells.Cell]:
+    """Cells of a table that need the same learning rate."""
+    every = [cell for cell in cells.cells(papers.find("perp.magnitude").runs()) if cell.run.tuning]
+    first = rates.choice(every[0].run)
+    return [cell for cell in every if rates.choice(cell.run) == first][:count]
+
+
+def test_jobs_that_need_a_rate_begin_after_the_one_that_chooses_it(tmp_path, sent):
+    some = tuned(3)
+    assert submit(tmp_path, "perp.magnitude", "--only", *(cell.id for cell in some[:2])) == 0
+    (maker, nothing), (waits, dependency) = sent
+    assert nothing == ""
+    assert dependency == "afterany:1_0"
+    assert [list(entry.cells) for entry in (maker, waits)] == [[cell.id] for cell in some[:2]]
+    (choice,) = maker.jobs[0].choices
+    rate = next(cell for cell in cells.cells(papers.find("perp.rates").runs()) if cell.id == choice)
+    assert submit(tmp_path, "perp.magnitude", "perp.rates", "--only", some[2].id, rate.id) == 0
+    assert {dependency for _, dependency in sent[2:]} == {"afterany:1_0"}  # of a submission that is still at it
+    assert len(sent) == 3
+
+
+def test_a_rate_that_is_on_record_is_waited_for_by_nobody(tmp_path, sent):
+    wanted = rates.choice(tuned(1)[0].run)
+    assert submit(tmp_path, "perp.magnitude", "--only", tuned(1)[0].id) == 0
+    (id,) = sent[0][0].jobs[0].choices
+    assert choices.Choices(tmp_path, None, False, {}).needed(tuned(2)) == [id]
+    recorded(tmp_path, wanted, "perp.rates")
+    assert choices.Choices(tmp_path, None, False, {}).needed(tuned(2)) == []
+
+
+def test_no_array_waits_for_one_that_comes_later(tmp_path):
+    plan = work(tmp_path)
+    every = [cell for name in ("perp.magnitude", "perp.rates") for cell in cells.cells(papers.find(name).runs())]
+    named = {cell.id: cell for cell in every if cell.run.model == "opt-2.7b"}
+    todo = launch.Todo(list(named.values()), {})
+    planned = launch.planned(plan, todo, {"gpu": with_changes(packed_hours=0)})
+    keys: set[str] = set()
+    touching: dict[str, int] = {}
+    for _, array in planned:
+        assert set(array.after) <= keys
+        keys |= {job.key for job in array.jobs}
+        for job in array.jobs:
+            for id in job.choices:
+                touching[id] = touching.get(id, 0) + (not array.after)
+    assert set(touching.values()) <= {0, 1}  # one job at most makes a choice without waiting
+    assert sorted(cell.id for _, array in planned for job in array.jobs for cell in job.cells) == sorted(named)
+
+
+def test_a_dependency_of_the_profile_is_kept():
+    own = with_changes(options={"dependency": "singleton"})
+    assert own.after(["3", "4_1"]).options["dependency"] == "singleton,afterany:3:4_1"
+    assert own.after([]) == own
+
+
+def test_a_job_that_another_table_wants_goes_on(tmp_path, sent, monkeypatch, capsys):
+    both = {"perp.magnitude": None, "perp.cost": None}
+    some = cells.cells([cell.run for cell in found()[:2]])
+    entry = ledger.new(tmp_path, {some[0].id: list(both), some[1].id: ["perp.magnitude"]}, "slurm",
+                       jobs.Array(tuple(jobs.Job((cell,)) for cell in some), estimate.request(some, GPU)))  # fmt: skip
+    ledger.write(entry := entry.with_ids(["1_0", "1_1"]))
+    sent.append((entry, ""))
+    cancelled: list[str] = []
+    monkeypatch.setattr(queue, "cancel", cancelled.extend)
+    assert main(["cancel", "perp.magnitude", "--results", str(tmp_path)]) == 0
+    assert cancelled == ["1_1"]
+    said = "perp.magnitude: jobs cancelled: 1; what they had finished is kept; 1 go on, in which there are cells for"
+    assert capsys.readouterr().err == f"{said} perp.cost; name all tables to stop them, too\n"
+    recorded(tmp_path, some[0].run, "perp.cost")
+    assert state.wanting(state.jobs(tmp_path)[0]) == {"perp.magnitude"}  # the other has its record
+    cancelled.clear()
+    assert main(["cancel", *both, "--results", str(tmp_path)]) == 0
+    assert "1_0" in cancelled
+
+
+def test_hours_are_asked_for_as_records_of_such_cells_on_that_card_tell(tmp_path):
+    some = [
+        cell for cell in cells.cells(papers.find("flap.perplexity").runs()) if cells.method_name(cell.run) == "flap"
+    ]
+    asked = with_changes(card="a100")
+    for number, cell in enumerate(some[:5]):
+        taken = (number + 1) / 10 * estimate.seconds([cell], asked)
+        device = "NVIDIA A100-SXM4-80GB" if number < 3 else "NVIDIA H100"
+        recorded(tmp_path, cell.run, "flap.perplexity", taken, device)
+    told, (line,) = pace.measured(asked, tmp_path)
+    assert line == "Hours for flap, no tasks: 0.3 times the estimate, 1.5 x the median of 3 records on a100."
+    assert estimate.needed_hours(some[:1], told) == pytest.approx(estimate.needed_hours(some[:1], asked) / 10)
+    others = found()[:1]
+    assert estimate.needed_hours(others, told) == estimate.needed_hours(others, asked)
+    assert pace.measured(GPU, tmp_path) == (GPU, [])
+    assert pace.measured(with_changes(card="v100"), tmp_path)[1] == []
+
+
+def test_the_dry_run_says_by_what_hours_are_asked_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pace, "measured", lambda asked, root: (asked.with_times({"dense, no tasks": 0.3}), ["By 3."]))
+    assert submit(tmp_path, "flap.perplexity", "--dry-run", "--only", "Dense", "model=llama-7b") == 0
+    assert f"{tmp_path / 'p.toml'}: By 3." in capsys.readouterr().err
+
+
+def test_all_memory_of_a_node(tmp_path, capsys):
+    words = ("flap.perplexity", "--dry-run", "--only", "Dense", "model=llama-7b")
+    assert submit(tmp_path, *words, whole_memory=True) == 0
+    told = capsys.readouterr().out
+    assert "#SBATCH --mem=0\n" in told
+    assert "in use, all memory of its node and" in told
+    assert submit(tmp_path, *words, "--memory-gb", "8", whole_memory=True) == 2
+    assert "asks for all memory of a node (whole_memory); leave out --memory-gb." in capsys.readouterr().err
+    (path := tmp_path / "q.toml").write_text('teraflops = 1\nwhole_memory = "yes"\n')
+    with pytest.raises(profile.ProfileError, match="whole_memory: Input should be a valid boolean"):
+        profile.load(str(path))
+
+
+def test_a_job_that_had_all_memory_is_not_told_to_ask_for_more(tmp_path, sent):
+    assert submit(tmp_path, "flap.perplexity", "--only", "Dense", "model=llama-7b", whole_memory=True) == 0
+    (entry,) = ledger.load((tmp_path / "results").resolve())
+    job = state.Job(entry, 0, replace(RUNNING, state="OUT_OF_MEMORY"))
+    job.logs[1].parent.mkdir(parents=True, exist_ok=True)
+    job.logs[1].write_text("slurmstepd: error: Detected 1 oom-kill event(s) in step 7.0\n")
+    assert job.death.startswith("Out of memory, most likely, although all memory of its node was asked for")
+
+
+def test_a_results_folder_whose_logs_would_lie_elsewhere_is_refused(tmp_path, capsys):
+    words = ["submit", "embedded.demo", "--dry-run", "--results", str(tmp_path / "of %j")]
+    assert main(words) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.endswith("is replaced by the job's number and the like; take a results folder without %.")
+
+
+def test_a_key_that_the_site_checks_is_an_option(tmp_path, capsys):
+    assert submit(tmp_path, "embedded.demo", "--dry-run", "--only", "Dense") == 0
+    assert "wckey" not in capsys.readouterr().out
+    with (tmp_path / "p.toml").open("a") as file:
+        file.write('\n[options]\nwckey = "lab"\n')
+    words = ["submit", "embedded.demo", "--dry-run", "--only", "Dense", "--results", str(tmp_path)]
+    assert main([*words, "--profile", str(tmp_path / "p.toml")]) == 0
+    assert "#SBATCH --wckey=lab\n" in capsys.readouterr().out
+
+
+def test_the_array_limit_of_the_site_parts_the_dry_run_as_well(tmp_path, monkeypatch, capsys):
+    (scontrol := tmp_path / "scontrol").write_text("#!/bin/sh\necho 'MaxArraySize            = 3'\n")
+    scontrol.chmod(0o755)
+    monkeypatch.setattr(queue, "check", lambda: None)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert submit(tmp_path, "flap.perplexity", "--dry-run", "--only", "model=llama-7b") == 0
+    told = capsys.readouterr().out
+    assert queue.largest_array(1000) == 2
+    assert "#SBATCH --array=0-1%2" in told
+    assert "#SBATCH --array=0-2" not in told
