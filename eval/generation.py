@@ -75,32 +75,26 @@ def generate(
     """Each prompt's greedy and sampled continuation by at most `new_tokens` tokens.
 
     The same seed gives the same text on the same device and no random state is left changed.  The ranks of a launch
-    share the continuations.  Raises ValueError for
-    no or an empty prompt, for one that does not fit the model's positions with its continuation, and for a tokenizer
-    that does not belong to the model.
+    share the continuations.  Raises ValueError for no or an empty prompt, for one that does not fit the model's
+    positions with its continuation, and for a tokenizer that does not belong to the model.
     """
     check_model(model)
     check_tokenizer(model, tokenizer)
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise ValueError("Generation needs at least one prompt, and none that is empty.")
-    together = ranks.here(model.device)
-    asked = [(prompt, decoding) for prompt in prompts for decoding in ("greedy", "sampled")]
     configs = _configs(new_tokens, sampling)
+    asked = [(prompt, decoding) for prompt in prompts for decoding in configs]
 
-    def continued(numbers: Sequence[int]) -> list[list[int]]:
-        found: list[list[int]] = []
-        for number in numbers:
-            prompt, decoding = asked[number]
-            ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
-            check_fits(model, ids.shape[1], new_tokens)
-            found.append(_continue(model, ids, configs[decoding], sampling.seed))
-            if progress:
-                progress(min(len(found) * together.count, len(asked)), len(asked))
-        return found
+    def continued(number: int) -> list[int]:
+        prompt, decoding = asked[number]
+        ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
+        check_fits(model, ids.shape[1], new_tokens)
+        return _continue(model, ids, configs[decoding], sampling.seed)
 
+    found = ranks.here(model.device).deal(continued, len(asked), progress)
     return [
         _described(prompt, decoding, new, str(tokenizer.decode(new, skip_special_tokens=True)))
-        for (prompt, decoding), new in zip(asked, together.split(continued, len(asked)), strict=True)
+        for (prompt, decoding), new in zip(asked, found, strict=True)
     ]
 
 

@@ -76,10 +76,8 @@ def greedy(
 ) -> list[list[int]]:
     """The tokens [new_tokens or fewer] of each prompt's greedy answer, which ends after the text `stop`.
 
-    The ranks of a launch share the prompts.
-
-    Raises ValueError for no or an empty prompt, one that does not fit the model's positions with its answer, and a
-    tokenizer that does not belong to the model.
+    The ranks of a launch share the prompts.  Raises ValueError for no or an empty prompt, one that does not fit the
+    model's positions with its answer, and a tokenizer that does not belong to the model.
     """
     check_model(model)
     check_tokenizer(model, tokenizer)
@@ -88,23 +86,17 @@ def greedy(
     config = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, num_beams=1, use_cache=True,
                               repetition_penalty=1.0, stop_strings=stop)  # fmt: skip
     generator: Any = model  # the class's own annotation hides that `generate` is a method
-    together = ranks.here(model.device)
 
-    def answers(numbers: Sequence[int]) -> list[list[int]]:
-        found: list[list[int]] = []
-        for number in numbers:
-            ids = tokenizer(prompts[number], return_tensors="pt").input_ids.to(model.device)
-            check_fits(model, ids.shape[1], new_tokens)
-            with torch.inference_mode():
-                output = generator.generate(
-                    ids, attention_mask=torch.ones_like(ids), generation_config=config, tokenizer=tokenizer
-                )
-            found.append([int(token) for token in output[0, ids.shape[1] :]])
-            if progress:
-                progress(min(len(found) * together.count, len(prompts)), len(prompts))
-        return found
+    def answer(number: int) -> list[int]:
+        ids = tokenizer(prompts[number], return_tensors="pt").input_ids.to(model.device)
+        check_fits(model, ids.shape[1], new_tokens)
+        with torch.inference_mode():
+            output = generator.generate(
+                ids, attention_mask=torch.ones_like(ids), generation_config=config, tokenizer=tokenizer
+            )
+        return [int(token) for token in output[0, ids.shape[1] :]]
 
-    return together.split(answers, len(prompts))
+    return ranks.here(model.device).deal(answer, len(prompts), progress)
 
 
 def agreement(one: Sequence[Sequence[int]], other: Sequence[Sequence[int]]) -> Agreement:

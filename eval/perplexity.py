@@ -62,11 +62,10 @@ def perplexity(
     """Perplexity of `model` over the windows of `token_ids`, in float32 log-softmax whatever the model's dtype.
 
     A model whose weights are away from home reads them once for as many windows as there is memory.  The head runs on
-    as many tokens at a time as keep the logits within 128 MiB.  The ranks of a launch share
-    the batches.  A model that needs marks in front of
-    text (ChatGLM: `[gMASK] <sop>`) gets them before every window, where they are not scored.  Raises TypeError for
-    arguments that are none, ValueError where the stream is shorter than one window, the window longer than the model's
-    positions, a token outside the vocabulary, or a loss is not finite.
+    as many tokens at a time as keep the logits within 128 MiB.  The ranks of a launch share the batches.  A model that
+    needs marks in front of text (ChatGLM: `[gMASK] <sop>`) gets them before every window, where they are not scored.
+    Raises TypeError for arguments that are none, ValueError where the stream is shorter than one window, the window
+    longer than the model's positions, a token outside the vocabulary, or a loss is not finite.
     """
     check_model(model)
     windows = _windows(model, token_ids, window)

@@ -44,13 +44,13 @@ def wanted(count: int, device: str | None) -> bool:
     return True
 
 
-def run(count: int, words: Sequence[str], module: str = "experiments") -> int:
-    """The exit status of the first of `count` processes `python -m module words`; all see what it says."""
+def run(count: int, words: Sequence[str]) -> int:
+    """The exit status of `count` processes `python -m experiments words`, of which the first is heard."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     try:
-        start(count, words, module)
+        start(count, words, "experiments")
     except ChildFailedError as error:
         said = [failure.exitcode for _, failure in sorted(error.failures.items()) if failure.exitcode > 0]
         return said[0] if said else 1  # the others were stopped once one had failed

@@ -95,16 +95,29 @@ def _documents(text: Documents, tokenizer: Any, data_dir: Path | None) -> list[R
 
 @dataclass(frozen=True)
 class _Answered:
-    """The records of these `rows` as prompt and answer, made anew every time they are read."""
+    """The records of these `rows` as prompt and answer, made anew every time they are read.
 
+    ValueError where every prompt fills the length, so that no answer is left to train on.
+    """
+
+    corpus: str
     records: Sequence[Any]
     rows: Sequence[int]
     tokenizer: Any
     length: int
 
     def __iter__(self) -> Iterator[Record]:
-        made = (_answered(self.tokenizer, self.records[row], self.length) for row in self.rows)
-        return (record for record in made if record["labels"][-1] != IGNORED)  # a prompt that fills it has no answer
+        answered = False
+        for row in self.rows:
+            record = _answered(self.tokenizer, self.records[row], self.length)
+            if record["labels"][-1] != IGNORED:
+                answered = True
+                yield record
+        if not answered:
+            raise ValueError(
+                f"None of the {len(self.rows):,} records of {self.corpus} that were drawn has an answer within its "
+                f"first {self.length} tokens of this tokenizer; ask for more tokens."
+            )
 
 
 def _instructions(text: Instructions, tokenizer: Any, data_dir: Path | None, part: str) -> _Answered:
@@ -119,7 +132,7 @@ def _instructions(text: Instructions, tokenizer: Any, data_dir: Path | None, par
 
     numbers = Dataset.from_dict({"row": range(len(records))})
     split = numbers.train_test_split(test_size=text.held_out, shuffle=True, seed=text.seed)
-    return _Answered(records, split[part]["row"][:], tokenizer, text.length)
+    return _Answered(text.corpus, records, split[part]["row"][:], tokenizer, text.length)
 
 
 def _answered(tokenizer: Any, record: Any, length: int) -> Record:

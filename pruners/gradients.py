@@ -55,10 +55,12 @@ def backward(
         return
     scale = 1024.0 if model.dtype == torch.float16 else 1.0
 
+    waiting = 1  # batches, with those of this turn
+
     def handle(name: str, weight: Tensor) -> None:
         own, weight.grad = weight.grad, None
         assert own is not None  # the hook runs once the gradient is there
-        for source in range(min(together.count, left_over[0])):
+        for source in range(min(together.count, waiting)):
             gradient = together.tell(source, own if source == together.rank else torch.empty_like(own))
             if not gradient.isfinite().all():
                 raise ValueError(f"The gradient of {name} is not finite; use --dtype bfloat16 or float32.")
@@ -70,15 +72,14 @@ def backward(
             stack.enter_context(checkpointed(model))
         for name, weight in weights.items():
             stack.callback(weight.register_post_accumulate_grad_hook(partial(handle, name)).remove)
-        left_over = [1]
         if homes.of(model) is not None:
             together = ALONE
             _by_block(model, windows, weights, batch_size, scale, progress, left)
             return
         batches = windows.split(batch_size)
         for first in range(0, len(batches), together.count):
-            left_over[0] = len(batches) - first
-            index = first + together.rank if together.rank < left_over[0] else first  # else another's, which it drops
+            waiting = len(batches) - first
+            index = first + together.rank if together.rank < waiting else first  # else another's, which it drops
             batch = batches[index].to(next(iter(weights.values())).device)
             loss = model(input_ids=batch, labels=inputs.labels(model.config, batch), use_cache=False).loss
             (loss * scale).backward()

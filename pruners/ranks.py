@@ -115,6 +115,19 @@ class Ranks:
         parts = self.each(lambda: work(range(self.rank, count, self.count)))
         return [parts[number % self.count][number // self.count] for number in range(count)]
 
+    def deal(self, work: Callable[[int], T], count: int, progress: Callable[[int, int], None] | None = None) -> list[T]:
+        """As `split`, one number at a time; `progress` is told as if all ranks were as far as this one."""
+
+        def mine(numbers: Sequence[int]) -> list[T]:
+            made: list[T] = []
+            for number in numbers:
+                made.append(work(number))
+                if progress:
+                    progress(min(len(made) * self.count, count), count)
+            return made
+
+        return self.split(mine, count)
+
     def reach(self, place: str) -> None:
         """Say that this rank is there, without waiting for the others."""
         with explained():

@@ -18,17 +18,19 @@ from tests.conftest import SHARED
 
 FOLDER = SHARED / "golden"
 WHOLE = bool(os.environ.get("PRUNING_GOLDEN"))  # `make golden`: a quarter of an hour
-FIRST = 16  # blocks; what a block loses follows from those before it, but for gradients and FLAP's one threshold
+FIRST = 16  # blocks
+FROM_BLOCK_TO_BLOCK = ("magnitude", "wanda", "sparsegpt", "wanda_sp_0.2")  # what is lost follows from earlier blocks
 CASES = json.loads((FOLDER / "golden.json").read_text())["cases"] if FOLDER.is_dir() else {}
 
 
-def chosen(whole: tuple[str, ...], first: tuple[str, ...]) -> list[str]:
-    """All cases in `make golden`; in the suite those of `first`, on the first blocks alone and without perplexities."""
-    return [*first, *(whole if WHOLE else ())]
+def chosen(suite: tuple[str, ...], more: tuple[str, ...]) -> list[str]:
+    """All cases in `make golden`; those of `suite` also in the suite, without perplexities."""
+    return [*suite, *(more if WHOLE else ())]
 
 
-def expanded() -> PreTrainedModel:
-    """The embedded model in float32, every key and value head repeated for each query head of its group."""
+def expanded(blocks: int | None = None) -> PreTrainedModel:
+    """The embedded model in float32, every key and value head repeated for each query head of its group; with `blocks`
+    its first ones alone."""
     model, _ = models.load("smollm2-135m", "float32")
     for layer in model.model.layers:
         attention = layer.self_attn
@@ -37,9 +39,9 @@ def expanded() -> PreTrainedModel:
             projection.weight, projection.out_features = nn.Parameter(heads.reshape(576, 576)), 576
         attention.num_key_value_groups = 1
     model.config.num_key_value_heads = 9
-    if not WHOLE:
-        del model.model.layers[FIRST:]
-        model.config.num_hidden_layers = FIRST
+    if blocks is not None:
+        del model.model.layers[blocks:]
+        model.config.num_hidden_layers = blocks
     return model
 
 
@@ -49,9 +51,10 @@ def tokens(name: str) -> Tensor:
     return torch.from_numpy(np.load(FOLDER / "tokens.npz")[name].astype(np.int64))
 
 
-def pruned(case: dict) -> PreTrainedModel:
+def pruned(name: str) -> PreTrainedModel:
     """The expanded model after the case's method on the case's calibration windows."""
-    model = expanded()
+    case = CASES[name]
+    model = expanded(None if WHOLE or name not in FROM_BLOCK_TO_BLOCK else FIRST)
     if case["method"]:
         fields = dict(case["method"])
         method = getattr(pruners, fields.pop("class"))(**fields)

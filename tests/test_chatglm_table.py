@@ -108,10 +108,9 @@ def test_recovery_predicts_the_answers(tokenizer, data):
         assert [label for label in example["labels"] if label != inputs.IGNORED] == [8, *answer]
         assert inputs.labels(odd().config, torch.tensor(example["input_ids"])).tolist() == example["labels"]
     assert len(examples) == 2
-    assert (
-        list(recover.examples(Instructions("alpaca/train", length=20, held_out=1), Tokenizer("t", tokenizer), data))
-        == []
-    )
+    short = Instructions("alpaca/train", length=20, held_out=1)
+    with pytest.raises(ValueError, match=r"None of the 2 records of alpaca/train .* within its first 20 tokens"):
+        list(recover.examples(short, Tokenizer("tiny", tokenizer), data))
 
 
 @needs_shared

@@ -212,6 +212,15 @@ def test_a_half_precision_model_trains_and_stays_half_precision(kind, dtype, win
         finetune(model, PEFT, windows, steps=1, learning_rate=1e-3, precision="float32")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("trained", [{"adapters": LoRA(merge=True)}, {"embeddings": True}], ids=["LoRA", "embeddings"])
+def test_layer_norms_that_are_not_trained_take_what_half_precision_adds_up_to(trained, dtype, windows):
+    model = pruned("opt").to(dtype)
+    report = finetune(model, Trainable(**trained), windows, steps=10, learning_rate=5e-3)
+    assert sum(report.losses[-3:]) < sum(report.losses[:3])
+    assert {p.dtype for p in model.parameters()} == {dtype}
+
+
 def test_bfloat16_where_the_device_lacks_it_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     cuda = torch.device("cuda")

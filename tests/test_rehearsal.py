@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import small_table as small
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from analysis import tidy
 from analysis.__main__ import main as analysis
@@ -36,6 +37,18 @@ def test_every_table_rehearses_each_of_its_kinds_at_toy_scale(name):
         if isinstance(cell.run.recovery, Retraining):
             assert cell.run.recovery.taken <= 4
         assert all(getattr(what, "limit", 1) <= 2 for what in cell.run.measures)
+
+
+def test_a_rehearsal_is_of_the_model_that_is_asked_for(tmp_path):
+    """Which blocks LLM-Pruner takes hangs on their number; an answer stands behind a prompt of more than 64 tokens."""
+    model = str(tmp_path / "model")
+    sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(num_hidden_layers=12, **sizes)).save_pretrained(model)
+    for name, blocks in {"llm_pruner.chatglm_6b": (0, 12), "llm_pruner.aggregation": (4, 10)}.items():
+        made = rehearsal.rehearsed(papers.find(name), model).runs(model)
+        assert {run.model for run in made} == {model}
+        assert {run.method.mlp_blocks for run in made if run.method and run.method.granularity == "block"} == {blocks}
+        assert {run.recovery.text.length for run in made if run.recovery} <= {256}
 
 
 @needs_shared

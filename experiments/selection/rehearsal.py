@@ -13,6 +13,7 @@ from typing import Any
 
 from experiments import papers
 from experiments.labels import labels
+from experiments.recovery import Instructions
 from experiments.spec import Run, Table
 
 RESULTS = Path("results/rehearsal")
@@ -20,23 +21,27 @@ AT_MOST = {
     "count": 2, "length": 64, "window": 64, "limit": 2, "new_tokens": 4, "repetitions": 1, "prompts": 1,
     "steps": 4, "stop": 2, "warmup": 1, "batch_size": 2, "micro_batch_size": 1, "held_out": 4,
 }  # fmt: skip
+KEPT = {(Instructions, "length")}  # an answer stands behind its prompt, which is longer than a short window
 FIRST = {"lengths": 1, "batch_sizes": 1, "rates": 2}
 WHOLE = ("limit",)  # None asks for everything
 _real: dict[str, Table] = {}
 
 
-def use(names: Iterable[str]) -> None:
-    """Let these tables, and no others, be their own rehearsals from now on."""
+def use(names: Iterable[str], model: str | None = None) -> None:
+    """Let these tables, and no others, be their own rehearsals from now on, on another model where one is named."""
     papers.TABLES.update(_real)
     _real.clear()
     for name in names:
-        _real[name] = papers.TABLES[name]
-        papers.TABLES[name] = rehearsed(papers.TABLES[name])
+        made = rehearsed(papers.TABLES[name], model)
+        _real[name], papers.TABLES[name] = papers.TABLES[name], made
 
 
-def rehearsed(table: Table) -> Table:
-    """The first cell of every kind, and of every model, at toy scale, under the labels that they have in the table."""
-    runs = table.runs()
+def rehearsed(table: Table, model: str | None = None) -> Table:
+    """The first cell of every kind, and of every model, at toy scale, under the labels that they have in the table.
+
+    On another `model` the experiment is asked for on that one, as which blocks are pruned may hang on their number.
+    """
+    runs = papers.runs(table, model)
     kinds: set[Any] = set()
     kept: dict[Run, None] = {}
     named: dict[Run, tuple[str, str]] = {}
@@ -51,7 +56,7 @@ def rehearsed(table: Table) -> Table:
         title=f"Rehearsal of: {table.title}",
         rows=tuple(kept),
         columns=(("",),),
-        run=lambda run, model: replace(run, model=model) if model else run,
+        run=lambda run, _: run,
         published=None,
         label=lambda run: named[_pruned(run)],
     )
@@ -70,7 +75,10 @@ def small(run: Run) -> Run:
 
 
 def _shrunk(thing: Any) -> Any:
-    return replace(thing, **{f.name: _less(f.name, getattr(thing, f.name)) for f in fields(thing)}) if thing else None
+    if thing is None:
+        return None
+    names = [field.name for field in fields(thing) if (type(thing), field.name) not in KEPT]
+    return replace(thing, **{name: _less(name, getattr(thing, name)) for name in names})
 
 
 def _less(name: str, value: Any) -> Any:

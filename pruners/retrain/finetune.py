@@ -121,8 +121,8 @@ def finetune(
 
     Under torchrun every rank calls this with the same model and examples, whole; they share each batch, which is a
     multiple of their number or divides it, and each keeps its part of weights, gradients and moments meanwhile (see
-    pruners.retrain.layouts).  Where a rank is lost the others
-    raise RankLostError, and the model's weights are gone; the state in `folder` fits any number of ranks.
+    pruners.retrain.layouts).  Where a rank is lost the others raise RankLostError, and the model's weights are
+    gone; the state in `folder` fits any number of ranks.
 
     Raises TypeError or ValueError for a model, examples, settings or checkpoints that do not fit, before anything is
     trained, and Diverged where the loss does.

@@ -88,7 +88,13 @@ def precision_for(asked: str | None, model_dtype: torch.dtype, device: torch.dev
 def autocast(precision: torch.dtype | None, device: torch.device, cached: bool = True) -> Iterator[None]:
     """`cached`: the cast of a weight is kept until the end, for its next use."""
     with torch.autocast(device.type, dtype=precision, enabled=precision is not None, cache_enabled=cached):
-        yield
+        if precision is None or device.type != "cpu":
+            yield
+            return
+        from pruners.retrain.norms import NormsInFloat32
+
+        with NormsInFloat32():
+            yield
 
 
 @contextmanager

@@ -1,0 +1,175 @@
+"""What was meant by a command line, and the words that mean it again."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from experiments.cli.options import RESULTS
+from experiments.data import eval_tasks, sources
+from experiments.measures import zero_shot
+
+if TYPE_CHECKING:
+    from experiments.callbacks import Watcher
+    from experiments.cells import Cell
+    from experiments.settings import Settings
+
+# of the tables at hand, what they were asked for by and options before all others
+_SOURCES: dict[str, tuple[str, list[str]]] = {}
+
+
+def resolve(asked: argparse.Namespace) -> None:
+    """Make methods and tables from outside the repository known.
+
+    `table` is then the table's own name and `source` what it was asked for by; of several `tables`, `sources` holds
+    what each was asked for by, by its own name.
+    """
+    several = hasattr(asked, "tables")
+    files, source = getattr(asked, "plugin", []), getattr(asked, "source", None) or getattr(asked, "table", None)
+    if not files and not source and not several:
+        return
+    from experiments.own import tables
+    from pruners import plugin
+
+    plugin.use(files)
+    plugins = [str(file) for file in files]
+    options = ["--plugin", *plugins] if plugins else []
+    options += ["--rehearse"] if getattr(asked, "rehearse", False) else []
+    if source:
+        asked.source, asked.table = source, tables.find(source).name
+        _SOURCES[asked.table] = (source, options)
+    elif several:
+        asked.sources = {tables.find(word).name: word for word in _named(asked)}
+        _SOURCES.update({name: (word, options) for name, word in asked.sources.items()})
+    _rehearse(asked)
+
+
+def _rehearse(asked: argparse.Namespace) -> None:
+    """Put rehearsals in the place of the tables where that is asked for."""
+    if not getattr(asked, "rehearse", False):
+        return
+    from experiments.selection import rehearsal
+
+    rehearsal.use(asked.sources if hasattr(asked, "sources") else [asked.table], getattr(asked, "model", None))
+    asked.no_dense_gate = True
+    asked.results = {str(RESULTS): rehearsal.RESULTS, str([RESULTS]): [rehearsal.RESULTS]}.get(
+        str(asked.results), asked.results
+    )
+
+
+def forget() -> None:
+    """The command is over, and the process may go on to another one."""
+    _SOURCES.clear()
+    if (rehearsal := sys.modules.get("experiments.selection.rehearsal")) is not None:
+        rehearsal.use(())
+
+
+def _named(asked: argparse.Namespace) -> list[str]:
+    from experiments import papers
+    from pruners.suggest import UsageError
+
+    if getattr(asked, "idle", False) and not asked.tables and not asked.all:
+        return []  # means those that were begun
+    if bool(asked.tables) == asked.all:
+        raise UsageError(
+            "--all is every table, so name none besides." if asked.all else "Name a table, several, or --all of them."
+        )
+    return list(papers.TABLES) if asked.all else list(asked.tables)
+
+
+def selection(
+    table: str,
+    results: Path,
+    model: str | None = None,
+    dtype: str | None = None,
+    limit: int | None = None,
+    tasks: Sequence[str] = (),
+    data_dir: Path | None = None,
+) -> str:
+    """The arguments, quoted for a shell, by which any command finds the same cells again, the table first."""
+    told = {"--model": model, "--dtype": dtype, "--limit": limit, "--data-dir": data_dir}
+    options = [word for name, value in told.items() if value for word in (name, str(value))]
+    asked = ["--tasks", *tasks] if tasks else []
+    source, before = _SOURCES.get(table, (table, []))
+    return shlex.join([source, *before, *options, *asked, *_results(results)])
+
+
+def same_cells(asked: argparse.Namespace, data_dir: Path | None = None) -> str:
+    """As `selection`, of the cells of this command; of several results folders in the first."""
+    results = asked.results if isinstance(asked.results, Path) else asked.results[0]
+    return selection(asked.table, results, asked.model, asked.dtype, asked.limit, asked.tasks, data_dir)
+
+
+def same_tables(asked: argparse.Namespace) -> str:
+    """The arguments by which another command finds the records of these tables."""
+    sources = ["--all"] if asked.all else list(asked.sources.values())
+    before = next(iter(_SOURCES[name][1] for name in asked.sources), [])
+    return shlex.join([*sources, *before, *_results(asked.results)])
+
+
+def _results(folder: Path) -> list[str]:
+    return [] if folder.resolve() == RESULTS.resolve() else ["--results", str(folder)]
+
+
+def declared(asked: argparse.Namespace) -> list[Cell]:
+    """Every cell of one table on the model, in the format and with the tasks that are asked for."""
+    from experiments import cells, papers
+
+    table = papers.find(asked.table)
+    refuse_absent(asked.data_dir)
+    refuse_unknown(asked.tasks)
+    runs = papers.runs(table, asked.model, asked.dtype, asked.limit, asked.tasks)
+    return cells.cells(runs, table.label)
+
+
+def settings(asked: argparse.Namespace, found: Sequence[Cell] = ()) -> Settings:
+    """`found` are the cells whose models are kept, if any are."""
+    from experiments.own import saved
+    from experiments.settings import Settings
+
+    folder = getattr(asked, "save_models", None)
+    return Settings(
+        asked.results,
+        asked.device,
+        asked.batch_size,
+        asked.data_dir,
+        dense_gate=not asked.no_dense_gate,
+        again=asked.again,
+        save=saved.places(list(found), folder, asked.table) if folder else {},
+        weights=asked.weights,
+    )
+
+
+def watchers(asked: argparse.Namespace) -> list[Watcher]:
+    if asked.wandb is None:
+        return []
+    from experiments.wandb_callback import Wandb  # wandb takes a second to import
+
+    return [Wandb(asked.wandb, asked.table, asked.results)]
+
+
+def refuse_absent(data_dir: Path | None) -> None:
+    """UsageError for a data folder that is not there, before every cell would meet that."""
+    from pruners.suggest import UsageError
+
+    folder = zero_shot.folder(data_dir)
+    if folder and not folder.is_dir():
+        name = "--data-dir" if data_dir else sources.DATA_DIR
+        raise UsageError(f"{name} {folder} is no folder; name one that is, or leave it out to read from the Hub.")
+
+
+def refuse_unknown(tasks: Sequence[str]) -> None:
+    """UsageError with the nearest names, before any work; lm-eval's index is read only for names that it may know."""
+    from experiments import protocols
+
+    if not tasks:
+        return
+    protocols.named(tasks)
+    if unfamiliar := [name for name in tasks if name not in protocols.TASK_SETS and name not in eval_tasks.SOURCES]:
+        from eval.tasks import check_names
+
+        check_names(unfamiliar)
