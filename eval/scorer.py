@@ -1,8 +1,9 @@
 """lm-eval's scoring of a model that is already in memory.
 
-Requests are sorted by length and packed into batches of about the same number of tokens; a batch that does not fit
-is halved, and so are the ones after it.  The head is applied only where an answer is read off.  The ranks of a launch
-share the batches; rank 0 keeps what all of them answer, so that another number of ranks goes on from there.
+Requests are packed into rows in which what several of them begin with stands once; those of a model that does not
+compute such rows as it computes each request alone, into batches of one a row, sorted by length.  What does not fit is
+halved, and so is what follows.  The head is applied only where an answer is read off.  The ranks of a launch share rows
+and batches; rank 0 keeps what all of them answer, so that another number of ranks goes on from there.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
+import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -20,6 +22,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from eval import rows, sharing
 from eval.answers import Answer, AnswerStore
 from eval.checks import Progress, check_tokenizer
 from eval.marks import prefixed
@@ -29,6 +32,7 @@ from pruners.weights import homes, sweep
 Request = tuple[Any, list[int], list[int]]  # what was asked, the tokens before, the tokens to score
 TOKENS_PER_BATCH = {"cpu": 1_024}  # more fall out of a CPU's caches and take longer
 ACCELERATOR_TOKENS_PER_BATCH = 32_768  # halved on out-of-memory
+logger = logging.getLogger(__name__)
 
 
 class Seen(Exception):  # noqa: N818  (a signal that a batch's tokens are known, not an error)
@@ -36,8 +40,9 @@ class Seen(Exception):  # noqa: N818  (a signal that a batch's tokens are known,
 
 
 class Scorer(HFLM):
-    """The `lm` that lm-eval asks; `batch_size` None packs batches by tokens.
+    """The `lm` that lm-eval asks; `batch_size` None packs by tokens, a number puts so many requests into a batch.
 
+    `apart` says why each request has a row of its own, once requests were asked; None where they share rows.
     `truncated` counts, per task, the documents whose beginning did not fit the model's positions (lm-eval cuts it).
     Raises ValueError if the tokenizer has more tokens than the model has embeddings.
     """
@@ -62,6 +67,9 @@ class Scorer(HFLM):
         self._seen: torch.Tensor | None = None  # by a pass that only looks at its tokens
         self._looks = False
         self._takes_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.apart: str | None = f"batches of {batch_size} were asked for" if batch_size else None
+        self._checked = bool(batch_size)
+        self._window = min(self._max_length, sharing.window(model) or self._max_length)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[Answer]:
         answers: list[Answer] = super().loglikelihood(requests, disable_tqdm=True)
@@ -73,6 +81,7 @@ class Scorer(HFLM):
         self, requests: Sequence[Request], disable_tqdm: bool = True, override_bs: int | None = None
     ) -> list[Answer]:
         self._refuse_long(requests)
+        self._check()
         self._cut = [len(before) + len(scored) > self.max_length + 1 for _, before, scored in requests]
         answers: dict[int, Answer] = {}
         batches = self._batches(requests)
@@ -82,6 +91,16 @@ class Scorer(HFLM):
             if self._progress:
                 self._progress(len(answers), len(requests))
         return [answers[i] for i in range(len(requests))]
+
+    def _check(self) -> None:
+        """Find out once whether requests can share rows; no if any rank says so."""
+        if self._checked:
+            return
+        self._checked = True
+        told = self._together.each(lambda: sharing.why_apart(self.model))
+        self.apart = next(filter(None, told), None)
+        if self.apart:
+            logger.warning("Every request is computed by itself, with its whole context: %s.", self.apart)
 
     def _answered(self, batches: Sequence[list[Request]]) -> Iterator[tuple[int, list[Answer]]]:
         if self._together.count > 1:
@@ -122,12 +141,14 @@ class Scorer(HFLM):
                 yield number, known
             else:
                 new.append(number)
-        for at in sweep.over(self.model, [self._tokens_of(batches[number]) for number in new]):
+        for at in sweep.over(self.model, [self._inputs_of(batches[number]) for number in new]):
             self._largest = max(self._largest, len(batches[new[at]]))  # the blocks have taken them all
             yield new[at], self._known_or_asked(batches[new[at]])
 
-    def _tokens_of(self, requests: list[Request]) -> torch.Tensor:
-        """What lm-eval would have the model read."""
+    def _inputs_of(self, requests: list[Request]) -> torch.Tensor | Mapping[str, torch.Tensor]:
+        """What the model reads for them."""
+        if self._share(requests):
+            return sharing.inputs(self.model, self._row(requests))
         self._seen, self._looks = None, True
         try:
             with suppress(Seen):
@@ -148,17 +169,36 @@ class Scorer(HFLM):
                 )
 
     def _batches(self, requests: Sequence[Request]) -> list[list[int]]:
-        """Indices of every batch, longest requests first; the same for the same requests, finished or not."""
-        tokens = [before + scored for _, before, scored in requests]
+        """Indices of every row or batch, longest first; the same for the same requests, finished or not."""
+        shared = [index for index, request in enumerate(requests) if self._share([request])]
+        room = rows.TOKENS_PER_ROW.get(self.device.type, rows.ACCELERATOR_TOKENS_PER_ROW)
+        longest = min(rows.LONGEST_ROW, self.max_length)
+        packed = rows.pack([self._whole(requests[i]) for i in shared], min(room, longest), longest)
+        apart = sorted(set(range(len(requests))).difference(shared))
+        return [[shared[i] for i in row] for row in packed] + self._apart(requests, apart)
+
+    def _apart(self, requests: Sequence[Request], indices: Sequence[int]) -> list[list[int]]:
+        """Batches of these, each with a row of its own."""
+        tokens = {i: requests[i][1] + requests[i][2] for i in indices}
         batches: list[list[int]] = []
         room = 0
-        for index in sorted(range(len(tokens)), key=lambda i: (-len(tokens[i]), tokens[i])):
+        for index in sorted(indices, key=lambda i: (-len(tokens[i]), tokens[i])):
             if room <= 0:
                 batches.append([])
                 room = self._asked_size or max(1, self._tokens_per_batch // min(len(tokens[index]), self.max_length))
             batches[-1].append(index)
             room -= 1
         return batches
+
+    def _share(self, requests: Sequence[Request]) -> bool:
+        """Whether these, which are in one row or batch, share a row: all of them or none."""
+        return self.apart is None and len(self._whole(requests[0])) - 1 <= self._window
+
+    def _whole(self, request: Request) -> list[int]:
+        """Prompt and answer; of a long one the end."""
+        _, before, scored = request
+        assert before  # lm-eval puts a token before what has no prompt
+        return (before + scored)[-(self.max_length + 1) :]
 
     @property
     def _tokens_per_batch(self) -> int:
@@ -177,12 +217,8 @@ class Scorer(HFLM):
 
     def _ask(self, requests: list[Request]) -> list[Answer] | None:
         """One forward pass; None if it needs more memory than there is and can be split."""
-        self.batch_size_per_gpu = len(requests)
-        lengths = [min(len(before) + len(scored), self.max_length + 1) - 1 for _, before, scored in requests]
-        starts = [length - len(scored) for length, (_, _, scored) in zip(lengths, requests, strict=True)]
-        self._keep = max(lengths) - min(starts)
         try:
-            answers = super()._loglikelihood_tokens(requests, disable_tqdm=True)
+            answers = self._ask_row(requests) if self._share(requests) else self._ask_apart(requests)
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error) or len(requests) == 1:
                 raise
@@ -191,6 +227,24 @@ class Scorer(HFLM):
         self._largest = (len(requests) + 1) // 2
         clear_device_cache(garbage_collection=True)
         return None
+
+    def _row(self, requests: list[Request]) -> rows.Row:
+        return rows.row([(self._whole(request), len(request[2])) for request in requests])
+
+    def _ask_row(self, requests: list[Request]) -> list[Answer]:
+        row = self._row(requests)
+        with torch.inference_mode():
+            asked = row.asked.to(self.device)
+            inputs = sharing.inputs(self.model, row)
+            return row.answers(self.model(**inputs, use_cache=False, logits_to_keep=asked).logits[0])
+
+    def _ask_apart(self, requests: list[Request]) -> list[Answer]:
+        self.batch_size_per_gpu = len(requests)
+        lengths = [min(len(before) + len(scored), self.max_length + 1) - 1 for _, before, scored in requests]
+        starts = [length - len(scored) for length, (_, _, scored) in zip(lengths, requests, strict=True)]
+        self._keep = max(lengths) - min(starts)
+        answers: list[Answer] = super()._loglikelihood_tokens(requests, disable_tqdm=True)
+        return answers
 
     def _model_call(self, inps: torch.Tensor, attn_mask: Any = None, labels: Any = None) -> torch.Tensor:
         if self._looks:

@@ -58,12 +58,16 @@ class TaskScore:
 
 @dataclass(frozen=True)
 class ZeroShotResult:
-    """`tasks` by name, `missing`: why a task could not be run, `samples`: one JSON-able row a document."""
+    """`tasks` by name, `missing`: why a task could not be run, `samples`: one JSON-able row a document.
+
+    `apart`: why every request was computed by itself; None where those with a common beginning shared it.
+    """
 
     tasks: dict[str, TaskScore]
     missing: dict[str, str]
     samples: list[dict[str, Any]] = field(repr=False)
     lm_eval: str = lm_eval.__version__
+    apart: str | None = None
 
 
 @checks.arguments
@@ -82,9 +86,10 @@ def zero_shot(
 
     `tasks` maps lm-eval's task names to changes of their configuration: {} for the task as lm-eval has it, or where
     its documents come from; a group maps to such changes by task of the group, and is missing where one of its tasks
-    is.  `limit` keeps the first so many documents of each task.  `batch_size` None packs batches by tokens.  `resume`
-    names a file that keeps finished batches until the caller removes it.  The ranks of a launch share the batches and
-    have the same result; rank 0 keeps the file.  `released_marks` asks ChatGLM as LLM-Pruner's
+    is.  `limit` keeps the first so many documents of each task.  `batch_size` None packs rows by tokens, in which
+    requests with a common beginning share it; a number computes so many at once, each by itself.  `resume` names a file
+    that keeps finished rows or batches until the caller removes it.  The ranks of a launch share them and have the same
+    result; rank 0 keeps the file.  `released_marks` asks ChatGLM as LLM-Pruner's
     released harness does, with `[gMASK] <sop>` behind every choice, too, and scored with it (its table 5).  Raises
     UsageError for unknown tasks, ValueError for a limit below 1, `examples` below 0, a tokenizer that does not fit the
     model, and `released_marks` for a model without such marks.
@@ -111,7 +116,7 @@ def zero_shot(
               for name, group in loaded.items()}  # fmt: skip
     samples = [_row(name, part, row) for name, group in loaded.items() for part in group
                for row in outcome["samples"][part]]  # fmt: skip
-    return ZeroShotResult(scores, missing, samples)
+    return ZeroShotResult(scores, missing, samples, apart=scorer.apart)
 
 
 def _score(task: Task, outcome: Mapping[str, Any], truncated: int) -> TaskScore:

@@ -64,6 +64,7 @@ def measure(
     values[what.key] |= {
         **_mean(what, {task: score.per_document for task, score in result.tasks.items()}),
         "lm_eval": result.lm_eval,
+        **({"every_request_by_itself": result.apart} if result.apart else {}),
         "samples": ranks.here().first(lambda: _keep(result.samples, what, place)),
         "data": {task: provenance(task, place_of_texts) for task in found if task not in missing},
     }

@@ -25,7 +25,7 @@ from pruners.retrain.trainable import HEAD
 BYTES = {"float32": 4, "float64": 8}
 BATCH = 8  # windows at once, by default
 HELD_TOKENS = 2**18  # whose hidden states stay on the device where weights are away; those of more are in CPU memory
-SCORED_TOKENS = 32_768  # of a batch of answers on an accelerator
+SCORED_TOKENS = 4_096  # of the longest row of answers; families that cannot share one halve what does not fit
 LOGITS_BYTES = 2 * 4 * 2**25  # logits in float32 and what the loss makes of them
 CONTEXT_BYTES = 0.8e9  # of the accelerator's own libraries
 LLAMA = (32_000, 2, 8 / 3)  # tokens, matrices of them around the blocks, channels of the MLP for each of the width's
@@ -206,7 +206,8 @@ def _measured(run: Run, shape: Shape, size: int, batch: int) -> float:
         if isinstance(what, Perplexity):
             most = max(most, _inside(shape, size, batch * what.window) + LOGITS_BYTES)
         elif isinstance(what, ZeroShot):
-            most = max(most, _inside(shape, size, SCORED_TOKENS) + LOGITS_BYTES)
+            mask = (1 + size) * SCORED_TOKENS**2  # as it is given, and as attention adds it
+            most = max(most, _inside(shape, size, SCORED_TOKENS) + mask + LOGITS_BYTES)
         elif isinstance(what, Efficiency) and what.batch_sizes and what.lengths:
             rows = max(what.batch_sizes) * (max(what.lengths) + what.new_tokens)
             most = max(most, _inside(shape, size, rows) + 2 * size * rows * shape.blocks * shape.width)

@@ -62,8 +62,8 @@ def _fitting(model: Any, inputs: Sequence[Input]) -> int:
     room = memory.SHARE * memory.free_bytes(model.device)
     width = model.config.hidden_size * model.dtype.itemsize * COPIES
     for number, told in enumerate(inputs):
-        tokens = told if isinstance(told, Tensor) else told["input_ids"]
-        room -= tokens.numel() * width
+        tokens, others = (told, ()) if isinstance(told, Tensor) else (told["input_ids"], told.values())
+        room -= tokens.numel() * width + sum(other.nbytes for other in others)  # masks grow with their square
         if room < 0:
             return max(number, 1)
     return len(inputs)
