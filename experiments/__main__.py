@@ -5,6 +5,7 @@ python -m experiments show embedded.demo
 python -m experiments run embedded.demo --method wanda
 python -m experiments run flap.perplexity gblm.perplexity --only model=llama-7b "Wanda 50 %"
 python -m experiments run perp.magnitude --cards 2    # two GPUs share every cell
+python -m experiments prefetch flap.perplexity        # on a machine with a network, for those without
 """
 
 from __future__ import annotations
@@ -85,10 +86,16 @@ def parser() -> argparse.ArgumentParser:
         "--cards", type=cli.positive, default=1, metavar="N",
         help="as many of them in a machine: the fewest that take each cell, of 1, 2, 4 and 8 (default: 1)",
     )  # fmt: skip
+    fetching = commands.add_parser(
+        "prefetch", help="download models, corpora and tasks' documents, and say what is still lacking (exit status 1)"
+    )
+    selection.add(fetching)
+    cli.add_data(fetching)
+    fetching.set_defaults(command=_prefetch)
     audit = commands.add_parser("check-records", help="whether records can be believed, and which cells they fill")
     audit.add_argument("results", nargs="+", type=cli.path, metavar="DIR", help="results folders")
     audit.set_defaults(command=_check_records)
-    for command in (listing, show, run, prune, compare, audit):
+    for command in (listing, show, run, prune, compare, fetching, audit):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return top
 
@@ -230,6 +237,15 @@ def _run_table(asked: argparse.Namespace, chosen: Sequence[Cell]) -> int:
     print(f"{asked.table}: {counts}; python -m analysis table {cli.same_cells(asked)}", file=sys.stderr)
     unmet = outcome.failed or (outcome.incomplete and not asked.allow_missing_tasks) or (large and asked.strict)
     return cli.EXIT_FAILED if unmet else 0
+
+
+def _prefetch(asked: argparse.Namespace) -> int:
+    from experiments.prefetch import prefetch
+
+    chosen = selection.chosen(asked)
+    lacking = prefetch([cell.run for _, some in chosen for cell in some], asked.data_dir, cli.say)
+    print("\n".join(f"Lacking: {text}." for text in lacking) or "Nothing is lacking here.")
+    return cli.EXIT_FAILED if lacking else 0
 
 
 def _prune(asked: argparse.Namespace) -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 from experiments import measures, models, rates
 from experiments.cells import Cell
 from experiments.data import corpora as corpora_here
-from experiments.data import wheels
+from experiments.data import sources, wheels
 from experiments.data.corpora import find as find_corpus
 from experiments.measures import dense_gate, zero_shot
 from experiments.models import hub
@@ -80,6 +80,14 @@ def lacking(run: Run, data_dir: Path | None = None) -> list[str]:
 
     Documents that the Hub would give are not told: a task fetches them once it is asked.
     """
+    folder = zero_shot.folder(data_dir)
+    texts = (text for name in corpora_of(run) for text in _corpus(name, folder))
+    tasks = (text for what in run.measures if isinstance(what, ZeroShot) for text in _documents(what, folder))
+    return [*_model(run.model), *texts, *_short(run, data_dir), *tasks]
+
+
+def corpora_of(run: Run) -> list[str]:
+    """The corpora that a cell reads, with those of its dense gate and of the choice of its learning rate."""
     gated = dense_gate.asked(run.measures, models.find(run.model))
     corpora = [name for what in (*run.measures, *gated) for name in measures.corpora_of(what)]
     if run.windows and run.calibrates:
@@ -88,10 +96,7 @@ def lacking(run: Run, data_dir: Path | None = None) -> list[str]:
         corpora.append(run.recovery.text.corpus)
     if run.tuning:
         corpora.append(run.tuning.grid.corpus)
-    folder = zero_shot.folder(data_dir)
-    texts = (text for name in dict.fromkeys(corpora) for text in _corpus(name, folder))
-    tasks = (text for what in run.measures if isinstance(what, ZeroShot) for text in _documents(what, folder))
-    return [*_model(run.model), *texts, *_short(run, data_dir), *tasks]
+    return list(dict.fromkeys(corpora))
 
 
 def _short(run: Run, data_dir: Path | None) -> Iterator[str]:
@@ -111,9 +116,10 @@ def _short(run: Run, data_dir: Path | None) -> Iterator[str]:
 
 def _model(name: str) -> Iterator[str]:
     found = models.find(name)
-    if found.hub and not hub.is_cached(found.hub, "config.json", found.revision):
+    if found.hub and (absent := hub.absent(found.hub, found.revision or models.MAIN)):
         size = f", {2e-9 * found.parameters:.0f} GB" if found.parameters else ""
-        yield f"{name} ({found.hub}{size})"
+        part = f", without its {' and '.join(absent)}" if len(absent) < len(hub.PARTS) else ""
+        yield f"{name} ({found.hub}{size}{part})"
     if found.package and not _installed(found.package):
         yield f"{name} (package {found.package})"
 
@@ -130,10 +136,8 @@ def _corpus(name: str, folder: Path | None) -> Iterator[str]:
             yield f"{name} (not in {folder})"
     elif source.hub is None:
         yield f"{name} (a data folder)"
-    else:
-        data, revision, files = source.hub
-        if not all(hub.is_cached(data, file, revision, "dataset") for file in files):
-            yield f"{name} ({data})"
+    elif not sources.is_here(source):
+        yield f"{name} ({source.hub[0]})"
 
 
 def _documents(what: ZeroShot, folder: Path | None) -> Iterator[str]:

@@ -198,6 +198,26 @@ def origin(name: str, source: Source, folder: str | Path | None = None) -> dict[
     return {"dataset": repository, "revision": commit, "files": list(files)}
 
 
+def is_here(source: Source) -> bool:
+    """Whether every file of the Hub was downloaded, at the commit or branch that is read."""
+    assert source.hub is not None
+    repository, revision, files = source.hub
+    return all(hub.is_cached(repository, file, revision, "dataset") for file in files)
+
+
+def fetch(source: Source) -> None:
+    """Download its files of the Hub, by the name of the branch, which is then known without the Hub.
+
+    Raises OSError, or what the Hub's client raises, where it refuses.
+    """
+    from huggingface_hub import hf_hub_download
+
+    assert source.hub is not None
+    repository, revision, files = source.hub
+    for file in files:
+        hf_hub_download(repository, file, repo_type="dataset", revision=revision)
+
+
 def version(name: str, source: Source, folder: str | Path | None) -> str | None:
     """What changes with the content of the local file that `read` reads; None for packages and the Hub."""
     return (

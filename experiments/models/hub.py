@@ -21,6 +21,16 @@ TIMEOUT_S = 10
 CONVERSION = "Adding `safetensors` variant of this model"  # the title of the Hub's own conversions
 CONVERTER = "SFconvertbot"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+TOKENIZER = (
+    "tokenizer*",
+    "*.model",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+)
+PARTS = ("configuration", "tokenizer", "weights")  # of a model's repository
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -31,11 +41,10 @@ def model_commit(repository: str, revision: str = "main") -> str | None:
     """
     if COMMIT.fullmatch(revision):
         return revision
-    return (
-        _downloaded_weights(repository, revision)
-        or _asked_weights(repository, revision)
-        or _downloaded("model", repository, revision)
-    )
+    if found := _downloaded_weights(repository, revision):
+        return found
+    asked = _asked_weights(repository, revision)
+    return asked[1] if asked else _downloaded("model", repository, revision)
 
 
 def data_commit(repository: str, revision: str) -> str | None:
@@ -92,12 +101,39 @@ def downloaded(repository: str, revision: str) -> Path:
     from huggingface_hub.errors import EntryNotFoundError
 
     try:
-        index = json.loads(Path(hf_hub_download(repository, WEIGHTS[1], revision=revision)).read_text(encoding="utf-8"))
-        files = [WEIGHTS[1], *sorted(set(index["weight_map"].values()))]
+        files = [WEIGHTS[1], *_shards(Path(hf_hub_download(repository, WEIGHTS[1], revision=revision)))]
     except EntryNotFoundError:
         files = [WEIGHTS[0]]
     wanted = ["config.json", "generation_config.json", *files]
     return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
+
+
+def absent(repository: str, revision: str) -> list[str]:
+    """Which of a model's PARTS were not downloaded, or not whole, at a commit that is known without the Hub."""
+    commit = revision if COMMIT.fullmatch(revision) else _downloaded_weights(repository, revision)
+    place = _place("model", repository) / "snapshots" / str(commit)
+    there = {
+        "configuration": (place / "config.json").is_file(),
+        "tokenizer": any(path.is_file() for pattern in TOKENIZER[:3] for path in place.glob(pattern)),
+        "weights": _has_weights(place) and all((place / file).is_file() for file in _shards(place / WEIGHTS[1])),
+    }
+    return [part for part in PARTS if not there[part]]
+
+
+def fetch(repository: str, revision: str) -> None:
+    """Download a model's parts by the name of the revision, or of the Hub's conversion of it, which then stand for
+    their commit without the Hub.
+
+    Raises OSError, or what the Hub's client raises, where it refuses.
+    """
+    from huggingface_hub import snapshot_download
+
+    asked = None if COMMIT.fullmatch(revision) else _asked_weights(repository, revision)
+    name = asked[0] if asked else revision
+    downloaded(repository, name)
+    snapshot_download(repository, revision=name, allow_patterns=list(TOKENIZER))
+    if lacking := absent(repository, revision):
+        raise OSError(f"it has no {' and no '.join(lacking)} that could be read here")
 
 
 def reachable() -> bool:
@@ -137,13 +173,20 @@ def _conversions(repository: str) -> Iterator[str]:
             yield found
 
 
+def _shards(index: Path) -> list[str]:
+    """The files of weights that an index names; none where there is no index."""
+    if not index.is_file():
+        return []
+    return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+
+
 def _has_weights(snapshot: Path) -> bool:
     return any((snapshot / name).is_file() for name in WEIGHTS)
 
 
 @cache
-def _asked_weights(repository: str, revision: str) -> str | None:
-    """As the Hub tells now, asked once a process."""
+def _asked_weights(repository: str, revision: str) -> tuple[str, str | None] | None:
+    """Its name on the Hub and its commit, as the Hub tells now, asked once a process."""
     if not reachable():
         return None
     from huggingface_hub import HfApi
@@ -153,12 +196,13 @@ def _asked_weights(repository: str, revision: str) -> str | None:
     try:
         info = api.model_info(repository, revision=revision, timeout=TIMEOUT_S)
         if revision != "main" or any(file.rfilename in WEIGHTS for file in info.siblings or ()):
-            return info.sha
+            return revision, info.sha
         request = previous_pr(api, repository, CONVERSION, token=None)  # type: ignore[arg-type]  # the saved login
         if request is None or request.author != CONVERTER:
-            return info.sha
-        return api.model_info(repository, revision=request.git_reference, timeout=TIMEOUT_S).sha
-    except _refusals():
+            return revision, info.sha
+        reference = str(request.git_reference)
+        return reference, api.model_info(repository, revision=reference, timeout=TIMEOUT_S).sha
+    except refusals():
         return None
 
 
@@ -170,11 +214,11 @@ def _asked_data(repository: str, revision: str) -> str | None:
 
     try:
         return HfApi().dataset_info(repository, revision=revision, timeout=TIMEOUT_S).sha
-    except _refusals():
+    except refusals():
         return None
 
 
-def _refusals() -> tuple[type[Exception], ...]:
+def refusals() -> tuple[type[Exception], ...]:
     """What a Hub that does not answer, or refuses, raises: its package changes its HTTP client between versions, and
     the client's own errors are a base of its error."""
     from huggingface_hub.errors import HfHubHTTPError
