@@ -12,6 +12,7 @@ from pathlib import Path
 from pruners import ranks
 from pruners.suggest import UsageError
 
+SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT"
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -59,8 +60,9 @@ def run(count: int, words: Sequence[str]) -> int:
     return 0
 
 
-def start(count: int, words: Sequence[str], module: str) -> None:
-    """`count` processes `python -m module words` as torchrun starts them, until all have ended.
+def start(count: int, words: Sequence[str], module: str, stopped_by: str = SIGNALS) -> None:
+    """`count` processes `python -m module words` as torchrun starts them, until all have ended or one of the signals
+    `stopped_by` has come, which then stops them.
 
     Raises torch's ChildFailedError with their exit statuses once one fails, which ends the others.
     """
@@ -79,5 +81,6 @@ def start(count: int, words: Sequence[str], module: str) -> None:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
+        signals_to_handle=stopped_by,
     )
     elastic_launch(config, sys.executable)("-m", module, *words)

@@ -25,20 +25,22 @@ def run(count: int, payload: Mapping[str, Any], log: Events, said: str) -> None:
     """`count` processes that do the work of `payload`, the plain fields of a Work; `said` names the file that has what
     they say, if there is one.
 
-    Raises ProcessFailedError with the sentence that is written to the job's `log` of events, too.
+    Raises ProcessFailedError with the sentence that is written to the job's `log` of events, too, unless they were
+    told to stop: then Slurm knows why.
     """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     told = log.path.with_name(log.path.name.replace(".events.jsonl", ".work.json"))
     atomic.write(told, json.dumps(dict(payload)))
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = SIGNALS
     if said:
         os.environ[ranks.LOG] = said
     before = len(callbacks.read(log.path))
     try:
-        cards.start(count, [str(told)], "slurm.rank")
+        cards.start(count, [str(told)], "slurm.rank", SIGNALS)
     except ChildFailedError as error:
         statuses = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        if set(statuses.values()) == {-signal.SIGTERM}:  # as where all processes of a job are told that it will end
+            raise ProcessFailedError("All processes were told to stop.") from None
         message = _why(count, statuses, log.path, before)
         log.write("job failed", message=message)
         raise ProcessFailedError(message) from None

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from filelock import Timeout
@@ -72,3 +73,24 @@ def test_flock_is_there_unless_the_file_system_says_no(tmp_path, monkeypatch):
     monkeypatch.setattr(locks.fcntl, "flock", refuse(errno.EIO))
     with pytest.raises(OSError, match="Input/output"):
         locks._has_flock.__wrapped__(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "flock"),
+    [
+        ("nfs4", "rw,vers=4.2,local_lock=none", True),
+        ("nfs", "rw,vers=3,local_lock=posix", True),
+        ("nfs", "rw,vers=3,nolock,local_lock=all", False),
+        ("nfs", "rw,vers=3,local_lock=flock", False),
+        ("nfs4", "rw,nolock", False),
+        ("ext4", "rw,nolock", True),
+    ],
+)
+def test_where_locks_of_a_shared_folder_are_this_machines_alone_a_lease_is_taken(
+    tmp_path, monkeypatch, kind, options, flock
+):
+    mounts = [("/", "ext4", "rw"), (str(tmp_path), kind, options), (str(tmp_path / "other"), "nfs", "nolock")]
+    asked = [SimpleNamespace(mountpoint=place, fstype=kind, opts=opts) for place, kind, opts in mounts]
+    monkeypatch.setattr(locks.psutil, "disk_partitions", lambda all: asked)
+    (folder := tmp_path / "results").mkdir()
+    assert locks._has_flock.__wrapped__(folder) is flock

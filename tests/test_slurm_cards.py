@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import pytest
 from test_slurm import GPU, found, with_changes
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 import pruners
-from experiments import callbacks, cells, papers
+from experiments import callbacks, cards, cells, papers
 from experiments.__main__ import main as experiments
 from experiments.placement import several
 from experiments.recovery import Retraining
@@ -58,8 +59,8 @@ def test_more_cards_are_asked_for_where_the_time_limit_is_near_and_they_help():
     alone = estimate.needed_hours([long], GPU)
     hours = {cards: estimate.needed_hours([long], GPU, cards) for cards in (1, 2, 4)}
     assert hours[4] < 0.6 * hours[2] < 0.4 * hours[1] == 0.4 * alone
-    for limit, cards in ((alone + 1, 1), (hours[2] + 0.1, 2), (hours[4] + 0.1, 4), (0.01, 8)):
-        assert estimate.cards([long], with_changes(cards=8, hours=limit)) == cards
+    for limit, count in ((alone + 1, 1), (hours[2] + 0.1, 2), (hours[4] + 0.1, 4), (0.01, 8)):
+        assert estimate.cards([long], with_changes(cards=8, hours=limit)) == count
     assert estimate.cards([long], with_changes(cards=4, hours=0.01)) == 4
     assert estimate.cards([long], with_changes(cards=8, hours=0.01, memory_gb=30)) == 2  # each has weights in memory
 
@@ -173,3 +174,15 @@ def test_why_a_launch_failed_is_one_sentence(tmp_path, statuses, events, said):
     for rank, lost, message in events:
         log.write("rank failed", rank=rank, lost=lost, message=message)
     assert launched._why(2, statuses, log.path, before).startswith(said)
+
+
+def test_processes_that_slurm_stopped_leave_it_to_slurm_to_say_why(tmp_path, monkeypatch):
+    def stopped(*_: object) -> None:
+        failures = {rank: ProcessFailure(rank, 0, -signal.SIGTERM, "") for rank in (0, 1)}
+        raise ChildFailedError("t", failures)
+
+    log = callbacks.Events(tmp_path / "0.events.jsonl")
+    monkeypatch.setattr(cards, "start", stopped)
+    with pytest.raises(launched.ProcessFailedError, match="All processes were told to stop"):
+        launched.run(2, {"cells": {}}, log, "")
+    assert callbacks.read(log.path) == []

@@ -1,9 +1,10 @@
 """Locks between processes, of one machine or of several that share a file system.
 
-Where the file system has flock, the kernel or the file server lets go of it when its holder dies.  Where it has not, a
-lease: a marker file that the holder touches again and again, and that others may take once they have not seen it
-touched for LEASE_SECONDS of their own clocks.  A holder that was merely asleep then does its work twice, which costs
-time and no result: whatever is locked here is written whole, and equal work gives equal bits.
+Where the file system has flock, the kernel or the file server lets go of it when its holder dies.  Where it has not, or
+where an NFS mount keeps it from other machines, a lease: a marker file that the holder touches again and again, and
+that others may take once they have not seen it touched for LEASE_SECONDS of their own clocks.  A holder that was merely
+asleep then does its work twice, which costs time and no result: whatever is locked here is written whole, and equal
+work gives equal bits.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 
+import psutil
 from filelock import BaseFileLock, FileLock, SoftFileLease, Timeout
 
 from experiments.store import atomic
@@ -23,6 +25,7 @@ from pruners import ranks, storage
 
 LEASE_SECONDS = 180.0
 AT_ONCE_SECONDS = 60.0  # that ranks wait before they tell each other that they do
+OWN_LOCKS = {"nolock", "local_lock=flock", "local_lock=all"}
 NO_FLOCK = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 
 
@@ -74,6 +77,8 @@ def lock(path: Path, timeout: float = -1) -> BaseFileLock:
 
 @lru_cache
 def _has_flock(folder: Path) -> bool:
+    if _is_local(folder):
+        return False
     with tempfile.TemporaryFile(dir=folder) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -82,3 +87,13 @@ def _has_flock(folder: Path) -> bool:
                 return False
             raise
     return True
+
+
+def _is_local(folder: Path) -> bool:
+    """Whether the folder is shared by NFS, and locks on it hold on this machine alone."""
+    place = folder.resolve()
+    mounts = [mount for mount in psutil.disk_partitions(all=True) if place.is_relative_to(mount.mountpoint)]
+    nearest = max(mounts, key=lambda mount: len(mount.mountpoint), default=None)
+    if nearest is None or not nearest.fstype.startswith("nfs"):
+        return False
+    return bool(OWN_LOCKS & set(nearest.opts.split(",")))
