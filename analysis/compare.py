@@ -20,7 +20,7 @@ import pandas as pd
 
 from analysis import published
 from analysis.published import Published
-from analysis.rows import Row
+from analysis.rows import Row, repeats
 from eval.intervals import half_width, normal_half_width
 from experiments.spec import Run, Table
 
@@ -40,7 +40,8 @@ PERCENT = ("score",)
 class Cell:
     """One number of a table: the runs that differ only in their seed, and what the paper prints for it, if anything.
 
-    `fold` says what of several seeds is meant: their mean, or their std, minimum or maximum.
+    `fold` says what of several seeds is meant: their mean, or their std, minimum or maximum; `words` are the paper's
+    for method and setting, by which its values and its claims find this one.
     """
 
     model: str
@@ -51,6 +52,7 @@ class Cell:
     rows: tuple[Row, ...]
     published: Published | None = None
     fold: str = "mean"
+    words: tuple[str, str] = ("", "")
 
     @property
     def is_dense(self) -> bool:
@@ -136,11 +138,13 @@ def cells(table: Table, rows: Sequence[Row]) -> list[Cell]:
     for cell in published.of(table.published):
         printed.setdefault((*cell.key[:-1], cell.metric.partition(",")[0]), []).append(cell)
     found = []
-    for group in _seeds(rows):
+    for group in repeats(rows):
         for key, metric in quantities(group[0].run):
-            name = (group[0].run.model_name, group[0].method, group[0].setting)
-            for paper in printed.get((*name, key, metric), [None]) if group[0].run.is_of_catalogue else [None]:
-                found.append(Cell(*name, key, metric, group, paper, _fold(paper)))
+            row = group[0]
+            place = (row.run.model_name, *row.words, key, metric)
+            for paper in printed.get(place, [None]) if row.run.is_of_catalogue else [None]:
+                seen = (row.run.model_name, row.method, row.setting)
+                found.append(Cell(*seen, key, metric, group, paper, _fold(paper), row.words))
     return found
 
 
@@ -222,14 +226,6 @@ def _seeds_measured(cell: Cell) -> str:
     if asked == 1 or not done:
         return ""
     return f" ({asked} seeds)" if done == asked else f" ({done} of {asked} seeds)"
-
-
-def _seeds(rows: Sequence[Row]) -> list[tuple[Row, ...]]:
-    """Rows that a reader cannot tell apart: they differ in their seed."""
-    groups: dict[tuple[str, str, str], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row.run.model_name, row.method, row.setting), []).append(row)
-    return [tuple(group) for group in groups.values()]
 
 
 def _repeats(method: object) -> float:

@@ -31,7 +31,8 @@ class NoRecordsError(UsageError):
 
 @dataclass(frozen=True)
 class Row:
-    """`method` and `setting` are what a reader calls the cell; `folder` is the results folder that its record is in;
+    """`method` and `setting` are what a reader calls the cell, `words` the paper's words for them, by which numbers are
+    joined; `folder` is the results folder that its record is in;
     `withheld` are the texts, each with its file, from which a record would have to be made and is not, so that its
     number is not shown."""
 
@@ -42,6 +43,7 @@ class Row:
     failure: Failure | None
     withheld: tuple[str, ...] = ()
     folder: Path | None = None
+    words: tuple[str, str] = ("", "")
 
     @property
     def code(self) -> str | None:
@@ -116,13 +118,13 @@ def declared(table: Table, root: Folders, runs: Sequence[Run], data_dir: Path | 
     done, broken = _by_key(_merged(stored)), _by_key(_merged(failures))
     made = [
         Row(
-            method,
-            setting,
+            *table.title_of(words),
             run,
             _newest(done[run_key(run)], run),
             _newest(broken[run_key(run)], run),
+            words=words,
         )
-        for run, (method, setting) in zip(runs, labels(runs, table.label), strict=True)
+        for run, words in zip(runs, labels(runs, table.label), strict=True)
     ]
     made = [replace(row, folder=_holder(row.record, stored)) for row in made]
     return [_of_these_texts(row, data_dir) for row in made] if data_dir else made
@@ -158,6 +160,14 @@ def _tell_apart(stored: Mapping[Path, Mapping[str, Record]]) -> None:
 def _of_these_texts(row: Row, data_dir: Path) -> Row:
     other = found.other_data(row.record, data_dir) if row.record else []
     return replace(row, record=None, failure=None, withheld=tuple(other)) if other else row
+
+
+def repeats(made: Iterable[Row]) -> list[tuple[Row, ...]]:
+    """Rows that a reader cannot tell apart, as they differ in their seed alone; in the order of their first ones."""
+    groups: dict[tuple[str, str, str], list[Row]] = {}
+    for row in made:
+        groups.setdefault((row.run.model_name, row.method, row.setting), []).append(row)
+    return [tuple(group) for group in groups.values()]
 
 
 def keys(made: Iterable[Row]) -> list[str]:

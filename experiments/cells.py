@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from experiments import measures, models, rates, recovery
 from experiments.labels import apart, labels
-from experiments.spec import Run, digest, needs_windows
+from experiments.spec import Run, Table, digest, needs_windows
 
 OVERHEAD_TOKENS = 500  # loading and writing, as tokens that could have gone through the model meanwhile
 
 
 @dataclass(frozen=True)
 class Cell:
-    """`words` are the paper's for its method and setting; `label` tells it from every other cell of its table."""
+    """`words` are the paper's for its method and setting, `title` what readers see of them; `label` tells it from every
+    other cell of its table."""
 
     run: Run
     id: str
     label: str
     words: tuple[str, str] = ("", "")
+    title: tuple[str, str] = ("", "")
 
     @property
     def work(self) -> float:
@@ -39,12 +41,13 @@ class Cell:
         return passes * run.windows.count * run.windows.length
 
 
-def cells(runs: Sequence[Run], label: Callable[[Run], tuple[str, str]] | None = None) -> list[Cell]:
-    """One cell per run, called as `label` says; raises UsageError for a model nobody knows."""
+def cells(runs: Sequence[Run], table: Table | None = None) -> list[Cell]:
+    """One cell per run, called as its table says; raises UsageError for a model nobody knows."""
     identities = {name: _identity(name) for name in dict.fromkeys(run.model for run in runs)}
-    words = labels(runs, label)
-    named = zip(runs, apart(runs, words), words, strict=True)
-    return [Cell(run, run.id(identities[run.model]), name, told) for run, name, told in named]
+    words = labels(runs, table.label if table else None)
+    titles = [table.title_of(told) for told in words] if table else words
+    named = zip(runs, apart(runs, titles), words, titles, strict=True)
+    return [Cell(run, run.id(identities[run.model]), name, told, seen) for run, name, told, seen in named]
 
 
 def method_name(run: Run) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Annotated, Any, ClassVar
 
@@ -273,8 +273,9 @@ class Table:
 
     A column begins with its model.
     `published` names the paper's own table, e.g. `wanda: table 23, table 24`, in the CSV under `analysis/published`.
-    `label` gives a run the paper's words for its method and setting, by which its values find their cell.  `rates`
-    says how the learning rates were chosen that the table names itself.
+    `label` gives a run the paper's printed words for its method and setting: the keys by which published values and
+    claims find their cell.  Readers see them, or what `titles` has in the place of any of them.  `rates` says how the
+    learning rates were chosen that the table names itself.
     """
 
     name: str
@@ -285,6 +286,12 @@ class Table:
     published: str | None = None
     label: Callable[[Run], tuple[str, str]] | None = None
     rates: str | None = None
+    titles: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+    def title_of(self, words: tuple[str, str]) -> tuple[str, str]:
+        """What readers see of a method and a setting."""
+        method, setting = (self.titles.get(word, word) for word in words)
+        return method, setting
 
     def runs(self, model: str | None = None) -> list[Run]:
         """The table's runs in reading order, each once; `model` asks for the same experiment on another model.

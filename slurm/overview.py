@@ -95,7 +95,7 @@ def _asked(asked: argparse.Namespace, jobs: Sequence[Job]) -> dict[str, tuple[di
             models |= dict.fromkeys(entry.of(table), entry.model)
         if table in papers.TABLES and not named:
             declared = papers.TABLES[table]
-            named, models = _named(cells.cells(declared.runs(), declared.label))
+            named, models = _named(cells.cells(declared.runs(), declared))
         found[table] = (named, models)
     return found
 

@@ -47,5 +47,5 @@ def _made(root: Path) -> Iterator[tuple[Cell, Record]]:
     """The cells of the papers' tables that have a record."""
     for name, table in papers.TABLES.items():
         if known := records.load(root, name) if records.folder(root, name).is_dir() else {}:
-            found = cells.cells(table.runs(), table.label)
+            found = cells.cells(table.runs(), table)
             yield from ((cell, known[cell.id]) for cell in found if cell.id in known)

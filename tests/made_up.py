@@ -25,7 +25,7 @@ MATRICES = ("self_attn.q_proj", "mlp.down_proj")
 
 def fill(table: Table, root: Path, *, answers: bool = True, every: int = 1) -> int:
     """A record for every cell, or for one of `every` so many; how many there are."""
-    found = cells(table.runs(), table.label)[::every]
+    found = cells(table.runs(), table)[::every]
     for cell in found:
         records.write(_record(table, cell, root, answers), root)
     return len(found)
@@ -33,8 +33,9 @@ def fill(table: Table, root: Path, *, answers: bool = True, every: int = 1) -> i
 
 def rows(table: Table) -> list[Row]:
     """The table's rows with such records, without a disk and without single answers."""
-    found = cells(table.runs(), table.label)
-    return [Row(*cell.words, cell.run, _record(table, cell, Path(), answers=False), None) for cell in found]
+    found = cells(table.runs(), table)
+    made = [_record(table, cell, Path(), answers=False) for cell in found]
+    return [Row(*cell.title, cell.run, one, None, words=cell.words) for cell, one in zip(found, made, strict=True)]
 
 
 def _record(table: Table, cell: Cell, root: Path, answers: bool) -> records.Record:

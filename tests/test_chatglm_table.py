@@ -119,7 +119,7 @@ def test_the_table_runs(folder, tmp_path):
     runs = papers.runs(table, str(folder), dtype="float32", limit=1)
     assert {run.measures[0].released_marks for run in runs} == {True}
     runs = [run for run in runs if run.recovery is None]
-    found = run_table(table.name, cells.cells(runs, table.label), Settings(tmp_path, data_dir=DATA, device="cpu"))
+    found = run_table(table.name, cells.cells(runs, table), Settings(tmp_path, data_dir=DATA, device="cpu"))
     assert len(found.done) == len(runs) == 8
     (key,) = {run.measures[0].key for run in runs}
     assert key == "mean.llm_pruner_chatglm@0shot+marks[:1]"

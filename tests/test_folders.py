@@ -379,4 +379,4 @@ def test_a_cell_on_another_model_has_the_words_of_its_row(published_shape):
     folder = published_shape("llama-13b", "thirteen")
     for name in ("flap.perplexity", "llm_pruner.llama_13b", "flap.structures"):
         table = papers.find(name)
-        assert all(cell.label for cell in cells.cells(table.runs(folder), table.label))
+        assert all(cell.label for cell in cells.cells(table.runs(folder), table))

@@ -27,7 +27,7 @@ def tables_of_this_test_alone(monkeypatch):
 @pytest.mark.parametrize("name", sorted(papers.PAPERS))
 def test_every_table_rehearses_each_of_its_kinds_at_toy_scale(name):
     real, toy = papers.find(name), rehearsal.rehearsed(papers.find(name))
-    made = cells.cells(toy.runs(), toy.label)
+    made = cells.cells(toy.runs(), toy)
     assert 0 < len(made) <= len(real.runs())
     assert all(cell.run.spec()["rehearsal"] for cell in made)  # so that no id is that of a real cell
     assert {type(cell.run.method) for cell in made} == {type(run.method) for run in real.runs()}

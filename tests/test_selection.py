@@ -43,7 +43,7 @@ def chosen(*only: str, methods: tuple[str, ...] = ()) -> list[str]:
 
 @pytest.mark.parametrize("table", papers.TABLES.values(), ids=papers.TABLES)
 def test_no_two_cells_of_a_table_are_called_the_same(table):
-    labels = [cell.label for cell in cells.cells(table.runs(), table.label)]
+    labels = [cell.label for cell in cells.cells(table.runs(), table)]
     assert len(set(labels)) == len(labels)
 
 
@@ -207,11 +207,11 @@ def test_every_cell_goes_to_the_smallest_card_that_holds_it_or_else_takes_it():
 
 def test_what_is_cheap_to_share_is_parted_and_what_is_dear_stays_together():
     table = papers.find("llm_pruner.tuned_modules")
-    tuned = [cell for cell in cells.cells(table.runs(), table.label) if cell.run.recovery]
+    tuned = [cell for cell in cells.cells(table.runs(), table) if cell.run.recovery]
     (array,) = jobs.arrays(tuned, LARGE)
     assert [len(job.cells) for job in array.jobs] == [1, 1, 1]
     table = papers.find("llm_pruner.tuning_steps")  # each goes on from the steps of the one before
-    tuned = [cell for cell in cells.cells(table.runs(), table.label) if cell.run.recovery]
+    tuned = [cell for cell in cells.cells(table.runs(), table) if cell.run.recovery]
     (array,) = jobs.arrays(tuned, LARGE)
     assert len(array.jobs) == 1
 

@@ -35,7 +35,7 @@ EMBEDDED = [table for name, table in papers.TABLES.items() if name not in PAPERS
 
 
 def ids(table: Table) -> list[str]:
-    return [cell.id for cell in cells.cells(table.runs(), table.label)]
+    return [cell.id for cell in cells.cells(table.runs(), table)]
 
 
 def snapshot() -> dict[str, dict[str, str | int]]:

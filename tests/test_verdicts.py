@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import made_up
 import pytest
 import small_table as small
 
-from analysis import compare, rows
+from analysis import compare, coverage, rows
+from analysis.claims import judge, statements
 from analysis.tables import grid, markdown
-from experiments import papers
-from experiments.papers import gblm, headlines
+from experiments import cells, papers
+from experiments.papers import flap, gblm, headlines
+from experiments.selection import terms
 from experiments.store import records
 
 
@@ -116,3 +121,33 @@ def test_seeds_without_a_paper_stand_as_their_mean(tmp_path):
     text = markdown.markdown(headlines.flap, rows.rows(headlines.flap, tmp_path))
     grid = next(line for line in text.splitlines() if line.startswith("| Wanda-sp"))
     assert [value.strip() for value in grid.strip("|").split("|")] == ["Wanda-sp", "41.00 ± 2.48", "—"]
+
+
+@pytest.mark.parametrize("table", [gblm.metric_ablation, gblm.perplexity, flap.zero_shot], ids=lambda table: table.name)
+def test_titles_are_no_keys(table, tmp_path):
+    """What readers see may change: the paper's values and the claims find their cells all the same."""
+    words = {word for run in table.runs() for word in table.label(run) if word}
+    renamed = replace(table, titles={word: f"Called {index}" for index, word in enumerate(sorted(words))})
+    before, after = (compare.cells(one, made_up.rows(one)) for one in (table, renamed))
+    assert all(cell.method.startswith("Called") for cell in after)
+    assert [(cell.words, cell.ours, cell.published) for cell in before] == [
+        (cell.words, cell.ours, cell.published) for cell in after
+    ]
+    assert any(cell.published for cell in after)
+    assert coverage.expected(table) == coverage.expected(renamed)
+
+
+def test_claims_ask_by_the_papers_words(tmp_path, monkeypatch):
+    made_up.fill(gblm.metric_ablation, tmp_path, answers=False)
+    claims = [claim for claim in statements.CLAIMS if any(p.table == gblm.metric_ablation.name for p in claim.places)]
+    assert claims
+    before = [judge.on_ours(claim, judge.Ours(tmp_path)) for claim in claims]
+    monkeypatch.setitem(papers.TABLES, gblm.metric_ablation.name, replace(gblm.metric_ablation, titles={}))
+    assert before == [judge.on_ours(claim, judge.Ours(tmp_path)) for claim in claims]
+    assert all(answer.of for answer in before)
+
+
+def test_a_cell_answers_to_the_papers_words_and_to_its_title():
+    (cell, *_) = (c for c in cells.cells(gblm.metric_ablation.runs(), gblm.metric_ablation) if c.run.method)
+    called = terms.values_of(cell, terms.CELL)
+    assert {"gradienttermalone(l1)50%", "|w|*||g||_1(gradienttermonly)50%"} <= called

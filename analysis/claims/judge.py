@@ -29,7 +29,7 @@ from experiments import papers
 HIGHER = ("score", "tokens_per_second", "column_dispersion")
 EXACT = ("parameters", "macs", "retraining_hours")
 FEWEST_SEEDS = 3
-Words = tuple[str, str]  # method and setting
+Words = tuple[str, str]  # the paper's for a method and its setting
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class Ours:
     def _declared(self, place: Place, model: str, words: Words) -> Cell | None:
         if place.table and place.table not in self._known:
             self._known[place.table] = {
-                (cell.model, cell.method, cell.setting, cell.key, cell.metric): cell for cell in self._cells(place)
+                (cell.model, *cell.words, cell.key, cell.metric): cell for cell in self._cells(place)
             }
         return self._known.get(place.table, {}).get((model, *words, place.key, place.metric))
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 
 from analysis.figures.style import COLOURS, UndrawableError, grid
-from analysis.rows import Row
+from analysis.rows import Row, repeats
 from analysis.tables.frames import Column, shown
 from experiments.spec import Table
 
@@ -21,9 +21,9 @@ def numbers(table: Table, rows: Sequence[Row]) -> Figure:
     if not columns:
         raise UndrawableError(f"No record of {table.name} holds a number that has a figure.")
     several = len({row.run.model for row in rows}) > 1
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(f"{row.label}, {row.run.model_name}" if several else row.label, []).append(row)
+    groups = {
+        f"{some[0].label}, {some[0].run.model_name}" if several else some[0].label: some for some in repeats(rows)
+    }
     figure, panels = grid(table.title, len(columns), (3.2, 0.5 + 0.24 * len(groups)))
     for index, (axes, column) in enumerate(zip(panels, columns, strict=True)):
         bars = {name: value for name, some in groups.items() if (value := _mean(column, some)) is not None}

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis.figures.style import COLOURS, grid, legend, look, one_key, use_log
-from analysis.rows import Row
+from analysis.rows import Row, repeats
 from eval.intervals import half_width
 from experiments.spec import Table
 
@@ -84,11 +84,15 @@ def _by_method(table: Table, rows: Sequence[Row], key: str, what: Quantity) -> F
 
 
 def _points(rows: Sequence[Row], key: str, what: Quantity) -> list[Point]:
-    groups: dict[tuple[str, str, str], list[Row]] = {}
-    for row in rows:
-        method = "" if row.is_dense else row.method
-        groups.setdefault((row.run.model_name, method, row.setting), []).append(row)
-    return [_point(name, [row.measure(key) or {} for row in group], what) for name, group in groups.items()]
+    return [
+        _point(
+            (row.run.model_name, "" if row.is_dense else row.method, row.setting),
+            [one.measure(key) or {} for one in group],
+            what,
+        )
+        for group in repeats(rows)
+        for row in group[:1]
+    ]
 
 
 def _point(name: tuple[str, str, str], measured: Sequence[dict[str, Any]], what: Quantity) -> Point:

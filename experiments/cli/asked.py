@@ -123,7 +123,7 @@ def declared(asked: argparse.Namespace) -> list[Cell]:
     refuse_absent(asked.data_dir)
     refuse_unknown(asked.tasks)
     runs = papers.runs(table, asked.model, asked.dtype, asked.limit, asked.tasks)
-    return cells.cells(runs, table.label)
+    return cells.cells(runs, table)
 
 
 def settings(asked: argparse.Namespace, found: Sequence[Cell] = ()) -> Settings:

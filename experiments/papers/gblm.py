@@ -89,6 +89,10 @@ metric_ablation = Table(
     run=lambda method, model: Run(model, method, WINDOWS, PPL, "float16"),
     published="gblm: table 4, table 5",
     label=lambda run: (TERMS[run.method], setting(run.method)),
+    titles={
+        word: f"{'GBLM-Pruner' if isinstance(method, pruners.GBLM) else 'Gradient term alone'} ({method.norm})"
+        for method, word in TERMS.items()
+    },
 )
 metric_ablation = with_dense(metric_ablation)
 

@@ -181,10 +181,11 @@ stablelm = Table(
 )
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
 TARGETS = {
     None: "Element^1 (Block)",
     ATTENTION: "- MLP (MLP not tuned)",
-    ("gate_proj", "up_proj", "down_proj"): "- MHA (MHA not tuned)",
+    MLP: "- MHA (MHA not tuned)",
 }
 
 
@@ -201,6 +202,11 @@ tuned_modules = Table(
     run=lambda targets, model, share: replace(pruned("Element^1 (Block)", model, share, PPL), recovery=tuning(targets)),
     published="llm_pruner: table 12",
     label=lambda run: (TARGETS[run.recovery.trainable.adapters.targets], label(run)[1]),
+    titles={
+        TARGETS[None]: "Every projection tuned",
+        TARGETS[ATTENTION]: "Attention alone tuned",
+        TARGETS[MLP]: "MLP alone tuned",
+    },
 )
 tuned_modules = with_dense(tuned_modules)
 
@@ -231,6 +237,7 @@ aggregation = Table(
     run=lambda reduction, model, share: pruned("Element^1 (Block)", model, share, reduction=reduction),
     published="llm_pruner: table 7",
     label=lambda run: (REDUCTIONS[run.method.reduction], "not stated; 20 % here"),
+    titles={"not stated; 20 % here": "20 %"},
 )
 aggregation = with_dense(aggregation)
 

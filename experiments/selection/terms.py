@@ -47,8 +47,12 @@ def values_of(cell: Cell, kind: str) -> set[str]:
     values = {
         "model": [cell.run.model_name],
         "seed": [str(seed)] if (seed := labels.seed(cell.run)) is not None else [],
-        "setting": [cell.words[1]],
-        CELL: [cell.id, cell.label, labels.full(cell.words), cell.words[1]],
+        "setting": [cell.words[1], cell.title[1]],
+        CELL: [
+            cell.id,
+            cell.label,
+            *(word for both in (cell.words, cell.title) for word in (labels.full(both), both[1])),
+        ],
     }
     return {_plain(value) for value in values[kind] if value}
 
@@ -58,7 +62,7 @@ def _term(word: str, cells: Sequence[Cell]) -> tuple[str, str]:
     plain = _plain(word)
     if any(plain in values_of(cell, CELL) for cell in cells) or not equals or name.lower() not in KINDS:
         if not any(plain in values_of(cell, CELL) for cell in cells):
-            shown = {labels.full(cell.words).lower() for cell in cells} | {cell.label.lower() for cell in cells}
+            shown = {labels.full(cell.title).lower() for cell in cells} | {cell.label.lower() for cell in cells}
             raise UsageError(unknown("cell of this table", word.lower(), shown | {cell.id for cell in cells}))
         return CELL, plain
     kind = name.lower()
