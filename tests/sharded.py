@@ -9,6 +9,7 @@ tensors.  The last of four ranks dies in the middle of a training; one process a
 from __future__ import annotations
 
 import dataclasses
+import io
 import logging
 import multiprocessing
 import os
@@ -16,6 +17,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -23,12 +25,16 @@ from pathlib import Path
 from typing import Any
 
 import families
+import small_table as small
 import torch
 from conftest import hollow, tiny
 
 import pruners
+from experiments import batch, papers
+from experiments.__main__ import main
 from pruners import ranks
 from pruners.retrain import Diverged, LoRA, LoRAPrune, MaskLoRA, ScaleLoRA, Trainable, choose_rate, finetune, layouts
+from pruners.unstructured import Unstructured
 from pruners.weights import homes, sources
 
 STEPS = 20
@@ -208,10 +214,28 @@ def hung(here: ranks.Ranks, folder: Path) -> Iterator[tuple[str, Any]]:
         TOLD.set()
 
 
+def hung_table(here: ranks.Ranks, folder: Path) -> Iterator[tuple[str, Any]]:
+    """What each rank says, and its exit status, where rank 1 of three comes no further in a cell of a table."""
+    assert batch  # loaded before the fork
+    papers.TABLES["tiny"] = small.table()
+    os.environ[ranks.LOG] = "the.log"
+    if here.rank == 1:
+        Unstructured.remove = lambda *_: TOLD.wait(60)  # type: ignore[method-assign]
+    elif here.rank == 0:
+        small.data(folder / "data")
+    here.wait()
+    words = ["run", "tiny", "--only", "Dense", "Wanda 50 %", "--device", "cpu", "--results", str(folder / "results")]
+    with redirect_stderr(io.StringIO()) as said:
+        status = main([*words, "--data-dir", str(folder / "data")])
+    TOLD.set()
+    yield "status", status
+    yield "said", said.getvalue().splitlines()
+
+
 def rank(work: Any, number: int, count: int, port: int, folder: Path) -> None:
     logging.disable()
     os.environ |= {"RANK": str(number), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    here, answers = ranks.here(patience=timedelta(seconds=3 if work is hung else 300)), {}
+    here, answers = ranks.here(patience=timedelta(seconds=3 if work in (hung, hung_table) else 300)), {}
     for name, answer in work(here, folder):
         answers[name] = answer
         torch.save(answers, folder / f"{work.__name__}.{number}.pt")
@@ -220,8 +244,8 @@ def rank(work: Any, number: int, count: int, port: int, folder: Path) -> None:
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     fork = multiprocessing.get_context("fork")  # one process that has loaded torch is enough
-    TOLD = fork.Event()
-    for work, count in ((four, 4), (one, 1), (two, 2), (hung, 2)):
+    for work, count in ((four, 4), (one, 1), (two, 2), (hung, 2), (hung_table, 3)):
+        TOLD = fork.Event()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import sharded
 import torch
+from conftest import needs_shared
 from torch.testing import assert_close
 
 from pruners import storage
@@ -106,6 +107,23 @@ def test_a_rank_that_does_not_come_is_waited_for_as_long_as_said(folder):
     assert told.startswith(
         "RankLostError: A process that was to work along has ended or does not answer (Timed out wait"
     )
+
+
+@needs_shared
+def test_every_rank_of_a_table_that_waits_for_one_in_vain_says_so_and_fails(folder):
+    first, hung, last = (torch.load(folder / f"hung_table.{rank}.pt") for rank in range(3))
+    assert (first["status"], last["status"]) == (1, 1)
+    sentence = "A process that was to work along has ended or does not answer ("
+    for told, start in ((first, sentence), (last, f"Process 2: {sentence}")):
+        (said,) = [line for line in told["said"] if sentence in line]
+        assert said.startswith(start)
+        assert said.endswith(
+            "; see what it said in the.log. The same command goes on from the last state that was kept."
+        )
+    assert any("Timed out" in line for told in (first, last) for line in told["said"])
+    assert hung["status"] == 1
+    assert [path.name for path in (folder / "results/runs/tiny").glob("*.error.json")] == []
+    assert len(list((folder / "results/runs/tiny").glob("*.json"))) == 1  # of the dense model
 
 
 def test_ranks_that_stream_their_weights_share_batches(answers):
