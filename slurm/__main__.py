@@ -133,6 +133,8 @@ def _launch(asked: argparse.Namespace, chosen: selection.Asked) -> int:
 
     _refuse_unheeded(asked)
     loaded = {name: profile.load(name) for name in dict.fromkeys(asked.profile)}
+    if ":" in (asked.device or ""):  # one card by its number
+        loaded = {name: found.model_copy(update={"cards": 1}) for name, found in loaded.items()}
     _refuse_unmeant(asked, loaded)
     calibrated = {name: pace.measured(found, asked.results) for name, found in loaded.items()}
     profiles = {name: found for name, (found, _) in calibrated.items()}

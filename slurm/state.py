@@ -30,6 +30,7 @@ ALL_MEMORY = (
     "Out of memory, most likely, although all memory of its node was asked for: take nodes with more, or a smaller "
     "--batch-size."
 )
+CHOSEN_FIRST = "after the job that chooses its learning rate"
 NEVER_BEGUN = "It left the queue before it began, as a cancelled job does; submit again."
 DEATHS = {
     r"exceeded (job )?memory limit|oom.?kill|out of memory|out_of_memory|MemoryError": (
@@ -173,7 +174,8 @@ def _cell(id: str, label: str, record: Record | None, failure: Failure | None, j
     name = job.sent.id if job else ""
     if job and job.queued and job.alive and not _since(job, record):
         if job.queued.state == "PENDING":
-            return CellState(id, label, "queued", name, job.queued.reason)
+            chosen = job.queued.reason == "Dependency" and job.sent.choices
+            return CellState(id, label, "queued", name, CHOSEN_FIRST if chosen else job.queued.reason)
         if job.current == id:
             return CellState(id, label, "running", name, **job.pace)
         return CellState(id, label, "queued", name, "after others of its job" if job.events else "its job is starting")

@@ -127,7 +127,7 @@ class Work:
 
         asked = self.asked(table)
         chosen = [cell for cell in cli.declared(asked) if cell.id in ids]
-        watchers = [self.log(table), *cli.watchers(asked)]
+        watchers = [self.log(table), *cli.watchers(asked)] if ranks.rank() == 0 else []
         outcome = batch.run_table(asked.table, chosen, cli.settings(asked, chosen), watchers)
         failed = [cell.id for cell in chosen if cell.label in outcome.failed]
         return {"found": outcome.found, "done": outcome.done, "failed": outcome.failed, "failed ids": failed}

@@ -132,6 +132,23 @@ def test_the_dry_run_says_the_cards_of_its_jobs(tmp_path, capsys):
     assert "GB on each of 4 accelerators" in left
 
 
+def test_a_card_that_is_named_is_the_only_one(tmp_path, capsys):
+    (path := tmp_path / "p.toml").write_text('teraflops = 60\ngres = "gpu:1"\ngpu_memory_gb = 80\ncards = 4\n')
+    words = [
+        "submit",
+        "perp.cost",
+        "--dry-run",
+        "--profile",
+        str(path),
+        "--results",
+        str(tmp_path),
+        "--device",
+        "cuda:0",
+    ]
+    assert main([*words, "--only", "Magnitude + all weights 50 %"]) == 0
+    assert f"{path}: 1 cells in 1 jobs, about" in capsys.readouterr().out
+
+
 def test_show_says_the_fewest_cards(tmp_path, capsys):
     words = ["show", "perp.cost", "--results", str(tmp_path), "--only", "Magnitude + all weights 50 %"]
     assert experiments([*words, "--card", "80", "--cards", "8"]) == 0

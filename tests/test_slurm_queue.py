@@ -69,6 +69,9 @@ def test_jobs_that_need_a_rate_begin_after_the_one_that_chooses_it(tmp_path, sen
     assert nothing == ""
     assert dependency == "afterany:1_0"
     assert [list(entry.cells) for entry in (maker, waits)] == [[cell.id] for cell in some[:2]]
+    pending = state.Job(waits, 0, queue.Queued("PENDING", "", "", "Dependency"))
+    (cell,) = state.cells(tmp_path / "results", "perp.magnitude", waits.cells, [pending])
+    assert (cell.state, cell.note) == ("queued", "after the job that chooses its learning rate")
     (choice,) = maker.jobs[0].choices
     rate = next(cell for cell in cells.cells(papers.find("perp.rates").runs()) if cell.id == choice)
     assert submit(tmp_path, "perp.magnitude", "perp.rates", "--only", some[2].id, rate.id) == 0
