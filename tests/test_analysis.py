@@ -15,7 +15,7 @@ import pruners
 from analysis import rows
 from analysis.__main__ import main
 from analysis.figures import perplexity, style
-from analysis.tables import frames, markdown
+from analysis.tables import frames, markdown, notes
 from experiments import papers
 from experiments.models.fingerprint import fingerprint
 from experiments.spec import Perplexity, Run, Table, Windows
@@ -187,6 +187,18 @@ def test_seeds_that_nothing_draws_by_make_one_cell():
     made = rows.declared(Table("tiny", "A tiny table", METHODS[:3], columns, run), Path("none"),
                          Table("tiny", "", METHODS[:3], columns, run).runs())  # fmt: skip
     assert [row.method for row in made] == ["Dense", "Magnitude", "Wanda", "Wanda"]
+
+
+def test_sweeps_over_weights_away_from_the_device_are_noted(tmp_path):
+    table = small.table((None, pruners.Wanda(0.5)))
+    for run, sweeps in zip(table.runs(), (1, 3), strict=True):
+        made = small.record(run, table=table.name)
+        away = {"home": "disk", "reason": "asked for", "sweeps": sweeps, "bytes_read": sweeps * 13_000_000_000}
+        made = made.model_copy(update={"made_by": made.made_by.model_copy(update={"weights": away})})
+        records.write(made, tmp_path)
+    read = "Dense 1 sweep, 13.0 GB read; Wanda 50 % 3 sweeps, 39.0 GB read"
+    told = f"Weights on the disk, a block at a time on the device: {read}."
+    assert told in notes.notes(table, rows.rows(table, tmp_path))
 
 
 def test_partial_data_is_noted(tmp_path):

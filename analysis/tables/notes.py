@@ -11,6 +11,8 @@ from analysis.tables.frames import OTHER_CODE
 from experiments.spec import Table
 from experiments.store.records import Record
 
+AWAY = {"host": "in CPU memory", "disk": "on the disk"}
+
 
 def title(table: Table, rows: Sequence[Row]) -> str:
     """The table's title with its models, e.g. `Unstructured pruning without retraining: smollm2-135m`."""
@@ -28,6 +30,7 @@ def notes(table: Table, rows: Sequence[Row], again: str = "") -> list[str]:
         *_rates(rows),
         *_distinct(_trained(record) for record in done),
         *_distinct(_origin(record) for record in done),
+        *_away(rows),
         *_distinct(f"{name} was only a part of the data set." for row in rows for name in row.partial),
         *(f"{row.label} failed: {row.failure.message}" for row in rows if row.failure and not row.record),
         *_withheld(rows),
@@ -55,6 +58,18 @@ def _calibration(record: Record) -> str | None:
         f"Calibration: {windows['count']:,} x {windows['length']:,} tokens of {windows['corpus']} "
         f"({windows['sampling']}{seed})."
     )
+
+
+def _away(rows: Sequence[Row]) -> Iterator[str]:
+    """Of weights that were not on the device: how often all of them were read, and how much that was."""
+    read: dict[str, list[str]] = {}
+    for row in rows:
+        about = row.record.made_by.weights if row.record else None
+        if about and about.get("sweeps") is not None:
+            sweeps = f"{about['sweeps']:,} sweep{'s' * (about['sweeps'] != 1)}"
+            read.setdefault(about["home"], []).append(f"{row.label} {sweeps}, {about['bytes_read'] / 1e9:,.1f} GB read")
+    for home, cells in read.items():
+        yield f"Weights {AWAY[home]}, a block at a time on the device: {'; '.join(cells)}."
 
 
 def _trained(record: Record) -> str | None:
