@@ -18,7 +18,7 @@ from torch import Tensor
 
 from eval.answers import Answer
 
-TOKENS_PER_ROW = {"cpu": 512}  # more take longer, since all tokens of a row are compared with each other
+TOKENS_PER_ROW = {"cpu": 256}  # more take longer, since all tokens of a row are compared with each other
 ACCELERATOR_TOKENS_PER_ROW = 2_048
 LONGEST_ROW = 4_096  # of requests that begin with a lot in common
 WORTH_A_LONGER_ROW = 4  # times what all requests of a row have in common

@@ -14,6 +14,7 @@ from filelock import Timeout
 from experiments import errors, measures, models
 from experiments.callbacks import Watcher, Watchers
 from experiments.cells import Cell, ordered
+from experiments.models import kept
 from experiments.placement import several
 from experiments.progress import Board, duration
 from experiments.recovery import Retraining
@@ -62,9 +63,19 @@ def run_table(
     """
     together = ranks.here(settings.device or "cpu")
     refuse_unshared(chosen, together.count)
-    if together.rank:
-        _run_along(table, chosen, settings, together)
-        return Outcome()
+    try:
+        if together.rank:
+            _run_along(table, chosen, settings, together)
+            return Outcome()
+        return _run_first(table, chosen, settings, watchers, together)
+    finally:
+        kept.forget()
+
+
+def _run_first(
+    table: str, chosen: Sequence[Cell], settings: Settings, watchers: Sequence[Watcher], together: Ranks
+) -> Outcome:
+    """Of rank 0, which lets the others go at the end."""
     try:
         outcome = _run_table(table, chosen, settings, watchers, together)
     except RankLostError:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -73,10 +74,17 @@ def packages() -> dict[str, str]:
     found = {}
     for name in PACKAGES:
         with suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
+            found[name] = version(name)
     return found
 
 
+@cache  # of what this process runs on, whatever is installed meanwhile
+def version(package: str) -> str:
+    """As installed; PackageNotFoundError where it is not."""
+    return metadata.version(package)
+
+
+@cache  # likewise
 def commit() -> tuple[str | None, bool | None]:
     """The commit of this code and whether tracked files outside results/ differ from it; None without git."""
     changes = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")

@@ -6,7 +6,6 @@ import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,14 @@ from experiments.data.tokens import Tokenizer
 from experiments.measures import dense_gate, made, zero_shot
 from experiments.measures.asked import Costs, DenseAnswers
 from experiments.measures.zero_shot import Values
+from experiments.models import kept
 from experiments.own import saved
 from experiments.progress import Board
 from experiments.rates import RateGrid
 from experiments.rates.settle import settled
 from experiments.recovery import Retraining, work_tokens
 from experiments.settings import Settings
-from experiments.spec import Perplexity, Run, describe, digest
+from experiments.spec import Efficiency, Perplexity, Run, describe, digest
 from experiments.store import blocks, cache, code, pruned_weights, records
 from experiments.store.records import Record
 from pruners import ranks, retrain, storage
@@ -84,7 +84,7 @@ def execute(run: Run, table: str, settings: Settings, board: Board | None = None
     if run.quantised:
         with session.stages("quantise"):
             int8.quantise(session.subject.model)
-        achieved["quantised"] = f"bitsandbytes {metadata.version('bitsandbytes')}"
+        achieved["quantised"] = f"bitsandbytes {provenance.version('bitsandbytes')}"
     identity = dict(session.subject.identity)
     record = Record(
         id=session.id,
@@ -132,12 +132,21 @@ def _open(run: Run, table: str, settings: Settings, board: Board) -> Session:
 def _load(
     run: Run, id: str, identity: Any, settings: Settings, placed: placement.Placement, begun: Path, together: Ranks
 ) -> tuple[Any, Any]:
-    """The model and its tokenizer; of several ranks each changes weights in a folder of its own, begun anew."""
+    """The model and its tokenizer; of several ranks each changes weights in a folder of its own, begun anew.
+
+    Where a cell tells how much memory it took, nothing is kept of the cells before it.
+    """
     work = begun / "weights"
     if together.count > 1 and placed.home == "disk":
         work = begun / f"weights_{together.rank}"
         storage.remove(work)
-    loaded = models.load(run.model, run.dtype, settings.device, placed.home, work, mark=id)
+    load = partial(models.load, run.model, run.dtype, settings.device, placed.home, work, mark=id)
+    if placed.home == "device" and not any(isinstance(what, Costs | Efficiency) for what in run.measures):
+        what = {"model": run.model, "identity": identity, "dtype": run.dtype, "device": str(settings.device)}
+        loaded = kept.load(what, load)
+    else:
+        kept.forget()
+        loaded = load()
     if models.identity(run.model) != identity:
         raise ValueError(f"{run.model} changed while it was loaded; run again, so that the record is of one model.")
     return loaded

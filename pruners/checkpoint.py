@@ -16,8 +16,10 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any
@@ -119,21 +121,35 @@ def check(model: Any) -> None:
         )
     try:
         config.validate()
-        with torch.device("meta"):
-            opened = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        kind, expected = _made(_Configured(type(config), config.to_json_string(use_diff=False), config))
     except (StrictDataclassError, ValueError, TypeError) as error:
         raise ValueError(
             f"This model's configuration cannot be saved and opened again: {described.brief(error)}"
         ) from error
-    _check_tensors(model, opened)
+    _check_tensors(model, kind, expected)
     if model.can_generate() and model.generation_config is not None:
         _without_idle_flags(model.generation_config)
 
 
-def _check_tensors(model: Any, opened: Any) -> None:
-    """ValueError where the model's tensors are not those of `opened`, which its configuration makes."""
-    kind = type(opened).__name__
-    expected = {name: t.shape for name, t in opened.state_dict().items()}
+@dataclass(frozen=True)
+class _Configured:
+    """A configuration, told from others by all that it says."""
+
+    kind: type
+    text: str
+    config: Any = field(compare=False)
+
+
+@lru_cache(maxsize=4)
+def _made(configured: _Configured) -> tuple[str, dict[str, torch.Size]]:
+    """The class that a configuration makes, and the shapes of its tensors by name."""
+    with torch.device("meta"):
+        opened = AutoModelForCausalLM.from_config(configured.config, trust_remote_code=False)
+    return type(opened).__name__, {name: tensor.shape for name, tensor in opened.state_dict().items()}
+
+
+def _check_tensors(model: Any, kind: str, expected: Mapping[str, torch.Size]) -> None:
+    """ValueError where the model's tensors are not those `expected` of the class `kind`."""
     found = {name: t.shape for name, t in model.state_dict().items()}
     strange, absent = sorted(found.keys() - expected.keys()), sorted(expected.keys() - found.keys())
     if strange or absent:

@@ -96,7 +96,8 @@ def inverse_factor(hessian: Float[Tensor, "inp inp"], damping: float, name: str)
     has not the memory for it.  Raises ValueError once damping exceeds the mean diagonal itself.
     """
     mean, device = hessian.diagonal().mean(), hessian.device
-    place = device if FACTOR_BYTES * hessian.numel() <= memory.free_bytes(device) else torch.device("cpu")
+    fits = device.type == "cpu" or FACTOR_BYTES * hessian.numel() <= memory.free_bytes(device)
+    place = device if fits else torch.device("cpu")
     while damping <= 1:
         damped = hessian.flip(0, 1).to(place, torch.float64)
         damped.diagonal().add_(damping * mean.to(place))

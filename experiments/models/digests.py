@@ -43,6 +43,9 @@ def sha256(path: Path) -> str:
 
 def all_of(paths: Iterable[Path]) -> list[str]:
     """The digests of these files in their order, several read at once."""
+    paths = [Path(path).resolve() for path in paths]
+    if all(str(path) in _known for path in paths):  # as a rule they have not changed since
+        return [sha256(path) for path in paths]
     with ThreadPoolExecutor(max_workers=4) as pool:
         return list(pool.map(sha256, paths))
 

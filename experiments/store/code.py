@@ -19,12 +19,11 @@ import sys
 import tokenize
 from collections.abc import Iterable, Iterator
 from functools import cache
-from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from experiments import measures
+from experiments import measures, provenance
 from experiments.recovery import Retraining
 from experiments.spec import Run
 
@@ -76,7 +75,7 @@ def measure(what: Any) -> str:
 
 def packages() -> dict[str, str]:
     """Versions of the libraries that our code runs on: a cache of another version is not believed."""
-    return {name: metadata.version(name) for name in LIBRARIES}
+    return {name: provenance.version(name) for name in LIBRARIES}
 
 
 def _modules(names: Iterable[str]) -> str:

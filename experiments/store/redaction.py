@@ -43,7 +43,16 @@ GIVEN = re.compile(  # in any text: NAME=value of an environment, a parameter of
 
 def redacted(text: str) -> str:
     """`text` with every password, token and other secret as ***; applied twice it changes nothing more."""
-    for secret in _own():
+    return _redacted(text, _own())
+
+
+def cleaned(value: Any) -> Any:
+    """Plain JSON with every text in it redacted."""
+    return _cleaned(value, _own())
+
+
+def _redacted(text: str, own: list[str]) -> str:
+    for secret in own:
         text = text.replace(secret, HIDDEN)
     text = USERINFO.sub(rf"\g<scheme>{HIDDEN}@", text)
     text = HEADER.sub(rf"\g<name>{HIDDEN}", text)
@@ -51,14 +60,13 @@ def redacted(text: str) -> str:
     return TOKENS.sub(HIDDEN, text)
 
 
-def cleaned(value: Any) -> Any:
-    """Plain JSON with every text in it redacted."""
+def _cleaned(value: Any, own: list[str]) -> Any:
     if isinstance(value, str):
-        return redacted(value)
+        return _redacted(value, own)
     if isinstance(value, dict):
-        return {key: cleaned(item) for key, item in value.items()}
+        return {key: _cleaned(item, own) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [cleaned(item) for item in value]
+        return [_cleaned(item, own) for item in value]
     return value
 
 
