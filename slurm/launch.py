@@ -80,7 +80,8 @@ def planned(plan: Work, todo: Todo, profiles: Profiles, memory_gb: float | None 
         for array in jobs.arrays(cells, profiles[name], memory_gb, largest)
     ]
     alive = [job for job in state.jobs(plan.root) if job.alive and job.entry.executor == "slurm"]
-    makers = {id: job.sent.id for job in reversed(alive) for id in job.sent.choices}
+    latest_first = sorted(alive, key=lambda job: [*map(int, job.sent.id.split("_"))], reverse=True)
+    makers = {id: job.sent.id for job in latest_first for id in job.sent.choices}  # of several the first that was sent
     return choices.Choices(plan.root, plan.data_dir, plan.again, makers).parted(arrays)
 
 
