@@ -79,6 +79,8 @@ def efficiency(
 ) -> dict[str, Any]:
     """Counts, and under `timing` prefill and decode for every batch size and length; plain JSON values.
 
+    `decode_to_bound` is how many times a step takes what the weights' bytes take at the bandwidth of copies around it.
+
     No batch size or no length asks for the counts alone.  Raises TypeError or ValueError for arguments that are none
     and where a prompt and its new tokens are longer than the model's positions.
     """
@@ -98,11 +100,18 @@ def efficiency(
     bound = bytes_per_step(model) / speed
     runs = []
     for done, (batch, length) in enumerate(cells, start=1):
-        runs.append(latency.measure(model, batch, length, new_tokens, repetitions))
+        run = latency.measure(model, batch, length, new_tokens, repetitions)
+        runs.append({**run, "decode_to_bound": _to_bound(run, bytes_per_step(model))})
         if progress:
             progress(done, len(cells))
     where = {**latency.where(model), "bandwidth_bytes_per_s": speed, "decode_bound_s": bound}
     return {**found, "timing": {**where, "runs": runs}}
+
+
+def _to_bound(run: Mapping[str, Any], step_bytes: int) -> dict[str, float]:
+    """Median and quartiles of a step's time over that of its weights' bytes at the bandwidth of the same moment."""
+    factor = run["reference"]["bytes"] / step_bytes
+    return {name: factor * run["decode_to_reference"][name] for name in ("median", "q1", "q3")}
 
 
 @checks.arguments

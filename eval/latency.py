@@ -1,11 +1,17 @@
-"""How long prefill and decoding take on this device, and the memory they need."""
+"""How long prefill and decoding take on this device, and the memory they need.
+
+A machine that others use is slower at some times than at others.  Every decoding is timed between two copies of the
+same bytes, a fixed reference: its ratio to them is the model's, what the machine did to both cancels.
+"""
 
 from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +27,20 @@ from pruners.checks import Count
 WARM_UP = 2
 COPIED_BYTES = {"cpu": 2**28}  # beyond a CPU's caches
 ACCELERATOR_COPIED_BYTES = 2**30
+STEADY = 0.1  # by how much the reference's quartiles may differ
+ATTEMPTS = 3  # at a measurement during which they differ by more
 
 
 @checks.arguments
 def measure(
     model: PreTrainedModel, batch: Count, length: Count, new_tokens: Count, repetitions: Count
 ) -> dict[str, Any]:
-    """Seconds of a prefill of [batch, length] tokens and of one decoding step after it; medians with quartiles."""
+    """Seconds of a prefill of [batch, length] tokens and of one decoding step after it; medians with quartiles.
+
+    `decode_to_reference` is the ratio of a step to a copy that reads and writes `reference["bytes"]` in all, timed
+    before and after it.  While the reference moves by more than a tenth the decoding is timed again, `attempts` in all,
+    the steadiest of which counts; `noisy` where it moved in that, too.
+    """
     check_model(model)
     check_fits(model, length, new_tokens)
     ids = torch.randint(model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
@@ -35,7 +48,12 @@ def measure(
     forget_peak(model.device)
     with torch.inference_mode():
         prefill = [_prefill(model, prompt)[0] for _ in range(WARM_UP + repetitions)][WARM_UP:]
-        decode = [_decode(model, prompt, new_tokens) for _ in range(WARM_UP + repetitions)][WARM_UP:]
+        for _ in range(WARM_UP):
+            _decode(model, prompt, new_tokens)
+        peak = peak_bytes(model.device)  # before the reference takes memory of its own
+        reference = Copy(model.device)
+        step = partial(_decode, model, prompt, new_tokens)
+        decode, told = _steadiest(lambda: _alternately(step, reference, repetitions))
     return {
         "batch": batch,
         "length": length,
@@ -44,23 +62,36 @@ def measure(
         "decode_s": spread(decode),
         "prefill_tokens_per_s": batch * length / float(np.median(prefill)),
         "decode_tokens_per_s": batch / float(np.median(decode)),
-        "peak_bytes": peak_bytes(model.device),
+        "peak_bytes": peak,
+        **told,
     }
 
 
 def spread(seconds: list[float]) -> dict[str, float]:
-    """Median and quartiles of repetitions, in seconds."""
+    """Median and quartiles of repetitions, in the unit that they have."""
     low, median, high = map(float, np.percentile(seconds, [25, 50, 75]))
     return {"median": median, "q1": low, "q3": high, "repetitions": len(seconds)}
 
 
+class Copy:
+    """A plain copy on the device; `bytes` are those that it reads and writes together."""
+
+    def __init__(self, device: torch.device) -> None:
+        size = COPIED_BYTES.get(device.type, ACCELERATOR_COPIED_BYTES)
+        self.bytes = 2 * size
+        self._source = torch.ones(size, dtype=torch.uint8, device=device)
+        self._target = torch.empty_like(self._source)
+        for _ in range(WARM_UP):
+            self.seconds()
+
+    def seconds(self) -> float:
+        return timed(lambda: self._target.copy_(self._source), self._source.device)[0]
+
+
 def bandwidth(device: torch.device) -> float:
     """Bytes a second that a plain copy reads and writes on the device: the best of five."""
-    size = COPIED_BYTES.get(device.type, ACCELERATOR_COPIED_BYTES)
-    source = torch.ones(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    times = [timed(lambda: target.copy_(source), device)[0] for _ in range(WARM_UP + 5)][WARM_UP:]
-    return 2 * size / min(times)
+    copy = Copy(device)
+    return copy.bytes / min(copy.seconds() for _ in range(5))
 
 
 def timed(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
@@ -95,6 +126,34 @@ def peak_bytes(device: torch.device) -> int | None:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), None)
     return None
+
+
+def _alternately(work: Callable[[], float], reference: Copy, repetitions: int) -> tuple[list[float], dict[str, Any]]:
+    """Seconds that each `work` says, and what the copies between them say."""
+    copies, seconds = [reference.seconds()], []
+    for _ in range(repetitions):
+        seconds.append(work())
+        copies.append(reference.seconds())
+    around = [(before + after) / 2 for before, after in pairwise(copies)]
+    ratios = [one / copy for one, copy in zip(seconds, around, strict=True)]
+    return seconds, {
+        "decode_to_reference": spread(ratios),
+        "reference": {"bytes": reference.bytes, **spread(copies)},
+    }
+
+
+def _steadiest(measured: Callable[[], tuple[list[float], dict[str, Any]]]) -> tuple[list[float], dict[str, Any]]:
+    """The first one whose reference is steady, or the steadiest of several; how many, and whether it is noisy."""
+    found: list[tuple[list[float], dict[str, Any]]] = []
+    while len(found) < ATTEMPTS and (not found or _moved(found[-1][1]) > STEADY):
+        found.append(measured())
+    seconds, told = min(found, key=lambda one: _moved(one[1]))
+    return seconds, {**told, "attempts": len(found), "noisy": _moved(told) > STEADY}
+
+
+def _moved(told: Mapping[str, Any]) -> float:
+    """By which share of its median the reference's quartiles differ."""
+    return float(told["reference"]["q3"] - told["reference"]["q1"]) / float(told["reference"]["median"])
 
 
 def _prefill(model: PreTrainedModel, prompt: torch.Tensor) -> tuple[float, Any]:

@@ -121,6 +121,11 @@ def test_timings_carry_device_dtype_shape_and_bound():
     for run in timing["runs"]:
         assert 0 < run["decode_s"]["q1"] <= run["decode_s"]["median"] <= run["decode_s"]["q3"]
         assert run["prefill_tokens_per_s"] == pytest.approx(run["batch"] * run["length"] / run["prefill_s"]["median"])
+        scale = run["reference"]["bytes"] / bytes_per_step(llama())
+        for name in ("median", "q1", "q3"):
+            assert run["decode_to_bound"][name] == pytest.approx(run["decode_to_reference"][name] * scale)
+        assert 1 <= run["attempts"] <= latency.ATTEMPTS
+        assert run["noisy"] == (latency._moved(run) > latency.STEADY)
         assert run["peak_bytes"] > counts(llama()).weight_bytes
 
 
@@ -128,7 +133,43 @@ def test_no_shapes_give_the_counts_alone():
     assert "timing" not in efficiency(llama(), batch_sizes=())
 
 
-def test_decoding_sees_one_token_at_a_time():
+class Machine:
+    """A reference of a machine that gets slower by `growth` with every copy; what it works on takes four copies."""
+
+    def __init__(self, growth):
+        self.bytes, self.growth, self.pace = 2, growth, 1.0
+
+    def seconds(self):
+        self.pace *= self.growth
+        return self.pace
+
+
+def measured(machine):
+    return latency._alternately(lambda: 4 * machine.pace * (1 + machine.growth) / 2, machine, 5)
+
+
+def test_a_slow_machine_moves_the_seconds_and_not_the_ratio():
+    slow, steady = Machine(1.5), Machine(1.0)
+    for machine, spread in ((slow, pytest.approx(4 * 1.5**3 * 1.25)), (steady, 4.0)):
+        seconds, told = measured(machine)
+        assert sorted(seconds)[2] == spread
+        assert told["decode_to_reference"]["median"] == pytest.approx(4.0)
+        assert told["decode_to_reference"]["q1"] == pytest.approx(told["decode_to_reference"]["q3"])
+
+
+def test_decoding_is_timed_again_while_the_reference_moves():
+    growths = iter([1.5, 1.2, 1.0, 1.3])
+    _, told = latency._steadiest(lambda: measured(Machine(next(growths))))
+    assert (told["attempts"], told["noisy"]) == (3, False)
+    growths = iter([1.5, 1.2, 1.3])
+    seconds, told = latency._steadiest(lambda: measured(Machine(next(growths))))
+    assert (told["attempts"], told["noisy"]) == (latency.ATTEMPTS, True)
+    assert seconds == measured(Machine(1.2))[0]
+    assert latency._steadiest(lambda: measured(Machine(1.0)))[1]["attempts"] == 1
+
+
+def test_decoding_sees_one_token_at_a_time(monkeypatch):
+    monkeypatch.setattr(latency, "STEADY", float("inf"))
     model, lengths = llama(), []
     model.register_forward_pre_hook(lambda module, inputs: lengths.append(inputs[0].shape[1]))
     latency.measure(model, batch=1, length=12, new_tokens=4, repetitions=1)

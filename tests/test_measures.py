@@ -186,6 +186,30 @@ def test_comparing_changed_answers_or_an_unknown_baseline_is_refused(scored, tmp
         comparisons.task_tests(table, [(made[1], made[0])])
 
 
+BOUND, TO_BOUND = "bandwidth lower bound, ms per token", "decode, times the bound of its moment"
+
+
+def test_a_record_without_a_reference_stays_readable():
+    cost = Efficiency((1,), (16,), new_tokens=2, repetitions=2)
+    table = small.table((None,), measures=(cost,))
+    spread = {"median": 0.02, "q1": 0.01, "q3": 0.03, "repetitions": 2}
+    shape = {"batch": 1, "length": 16, "new_tokens": 2, "prefill_s": spread, "decode_s": spread, "peak_bytes": 10**9,
+             "prefill_tokens_per_s": 800.0, "decode_tokens_per_s": 50.0}  # fmt: skip
+    timing = {"device": "cpu: x", "threads": 1, "dtype": "torch.float32", "decode_bound_s": 0.005, "runs": [shape]}
+    known = {"parameters": 1, "macs": 1, "macs_tokens": 64, "decode_s": 0.02, "decode_q1_s": 0.01, "decode_q3_s": 0.03,
+             "decode_bound_s": 0.005, "timing": timing}  # fmt: skip
+    (made,) = table.runs()
+    row = rows.Row("Dense", "", made, small.record(made, measures={cost.key: known}), None)
+    assert BOUND in frames.text([row]).columns
+    assert TO_BOUND not in frames.text([row]).columns
+    assert "| 5.0 " in speed.page(table, [row])
+    told = {"median": 4.0, "q1": 3.0, "q3": 5.0}
+    copies = {"bytes": 2**29, "median": 0.1, "q1": 0.08, "q3": 0.12, "repetitions": 3}
+    shape |= {"decode_to_bound": told, "reference": copies, "noisy": True, "attempts": 3}
+    assert "4.00 [3.00, 5.00] (noisy)" in speed.page(table, [row])
+    assert "Noisy: the quartiles of the copies around its steps differ by 40 %." in speed.page(table, [row])
+
+
 def test_cost_and_text_are_measured_and_shown(tmp_path, data):
     cost, text = Efficiency((1, 2), (16,), new_tokens=2, repetitions=2, semi_structured=True), Generation(new_tokens=6)
     table = small.table(METHODS, measures=(cost, text))
@@ -196,7 +220,8 @@ def test_cost_and_text_are_measured_and_shown(tmp_path, data):
     assert pruned["nonzero_parameters"] < dense["nonzero_parameters"]
     assert dense["decode_bound_s"] < dense["decode_s"]
     shown = markdown.markdown(table, made)
-    assert {"parameters, M", "MACs, G", "decode, ms/token", "its bound, ms"} <= set(frames.text(made).columns)
+    assert dense["decode_to_bound_q1"] <= dense["decode_to_bound"] <= dense["decode_to_bound_q3"]
+    assert {"parameters, M", "MACs, G", "decode, ms/token", BOUND, TO_BOUND} <= set(frames.text(made).columns)
     assert "Magnitude 50 %: Unstructured: no speed-up from dense kernels, which move" in shown
     assert "2:4 kernels were not timed: semi-structured kernels need a CUDA device" in shown
     lines = [line.split("|")[1:4] for line in speed.page(table, made).splitlines() if "| 16 " in line]

@@ -36,10 +36,18 @@ def _line(row: Row, timing: dict[str, Any], run: dict[str, Any]) -> dict[str, st
         "Prefill, ms": _spread(run["prefill_s"]),
         "Prefill, tokens/s": f"{run['prefill_tokens_per_s']:,.0f}",
         "Decode, ms/step": _spread(run["decode_s"]),
-        "Its bound, ms": f"{1000 * timing['decode_bound_s']:,.1f}",
+        "Bandwidth lower bound, ms/step": f"{1000 * timing['decode_bound_s']:,.1f}",
+        "Decode, times the bound of its moment": _to_bound(run),
         "Decode, tokens/s": f"{run['decode_tokens_per_s']:,.1f}",
         "Peak memory, GB": "—" if run["peak_bytes"] is None else f"{run['peak_bytes'] / 1e9:,.2f}",
     }
+
+
+def _to_bound(run: dict[str, Any]) -> str:
+    if "decode_to_bound" not in run:  # in records of before
+        return "—"
+    median, low, high = (f"{run['decode_to_bound'][name]:,.2f}" for name in ("median", "q1", "q3"))
+    return f"{median} [{low}, {high}]{' (noisy)' if run['noisy'] else ''}"
 
 
 def _spread(seconds: dict[str, float]) -> str:

@@ -77,7 +77,15 @@ def _timed(what: Efficiency, row: Row) -> list[str]:
         f"Times: median [quartiles] of {first['decode_s']['repetitions']}, {timing['dtype'].removeprefix('torch.')}, "
         f"{timing['device']}, {timing['threads']} threads; decode in the table at batch {first['batch']} after "
         f"{first['length']} tokens; bound: the bytes of weights that one step reads over the bandwidth of a copy."
+        + (" Copies before and after each step tell the bound of its moment." if "decode_to_bound" in first else "")
     ]
+
+
+def _noisy(what: Efficiency, row: Row) -> list[str]:
+    runs = (row.measure(what.key) or {}).get("timing", {}).get("runs", [])
+    noisy = [run["reference"] for run in runs if run.get("noisy")]
+    most = max(((told["q3"] - told["q1"]) / told["median"] for told in noisy), default=0)
+    return [f"Noisy: the quartiles of the copies around its steps differ by {100 * most:.0f} %."] if noisy else []
 
 
 def _semi_structured(what: Efficiency, row: Row) -> list[str]:
@@ -98,7 +106,7 @@ SENTENCES: dict[type, tuple[Callable[[Any, Row], list[str]], ...]] = {
     ZeroShot: (_tasks, _missing, _truncated),
     OpenAnswers: (_solved,),
     DenseAnswers: (_as_dense,),
-    Efficiency: (_counted, _timed, _zeros, _semi_structured),
+    Efficiency: (_counted, _timed, _noisy, _zeros, _semi_structured),
 }
 
 

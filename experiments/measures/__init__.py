@@ -125,6 +125,10 @@ def _efficiency(what: spec.Efficiency, subject: Subject, progress: Progress | No
     first = {stage: runs[0][f"{stage}_s"] for stage in ("prefill", "decode")} if runs else {}
     medians = {f"{stage}_s": spread["median"] for stage, spread in first.items()}
     quartiles = {f"{stage}_{q}_s": spread[q] for stage, spread in first.items() for q in ("q1", "q3")}
+    if runs:
+        to_bound = runs[0]["decode_to_bound"]
+        medians["decode_to_bound"] = to_bound["median"]
+        quartiles |= {f"decode_to_bound_{q}": to_bound[q] for q in ("q1", "q3")}
     sparse = {"semi_structured": semi_structured.probe(subject.model)} if what.semi_structured else {}
     return {what.key: {**found, **medians, **quartiles, **bound, **sparse}}
 
