@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pruners import checks, select
+from pruners import select
 from pruners.lazy import Bool, Float, Tensor
 from pruners.unstructured import Unstructured
 
@@ -22,19 +22,17 @@ def score(weight: Float[Tensor, "out inp"]) -> Float[Tensor, "out inp"]:
 
 @dataclass(frozen=True)
 class Grouped(Unstructured):
-    """`group` says among whom weights compete: their `matrix` (one threshold) or their own output `row`."""
+    """`group` says among whom weights compete: their `matrix` (one threshold), their own output `row` or input
+    `column`, or so many neighbouring ones, `rows:128`, `columns:128`, with one threshold."""
 
     group: str = "matrix"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.group not in ("matrix", "row"):
-            raise ValueError(f"group is 'matrix' or 'row'; got {checks.shown(self.group)}.")
+        select.check_group(self.group)
 
     def gone(self, score: Float[Tensor, "out inp"]) -> Bool[Tensor, "out inp"]:
-        if self.group == "matrix" and not self.pattern:
-            return select.per_matrix(score, self.asked)
-        return super().gone(score)
+        return super().gone(score) if self.pattern else select.among(score, self.group, self.asked)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Scores to what goes: per row, per matrix, n:m; and for whole units, under a budget of parameters.
+"""Scores to what goes: within rows, columns or the matrix, n:m; and for whole units, under a budget of parameters.
 
 The lowest scores go.  Within a row exactly as many as asked do, and among equal scores the lower index goes first;
 within a group of m torch.topk chooses among equals; with one threshold for a whole matrix, equal scores go together.
@@ -12,7 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pruners import checks
 from pruners.lazy import Bool, Float, Int, Tensor, torch
+
+GROUPS = "'matrix', 'row', 'column', 'rows:N' or 'columns:N'"
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,25 @@ def per_matrix(score: Float[Tensor, "out inp"], sparsity: float) -> Bool[Tensor,
     if sparsity == 0:
         return torch.zeros_like(score, dtype=torch.bool)
     return score <= _kth_lowest(score.flatten(), int(score.numel() * sparsity) + 1)
+
+
+def among(score: Float[Tensor, "out inp"], group: str, sparsity: float) -> Bool[Tensor, "out inp"]:
+    """What goes where weights compete within `group`, one of those that `check_group` takes."""
+    kind, _, size = group.partition(":")
+    if kind == "row":
+        return per_row(score, sparsity)
+    if kind == "column":
+        return per_row(score.T.contiguous(), sparsity).T
+    if kind == "matrix":
+        return per_matrix(score, sparsity)
+    axis = 0 if kind == "rows" else 1
+    return torch.cat([per_matrix(part.contiguous(), sparsity) for part in score.split(int(size), axis)], axis)
+
+
+def check_group(group: str) -> None:
+    """ValueError for what is none of `GROUPS`, N a number of neighbouring rows (outputs) or columns (inputs)."""
+    if not isinstance(group, str) or not re.fullmatch(r"matrix|row|column|(rows|columns):[1-9][0-9]*", group):
+        raise ValueError(f"group is {GROUPS}; got {checks.shown(group)}.")
 
 
 def n_of_m(score: Float[Tensor, "out inp"], pattern: Pattern) -> Bool[Tensor, "out inp"]:

@@ -7,18 +7,21 @@
 Frantar & Alistarh 2023, arXiv:2301.00774.  The mask is chosen per block of `block_size` columns over all rows of a
 matrix (or per m columns for n:m), with the columns to its left already accounted for.  Projections that share an input
 share H and its factorisation and are solved stacked; each still picks its own mask.
+
+Wanda's tables 7 and 8 take it apart: another cost (`metric`), a mask chosen once from the dense weights among a
+comparison `group`, where `obs` is W^2 / diag(H^-1), and no `update` of what remains.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Annotated
 
-from pruners import select
+from pruners import checks, select
 from pruners.calibrate import Hessian
-from pruners.checks import Count, Rule
+from pruners.checks import Count, Flag, Rule, Text
 from pruners.lazy import Bool, Float, Tensor, torch
 from pruners.matrices import Matrix
 from pruners.select import Pattern
@@ -30,15 +33,35 @@ FACTOR_BYTES = 20  # a number of the Hessian: its damped copy and the factor in 
 log = logging.getLogger(__name__)
 
 
+# Of removing a weight, by the root of diag(H^-1) (along the way that of the columns not yet solved, U[i, i]) and the
+# norm of its input.
+COSTS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "obs": lambda weight, root, norm: (weight / root).square_(),
+    "wanda": lambda weight, root, norm: weight.abs() * norm,
+    "magnitude": lambda weight, root, norm: weight.abs(),
+}
+
+
 @dataclass(frozen=True)
 class SparseGPT(Unstructured):
+    """`metric` is the cost of removing a weight: `obs`, `wanda` or `magnitude`; `group` one of those of Wanda, or None
+    for masks chosen along the way; without `update` only the mask is SparseGPT's.  ValueError for other words."""
+
     block_size: Count = 128
     damping: Damping = 0.01
+    metric: Text = field(default="obs", metadata={"since": "later"})
+    group: Text | None = field(default=None, metadata={"since": "later"})
+    update: Flag = field(default=True, metadata={"since": "later"})
 
     NEEDS = Hessian
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        checks.choice("metric", self.metric, COSTS)
+        if self.group is not None:
+            select.check_group(self.group)
+        elif not self.update:
+            raise ValueError(f"Without an update the mask is chosen at once; say among whom: group is {select.GROUPS}.")
         if self.pattern and self.block_size % Pattern.parse(self.pattern).m:
             raise ValueError(f"block_size {self.block_size} is no multiple of the m of {self.pattern}; change one.")
 
@@ -46,40 +69,64 @@ class SparseGPT(Unstructured):
         hessian = x.taken()
         dead = hessian.diagonal() == 0  # an input that is always zero: its weights do nothing
         hessian.diagonal()[dead] = 1
+        norm = hessian.diagonal().sqrt()
         factor = inverse_factor(hessian, self.damping, "/".join(linears))
         del hessian
         weights = [linear.weight.data for linear in linears.values()]
-        stacked = torch.cat(weights).float()
+        stacked, rows = torch.cat(weights).float(), [len(weight) for weight in weights]
         stacked[:, dead] = 0
-        self.solve(stacked, factor, [len(weight) for weight in weights])
-        for weight, solved in zip(weights, stacked.split([len(w) for w in weights]), strict=True):
+        if self.group is None:
+            self.solve(stacked, factor, rows, norm)
+        else:
+            gone = self._chosen(stacked, factor, rows, norm)
+            self.solve(stacked, factor, rows, norm, gone) if self.update else stacked.masked_fill_(gone, 0)
+        for weight, solved in zip(weights, stacked.split(rows), strict=True):
             weight.copy_(solved)
 
-    def solve(self, weight: Float[Tensor, "out inp"], factor: Float[Tensor, "inp inp"], rows: list[int]) -> None:
-        """Prune `weight` in place: matrices of `rows` outputs each, stacked; `factor` is U above."""
+    def _chosen(self, weight: Tensor, factor: Tensor, rows: list[int], norm: Tensor) -> Bool[Tensor, "out inp"]:
+        """The mask of weights that nothing was done to; diag(H^-1) = diag(U^T U) are the squared columns of U."""
+        assert self.group is not None  # the caller has looked
+        cost = COSTS[self.metric](weight, factor.square().sum(0).sqrt(), norm)
+        if self.pattern:
+            return self.gone(cost)
+        return torch.cat([select.among(part, self.group, self.asked) for part in cost.split(rows)])
+
+    def solve(
+        self,
+        weight: Float[Tensor, "out inp"],
+        factor: Float[Tensor, "inp inp"],
+        rows: list[int],
+        norm: Float[Tensor, " inp"],
+        mask: Bool[Tensor, "out inp"] | None = None,
+    ) -> None:
+        """Prune `weight` in place: matrices of `rows` outputs each, stacked; `factor` is U above, `norm` that of each
+        input up to a factor, `mask` what goes where that is known."""
         for start in range(0, weight.shape[1], self.block_size):
             stop = min(start + self.block_size, weight.shape[1])
             upper = factor[start:stop, start:stop]
             # Columns as contiguous rows: every step below works on one of them.
             block = weight[:, start:stop].T.contiguous()
-            gone = None if self.pattern else self._cheapest(block, upper, rows)
-            errors = self._sweep(block, upper, gone)
+            if mask is not None:
+                gone: Tensor | None = mask[:, start:stop].T.contiguous()
+            else:
+                gone = None if self.pattern else self._cheapest(block, upper, rows, norm[start:stop])
+            errors = self._sweep(block, upper, gone, norm[start:stop])
             weight[:, start:stop] = block.T
             weight[:, stop:].addmm_(errors.T, factor[start:stop, stop:], alpha=-1)
 
-    def _cheapest(self, block: Tensor, upper: Tensor, rows: list[int]) -> Bool[Tensor, "columns out"]:
-        cost = (block / upper.diagonal()[:, None]).square_()
+    def _cheapest(self, block: Tensor, upper: Tensor, rows: list[int], norm: Tensor) -> Bool[Tensor, "columns out"]:
+        cost = COSTS[self.metric](block, upper.diagonal()[:, None], norm[:, None])
         masks = [select.per_matrix(part.T.contiguous(), self.asked) for part in cost.split(rows, dim=1)]
         return torch.cat(masks).T.contiguous()
 
-    def _sweep(self, block: Float[Tensor, "columns out"], upper: Tensor, gone: Tensor | None) -> Tensor:
+    def _sweep(self, block: Float[Tensor, "columns out"], upper: Tensor, gone: Tensor | None, norm: Tensor) -> Tensor:
         """Column by column: zero what goes and spread its error over the columns to the right; returns the errors."""
         errors = torch.zeros_like(block)
-        pattern = Pattern.parse(self.pattern) if self.pattern else None
+        pattern = Pattern.parse(self.pattern) if self.pattern and gone is None else None
         for column in range(len(block)):
             if pattern and column % pattern.m == 0:
                 these = slice(column, column + pattern.m)
-                cost = (block[these] / upper.diagonal()[these, None]).square_()
+                cost = COSTS[self.metric](block[these], upper.diagonal()[these, None], norm[these, None])
                 group = select.n_of_m(cost.T.contiguous(), pattern).T
             mask = group[column % pattern.m] if pattern else gone[column]  # type: ignore[index]
             torch.mul(block[column], mask, out=errors[column]).div_(upper[column, column])

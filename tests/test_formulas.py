@@ -111,21 +111,26 @@ def test_random_depends_on_seed_and_name_only(kind):
     assert not torch.equal(first.get_parameter(name), other.get_parameter(name))
 
 
-def surgeon(weight, hessian, sparsity, block_size, damping, pattern=None):
-    """Optimal brain surgeon column by column in float64, inverting what is left of H at every step."""
+def surgeon(weight, hessian, sparsity, block_size, damping, pattern=None, norm=None, mask=None):
+    """Optimal brain surgeon column by column in float64, inverting what is left of H at every step; with `norm` the
+    cheapest are those of |W| * norm, and `mask` says what goes."""
     weight, hessian = weight.double().clone(), hessian.double().clone()
     dead = hessian.diagonal() == 0
     hessian[dead, dead], weight[:, dead] = 1, 0
     hessian += damping * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
     cheapness = torch.stack([torch.linalg.inv(hessian[i:, i:])[0, 0] for i in range(len(hessian))])
-    gone = torch.zeros_like(weight, dtype=torch.bool)
+
+    def costs(i, j):
+        return weight[:, i:j] ** 2 / cheapness[i:j] if norm is None else weight[:, i:j].abs() * norm[i:j]
+
+    gone = torch.zeros_like(weight, dtype=torch.bool) if mask is None else mask
     for i in range(weight.shape[1]):
-        if pattern and i % pattern.m == 0:
-            cost = weight[:, i : i + pattern.m] ** 2 / cheapness[i : i + pattern.m]
+        if mask is None and pattern and i % pattern.m == 0:
+            cost = costs(i, i + pattern.m)
             order = cost.argsort(dim=1)[:, : pattern.m - pattern.n]
             gone[:, i : i + pattern.m].scatter_(1, order, True)
-        elif not pattern and i % block_size == 0:
-            cost = weight[:, i : i + block_size] ** 2 / cheapness[i : i + block_size]
+        elif mask is None and not pattern and i % block_size == 0:
+            cost = costs(i, i + block_size)
             threshold = cost.flatten().sort().values[int(cost.numel() * sparsity)]
             gone[:, i : i + block_size] = cost <= threshold
         inverse = torch.linalg.inv(hessian[i:, i:])
@@ -149,6 +154,78 @@ def test_sparsegpt_equals_the_surgeon(pattern, dead):
     oracle = surgeon(weight, hessian_of(x), 0.5, 8, 0.01, parsed)
     assert torch.equal(linear.weight == 0, oracle == 0)
     assert_close(linear.weight.double(), oracle, rtol=1e-3, atol=1e-4)
+
+
+def solved(weight, x, **how):
+    linear = torch.nn.Linear(*weight.shape[::-1], bias=False)
+    linear.weight.data.copy_(weight)
+    pruners.SparseGPT(block_size=8, **how).remove({"matrix": linear}, fed(Hessian, x), {})
+    return linear.weight.detach()
+
+
+@pytest.mark.parametrize("pattern", [None, "2:4"])
+@pytest.mark.parametrize("metric", ["wanda", "magnitude"])
+def test_other_metrics_choose_along_the_way_what_the_update_makes_up_for(metric, pattern):
+    weight, x = randn(6, 16), randn(3, 20, 16, seed=1) * torch.linspace(0.2, 3, 16)
+    norm = hessian_of(x).diagonal().sqrt() if metric == "wanda" else torch.ones(16)
+    oracle = surgeon(weight, hessian_of(x), 0.5, 8, 0.01, pattern and Pattern.parse(pattern), norm)
+    found = solved(weight, x, metric=metric, pattern=pattern)
+    assert torch.equal(found == 0, oracle == 0)
+    assert_close(found.double(), oracle, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("pattern", [None, "2:4"])
+def test_masks_chosen_at_once_are_those_of_the_methods_and_the_update_makes_up_for_them(pattern):
+    weight, x = randn(6, 16), randn(3, 20, 16, seed=1) * torch.linspace(0.2, 3, 16)
+    for metric, method, group in (("wanda", pruners.Wanda, "row"), ("magnitude", pruners.Magnitude, "matrix")):
+        plain = torch.nn.Linear(16, 6, bias=False)
+        plain.weight.data.copy_(weight)
+        method(pattern=pattern, group=group).remove({"matrix": plain}, fed(InputNorm, x), {})
+        mask = plain.weight == 0
+        found = solved(weight, x, metric=metric, group=group, pattern=pattern)
+        assert torch.equal(found == 0, mask)
+        assert_close(found.double(), surgeon(weight, hessian_of(x), 0.5, 8, 0.01, mask=mask), rtol=1e-3, atol=1e-4)
+        assert torch.equal(solved(weight, x, metric=metric, group=group, pattern=pattern, update=False), plain.weight)
+
+
+def test_the_metric_without_an_update_is_that_of_wandas_paper():
+    weight, x = randn(6, 16), randn(3, 20, 16, seed=1)
+    hessian = hessian_of(x)
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(16, dtype=torch.float64)
+    score = weight.double() ** 2 / torch.linalg.inv(damped).diagonal()
+    found = solved(weight, x, group="row", update=False)
+    assert torch.equal(found, weight.masked_fill(select.per_row(score, 0.5), 0))
+
+
+@pytest.mark.parametrize(("group", "axis", "size"), [("rows:4", 0, 4), ("columns:4", 1, 4), ("rows:128", 0, 6)])
+def test_neighbouring_rows_or_columns_share_a_threshold(group, axis, size):
+    score = randn(6, 16)
+    expected = torch.cat(
+        [part <= part.flatten().sort().values[part.numel() // 2] for part in score.split(size, axis)], axis
+    )
+    assert torch.equal(select.among(score, group, 0.5), expected)
+
+
+def test_within_an_input_every_metric_takes_the_smallest_weights():
+    """Why the three entries of Wanda's table 7 for that group are one number."""
+    weight, x = randn(7, 16), randn(3, 20, 16, seed=1) * torch.linspace(0.2, 3, 16)
+    masks = [solved(weight, x, metric=metric, group="column", update=False) == 0 for metric in sparsegpt.COSTS]
+    assert torch.equal(masks[0], masks[1])
+    assert torch.equal(masks[0], masks[2])
+    assert masks[0].sum(0).tolist() == [3] * 16
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"metric": "gradient"}, "metric"),
+        ({"update": False}, "say among whom: group is 'matrix'"),
+        ({"group": "rows"}, "group is 'matrix'.*got 'rows'"),
+    ],
+)
+def test_words_that_say_nothing_are_refused(how, said):
+    with pytest.raises(ValueError, match=said):
+        pruners.SparseGPT(**how)
 
 
 def test_sparsegpt_solves_stacked_matrices_as_if_alone():

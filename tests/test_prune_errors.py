@@ -103,7 +103,7 @@ def test_linear_layers_that_the_family_does_not_name_are_refused():
 @pytest.mark.parametrize(
     ("method", "fields", "said"),
     [
-        ("wanda", {"group": "column"}, "'matrix' or 'row'"),
+        ("wanda", {"group": "columns:0"}, "'rows:N' or 'columns:N'; got 'columns:0'"),
         ("gblm", {"norm": "l3"}, "'l1' or 'l2'"),
         ("sparsegpt", {"damping": 0.0}, "positive"),
         ("sparsegpt", {"pattern": "2:4", "block_size": 6}, "no multiple"),

@@ -299,7 +299,7 @@ def test_compiled_models_are_pruned_eagerly(name, windows, compiled):
         ("wanda", {"pattern": " 2:4"}, "n:m"),
         ("wanda", {"pattern": "02:4"}, "n:m"),
         ("wanda", {"pattern": "２:４"}, "n:m"),
-        ("wanda", {"group": None}, "group is 'matrix' or 'row'; got None"),
+        ("wanda", {"group": None}, "group is 'matrix', 'row', 'column', 'rows:N' or 'columns:N'; got None"),
         ("gblm", {"norm": 1}, "norm is 'l1' or 'l2'; got 1"),
         ("gblm", {"alpha": float("nan")}, "alpha is a finite number.* got nan"),
         ("gblm", {"alpha": float("inf")}, "alpha is a finite number.* got inf"),

@@ -8,7 +8,9 @@ WikiText-2, PTB and C4 at 2,048.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -27,7 +29,13 @@ BLOOM = ("bloom-560m", "bloom-1.1b", "bloom-1.7b", "bloom-3b", "bloom-7.1b")
 OPT = ("opt-125m", "opt-350m", "opt-1.3b", "opt-2.7b", "opt-6.7b", "opt-13b")
 METHODS = (None, pruners.Magnitude, pruners.SparseGPT, pruners.Wanda)
 PATTERNS: tuple[dict[str, Any], ...] = ({"sparsity": 0.5}, {"pattern": "4:8"}, {"pattern": "2:4"})
-GROUPS = {"matrix": "layer", "row": "(output,1)"}
+GROUPS = {
+    "matrix": "layer",
+    "column": "(input,1)",
+    "columns:128": "(input,128)",
+    "row": "(output,1)",
+    "rows:128": "(output,128)",
+}
 
 
 def windows(model: str, count: int = 128, seed: int = 0) -> Windows:
@@ -75,11 +83,14 @@ zero_shot = Table(
 comparison_group = Table(
     name="baselines.comparison_group",
     title="Among whom weights compete, at 50 % (Wanda, table 7)",
-    rows=(pruners.Magnitude, pruners.Wanda),
+    rows=(pruners.Magnitude, partial(pruners.SparseGPT, update=False), pruners.Wanda),
     columns=tuple(product(("llama-7b",), ({"sparsity": 0.5, "group": group} for group in GROUPS))),
     run=pruned,
     published="wanda: table 7",
-    label=lambda run: (label(run)[0], f"50 %, group {GROUPS[run.method.group]}"),
+    label=lambda run: (
+        "SparseGPT metric, no weight update" if isinstance(run.method, pruners.SparseGPT) else label(run)[0],
+        f"50 %, group {GROUPS[run.method.group]}",
+    ),
 )
 comparison_group = with_dense(comparison_group)
 
@@ -122,7 +133,7 @@ opt_groups = Table(
     name="baselines.opt_groups",
     title="Wanda on OPT by comparison group (Wanda, table 12)",
     rows=(pruners.Wanda,),
-    columns=tuple(product(OPT, ({"sparsity": 0.5, "group": group} for group in GROUPS))),
+    columns=tuple(product(OPT, ({"sparsity": 0.5, "group": group} for group in ("matrix", "row")))),
     run=pruned,
     published="wanda: table 12",
     label=_group_label,
@@ -133,7 +144,7 @@ bloom_groups = replace(
     opt_groups,
     name="baselines.bloom_groups",
     title="Wanda on BLOOM by comparison group (Wanda, table 13)",
-    columns=tuple(product(BLOOM, ({"sparsity": 0.5, "group": group} for group in GROUPS))),
+    columns=tuple(product(BLOOM, ({"sparsity": 0.5, "group": group} for group in ("matrix", "row")))),
     published="wanda: table 13",
 )
 bloom_groups = with_dense(bloom_groups)
@@ -239,15 +250,23 @@ fine_tuning = Table(
 )
 fine_tuning = with_dense(fine_tuning)
 
-WITHOUT_UPDATE = {pruners.Magnitude: "Magnitude, layer, no update", pruners.Wanda: "Wanda, (output,1), no update"}
+UPDATES: dict[str, Callable[..., Any]] = {
+    "Magnitude, layer, no update": pruners.Magnitude,
+    "Magnitude, layer, sequential update": partial(pruners.SparseGPT, metric="magnitude", group="matrix"),
+    "Magnitude, (input,128), iterative update": partial(pruners.SparseGPT, metric="magnitude"),
+    "Wanda, (output,1), no update": pruners.Wanda,
+    "Wanda, (output,1), sequential update": partial(pruners.SparseGPT, metric="wanda", group="row"),
+    "Wanda, (input,128), iterative update": partial(pruners.SparseGPT, metric="wanda"),
+}
+MADE = {make(**how): name for name, make in UPDATES.items() for how in PATTERNS}
 
 weight_updates = Table(
     name="baselines.weight_updates",
-    title="Magnitude and Wanda without a weight update (Wanda, table 8; updates on their masks are no methods here)",
-    rows=tuple(WITHOUT_UPDATE),
+    title="SparseGPT's weight update with the masks of magnitude and Wanda (Wanda, table 8)",
+    rows=tuple(UPDATES.values()),
     columns=tuple(product(LLAMA[:1], PATTERNS)),
     run=pruned,
     published="wanda: table 8",
-    label=lambda run: (WITHOUT_UPDATE[type(run.method)], setting(run.method)),
+    label=lambda run: (MADE[run.method], setting(run.method)),
 )
 weight_updates = with_dense(weight_updates)
