@@ -137,7 +137,7 @@ def _launch(asked: argparse.Namespace, chosen: selection.Asked) -> int:
         loaded = {name: found.model_copy(update={"cards": 1}) for name, found in loaded.items()}
     _refuse_unmeant(asked, loaded)
     calibrated = {name: pace.measured(found, asked.results) for name, found in loaded.items()}
-    profiles = {name: found for name, (found, _) in calibrated.items()}
+    profiles = {name: found.with_weights(asked.weights) for name, (found, _) in calibrated.items()}
     plan, tables = _plan(asked, chosen), {one.table: cells for one, cells in chosen}
     first = next(iter(profiles))
     if len(profiles) == 1 and (slow := estimate.slow(launch.missing(plan, tables, dry=True).cells, profiles[first])):
@@ -250,7 +250,7 @@ def _absolute(place: Path | None) -> str | None:
 def _show(array: Array, profile: str, whole_memory: bool) -> None:
     request = array.request
     rows = [(number, len(job.cells), job.label) for number, job in enumerate(array.jobs)]
-    print(tabulate(rows, ("job", "cells", "which")))
+    print(tabulate(rows, ("job", "cells", f"which, of {array.model}"), maxcolwidths=[None, None, 100]))
     device = ""
     if request.gpus:
         some = "accelerator with" if request.gpus == 1 else "accelerators, each with"

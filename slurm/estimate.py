@@ -60,12 +60,18 @@ def request(cells: Sequence[Cell], profile: Profile, memory_gb: float | None = N
 
     Raises TooLargeError where the profile's accelerators or memory limit are below that.
     """
-    device = max(needs.home_on(cell.run, card_gb(profile), cards)[1] for cell in cells)
+    homes = [home_on(cell, profile, cards) for cell in cells]
+    device = max(needed for _, needed in homes)
     host = LIBRARIES_GB + max(_host_gb(cell, profile, cards) for cell in cells)
     host += 0 if profile.gres else device
     asked = math.ceil(cards * host if memory_gb is None else memory_gb)
     needed = max(SHORTEST_HOURS, needed_hours(cells, profile, cards))
     _check(cells[0].run.model, device, asked, profile, cards)
+    for cell in (cell for cell, (home, _) in zip(cells, homes, strict=True) if home is None):
+        raise TooLargeError(
+            f"{needs.needs_all_weights(cell.run)} needs all weights of {cell.run.model_name} on the device; leave out "
+            f"--weights {profile.weights}."
+        )
     gpus = cards if profile.gres else 0
     return Request(cards, gpus, round(device, 1), asked, needed, min(needed, profile.hours))
 
@@ -77,7 +83,12 @@ def card_gb(profile: Profile) -> float:
 
 def fewest(cell: Cell, profile: Profile) -> int:
     """The fewest cards of a node that take the cell; the most that may share it where none do."""
-    return several.fewest(cell.run, card_gb(profile), profile.cards)
+    return several.fewest(cell.run, card_gb(profile), profile.cards, profile.weights)
+
+
+def home_on(cell: Cell, profile: Profile, cards: int) -> tuple[str | None, float]:
+    """As `needs.home_on`, with the weights where the jobs are told to have them."""
+    return needs.home_on(cell.run, card_gb(profile), cards, profile.weights)
 
 
 def cards(cells: Sequence[Cell], profile: Profile, memory_gb: float | None = None) -> int:
@@ -135,7 +146,7 @@ def _reading_seconds(cell: Cell, profile: Profile, cards: int) -> float:
     """Once from the disk, for all cards; of weights away from the device in every sweep, from CPU memory where they
     find room, else from the disk, where every card's own copy is."""
     once = _weights_gb(cell.run) / READING_GB_PER_SECOND
-    if needs.home_on(cell.run, card_gb(profile), cards)[0] != "away":
+    if home_on(cell, profile, cards)[0] != "away":
         return once
     again = sweeps(cell.run) * _weights_gb(cell.run)
     if _on_disk(cell.run, profile, cards):
@@ -145,6 +156,8 @@ def _reading_seconds(cell: Cell, profile: Profile, cards: int) -> float:
 
 def _on_disk(run: Run, profile: Profile, cards: int) -> bool:
     """Whether weights that are not on the device find no room in CPU memory, where every process has its own."""
+    if profile.weights in ("host", "disk"):
+        return profile.weights == "disk"
     return bool(profile.memory_gb and 1.2 * _weights_gb(run) > profile.memory_gb / cards - LIBRARIES_GB)
 
 
@@ -164,7 +177,7 @@ def _saved_tokens(cells: Sequence[Cell]) -> int:
 def _host_gb(cell: Cell, profile: Profile, cards: int) -> float:
     """Of one process.  Weights away from the device are in CPU memory where the profile allows so much, else on the
     disk."""
-    home, _ = needs.home_on(cell.run, card_gb(profile), cards)
+    home, _ = home_on(cell, profile, cards)
     if home == "away" and _on_disk(cell.run, profile, cards):
         return 4 * _weights_gb(cell.run) / needs.shape_of(cell.run.model).blocks
     key = cell.run.method.statistics_key if cell.run.method is not None else None
@@ -181,7 +194,8 @@ def _check(model: str, device_gb: float, memory_gb: float, profile: Profile, car
         where = f"each of {cards} accelerators" if cards > 1 else "one accelerator"
         raise TooLargeError(
             f"{model} needs about {device_gb:.0f} GB on {where} and this profile's hold "
-            f"{profile.gpu_memory_gb:g} GB; take a profile with larger ones, or one without gres."
+            f"{profile.gpu_memory_gb:g} GB; take a profile with larger ones, or one without gres"
+            f"{', or leave out --weights device' if profile.weights == 'device' else ''}."
         )
     if profile.memory_gb and memory_gb > profile.memory_gb:
         on = f"A job of {cards} processes" if cards > 1 else "A job"

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from experiments.cells import Cell, ordered, sharing
-from experiments.placement import needs
+from experiments.labels import beside_model
 from slurm import estimate
 from slurm.estimate import WORTH, Request
 from slurm.profile import Profile
@@ -36,7 +36,7 @@ class Job:
 
     @property
     def label(self) -> str:
-        return ", ".join(cell.label for cell in self.cells)
+        return "; ".join(beside_model(cell.label, cell.run.model_name) for cell in self.cells)
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def assigned(
             except estimate.TooLargeError as error:
                 left[cell.id] = str(error)
             else:
-                home, _ = needs.home_on(cell.run, size, cards)
+                home, _ = estimate.home_on(cell, profile, cards)
                 takers[name] = (not profile.gres or home != "device", cards * size)
         if takers:
             left.pop(cell.id, None)

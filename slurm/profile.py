@@ -82,6 +82,7 @@ class Profile(BaseModel):
     python: str | None = None
     options: dict[str, str | int | bool] = Field(default_factory=dict)
     _times: dict[str, float] = PrivateAttr(default_factory=dict)
+    _weights: str = PrivateAttr("auto")
 
     @model_validator(mode="after")
     def _gpu_memory_is_known(self) -> Profile:
@@ -115,6 +116,16 @@ class Profile(BaseModel):
         told = self.model_copy()
         told._times = dict(times)
         return told
+
+    def with_weights(self, home: str) -> Profile:
+        """For jobs that are told where the weights are: `auto`, `device`, `host` or `disk`."""
+        told = self.model_copy()
+        told._weights = home
+        return told
+
+    @property
+    def weights(self) -> str:
+        return self._weights
 
     def times(self, kind: str, otherwise: float) -> float:
         return self._times.get(kind, otherwise)

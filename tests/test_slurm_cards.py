@@ -14,7 +14,7 @@ from experiments import callbacks, cards, cells, papers
 from experiments.__main__ import main as experiments
 from experiments.placement import several
 from experiments.recovery import Retraining
-from experiments.spec import Run, Windows
+from experiments.spec import Perplexity, Run, Windows
 from pruners.retrain import MaskLoRA, Reconstruction, Trainable
 from slurm import estimate, jobs, launch, launched, ledger, overview, profile, state
 from slurm.__main__ import main
@@ -203,3 +203,18 @@ def test_processes_that_slurm_stopped_leave_it_to_slurm_to_say_why(tmp_path, mon
     with pytest.raises(launched.ProcessFailedError, match="All processes were told to stop"):
         launched.run(2, {"cells": {}}, log, "")
     assert callbacks.read(log.path) == []
+
+
+def test_estimates_go_by_where_the_weights_are_asked_to_be():
+    (dense,) = cells.cells([Run("llama-65b", None, None, (Perplexity("wikitext2/test", 2048),), "float16")])
+    profile = with_changes(cards=1, gpu_memory_gb=80, hours=1000, memory_gb=480)
+    asked = {home: estimate.request([dense], profile.with_weights(home)) for home in ("auto", "host", "disk")}
+    assert all(one.gpu_memory_gb < 12 for one in asked.values())
+    assert asked["disk"].memory_gb < 20 < 130 < asked["host"].memory_gb
+    assert asked["disk"].needed_hours > asked["host"].needed_hours
+    with pytest.raises(estimate.TooLargeError, match=r"holds? 80 GB; .* or leave out --weights device"):
+        estimate.request([dense], profile.with_weights("device"))
+    with pytest.raises(
+        estimate.TooLargeError, match=r"all weights of opt-1\.3b on the device; leave out --weights host"
+    ):
+        estimate.request(trained("opt-1.3b"), profile.with_weights("host"))

@@ -92,15 +92,16 @@ def device_gb(run: Run, away: bool = False, batch: int = BATCH, cards: int = 1) 
     return 1e-9 * (SLACK * sum(device_bytes(run, away, batch, cards).values()) + CONTEXT_BYTES)
 
 
-def home_on(run: Run, card_gb: float, cards: int = 1) -> tuple[str | None, float]:
+def home_on(run: Run, card_gb: float, cards: int = 1, weights: str = "auto") -> tuple[str | None, float]:
     """Where weights are on so many cards of that size, and the memory of a card that the cell takes then in GB.
 
-    `device`, or `away`; None, with what the nearest of the two takes, where neither fits.
+    `device`, or `away`, as far as `weights` leaves the choice; None, with what the nearest of the two takes, where
+    neither fits.
     """
     whole = device_gb(run, cards=cards)
-    if whole <= card_gb:
+    if whole <= card_gb and weights in ("auto", "device"):
         return "device", whole
-    if needs_all_weights(run):
+    if weights == "device" or needs_all_weights(run):
         return None, whole
     part = device_gb(run, away=True, cards=cards)
     if part > card_gb:  # then fewer windows go through a block at once

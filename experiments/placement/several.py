@@ -27,7 +27,7 @@ def counts(run: Run, most: int) -> list[int]:
     return [count for count in COUNTS if count <= max(1, most) and shared_by(run, count)]
 
 
-def fewest(run: Run, card_gb: float, most: int = 1) -> int:
+def fewest(run: Run, card_gb: float, most: int = 1, weights: str = "auto") -> int:
     """The fewest cards of that size, up to `most`, that take the cell; the most that may share it where none do."""
     able = counts(run, most)
-    return next((count for count in able if needs.home_on(run, card_gb, count)[0] is not None), able[-1])
+    return next((count for count in able if needs.home_on(run, card_gb, count, weights)[0] is not None), able[-1])
