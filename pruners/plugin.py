@@ -74,7 +74,24 @@ def methods(made: ModuleType) -> list[type[Any]]:
                 f"{kind.__name__} in {made.__file__} is no frozen dataclass, so its hyperparameters have no record; "
                 "put @dataclass(frozen=True) above it."
             )
+        if not any(issubclass(other, kind) for other in found if other is not kind) and (lacking := _lacking(kind)):
+            raise UsageError(f"{kind.__name__} in {made.__file__} says nowhere what is to go; give it {lacking}.")
     return found
+
+
+def _lacking(kind: type[Any]) -> str:
+    """What a method has to say, and this one leaves to its base; empty where it says it, or prunes in its own way."""
+    base, name, arguments = (
+        (Unstructured, "score", "name, weight, x, dense")
+        if issubclass(kind, Unstructured)
+        else (Structured, "choose", "model, windows, dense, how")
+    )
+    own = [
+        getattr(kind, part) is not getattr(base, part, None)
+        for part in (name, "remove", "prune")
+        if hasattr(kind, part)
+    ]
+    return "" if any(own) else f"a method `{name}(self, {arguments})`"
 
 
 def called(kind: type[Any]) -> str:

@@ -60,6 +60,15 @@ def agreed_sparsity(sparsity: float | None, pattern: str | None) -> float:
     return parsed.sparsity
 
 
+def refuse_nan(score: Tensor, of: str) -> None:
+    """ValueError for scores among which nothing can be ranked; `of` says whose they are."""
+    if score.sum().isnan() and (lost := int(score.isnan().sum())):
+        raise ValueError(
+            f"{of} is NaN in {lost:,} of {score.numel():,} places, which nothing can be ranked by; look for a division "
+            "by zero, as of a row that is all zeros."
+        )
+
+
 def lowest(score: Float[Tensor, "*rows inp"], count: int) -> Bool[Tensor, "*rows inp"]:
     """The `count` lowest of each row."""
     if count == 0:

@@ -116,6 +116,9 @@ def filling(folder: Path, otherwise: str = OTHERWISE) -> Iterator[Path]:
             beside.mkdir()
             try:
                 yield beside
+                for path in beside.rglob("*"):  # some libraries write files that nobody else may read
+                    if path.is_file():
+                        path.chmod(0o666 & ~UMASK)
                 _take_place(beside, folder)
             finally:
                 shutil.rmtree(beside, ignore_errors=True)

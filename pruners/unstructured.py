@@ -85,7 +85,17 @@ class Unstructured:
     def remove(self, linears: Mapping[str, Matrix], x: Any, dense: Mapping[str, Tensor]) -> None:
         """Prune, in place, projections that share the input `x`, given by full name."""
         for name, linear in linears.items():
-            linear.weight.data.masked_fill_(self.gone(self.score(name, linear.weight.data, x, dense)), 0)
+            weight = linear.weight.data
+            weight.masked_fill_(self.gone(self._sound(name, self.score(name, weight, x, dense), weight)), 0)
+
+    def _sound(self, name: str, score: Any, weight: Tensor) -> Tensor:
+        """The score itself; ValueError for one that ranks no weights: of another shape, or not a number."""
+        of = f"{type(self).__name__}'s score of {name}"
+        if not isinstance(score, Tensor) or score.shape != weight.shape:
+            found = f"is {list(score.shape)}" if isinstance(score, Tensor) else f"is {checks.typed(score)}"
+            raise ValueError(f"{of} {found}; it is one number for each of its weights, {list(weight.shape)}.")
+        select.refuse_nan(score, of)
+        return score
 
     def prune(
         self,

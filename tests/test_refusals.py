@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -427,3 +428,41 @@ def test_several_values_become_a_tuple_of_plain_numbers():
     assert json.dumps(describe(speed)) == json.dumps(describe(Efficiency(batch_sizes=(1, 2), lengths=(8,))))
     for wrong in ([True], ["1"], [0], [1.0]):
         refused("batch_sizes is a tuple of whole numbers", lambda wrong=wrong: Efficiency(batch_sizes=wrong))
+
+
+class Lost(pruners.Wanda):
+    """Whatever the weights are, `given` makes the score of them."""
+
+    given: Any = None
+
+    def score(self, name: str, weight: Any, x: Any, dense: Any) -> Any:
+        return type(self).given(weight, x)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (lambda weight, x: weight * math.nan, r"Lost's score of .*\.q_proj is NaN in [\d,]+ of .* division by zero"),
+        (lambda weight, x: torch.where(weight == weight.max(), math.nan, weight), "is NaN in 1 of"),
+        (lambda weight, x: x.norm, r"Lost's score of .* is \[\d+\]; it is one number for each of its weights, \["),
+        (lambda weight, x: 1.0, r"is 1\.0 \(float\); it is one number for each"),
+    ],
+)
+@pytest.mark.parametrize("how", [{"sparsity": 0.5}, {"pattern": "2:4"}, {"sparsity": 0.5, "group": "matrix"}])
+def test_scores_that_rank_nothing_are_refused(given, said, how, monkeypatch, windows):
+    monkeypatch.setattr(Lost, "given", staticmethod(given))
+    refused(said, lambda: pruners.prune(tiny("llama grouped-query"), Lost(**how), windows))
+
+
+@pytest.mark.parametrize("name", ["wanda_sp", "magnitude_sp", "flap", "llm_pruner"])
+def test_scores_of_units_that_are_nan_are_refused(name, monkeypatch, windows):
+    for kind in (pruners.structured_baselines, pruners.flap):
+        monkeypatch.setattr(kind, "by_unit", lambda block, kind, scores: torch.full((block.units(kind), 1), math.nan))
+    monkeypatch.setattr(pruners.LLMPruner, "_scores", lambda self, block, *rest: nan_scores(block))
+    ranges = {"attention_blocks": (0, 2), "mlp_blocks": (0, 2)} if name == "llm_pruner" else {}
+    method = pruners.method(name, ratio=0.25, **ranges)
+    refused("score of the heads of .* is NaN", lambda: pruners.prune(tiny("llama multi-head"), method, windows))
+
+
+def nan_scores(block: Any) -> dict[str, torch.Tensor]:
+    return {kind: torch.full((block.units(kind),), math.nan) for kind in ("attention", "mlp")}

@@ -214,7 +214,5 @@ def test_estimates_go_by_where_the_weights_are_asked_to_be():
     assert asked["disk"].needed_hours > asked["host"].needed_hours
     with pytest.raises(estimate.TooLargeError, match=r"holds? 80 GB; .* or leave out --weights device"):
         estimate.request([dense], profile.with_weights("device"))
-    with pytest.raises(
-        estimate.TooLargeError, match=r"all weights of opt-1\.3b on the device; leave out --weights host"
-    ):
+    with pytest.raises(estimate.TooLargeError, match=r"all weights of opt-1\.3b on .*; leave out --weights host"):
         estimate.request(trained("opt-1.3b"), profile.with_weights("host"))

@@ -58,7 +58,10 @@ def _of_hub(repository: str) -> Model:
     """What a repository's config.json says of its model, which is fetched; ValueError where it cannot be."""
     revision = hub.model_commit(repository)
     if revision is None:
-        raise ValueError(f"{repository} is no folder here, and as a model of the Hub {hub.refusal(repository)}.")
+        raise ValueError(
+            f"{repository} is no folder here, and as a model of the Hub {hub.refusal(repository)}; "
+            "check its name and the connection, or name a local folder."
+        )
     place = hub.configuration(repository, revision)
     return Model(repository, repository, revision, dtype=folders.dtype(place), **asdict(folders.shape(place)))
 

@@ -163,7 +163,10 @@ def _refuse_lacking(runs: Sequence[Run], data_dir: Path | None) -> None:
     except ValueError as error:  # a corpus that nobody knows
         raise UsageError(str(error)) from error
     if lacking and not hub.reachable():
-        raise UsageError(f"The Hub does not answer, and not on this machine: {'; '.join(lacking)}.")
+        raise UsageError(
+            f"This is not here, and the Hub does not answer: {'; '.join(lacking)}. Fetch it on a machine with a "
+            "network, or name a folder that has it (--data-dir for texts; CONTRIBUTING.md says under which names)."
+        )
 
 
 def _refuse_unkept(run: Run, folder: Path) -> None:
