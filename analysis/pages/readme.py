@@ -34,7 +34,8 @@ PAPERS = {"flap": "FLAP", "gblm": "GBLM-Pruner", "perp": "PERP", "llm_pruner": "
           "baselines": "Wanda and SparseGPT", "embedded": "The embedded models"}  # fmt: skip
 WORDS = {"holds": "hold", "holds so far": "hold so far", "fails": "fail", "undecided": "undecided"}
 READING = (
-    "Mean perplexity on SmolLM2-135M, a model small enough for two CPU cores; lower is better. ± is half the 95 % "
+    "Mean perplexity on SmolLM2-135M-Instruct (4-bit GGUF weights, widened; here in bfloat16, where `prune` and "
+    "`compare` take its own format, float32), small enough for two CPU cores; lower is better. ± is half the 95 % "
     "interval of the mean over three calibration seeds; without ± it is one run, as the method draws "
     "nothing or one seed was asked. Bold: better than every other method by a 95 % interval of the paired difference, "
     "the dense model apart. The papers' models are 20 to 500 times as large and lose less: compare directions, not "
