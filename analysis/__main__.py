@@ -15,6 +15,7 @@ python -m analysis everything flap.perplexity flap.zero_shot
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import sys
@@ -66,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     claims = commands.add_parser("claims", help="the papers' claims, judged by their numbers and by ours")
     claims.set_defaults(command=_claims)
     report = commands.add_parser("report", help="everything as one HTML page, report.html under the results folder")
-    report.set_defaults(command=_report)
+    report.set_defaults(command=_report, variants={})
     report.add_argument(
         "--figures", choices=("few", "all"),
         help="all, or only what the papers draw and do not print; default: all where few tables have records",
@@ -77,6 +78,9 @@ def parser() -> argparse.ArgumentParser:
     everything.set_defaults(command=_everything)
     selection.add_tables(everything)
     cli.add_variant(everything)
+    everything.add_argument(
+        "--unwritten", type=cli.path, metavar="FILE", help="what could not be written and why goes there, too, as JSON"
+    )
     for command in (table, figure, compare, generation, speed):
         cli.add_table(command)
     frame = commands.add_parser("frame", help="every record of several results folders as one tidy table")
@@ -184,7 +188,8 @@ def _report(asked: argparse.Namespace) -> None:
 
     cli.refuse_absent(asked.data_dir)
     path, every = asked.results[0] / "report.html", asked.figures and asked.figures == "all"
-    atomic.write(path, report.html(asked.results, data_dir=asked.data_dir, every_figure=every))
+    made = report.html(asked.results, data_dir=asked.data_dir, every_figure=every, variants=asked.variants)
+    atomic.write(path, made)
     print(f"Written: {path}", file=sys.stderr)
 
 
@@ -200,16 +205,23 @@ def _everything(asked: argparse.Namespace) -> int:
     from analysis.rows import NoRecordsError
     from experiments.errors import sentence
 
-    tables = [(one.table, write, one) for one in selection.each(asked) for write in (_table, _figure)]
-    failed = 0
-    for what, write, one in [*tables, ("claims", _claims, asked), ("report", _report, asked)]:
+    ones, kinds = selection.each(asked), {"table": _table, "figures": _figure}
+    variants = {one.table: (one.model, one.dtype, one.limit, one.tasks) for one in ones}
+    parts = [(f"{what} of {one.table}", write, one) for one in ones for what, write in kinds.items()]
+    unwritten: dict[str, str] = {}
+    failed = False
+    for what, write, one in [*parts, ("claims", _claims, asked), ("report", _report, asked)]:
+        told = {"measure": None, "kind": None, "figures": None, "variants": variants}
         try:
-            write(argparse.Namespace(**{**vars(one), "measure": None, "kind": None, "figures": None}))
+            write(argparse.Namespace(**{**vars(one), **told}))
         except (NoRecordsError, UndrawableError) as error:
-            print(f"{what}: {error}", file=sys.stderr)
+            unwritten[what] = str(error)
         except Exception as error:  # noqa: BLE001  (one table that cannot be shown keeps no other from it)
-            failed += 1
-            print(f"{what}: {sentence(error)}", file=sys.stderr)
+            failed = True
+            unwritten[what] = sentence(error)
+    cli.say_lines([f"{what}: {why}" for what, why in unwritten.items()])
+    if asked.unwritten:
+        atomic.write(asked.unwritten, json.dumps(unwritten))
     return cli.EXIT_FAILED if failed else 0
 
 

@@ -5,6 +5,7 @@ python -m slurm submit --all --profile rtx4090.toml a100.toml --collect
 python -m slurm status
 python -m slurm status embedded.demo --watch
 python -m slurm logs 361c449de9
+python -m slurm logs collect
 python -m slurm retry embedded.demo --failed
 python -m slurm cancel embedded.demo
 """
@@ -36,7 +37,20 @@ def main(words: Sequence[str] | None = None) -> int:
     """The exit status."""
     asked = parser().parse_args(words)
     asked.results = asked.results.resolve()  # jobs may run in another folder
-    return cli.carry_out(asked, "Stopped. What was sent is in the queue; the same command sends the rest.")
+    return cli.carry_out(asked, _stopped(asked))
+
+
+def _stopped(asked: argparse.Namespace) -> str:
+    """What is so once this command is interrupted."""
+    if asked.command in (_submit, _retry):
+        if asked.dry_run:
+            return "Stopped. Nothing was sent."
+        if asked.executor != "slurm":
+            return "Stopped. What was finished is kept; the same command goes on."
+        return "Stopped. What was sent is in the queue; the same command sends the rest."
+    if asked.command is _cancel:
+        return "Stopped. Some jobs may be cancelled by now; the same command cancels the rest."
+    return "Stopped. The jobs are as they were."
 
 
 def parser() -> argparse.ArgumentParser:
@@ -62,8 +76,10 @@ def parser() -> argparse.ArgumentParser:
         "cancel", help="stop the jobs with cells of these tables, but for those with cells that others want"
     )
     selection.add_tables(cancel)
+    cli.add_variant(cancel)
+    cli.add_data(cancel)
     logs = commands.add_parser("logs", help="what the last job with a cell said")
-    logs.add_argument("cell", type=cli.word, metavar="CELL", help="its id or label")
+    logs.add_argument("cell", type=cli.word, metavar="CELL", help="its id or label; or: collect")
     for command in (cancel, logs):
         cli.add_results(command)
     actions = {submit: _submit, retry: _retry, status: _status, cancel: _cancel, logs: _logs}
@@ -157,7 +173,8 @@ def _launch(asked: argparse.Namespace, chosen: selection.Asked) -> int:
             ids.append(job.id)
             print(f"{job.id}: {', '.join(job.cells.values())}", flush=True)
     if asked.collect:
-        print(f"{collect.send(plan, profiles[first], asked.executor)}: tables, figures, claims and report", flush=True)
+        every = {cell.id for one in selection.each(asked) for cell in cli.declared(one)}
+        print(collect.send(plan, every, profiles[first], asked.executor), flush=True)
     _say_sent(asked, tables, sent, left)
     return cli.EXIT_FAILED if left and asked.strict else 0
 
@@ -277,19 +294,35 @@ def _status(asked: argparse.Namespace) -> int:
 
 
 def _cancel(asked: argparse.Namespace) -> int:
-    from slurm import ledger, state
+    from slurm import collect, ledger
 
     with ledger.launching(asked.results):
-        for table in asked.sources:
-            alive = [job for job in state.jobs(asked.results, table) if job.alive]
-            others = {job.sent.id: state.wanting(job) - set(asked.sources) for job in alive}
-            stopped = state.cancel([job for job in alive if not others[job.sent.id]])
-            told = f"{table}: jobs cancelled: {len(stopped)}; what they had finished is kept"
-            if on := len(alive) - len(stopped):
-                named = ", ".join(sorted(set().union(*others.values())))
-                told += f"; {on} go on, in which there are cells for {named}; name all tables to stop them, too"
-            print(told, file=sys.stderr)
+        stopped = [id for one in selection.each(asked) for id in _cancel_table(one, set(asked.sources))]
+        over = collect.cancel(asked.results, () if _variant(asked) else asked.sources, stopped)
+    if over:
+        print(f"{', '.join(over)}: cancelled, too, as it would have collected what they make", file=sys.stderr)
     return 0
+
+
+def _cancel_table(one: argparse.Namespace, named: set[str]) -> list[str]:
+    """The ids of the jobs that are stopped: of the chosen model, format and tasks, or of any where none is chosen."""
+    from slurm import state
+
+    ids = {cell.id for cell in cli.declared(one)} if _variant(one) else None
+    jobs = state.jobs(one.results, one.table)
+    alive = [job for job in jobs if job.alive and (ids is None or ids & set(job.sent.cells))]
+    others = {job.sent.id: state.wanting(job) - named for job in alive}
+    stopped = state.cancel([job for job in alive if not others[job.sent.id]])
+    told = f"{one.table}: jobs cancelled: {len(stopped)}; what they had finished is kept"
+    if on := len(alive) - len(stopped):
+        wanted = ", ".join(sorted(set().union(*others.values())))
+        told += f"; {on} go on, in which there are cells for {wanted}; name all tables to stop them, too"
+    print(told, file=sys.stderr)
+    return stopped
+
+
+def _variant(asked: argparse.Namespace) -> bool:
+    return any((asked.model, asked.dtype, asked.limit, asked.tasks))
 
 
 def _logs(asked: argparse.Namespace) -> int:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +16,16 @@ from experiments.store import records
 from slurm import ledger, queue, state
 from slurm.estimate import LIBRARIES_GB, Request
 from slurm.jobs import Array, Job
-from slurm.launch import SENDERS
+from slurm.launch import SENDERS, asks
 from slurm.ledger import Entry, Sent
 from slurm.profile import Profile
 from slurm.work import Work
 
-NAME = "collect"
+NAME = state.COLLECT
+WHAT = "tables, figures, claims and report"
 HOURS = 1.0
+NAMED = 4  # parts that are named in a sentence
+LOGS = "`python -m slurm logs collect` shows all that was said"
 
 
 @dataclass(frozen=True)
@@ -32,40 +36,93 @@ class Collect:
     events: str
 
     def __call__(self) -> None:
-        log = Events(Path(self.events))
+        log, unwritten = Events(Path(self.events)), Path(self.events).with_name("unwritten.json")
         log.write("job started")
-        status = subprocess.run([sys.executable, "-m", *self.words], check=False).returncode
-        log.write("job finished", message="" if status == 0 else "Not all could be written; its log says what and why.")
+        unwritten.unlink(missing_ok=True)  # of an earlier life of this job
+        command = [sys.executable, "-m", *self.words, "--unwritten", str(unwritten)]
+        status = subprocess.run(command, check=False).returncode
+        log.write("job finished", message=_message(status, unwritten))
 
     def checkpoint(self) -> DelayedSubmission:
         return DelayedSubmission(self)
 
 
-def send(plan: Work, profile: Profile, executor: str) -> str:
-    """The id of a job that begins when all jobs of these tables that are alive by now have ended, well or not."""
+def _message(status: int, unwritten: Path) -> str:
+    """What was not written and why, in one sentence; empty where everything was."""
+    if not unwritten.exists():
+        return f"not all could be written, as the command ended early (exit status {status}); {LOGS}"
+    reasons: dict[str, str] = json.loads(unwritten.read_text(encoding="utf-8"))
+    if not reasons:
+        return ""
+    parts = list(reasons)
+    shown = [*parts[:NAMED], f"{len(parts) - NAMED} more"] if len(parts) > NAMED else parts
+    named = " and ".join(filter(None, [", ".join(shown[:-1]), shown[-1]]))
+    return f"written but for {named} ({parts[-1]}: {reasons[parts[-1]].rstrip('.')}); {LOGS}"
+
+
+def send(plan: Work, cells: Collection[str], profile: Profile, executor: str) -> str:
+    """Its id and what it does.  The job begins when all jobs that are alive by now with `cells`, the ids of those of
+    its tables, have ended, well or not.  It takes the place of one that waits for some of them; one that waits for all
+    is enough.
+    """
+    same = _same(plan)
     tables: dict[str, str] = plan.arguments["sources"]
     with ledger.launching(plan.root):
-        alive = [job.sent.id for job in state.jobs(plan.root) if job.alive and set(tables) & _tables(job)]
-        sent = (Sent("", {}),)
-        name = f"{NAME}-{ledger.unique(sent)}"
-        entry = Entry(name, NAME, executor, str(plan.root), sent, LIBRARIES_GB, records.now())
-        ledger.write(entry)
-        words = ("analysis", "everything", *tables.values(), *_same(plan))
-        array = Array((Job(()),), Request(1, 0, 0, LIBRARIES_GB, HOURS, min(HOURS, profile.hours)))
-        work = Collect(words, str(entry.events(0)))
-        try:
-            (id,) = SENDERS[executor](entry, [work], array, _after(profile, alive))
-        except queue.SlurmError:
-            ledger.remove(entry)
-            raise
-        ledger.write(entry.with_ids([id]))
+        known = state.jobs(plan.root)
+        waiting = [
+            job for job in known if job.waits and job.entry.same == same and set(tables) & set(job.entry.collected)
+        ]
+        for job in waiting:
+            tables = {**job.entry.collected, **tables}
+        before = {id for job in waiting for id in job.entry.after}
+        alive = [
+            job.sent.id for job in known if job.alive and (job.sent.id in before or set(cells) & set(job.sent.cells))
+        ]
+        for job in waiting:
+            if set(tables) == set(job.entry.collected) and set(alive) <= set(job.entry.after):
+                return f"{job.sent.id}: {WHAT}, sent before"
+        id = _send(plan, profile, executor, tables, same, alive)
+        replaced = state.cancel(waiting)
+    return ", in place of ".join([f"{id}: {WHAT}", *([" and ".join(replaced)] if replaced else [])])
+
+
+def _send(
+    plan: Work, profile: Profile, executor: str, tables: dict[str, str], same: list[str], alive: list[str]
+) -> str:
+    sent = (Sent("", {}),)
+    array = Array((Job(()),), Request(1, 0, 0, LIBRARIES_GB, HOURS, min(HOURS, profile.hours)))
+    waits = _after(profile, alive)
+    entry = Entry(
+        f"{NAME}-{ledger.unique(sent)}", NAME, executor, str(plan.root), sent, LIBRARIES_GB, records.now(),
+        asks=asks(array, waits), collected=tables, same=same, after=alive,
+    )  # fmt: skip
+    ledger.write(entry)
+    work = Collect(("analysis", "everything", *tables.values(), *same), str(entry.events(0)))
+    try:
+        (id,) = SENDERS[executor](entry, [work], array, waits)
+    except queue.SlurmError:
+        ledger.remove(entry)
+        raise
+    ledger.write(entry.with_ids([id]))
     if executor == "debug":
         work()
     return id
 
 
-def _tables(job: state.Job) -> set[str]:
-    return {table for id in job.sent.cells for table in job.entry.asking(id)}
+def cancel(root: Path, tables: Collection[str], stopped: Collection[str]) -> list[str]:
+    """Stop what would collect these tables, or after these jobs, where no other job is left that it waits for; returns
+    the ids."""
+    known = [job for job in state.jobs(root) if job.alive and job.sent.id not in stopped]
+    left = {job.sent.id for job in known if not job.entry.collects}
+    return state.cancel([job for job in known if job.entry.collects and _idle(job.entry, tables, stopped, left)])
+
+
+def _idle(entry: Entry, tables: Collection[str], stopped: Collection[str], left: set[str]) -> bool:
+    """Whether nothing is `left` for this one; one that was sent on an earlier day does not say what it waits for."""
+    if not entry.collected:
+        return bool(stopped) and not left
+    concerned = set(entry.after) & set(stopped) or set(entry.collected) & set(tables)
+    return bool(concerned) and not left & set(entry.after)
 
 
 def _after(profile: Profile, ids: Sequence[str]) -> Profile:
@@ -80,4 +137,5 @@ def _same(plan: Work) -> list[str]:
              "--data-dir": told["data_dir"]}  # fmt: skip
     words = [word for name, value in named.items() if value for word in (name, str(value))]
     lists = {"--tasks": told["tasks"], "--plugin": told["plugin"]}
+    words += ["--rehearse"] if told.get("rehearse") else []
     return [*words, *(word for name, values in lists.items() if values for word in (name, *values))]

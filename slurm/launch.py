@@ -152,7 +152,7 @@ def _send_all(plan: Work, todo: Todo, arrays: Sequence[tuple[str, Array]], profi
 
 def _send(plan: Work, array: Array, tables: Mapping[str, list[str]], profile: Profile, executor: str) -> Entry:
     entry = ledger.new(plan.root, tables, executor, array)
-    entry = replace(entry, memory_gb=0) if profile.whole_memory else entry
+    entry = replace(entry, asks=asks(array, profile), memory_gb=0 if profile.whole_memory else entry.memory_gb)
     ledger.write(entry)
     works = _works(replace(plan, requeues=profile.requeues, cards=entry.cards), entry)
     try:
@@ -179,7 +179,7 @@ def _to_slurm(entry: Entry, works: Sequence[Work], array: Array, profile: Profil
         with _outside_a_job(), redirect_stderr(StringIO()):  # submitit prints what it raises as well
             return [job.job_id for job in executor.submit_array(works)]
     except FailedJobError as error:
-        raise SlurmError(f"sbatch refused: {queue.complaint(str(error))}") from error
+        raise queue.refusal("sbatch", str(error)) from error
 
 
 @contextmanager
@@ -211,6 +211,14 @@ SENDERS: dict[str, Callable[[Entry, Sequence[Any], Array, Profile], list[str]]] 
 def _wait(process: int) -> None:
     with suppress(psutil.NoSuchProcess):
         psutil.Process(process).wait()
+
+
+def asks(array: Array, profile: Profile) -> str:
+    """What each job asks for, in words."""
+    request = array.request
+    memory = "all memory of its node" if profile.whole_memory else f"{request.memory_gb:.0f} GB of memory"
+    told = [f"{request.cards * profile.cpus} CPUs", memory, profile.gres_of(request.cards), f"{request.hours:.3g} h"]
+    return ", ".join(filter(None, told))
 
 
 def _parameters(array: Array, profile: Profile, name: str) -> dict[str, Any]:

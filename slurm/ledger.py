@@ -45,8 +45,9 @@ class Entry:
 
     `table` is the table, or the first of several and how many more; `tables` names by cell those that ask for it,
     where they are several.  `model` is what a reader calls the model of its cells; submissions of an earlier day do not
-    know it.  Each job takes `memory_gb` of memory (0: all that its node has) and `cards` of its node.  A submission
-    without cells writes down what the others have made.
+    know it.  Each job takes `memory_gb` of memory (0: all that its node has) and `cards` of its node; `asks` says all
+    that in words.  A submission without cells writes down what the others have made: of the tables `collected`,
+    with what each was asked for by, for the cells that the options `same` choose, `after` jobs of these ids.
     """
 
     name: str
@@ -60,6 +61,10 @@ class Entry:
     model: str = ""
     cards: int = 1
     tables: dict[str, list[str]] = field(default_factory=dict)
+    asks: str = ""
+    collected: dict[str, str] = field(default_factory=dict)
+    same: list[str] = field(default_factory=list)
+    after: list[str] = field(default_factory=list)
 
     @property
     def folder(self) -> Path:

@@ -56,13 +56,13 @@ def look(asked: argparse.Namespace) -> tuple[list[Standing], list[Job]]:
         for table, (named, models) in _asked(asked, jobs).items()
     ]
     tables = {one.table for one in found}
-    return found, [job for job in jobs if job.entry.collects or tables & set(_tables(job))]
+    return found, [job for job in jobs if _about(job, tables, everything=not asked.sources)]
 
 
 def text(found: Sequence[Standing], jobs: Sequence[Job], detail: bool = True) -> str:
     """For a reader: one line a table, or with `detail` one a cell; then what runs, what waits, and what failed."""
     if not found:
-        return "Nothing was begun yet: python -m slurm submit TABLE, or --all."
+        return "\n\n".join(["Nothing was begun yet: python -m slurm submit TABLE, or --all.", *_collecting(jobs)])
     parts = [_of_cells(one) for one in found] if detail else [_of_tables(found)]
     parts += [part for part in (_running(found, detail), _waiting(found, detail), *_collecting(jobs)) if part]
     parts += [part for one in found for part in _failures(one, detail)]
@@ -102,6 +102,12 @@ def _asked(asked: argparse.Namespace, jobs: Sequence[Job]) -> dict[str, tuple[di
 
 def _named(chosen: Sequence[cells.Cell]) -> tuple[dict[str, str], dict[str, str]]:
     return {cell.id: cell.label for cell in chosen}, {cell.id: cell.run.model_name for cell in chosen}
+
+
+def _about(job: Job, tables: set[str], everything: bool) -> bool:
+    if not job.entry.collects:
+        return bool(tables & set(_tables(job)))
+    return everything or not job.entry.collected or bool(tables & set(job.entry.collected))
 
 
 def _tables(job: Job) -> list[str]:
@@ -173,16 +179,13 @@ def _failures(one: Standing, detail: bool) -> list[str]:
 
 
 def _collecting(jobs: Sequence[Job]) -> list[str]:
-    """The last of the jobs that write everything down."""
+    """The last of the jobs that write everything down, one that is alive before others."""
     of_collecting = [job for job in jobs if job.entry.collects]
     if not of_collecting:
         return []
-    job = of_collecting[-1]
-    if job.alive and job.queued:
-        pending = job.queued.state == "PENDING"
-        return [
-            f"Tables, figures, claims and report: {f'waits ({job.queued.reason})' if pending else 'being written'}."
-        ]
+    job = ([job for job in of_collecting if job.alive] or of_collecting)[-1]
+    if job.alive:
+        return [f"Tables, figures, claims and report: {f'waits ({job.reason})' if job.waits else 'being written'}."]
     return [f"Tables, figures, claims and report: {job.death or 'written'}".rstrip(".") + "."]
 
 

@@ -68,7 +68,10 @@ class Profile(BaseModel):
     card: str | None = None
     cards: Count = Field(1, ge=1)
     gpu_memory_gb: Number | None = Field(None, gt=0)
-    teraflops: Number = Field(gt=0)
+    teraflops: Number = Field(
+        gt=0,
+        description="what one card sustains in 16-bit formats, e.g. teraflops = 60 for an A100, or 0.1 for 8 cores",
+    )
     cpus: Count = Field(8, ge=1)
     memory_gb: Number | None = Field(None, gt=0)
     whole_memory: bool = Field(False, strict=True)
@@ -87,7 +90,15 @@ class Profile(BaseModel):
     @model_validator(mode="after")
     def _gpu_memory_is_known(self) -> Profile:
         if (self.gres is None) != (self.gpu_memory_gb is None):
-            raise ValueError("gres and gpu_memory_gb belong together: name both for accelerators, neither without.")
+            lacking = (
+                'gres = "gpu:1", how the site names one card'
+                if self.gres is None
+                else ("gpu_memory_gb = 80, what one card holds in GB")
+            )
+            raise ValueError(
+                "gres and gpu_memory_gb belong together: name both for accelerators, neither without; "
+                f"add e.g. {lacking}, or leave out the other."
+            )
         return self
 
     @model_validator(mode="after")
@@ -209,5 +220,7 @@ def _first(error: ValidationError) -> str:
     key = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":
         return unknown("key", key, Profile.model_fields)
+    if first["type"] == "missing":
+        return f"{key} is missing; say {Profile.model_fields[key].description}."
     message = first["msg"].removeprefix("Value error, ")
     return f"{key}: {message}" if key else message

@@ -13,6 +13,15 @@ OVER = {
     "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "REVOKED", "TIMEOUT",
 }  # fmt: skip
 PATIENCE_SECONDS = 120
+REMEDIES = {
+    r"Unable to contact slurm|connect failure|Connection refused|Communication connection failure": (
+        "Is the controller running (scontrol ping)?  If so, SLURM_CONF must name the slurm.conf of its cluster."
+    ),
+    r"configuration (source|file)|Unable to (read|open) .*conf": (
+        "Set SLURM_CONF to the slurm.conf of the cluster, or log in to a machine that belongs to it."
+    ),
+    r"munge|authentication credential": "Is munged running here, with the key of the cluster?",
+}
 
 
 class SlurmError(OSError):
@@ -83,8 +92,15 @@ def ask(*command: str) -> str:
     except subprocess.TimeoutExpired:
         raise SlurmError(f"{command[0]} did not answer in {PATIENCE_SECONDS} s; try again later.") from None
     if done.returncode:
-        raise SlurmError(f"{command[0]} refused: {complaint(done.stderr) or done.stdout.strip()}")
+        raise refusal(command[0], done.stderr or done.stdout)
     return done.stdout
+
+
+def refusal(program: str, text: str) -> SlurmError:
+    """What that program wrote, and what to do about it where that is known."""
+    found = (remedy for pattern, remedy in REMEDIES.items() if re.search(pattern, text, re.IGNORECASE))
+    said = f"{program} refused: {complaint(text)}"
+    return SlurmError(f"{said.rstrip('.')}. {remedy}" if (remedy := next(found, "")) else said)
 
 
 def complaint(text: str) -> str:

@@ -20,7 +20,7 @@ from experiments.store import records
 from experiments.store.records import Failure, Record
 from experiments.store.redaction import redacted
 from pruners.suggest import UsageError
-from slurm import ledger, queue
+from slurm import ledger, queue, reasons
 from slurm.ledger import Entry, Sent
 from slurm.queue import Queued
 
@@ -31,6 +31,7 @@ ALL_MEMORY = (
     "--batch-size."
 )
 CHOSEN_FIRST = "after the job that chooses its learning rate"
+COLLECT = "collect"  # what jobs that write everything down are called
 NEVER_BEGUN = "It left the queue before it began, as a cancelled job does; submit again."
 DEATHS = {
     r"exceeded (job )?memory limit|oom.?kill|out of memory|out_of_memory|MemoryError": (
@@ -66,6 +67,15 @@ class Job:
     @property
     def alive(self) -> bool:
         return self.queued is not None and not self.queued.over
+
+    @property
+    def waits(self) -> bool:
+        return self.alive and self.queued is not None and self.queued.state == "PENDING"
+
+    @property
+    def reason(self) -> str:
+        """Why it waits; empty where nothing is known."""
+        return reasons.meaning(self.queued.reason, self.entry.asks) if self.queued else ""
 
     @property
     def logs(self) -> tuple[Path, Path]:
@@ -175,7 +185,7 @@ def _cell(id: str, label: str, record: Record | None, failure: Failure | None, j
     if job and job.queued and job.alive and not _since(job, record):
         if job.queued.state == "PENDING":
             chosen = job.queued.reason == "Dependency" and job.sent.choices
-            return CellState(id, label, "queued", name, CHOSEN_FIRST if chosen else job.queued.reason)
+            return CellState(id, label, "queued", name, CHOSEN_FIRST if chosen else job.reason)
         if job.current == id:
             return CellState(id, label, "running", name, **job.pace)
         return CellState(id, label, "queued", name, "after others of its job" if job.events else "its job is starting")
@@ -219,12 +229,14 @@ def models(root: Path, table: str) -> dict[str, str]:
 
 
 def find(root: Path, cell: str) -> list[Job]:
-    """The jobs that had this cell, by its id or label, oldest first; UsageError where there is none."""
+    """The jobs that had this cell, by its id or label, or those that collect, oldest first; UsageError for none."""
     found = [
         Job(entry, index, None)
         for entry in ledger.load(root)
         for index, sent in enumerate(entry.jobs)
-        if cell in sent.cells or cell.lower() in map(str.lower, sent.cells.values())
+        if cell in sent.cells
+        or cell.lower() in map(str.lower, sent.cells.values())
+        or (entry.collects and cell == COLLECT)
     ]
     if not found:
         raise UsageError(f"No job was ever sent with a cell {cell!r}; `status TABLE` lists ids and labels.")

@@ -37,6 +37,8 @@ def test_the_two_examples_and_the_default_are_there():
         ("cpus = true", "cpus: Input should be a valid integer"),
         ("parallel = 0", "parallel: Input should be greater than or equal to 1"),
         ('gres = "gpu:1"', "gres and gpu_memory_gb belong together"),
+        ('gres = "gpu:1"', "add e.g. gpu_memory_gb = 80, what one card holds in GB"),
+        ("gpu_memory_gb = 80", 'add e.g. gres = "gpu:1", how the site names one card'),
         ("setup = [", "is not TOML"),
         ("setup = " + 20_000 * "[", "is nested too deeply"),
         ('options = {time = "1:00"}', "time is set from the job itself"),
@@ -61,6 +63,18 @@ def test_what_is_wrong_with_a_profile_is_one_sentence(tmp_path, line, said):
     assert said in str(error.value)
     assert "mine.toml" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_every_key_that_must_be_there_says_what_to_put(tmp_path):
+    for name, field in profile.Profile.model_fields.items():
+        assert not field.is_required() or f"{name} = " in (field.description or "")
+    (path := tmp_path / "p.toml").write_text('gres = "gpu:1"\ngpu_memory_gb = 80\n')
+    with pytest.raises(ProfileError) as error:
+        profile.load(str(path))
+    assert str(error.value) == (
+        f"{path}: teraflops is missing; say what one card sustains in 16-bit formats, e.g. teraflops = 60 for an A100, "
+        "or 0.1 for 8 cores."
+    )
 
 
 SECRETS = """hf auth login --token SECRET

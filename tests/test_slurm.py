@@ -14,7 +14,7 @@ import pytest
 import small_table as small
 
 import pruners
-from experiments import callbacks, cells, papers
+from experiments import callbacks, cells, cli, papers
 from experiments.cells import Cell
 from experiments.spec import Perplexity, Run, Windows, digest
 from experiments.store import records
@@ -339,6 +339,41 @@ def test_a_queue_that_cannot_be_asked_is_never_taken_for_an_empty_one(monkeypatc
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     with pytest.raises(queue.SlurmError, match="Unable to contact slurm"):
         queue.jobs(["tiny-1"])
+
+
+@pytest.mark.parametrize(
+    ("said", "remedy"),
+    [
+        ("slurm_load_jobs error: Unable to contact slurm controller (connect failure)", "SLURM_CONF must name the"),
+        ("sbatch: fatal: Could not establish a configuration source", "Set SLURM_CONF to the slurm.conf"),
+        ("sbatch: error: Protocol authentication error: munge", "Is munged running here"),
+    ],
+)
+def test_a_cluster_that_cannot_be_reached_says_what_to_do(said, remedy):
+    told = str(queue.refusal("sbatch", said))
+    assert told.startswith(f"sbatch refused: {said}. ")
+    assert remedy in told
+
+
+def interrupted(*_: object) -> int:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["status", "--watch"], "Stopped. The jobs are as they were."),
+        (["cancel"], "Stopped. Some jobs may be cancelled by now; the same command cancels the rest."),
+        (["submit"], "Stopped. What was sent is in the queue; the same command sends the rest."),
+        (["submit", "--dry-run"], "Stopped. Nothing was sent."),
+        (["submit", "--executor", "local"], "Stopped. What was finished is kept; the same command goes on."),
+    ],
+)
+def test_a_command_that_is_interrupted_says_what_is_so_then(words, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "declared", interrupted)
+    monkeypatch.setattr(state, "jobs", interrupted)
+    assert main([words[0], "embedded.demo", *words[1:], "--results", str(tmp_path)]) == 130
+    assert capsys.readouterr().err.strip() == said
 
 
 def test_a_damaged_entry_is_reported_and_left_out(tiny, tmp_path, caplog):

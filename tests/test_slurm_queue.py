@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import subprocess
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import small_table as small
 from test_slurm import GPU, found, with_changes, work
 
+from analysis.__main__ import main as analysis
 from experiments import cells, models, papers, rates
 from experiments.spec import Run, digest
 from experiments.store import records
-from slurm import choices, estimate, jobs, launch, ledger, pace, profile, queue, state
+from slurm import choices, collect, estimate, jobs, launch, ledger, pace, profile, queue, reasons, state
 from slurm.__main__ import main
 
 RUNNING = queue.Queued("RUNNING", "n1", "", "")
@@ -205,3 +209,133 @@ def test_the_array_limit_of_the_site_parts_the_dry_run_as_well(tmp_path, monkeyp
     assert queue.largest_array(1000) == 2
     assert "#SBATCH --array=0-1%2" in told
     assert "#SBATCH --array=0-2" not in told
+
+
+@pytest.fixture
+def waiting(sent, monkeypatch) -> Callable[[], list[str]]:
+    """The ids of the jobs in the queue of a Slurm that starts none of them."""
+    gone: list[str] = []
+    pending = queue.Queued("PENDING", "", "", "PartitionConfig")
+    monkeypatch.setattr(queue, "cancel", gone.extend)
+    ids = lambda: [job.id for entry, _ in sent for job in entry.jobs if job.id not in gone]  # noqa: E731
+    monkeypatch.setattr(queue, "jobs", lambda names: dict.fromkeys(ids(), pending) if names else {})
+    return ids
+
+
+def test_a_table_has_one_waiting_job_that_collects_and_cancel_stops_it(tmp_path, sent, waiting, capsys):
+    words = ("embedded.demo", "--collect", "--only", "Dense")
+    assert submit(tmp_path, *words) == submit(tmp_path, *words) == 0
+    assert waiting() == ["1_0", "2_0"]
+    assert "2_0: tables, figures, claims and report, sent before\n" in capsys.readouterr().out
+    assert submit(tmp_path, *words, "Wanda 50 %") == 0  # one more job, which it must wait for
+    assert waiting() == ["1_0", "3_0", "4_0"]
+    assert "4_0: tables, figures, claims and report, in place of 2_0\n" in capsys.readouterr().out
+    assert set(sent[-1][1].split(":")) == {"afterany", "1_0", "3_0"}
+    assert submit(tmp_path, "flap.perplexity", "--collect", "--only", "Dense", "model=llama-7b") == 0
+    assert waiting() == ["1_0", "3_0", "4_0", "5_0", "6_0"]
+    capsys.readouterr()
+    assert main(["cancel", "embedded.demo", "--results", str(tmp_path / "results")]) == 0
+    assert waiting() == ["5_0", "6_0"]
+    assert capsys.readouterr().err.splitlines()[1].startswith("4_0: cancelled, too, as it would have collected")
+    assert main(["cancel", "--all", "--results", str(tmp_path / "results")]) == 0
+    assert waiting() == []
+
+
+def test_a_job_that_collects_two_tables_is_cancelled_with_the_last_of_them(tmp_path, sent, waiting):
+    two = ("embedded.demo", "flap.perplexity")
+    assert submit(tmp_path, *two, "--collect", "--only", "Dense") == 0
+    collects = sent[-1][0].jobs[0].id
+    for table, left in zip(two, (True, False), strict=True):
+        assert main(["cancel", table, "--results", str(tmp_path / "results")]) == 0
+        assert (collects in waiting()) is left
+
+
+def test_cancel_stops_the_jobs_of_one_model(tmp_path, sent, waiting):
+    for model in ("llama-7b", "llama-13b"):
+        assert submit(tmp_path, "embedded.demo", "--only", "Dense", "--model", model, "--collect") == 0
+    assert waiting() == ["1_0", "2_0", "3_0", "4_0"]
+    words = ["cancel", "embedded.demo", "--results", str(tmp_path / "results"), "--model"]
+    assert main([*words, "llama-30b"]) == 0
+    assert waiting() == ["1_0", "2_0", "3_0", "4_0"]
+    assert sent[-1][1] == "afterany:3_0"  # not for jobs of the other model
+    assert main([*words, "llama-13b"]) == 0
+    assert waiting() == ["1_0", "2_0"]
+
+
+def test_status_says_what_a_reason_of_slurm_means(tmp_path, sent, waiting, capsys):
+    assert submit(tmp_path, "embedded.demo", "--only", "Dense", "--collect") == 0
+    capsys.readouterr()
+    assert main(["status", "--results", str(tmp_path / "results")]) == 0
+    told = capsys.readouterr().out
+    asked = sent[0][0].asks
+    assert asked.startswith("8 CPUs, ")
+    said = "asks for more than the nodes of its partition have or allow"
+    assert f"{said}: {asked}; see the profile, and sinfo for the nodes (PartitionConfig)" in told
+    assert f"report: waits ({said}: {sent[1][0].asks}; see" in told
+
+
+@pytest.mark.parametrize(
+    ("reason", "said"),
+    [
+        ("PartitionNodeLimit", "asks for more than the nodes of its partition have or allow: 8 CPUs;"),
+        ("PartitionTimeLimit", "asks for more hours than its partition allows: 8 CPUs; lower hours"),
+        ("ReqNodeNotAvail, UnavailableNodes:n1", "are down, drained or reserved"),
+        ("QOSMaxCpuPerUserLimit", "a limit of its account or QOS is reached: 8 CPUs;"),
+        ("AssocGrpGRES", "a limit of its account or QOS is reached: 8 CPUs;"),
+        ("QOSNotAllowed", "may not be used there"),
+        ("launch failed requeued held", "is held"),
+        ("DependencyNeverSatisfied", "cancel it and submit again"),
+    ],
+)
+def test_reasons_in_words_end_with_that_of_slurm(reason, said):
+    told = reasons.meaning(reason, "8 CPUs")
+    assert said in told
+    assert told.endswith(f" ({reason})")
+
+
+def test_common_reasons_stay_words_of_slurm():
+    assert [reasons.meaning(reason) for reason in ("Priority", "Resources", "Dependency")] == [
+        "Priority", "Resources", "Dependency",
+    ]  # fmt: skip
+
+
+OWN = """
+import sys
+sys.path.insert(0, {tests!r})
+import small_table as small
+
+mine = small.table(name="mine")
+"""
+
+
+def test_what_collects_a_table_of_a_file_on_another_model_reports_it_and_status_says_what_is_lacking(
+    tmp_path, monkeypatch, capsys
+):
+    """The command runs in this process instead of one of its own."""
+    ended = lambda words, check: subprocess.CompletedProcess(words, analysis(words[3:]))  # noqa: E731
+    monkeypatch.setattr("analysis.claims.statements.frame", lambda *_, **__: {}["claims"])
+    monkeypatch.setattr("experiments.cli.ending.forget", lambda: None)
+    monkeypatch.setattr(collect, "subprocess", SimpleNamespace(run=ended))
+    (file := tmp_path / "mine.py").write_text(OWN.format(tests=str(Path(__file__).parent)))
+    root = tmp_path / "results"
+    root.mkdir()
+    words = ["submit", str(file), "--model", "llama-7b", "--executor", "debug", "--only", "Dense", "--collect"]
+    monkeypatch.setattr(launch, "missing", lambda *_, **__: launch.Todo([], {}))  # as after its job
+    (run, *_) = papers.runs(small.table(name="mine"), "llama-7b")
+    recorded(root, run, "mine")
+    assert main([*words, "--results", str(root)]) == 0
+    page = (root / "report.html").read_text()
+    assert "A tiny table: llama-7b" in page
+    assert f"python -m experiments run {file} --model llama-7b" in page
+    capsys.readouterr()
+    main(["status", str(file), "--results", str(root)])
+    assert (
+        "Tables, figures, claims and report: written but for claims (claims: KeyError: claims"
+        in capsys.readouterr().out
+    )
+    (root / "runs/mine").rename(root / "gone")
+    assert main([*words, "--results", str(root)]) == 0
+    capsys.readouterr()
+    main(["status", "--results", str(root)])
+    said = "written but for table of mine, figures of mine, claims and report (report: No record of any table under"
+    assert said in capsys.readouterr().out

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,16 @@ from experiments.spec import Table
 
 TEMPLATE = "report.html"
 FEW_TABLES = 12  # with records; of so many every figure is drawn, which takes a second or so each
+Variant = tuple[str | None, str | None, int | None, Sequence[str]]  # model, dtype, limit and tasks
+DECLARED: Variant = (None, None, None, ())
+NO_VARIANTS: Mapping[str, Variant] = {}
 TELLING = ("sparsity", "steps", "parameters", "masks")  # kinds that say what no grid of numbers does
 
 
 @dataclass(frozen=True)
 class Section:
-    """One table that has records; `done` counts them, `made` are its rows."""
+    """One table that has records; `done` counts them, `made` are its rows, `again` the arguments of a command for the
+    same cells."""
 
     name: str
     title: str
@@ -49,6 +53,7 @@ class Section:
     figures: list[Drawn]
     made: list[Row]
     all_drawn: bool
+    again: str
 
 
 @dataclass(frozen=True)
@@ -70,18 +75,23 @@ class Grid:
 
 
 def html(
-    root: Folders, known_as: Path | None = None, data_dir: Path | None = None, every_figure: bool | None = None
+    root: Folders,
+    known_as: Path | None = None,
+    data_dir: Path | None = None,
+    every_figure: bool | None = None,
+    variants: Mapping[str, Variant] = NO_VARIANTS,
 ) -> str:
     """The page; NoRecordsError where there is no record at all.  Its hints name `root` as a reader knows it.
 
     With `data_dir` records of other texts than lie there are withheld.  Without `every_figure`, which is the default
     where more than FEW_TABLES tables have records, only what the papers draw and do not print is drawn; the page names
-    the command for the others.
+    the command for the others.  `variants` are by table the model, dtype, limit and tasks of the cells to show where
+    they are others than the table declares.
     """
     place = known_as or root
-    found = [(table, made) for table in papers.TABLES.values() if (made := _rows(table, root, data_dir))]
+    found = [(table, made) for table in papers.TABLES.values() if (made := _rows(table, root, data_dir, variants))]
     every = len(found) <= FEW_TABLES if every_figure is None else every_figure
-    sections = [_section(table, made, place, every) for table, made in found]
+    sections = [_section(table, made, place, every, variants) for table, made in found]
     if not sections:
         where = " or ".join(map(str, folders(root)))
         raise NoRecordsError(f"No record of any table under {where}. Run `python -m experiments run TABLE` first.")
@@ -107,16 +117,17 @@ def _environment() -> Environment:
     return made
 
 
-def _rows(table: Table, root: Folders, data_dir: Path | None) -> list[Row]:
+def _rows(table: Table, root: Folders, data_dir: Path | None, variants: Mapping[str, Variant]) -> list[Row]:
     """None of them where no cell was ever run."""
     try:
-        return rows(table, root, data_dir=data_dir)
+        return rows(table, root, *variants.get(table.name, DECLARED), data_dir=data_dir)
     except NoRecordsError:
         return []
 
 
-def _section(table: Table, made: list[Row], known_as: Folders, every: bool) -> Section:
+def _section(table: Table, made: list[Row], known_as: Folders, every: bool, variants: Mapping[str, Variant]) -> Section:
     found = compare.cells(table, made)
+    again = cli.selection(table.name, folders(known_as)[0], *variants.get(table.name, DECLARED))
     return Section(
         name=table.name,
         title=title(table, made),
@@ -127,7 +138,8 @@ def _section(table: Table, made: list[Row], known_as: Folders, every: bool) -> S
         claims=[],
         beside=_grid(compare.text(found), [provenance.ids(cell.rows) for cell in found]) if table.published else None,
         own=_grid(frames.text(made), [provenance.ids([row]) for row in made]),
-        notes=notes(table, made, cli.selection(table.name, folders(known_as)[0])),
+        notes=notes(table, made, again),
+        again=again if table.name in variants else table.name,
         figures=list(_figures(table, made, every)),
         made=made,
         all_drawn=every,
