@@ -51,7 +51,7 @@ def plain_perplexity(model: Any, tokens: torch.Tensor) -> float:
 
 def plain_zero_shot(model: Any, tokenizer: Any, sources: dict[str, Any], documents: int, batch: int) -> Answers:
     scorer = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
-    tasks = [task for group in load(sources)[0].values() for task in group.values()]
+    tasks = [task for group in load(sources, limit=documents)[0].values() for task in group.values()]
     index = task_manager(next(iter(sources)))  # lm-eval's own of all its tasks takes ten seconds to read
     found = simple_evaluate(scorer, tasks=tasks, task_manager=index, limit=documents, bootstrap_iters=0)
     return {
@@ -109,7 +109,7 @@ def _perplexities(model: Any, tokens: torch.Tensor) -> tuple[float, float]:
 
 def _zero_shots(model: Any, tokenizer: Any, sources: dict[str, Any], documents: int) -> list[tuple[str, float, float]]:
     """By way of asking: documents per CPU second, and how many times that it is here, medians over the turns."""
-    load(sources)  # reads lm-eval's index and makes the documents: work that all ways would do once
+    load(sources, limit=documents)  # reads lm-eval's index and makes the documents: work that all ways would do once
     ways: Mapping[str, Callable[..., Answers]] = {
         "here": our_zero_shot,
         "every request by itself": zero_shot_apart,
