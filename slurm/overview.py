@@ -185,8 +185,12 @@ def _collecting(jobs: Sequence[Job]) -> list[str]:
         return []
     job = ([job for job in of_collecting if job.alive] or of_collecting)[-1]
     if job.alive:
-        return [f"Tables, figures, claims and report: {f'waits ({job.reason})' if job.waits else 'being written'}."]
+        return [f"Tables, figures, claims and report: {f'waits ({_awaited(job)})' if job.waits else 'being written'}."]
     return [f"Tables, figures, claims and report: {job.death or 'written'}".rstrip(".") + "."]
+
+
+def _awaited(job: Job) -> str:
+    return "for the jobs that make its cells" if job.reason == "Dependency" else job.reason
 
 
 def _queue(jobs: Sequence[Job]) -> str:
@@ -208,10 +212,15 @@ def _watch(asked: argparse.Namespace) -> list[Standing]:
     from rich.live import Live
     from rich.text import Text
 
-    with Live(console=Console(highlight=False), auto_refresh=False, vertical_overflow="visible") as live:
-        while True:
-            found, jobs = look(asked)
-            live.update(Text(text(found, jobs, detail=bool(asked.sources))), refresh=True)
-            if not any(job.alive for job in jobs):
-                return found
-            time.sleep(SECONDS_BETWEEN)
+    console = Console(highlight=False)
+    try:
+        with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
+            while True:
+                found, jobs = look(asked)
+                live.update(Text(text(found, jobs, detail=bool(asked.sources))), refresh=True)
+                if not any(job.alive for job in jobs):
+                    return found
+                time.sleep(SECONDS_BETWEEN)
+    finally:
+        if not console.is_terminal:  # where rich ends no line
+            console.line()

@@ -17,7 +17,7 @@ from analysis.__main__ import main as analysis
 from experiments import cells, models, papers, rates
 from experiments.spec import Run, digest
 from experiments.store import records
-from slurm import choices, collect, estimate, jobs, launch, ledger, pace, profile, queue, reasons, state
+from slurm import choices, collect, estimate, jobs, launch, ledger, overview, pace, profile, queue, reasons, state
 from slurm.__main__ import main
 
 RUNNING = queue.Queued("RUNNING", "n1", "", "")
@@ -262,7 +262,7 @@ def test_cancel_stops_the_jobs_of_one_model(tmp_path, sent, waiting):
     assert waiting() == ["1_0", "2_0"]
 
 
-def test_status_says_what_a_reason_of_slurm_means(tmp_path, sent, waiting, capsys):
+def test_status_says_what_a_reason_of_slurm_means(tmp_path, sent, waiting, monkeypatch, capsys):
     assert submit(tmp_path, "embedded.demo", "--only", "Dense", "--collect") == 0
     capsys.readouterr()
     assert main(["status", "--results", str(tmp_path / "results")]) == 0
@@ -272,6 +272,11 @@ def test_status_says_what_a_reason_of_slurm_means(tmp_path, sent, waiting, capsy
     said = "asks for more than the nodes of its partition have or allow"
     assert f"{said}: {asked}; see the profile, and sinfo for the nodes (PartitionConfig)" in told
     assert f"report: waits ({said}: {sent[1][0].asks}; see" in told
+    depends = queue.Queued("PENDING", "", "", "Dependency")
+    monkeypatch.setattr(queue, "jobs", lambda names: dict.fromkeys(waiting(), depends) if names else {})
+    monkeypatch.setattr(overview, "SECONDS_BETWEEN", -1)  # an error, which ends the watch
+    assert main(["status", "--watch", "--results", str(tmp_path / "results")]) == 1
+    assert "report: waits (for the jobs that make its cells).\n\n1 queued\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
