@@ -81,4 +81,6 @@ def test_results_go_to_a_folder_of_their_own(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     assert analysis(["table", TABLE, "--rehearse"]) == 2
     assert "results/rehearsal" in capsys.readouterr().err
+    assert slurm(["submit", TABLE, "--rehearse", "--dry-run"]) == 0
+    assert f"--error={tmp_path}/results/rehearsal/" in capsys.readouterr().out
     assert papers.find(TABLE).published

@@ -56,9 +56,10 @@ def _rehearse(asked: argparse.Namespace) -> None:
 
     rehearsal.use(asked.sources if hasattr(asked, "sources") else [asked.table], getattr(asked, "model", None))
     asked.no_dense_gate = True
-    asked.results = {str(RESULTS): rehearsal.RESULTS, str([RESULTS]): [rehearsal.RESULTS]}.get(
-        str(asked.results), asked.results
-    )
+    folders = [asked.results] if isinstance(asked.results, Path) else asked.results
+    if [folder.resolve() for folder in folders] == [RESULTS.resolve()]:
+        place = rehearsal.RESULTS.resolve() if folders[0].is_absolute() else rehearsal.RESULTS
+        asked.results = place if isinstance(asked.results, Path) else [place]
 
 
 def forget() -> None:
