@@ -343,7 +343,7 @@ def _measure(session: Session, recovery: Mapping[str, Any], said: Mapping[DenseA
 
 
 def _cost(session: Session) -> records.Cost:
-    peak = provenance.peak_bytes(session.subject.model.device)
+    peak = provenance.peak_bytes(session.subject.model.device) - kept.nbytes()  # which the cell did not need
     return records.Cost(seconds=session.stages.finished(), peak_bytes=peak)
 
 

@@ -48,6 +48,7 @@ def test_each_gets_the_bits_that_were_loaded(loads):
     for _ in range(4):
         model, tokenizer = kept.load(what, load)
         assert everything(model)[1] == told
+        assert kept.nbytes() == sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
         for name, tensor in everything(model)[0].items():
             assert torch.equal(tensor, tensors[name]), name
         assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -57,6 +58,8 @@ def test_each_gets_the_bits_that_were_loaded(loads):
         model.config.rms_norm_eps = 1.0
         tokenizer.add_tokens("<new>")
     assert len(loads) == 2  # whether a model is asked for again is known the second time
+    kept.forget()
+    assert kept.nbytes() == 0
 
 
 def test_another_model_takes_its_place_and_a_large_one_is_not_kept(loads, monkeypatch):

@@ -44,6 +44,11 @@ def load(what: Mapping[str, Any], load: Callable[[], tuple[Any, Any]]) -> tuple[
     return copy.deepcopy(_LAST.loaded)
 
 
+def nbytes() -> int:
+    """What is kept takes so much of the memory where it is, whoever is at work there."""
+    return _bytes(_LAST.loaded[0]) if _LAST.loaded is not None else 0
+
+
 def forget() -> None:
     """Let go of what is kept."""
     _LAST.key, _LAST.loaded = "", None
