@@ -11,6 +11,8 @@ LOCKED := PIP_CONSTRAINT=$(LOCK) PIP_BUILD_CONSTRAINT=$(LOCK)
 # The two other environments have the torch of which a CPU build is at hand; TORCH="torch<3" takes the newest there is.
 TORCH ?= torch==2.13.0
 UV := .venv-tools/bin/uv
+# Processes that are started elsewhere, such as jobs, find this checkout.
+CHECKOUT = 'import pathlib, sysconfig; pathlib.Path(sysconfig.get_path("purelib"), "checkout.pth").write_text("$(CURDIR)\n")'
 
 .PHONY: demo gemma test golden check bench env lock test-newest test-lowest clean
 
@@ -49,7 +51,7 @@ env: .venv/ready
 	$(PYTHON) -m venv .venv
 	$(LOCKED) $(RUN) -m pip install --quiet -r requirements.txt -r requirements-dev.txt
 	$(LOCKED) $(RUN) -m pip install --quiet --no-deps -r requirements-embedded.txt
-	@$(RUN) -c 'import pathlib, sysconfig; pathlib.Path(sysconfig.get_path("purelib"), "checkout.pth").write_text("$(CURDIR)\n")'
+	@$(RUN) -c $(CHECKOUT)
 	touch $@
 
 # What the embedded packages depend on is never installed, so it is not locked.
@@ -70,6 +72,7 @@ test-lowest: .venv-lowest/ready
 	$(@D)/bin/python -m pip install --quiet $(TORCH)
 	$(UV) pip install --quiet --python $(@D)/bin/python -r requirements.txt -r requirements-dev.txt
 	$(UV) pip install --quiet --python $(@D)/bin/python --no-deps -r requirements-embedded.txt
+	@$(@D)/bin/python -c $(CHECKOUT)
 	touch $@
 
 .venv-lowest/ready: requirements.txt requirements-dev.txt requirements-embedded.txt .venv-tools/bin/uv
@@ -79,6 +82,7 @@ test-lowest: .venv-lowest/ready
 	  --python $(@D)/bin/python requirements.txt requirements-dev.txt --output-file $(@D)/lowest.txt
 	$(UV) pip install --quiet --python $(@D)/bin/python -c $(@D)/lowest.txt -r requirements.txt -r requirements-dev.txt
 	$(UV) pip install --quiet --python $(@D)/bin/python --no-deps -r requirements-embedded.txt
+	@$(@D)/bin/python -c $(CHECKOUT)
 	touch $@
 
 .venv-tools/bin/uv:
