@@ -280,8 +280,7 @@ def _show(array: Array, profile: str, whole_memory: bool) -> None:
         else ""
     )
     where = f" with the profile {profile}" if profile else ""
-    memory = "all memory of its node" if whole_memory else f"{request.memory_gb:g} GB of memory"
-    print(f"\nEach asks for {device}{memory} and {request.hours:.1f} h{times}{where}.")
+    print(f"\nEach asks for {device}{request.memory(whole_memory)} and {request.hours:.1f} h{times}{where}.")
     if array.after:
         jobs = f"{len(array.after)} jobs have" if len(array.after) > 1 else "1 job has"
         print(f"They begin once {jobs} chosen learning rates that they need.")

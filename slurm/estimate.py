@@ -50,6 +50,10 @@ class Request:
     needed_hours: float
     hours: float
 
+    def memory(self, whole: bool) -> str:
+        """In words; `whole` is all that a node has."""
+        return "all memory of its node" if whole else f"{self.memory_gb:g} GB of memory"
+
     @property
     def minutes(self) -> int:
         return math.ceil(60 * self.hours)

@@ -216,7 +216,7 @@ def _wait(process: int) -> None:
 def asks(array: Array, profile: Profile) -> str:
     """What each job asks for, in words."""
     request = array.request
-    memory = "all memory of its node" if profile.whole_memory else f"{request.memory_gb:.0f} GB of memory"
+    memory = request.memory(profile.whole_memory)
     told = [f"{request.cards * profile.cpus} CPUs", memory, profile.gres_of(request.cards), f"{request.hours:.3g} h"]
     return ", ".join(filter(None, told))
 
