@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,10 @@ from transformers import (
     PreTrainedModel,
 )
 
-from pruners import anatomy, apply
+from pruners import anatomy, apply, families
 
 with install_import_hook(["pruners", "eval"], "beartype.beartype"):  # shapes in signatures hold, in tests
-    import pruners  # noqa: F401
+    import pruners
 
 DROPPED = re.compile(r"deprecat|will be removed|no longer be supported", re.IGNORECASE)
 
@@ -89,6 +89,22 @@ def no_hub(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path_factory.getbasetemp() / "no-hub"))
     monkeypatch.setattr(hub, "reachable", lambda: False)
+
+
+@pytest.fixture(autouse=True)
+def registers() -> Iterator[None]:
+    """What a test adds to a register of the project is gone after it, whichever test comes next in that process."""
+    import experiments.models
+    from experiments import papers
+    from experiments.selection import rehearsal
+
+    kept = [(register, dict(register)) for register in (
+        papers.TABLES, rehearsal._real, experiments.models.CATALOGUE, pruners.METHODS, families.FAMILIES,
+    )]  # fmt: skip
+    yield
+    for register, before in kept:
+        register.clear()
+        register.update(before)
 
 
 HOLLOW = {  # what each of the two blocks has lost
