@@ -20,7 +20,7 @@ from experiments.data import sources, wheels
 from experiments.data.corpora import find as find_corpus
 from experiments.measures import dense_gate, zero_shot
 from experiments.models import hub
-from experiments.placement.needs import BYTES
+from experiments.placement.stages import BYTES
 from experiments.recovery import Documents, Instructions, Retraining, schedule, training_tokens
 from experiments.spec import Run, ZeroShot
 from pruners.unstructured import Unstructured

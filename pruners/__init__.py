@@ -28,6 +28,7 @@ from pruners.magnitude import Magnitude
 from pruners.random_baseline import Random
 from pruners.report import Report
 from pruners.sparsegpt import SparseGPT
+from pruners.statistic import is_finite
 from pruners.structured import Structured
 from pruners.structured_baselines import MagnitudeSP, WandaSP
 from pruners.unstructured import Unstructured
@@ -227,7 +228,7 @@ def _check_statistics(model: PreTrainedModel, method: Any, statistics: Any) -> N
             what = "are not of float32" if not statistics[name].is_meta else "are without values"
             what += " in"
             break
-        if not statistics[name].isfinite().all():
+        if not is_finite(statistics[name]):
             what = "hold NaN or inf in"
             break
     else:

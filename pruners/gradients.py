@@ -15,6 +15,7 @@ from pruners.calibrate import Progress, evaluating
 from pruners.inputs import IGNORED
 from pruners.lazy import F, Int, Tensor, nn, torch
 from pruners.ranks import Ranks
+from pruners.statistic import is_finite
 from pruners.stream import ALONE, Stream, handing_on, instead
 from pruners.weights import homes, memory
 
@@ -62,7 +63,7 @@ def backward(
         assert own is not None  # the hook runs once the gradient is there
         for source in range(min(together.count, waiting)):
             gradient = together.tell(source, own if source == together.rank else torch.empty_like(own))
-            if not gradient.isfinite().all():
+            if not is_finite(gradient):
                 raise ValueError(f"The gradient of {name} is not finite; use --dtype bfloat16 or float32.")
             consume(name, gradient.float().div_(scale) if scale != 1 else gradient)
 

@@ -10,6 +10,7 @@ from typing import Any
 from pruners import anatomy
 from pruners.checks import shown, typed
 from pruners.lazy import PreTrainedModel, Tensor, nn, torch
+from pruners.statistic import is_finite
 from pruners.weights import homes
 
 IGNORED = -100  # a label that carries no loss
@@ -96,7 +97,7 @@ def refuse_non_finite(model: PreTrainedModel) -> None:
     matrices = {f"{b.name}.{b.parameter(name)[0]}" for b in anatomy.blocks(model) for name in b.linears()}
     for held in homes.each(model):
         for name, weight in held.items():
-            if name not in matrices and not weight.is_meta and not weight.isfinite().all():
+            if name not in matrices and not weight.is_meta and not is_finite(weight):
                 raise ValueError(
                     f"{name} holds NaN or inf; nothing sound can be made of such a model. Check the checkpoint."
                 )

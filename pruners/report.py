@@ -28,7 +28,8 @@ class Projection:
 
     @classmethod
     def of(cls, name: str, linear: Matrix, asked: float) -> Projection:
-        return cls(name, linear.weight.numel(), int((linear.weight == 0).sum()), asked)
+        weight = linear.weight
+        return cls(name, weight.numel(), weight.numel() - int(weight.count_nonzero()), asked)
 
 
 @dataclass(frozen=True)

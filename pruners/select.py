@@ -76,8 +76,8 @@ def lowest(score: Float[Tensor, "*rows inp"], count: int) -> Bool[Tensor, "*rows
     threshold = _kth_lowest(score, count)
     gone = score < threshold
     ties = score == threshold
-    wanted = count - gone.sum(-1, keepdim=True)
-    crowded = (ties.sum(-1, keepdim=True) > wanted).squeeze(-1)
+    wanted = count - gone.sum(-1, keepdim=True, dtype=torch.int32)  # of int64 torch makes a copy on a CPU
+    crowded = (ties.sum(-1, keepdim=True, dtype=torch.int32) > wanted).squeeze(-1)
     if crowded.any():
         ties[crowded] &= ties[crowded].cumsum(-1) <= wanted[crowded]
     return gone | ties

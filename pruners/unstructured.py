@@ -15,6 +15,7 @@ from pruners.lazy import Bool, Float, Int, Tensor, nn
 from pruners.matrices import Matrix
 from pruners.report import Projection, Report
 from pruners.select import Pattern
+from pruners.statistic import is_finite
 from pruners.weights import homes
 
 
@@ -175,7 +176,7 @@ def _one_by_one(model: nn.Module, finished: Callable[[Block], None]) -> Iterator
 def refuse_non_finite(block: Block) -> None:
     """ValueError, naming the first matrix of the block that holds NaN or inf."""
     for name, linear in block.linears().items():
-        if not linear.weight.is_meta and not linear.weight.isfinite().all():
+        if not linear.weight.is_meta and not is_finite(linear.weight):
             raise ValueError(
                 f"{block.name}.{name}.weight holds NaN or inf; nothing sound can be pruned from it. Check the "
                 "checkpoint."

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from experiments.cells import OVERHEAD_TOKENS, Cell, method_name
 from experiments.estimate import BYTES, parameters_of, sweeps, taken_over
-from experiments.placement import needs, several
+from experiments.placement import needs, several, shapes
 from experiments.recovery import Retraining
 from experiments.spec import Run, ZeroShot
 from pruners.retrain import Reconstruction
@@ -183,7 +183,7 @@ def _host_gb(cell: Cell, profile: Profile, cards: int) -> float:
     disk."""
     home, _ = home_on(cell, profile, cards)
     if home == "away" and _on_disk(cell.run, profile, cards):
-        return 4 * _weights_gb(cell.run) / needs.shape_of(cell.run.model).blocks
+        return 4 * _weights_gb(cell.run) / shapes.shape_of(cell.run.model).blocks
     key = cell.run.method.statistics_key if cell.run.method is not None else None
     gradients = 4e-9 * parameters_of(cell.run.model) if key and key["kind"] == "gradient_norms" else 0
     return 1.2 * _weights_gb(cell.run) + gradients

@@ -21,7 +21,7 @@ from eval.scorer import Scorer
 from experiments import cells, models, placement
 from experiments.__main__ import main
 from experiments.batch import run_table
-from experiments.placement import needs
+from experiments.placement import needs, shapes
 from experiments.recovery import Retraining
 from experiments.settings import Settings
 from experiments.spec import Efficiency, Generation, MaskPatterns, Run
@@ -238,7 +238,7 @@ def test_the_command_line_says_where_weights_go(tmp_path, data, monkeypatch, cap
 def test_cards_that_share_a_training_hold_their_part_each():
     recovery = Retraining(Trainable.full(), small.WINDOWS, steps=1, learning_rate=1e-3)
     run = Run("opt-6.7b", pruners.Wanda(0.5), small.WINDOWS, (small.PPL,), recovery=recovery, dtype="float16")
-    shape = needs.shape_of("opt-6.7b")
+    shape = shapes.shape_of("opt-6.7b")
     masks = shape.blocks * shape.block / 8 + 12 * shape.width * shape.channels
     for cards in (1, 2, 4, 8):
         told = needs.device_bytes(run, cards=cards)
@@ -248,3 +248,16 @@ def test_cards_that_share_a_training_hold_their_part_each():
     assert needs.home_on(run, 80.0, cards=2)[0] == "device"
     pruned = replace(run, recovery=None)
     assert needs.device_bytes(pruned, cards=8) == needs.device_bytes(pruned)  # which every card does whole
+
+
+def test_estimates_know_experts_and_what_a_home_keeps():
+    shape = shapes.shape_of("mixtral-8x7b")
+    assert (shape.width, shape.channels, shape.experts) == (4_096, 14_336, 8)
+    assert shape.parameters == pytest.approx(models.find("mixtral-8x7b").parameters, rel=1e-3)
+    solved = {name: replace(RUN, model=name, method=pruners.SparseGPT(0.5)) for name in ("mixtral-8x7b", "llama-7b")}
+    hessians = {name: needs.device_bytes(run, away=True)["statistics"] for name, run in solved.items()}
+    assert hessians["mixtral-8x7b"] > 4 * 8 * shape.channels**2 > 4 * hessians["llama-7b"]
+    gblm = replace(RUN, method=pruners.GBLM(0.5))
+    there = {home: sum(needs.cpu_bytes(gblm, home).values()) for home in ("device", "host", "disk")}
+    assert 4 * there["disk"] < there["host"] < there["device"] + 4 * shapes.shape_of("llama-7b").parameters
+    assert "at home" not in needs.device_bytes(gblm, away=True)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from transformers import CodeGenConfig, CodeGenForCausalLM
 
 import pruners
 from pruners import anatomy
+from pruners.statistic import is_finite
 from tests.conftest import tiny
 
 
@@ -112,3 +115,16 @@ def test_linear_layers_that_the_family_does_not_name_are_refused():
 def test_hyperparameters_out_of_range(method, fields, said):
     with pytest.raises(ValueError, match=said):
         pruners.method(method, **fields)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_one_number_that_is_not_finite_is_found_wherever_it_is(dtype, bad):
+    sound = torch.linspace(-1, 1, 77).to(dtype).view(7, 11)
+    for place in range(77):
+        tensor = sound.clone()
+        tensor.view(-1)[place] = bad
+        assert not is_finite(tensor)
+        assert not is_finite(tensor.T)
+    assert is_finite(sound)
+    assert is_finite(sound[:0])

@@ -1,0 +1,262 @@
+"""What takes memory at each stage of a cell, in bytes: the one formula of `show`, `slurm` and the choice of a home.
+
+weights        all of them; away from home the block in hand and the next, or what lies around the blocks
+activations    hidden states of the calibration windows, what a batch makes inside a block, logits
+statistics     Hessians with their factorisation; gradients and their sums, of all blocks or of one; scores
+training       what is trained in float32 with gradient and moments (16 bytes), masks of a bit a weight,
+               activations that backward reads: each block's inputs (away from home in CPU memory) and one block's
+gathered       where cards share what is trained, so that each has its part of these: what is whole for a while
+at home        what lies in CPU memory meanwhile, of weights that are away from their device: inputs of blocks that
+               backward needs, statistics, what a factorisation takes that has no room beside the weights
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from experiments.placement.shapes import Shape, shape_of
+from experiments.recovery import Retraining
+from experiments.spec import Efficiency, Perplexity, Run, ZeroShot
+from pruners.retrain import Reconstruction, Trainable
+from pruners.retrain.trainable import HEAD
+
+BYTES = {"float32": 4, "float64": 8}
+HOME = "at home"
+HELD_TOKENS = 2**18  # whose hidden states stay on the device where weights are away; those of more are in CPU memory
+SCORED_TOKENS = 4_096  # of the longest row of answers; families that cannot share one halve what does not fit
+LOGITS = 2**25  # that are made at once
+HEAD_ROWS = 256  # whose log-probabilities are made at once where answers are scored
+TOKENS_AT_ONCE = 2_048  # in one backward pass of LLM-Pruner
+
+Items = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A run with the sizes that its memory goes by: `size` bytes a weight, `batch` windows at once.
+
+    `home` of the weights is device, host or disk.
+    """
+
+    run: Run
+    shape: Shape
+    size: int
+    home: str
+    batch: int
+    cards: int
+
+    @property
+    def away(self) -> bool:
+        return self.home != "device"
+
+
+def of(run: Run, home: str, batch: int, cards: int) -> list[Items]:
+    cell = Cell(run, shape_of(run.model), BYTES.get(run.dtype, 2), home, batch, cards)
+    stages = [*_measured(cell), *_pruning(cell)]
+    if isinstance(run.recovery, Reconstruction) and run.windows:
+        stages.append(_rebuilding(cell, run.recovery))
+    if isinstance(run.recovery, Retraining):
+        held = _weights(cell, cell.shape.around)
+        stages.append({"weights": held, "training": _masks(run.recovery, cell.shape)})  # as the model arrives
+        kept = 0 if run.recovery.trainable.weights else held  # else in float32, and among what is trained
+        stages.append({"weights": kept if cell.away else kept / cards, **_training(cell, run.recovery)})
+    return stages or [{"weights": _weights(cell)}]
+
+
+def _weights(cell: Cell, beside: int = 0) -> float:
+    """In place; away from home what `beside` the next block is needed at once, or a block and the next."""
+    shape = cell.shape
+    return cell.size * (shape.block + max(shape.block, beside) if cell.away else shape.parameters)
+
+
+def _measured(cell: Cell) -> list[Items]:
+    shape, size, stages = cell.shape, cell.size, []
+    held = _weights(cell, shape.around)
+    for what in cell.run.measures:
+        activations = 0.0
+        if isinstance(what, Perplexity):
+            tokens = cell.batch * what.window
+            activations = _inside(cell, tokens) + _logits(cell, tokens)
+            if cell.away:  # a sweep takes all the text through a block
+                activations += 2 * size * shape.width * min(HELD_TOKENS, (what.limit or HELD_TOKENS) * what.window)
+        elif isinstance(what, ZeroShot):
+            row = min(SCORED_TOKENS, shape.positions)
+            mask = (1 + size) * row**2  # as it is given, and as attention adds it
+            answers = shape.vocabulary * (size * row / 2 + 8 * HEAD_ROWS)  # half of the tokens are scored
+            activations = max(_inside(cell, row) + mask, answers)
+        elif isinstance(what, Efficiency) and what.batch_sizes and what.lengths:
+            rows = max(what.batch_sizes) * (max(what.lengths) + what.new_tokens)
+            activations = _inside(cell, rows) + 2 * size * rows * shape.blocks * shape.width
+        stages.append({"weights": held, "activations": activations})
+    return stages
+
+
+def _pruning(cell: Cell) -> list[Items]:
+    method, windows, shape, size = cell.run.method, cell.run.windows, cell.shape, cell.size
+    if method is None:
+        return []
+    key = (method.statistics_key or {}) if windows else {}
+    gradients = {"gradient_norms": _gradient_norms, "group_scores": _group_scores}.get(key.get("kind", ""))
+    stages = [gradients(cell)] if gradients else []
+    summed = 4 * shape.block * shape.blocks if key.get("kind") == "gradient_norms" else 0
+    name = type(method).__name__
+    scores = (16 if summed else 10) * shape.matrix * (getattr(method, "granularity", None) != "layer")
+    stage = {"weights": _weights(cell), "statistics": scores + summed * (not cell.away)}
+    if cell.home == "host":  # on the disk the sums are read when they are asked for
+        stage[HOME] = summed
+    if method.walks and windows:
+        rows, tokens = min(cell.batch, windows.count) * windows.length, windows.count * windows.length
+        hidden = size * shape.width * (min(tokens, HELD_TOKENS) if cell.away else tokens)
+        stage["weights"] = _weights(cell, shape.embedded)
+        stage["activations"] = hidden + _inside(cell, rows, seen=True)
+        if name == "SparseGPT":
+            stage["statistics"], stage[HOME] = _hessians(cell)
+    return [*stages, stage]
+
+
+def _hessians(cell: Cell) -> tuple[float, float]:
+    """Of a block's four inputs in float32, each turned into its factor in float64, by which matrices are solved then.
+
+    Beside its float32 form 16 bytes a number; away from home, where the device has no room, 12 of the 20 in CPU memory.
+    """
+    small, large = cell.shape.width**2, cell.shape.channels**2
+    solved = (4 + cell.size) * cell.shape.matrix
+    others = cell.shape.experts - 1  # whose Hessians wait meanwhile
+    waiting = 4 * others * (large + small)
+    stages = [
+        4 * large + 8 * small + 20 * small + waiting,  # of the first
+        4 * large + 4 * small + 2 * solved + waiting,  # gate and up together
+        4 * large + solved + 4 * others * large,
+    ]
+    factor = 20 * large + 4 * others * large
+    if not cell.away:
+        return max(*stages, factor), 0
+    beside = max(*stages, 8 * large + 4 * others * large)
+    return beside, max(0, factor - beside)
+
+
+def _gradient_norms(cell: Cell) -> Items:
+    shape, tokens = cell.shape, cell.run.windows.count * cell.run.windows.length  # type: ignore[union-attr]
+    blocks = 1 if cell.away else shape.blocks
+    sums = 4 * shape.block * blocks + (cell.size + 8) * shape.parameter
+    kept = 4 * shape.block * shape.blocks * (cell.home == "host")
+    return _backward(cell, cell.run.windows.length, tokens, sums, kept)  # type: ignore[union-attr]
+
+
+def _group_scores(cell: Cell) -> Items:
+    """Gradients of as many windows at once as there is room for, added up where there are more; squares beside them."""
+    method, shape, windows = cell.run.method, cell.shape, cell.run.windows
+    assert windows is not None  # there is no key without
+    tokens = windows.count * windows.length
+    blocks = 1 if cell.away else shape.blocks
+    squares = method.importance == "element_mix"
+    at_once = windows.length if method.importance == "element2" else max(windows.length, min(tokens, TOKENS_AT_ONCE))
+    summed = 4 * shape.block * blocks * ((at_once < tokens and method.importance != "element2") + squares)
+    matrix = max(shape.parameter, shape.embedded * (method.granularity == "channel"))
+    return _backward(cell, at_once, tokens, summed + 20 * matrix, 4 * shape.block * shape.blocks * squares * cell.away)
+
+
+def _backward(cell: Cell, at_once: int, tokens: int, statistics: float, kept: float) -> Items:
+    shape, size = cell.shape, cell.size
+    graph = _graph(cell, at_once) * (1 if cell.away else shape.blocks)
+    logits = at_once * shape.vocabulary
+    if not cell.away:
+        return {"weights": _weights(cell), "activations": graph + 12 * logits, "statistics": statistics}
+    states = 2 * size * min(tokens, HELD_TOKENS) * shape.width  # and their gradients
+    most = max(graph + statistics, 12 * min(LOGITS, logits))
+    return {
+        "weights": _weights(cell, shape.around),
+        "activations": states + most - statistics,
+        "statistics": statistics,
+        HOME: kept + size * tokens * shape.width * shape.blocks,
+    }
+
+
+def _rebuilding(cell: Cell, recovery: Reconstruction) -> Items:
+    """One block trains at a time, on the hidden states before and behind it."""
+    windows, shape, size = cell.run.windows, cell.shape, cell.size
+    assert windows is not None  # the caller has looked
+    trained = _trained(recovery.trainable, shape) / shape.blocks
+    tokens = recovery.batch_size * windows.length
+    states = 3 * size * shape.width * windows.count * windows.length
+    return {
+        "weights": _weights(cell, shape.embedded),
+        "training": 16 * trained + _block_masks(recovery, shape),
+        "activations": states + _graph(cell, tokens, recovery.trainable),
+    }
+
+
+def _logits(cell: Cell, tokens: int) -> float:
+    """As the head gives them, in float32, and what the loss makes of them."""
+    return (8 + cell.size * (cell.size < 4)) * min(LOGITS, tokens * cell.shape.vocabulary)
+
+
+def _inside(cell: Cell, tokens: int, seen: bool = False) -> float:
+    """What so many tokens take within a block: hidden states and the MLP's channels, or the heads' queries and keys.
+
+    `seen`: the channels are looked at, in float32, as they reach the last matrix.
+    """
+    shape, size = cell.shape, cell.size
+    channels = max(3 * size, size + (4 if size == 4 else 8) * seen)
+    return tokens * (4 * size * shape.width + channels * shape.channels)
+
+
+def _graph(cell: Cell, tokens: int, trainable: Trainable | None = None) -> float:
+    """What backward through one block reads of so many tokens; norms work in float32.
+
+    `trainable`, if there is one, also reads what it multiplies: norms their inputs, adapters that drop out their own.
+    """
+    shape, upcast = cell.shape, 4 * (cell.size < 4)
+    drops = getattr(trainable and trainable.adapters, "dropout", 0) > 0
+    width = 9 + upcast + 2 * (trainable is not None) + 7 * drops
+    return cell.size * tokens * (width * shape.width + (4 + drops) * shape.channels)
+
+
+def _training(cell: Cell, recovery: Retraining) -> Items:
+    """Blocks recompute their activations, so each keeps its inputs alone."""
+    shape, size, away, cards = cell.shape, cell.size, cell.away, cell.cards
+    each = max(1, recovery.batch_size // cards)
+    tokens = min(recovery.micro_batch_size or each, each) * recovery.text.length
+    trained, masks = _trained(recovery.trainable, shape), _masks(recovery, shape)
+    kept = size * shape.width * (3 * each * recovery.text.length if away else tokens * shape.blocks)
+    activations = kept + _graph(cell, tokens, recovery.trainable) + 12 * tokens * shape.vocabulary
+    inputs = {HOME: float(size * shape.width * each * recovery.text.length * shape.blocks)} if away else {}
+    if away or cards == 1:
+        return {"training": 16 * trained + masks, "activations": activations, **inputs}
+    own = masks / cards if recovery.trainable.weights else masks
+    return {
+        "training": 16 * trained / cards + own,
+        "gathered": _gathered(recovery, shape, size),
+        "activations": activations,
+    }
+
+
+def _masks(recovery: Retraining, shape: Shape) -> float:
+    """One bit a weight that training changes, and those of one matrix unpacked."""
+    changes = recovery.trainable.weights or recovery.trainable.adapters is not None
+    return shape.blocks * shape.block / 8 + 12 * shape.matrix if changes else 0
+
+
+def _block_masks(recovery: Reconstruction, shape: Shape) -> float:
+    return shape.block / 8 + 12 * shape.matrix if recovery.trainable.adapters is not None else 0
+
+
+def _gathered(recovery: Retraining, shape: Shape, size: int) -> float:
+    """What is whole for a while where cards share a model: what is around the blocks, and a block and the next.
+
+    Where they are trained so are their gradients, some on their way to the other cards, and the block in hand as matrix
+    products take it.
+    """
+    blocks, around = (8 if recovery.trainable.weights else size), (8 if recovery.trainable.embeddings else size)
+    return 2 * blocks * shape.block + around * shape.around + 2 * shape.block * recovery.trainable.weights
+
+
+def _trained(trainable: Trainable, shape: Shape) -> int:
+    """Numbers that are trained; of a block the norms and biases are those of OPT, which has most."""
+    if trainable.weights:
+        return shape.parameters
+    rank = getattr(trainable.adapters, "rank", 0)
+    small = 9 * shape.width + shape.channels if trainable.norms or trainable.biases else 0
+    trained = shape.blocks * (small + rank * (9 * shape.width + 3 * (shape.width + shape.channels)))
+    trained += (rank or HEAD.rank) * (shape.vocabulary + shape.width) * trainable.head
+    return trained + shape.vocabulary * shape.width * trainable.embeddings
