@@ -12,6 +12,7 @@ import pruners
 from pruners import anatomy, gblm, magnitude, select, sparsegpt, wanda
 from pruners.calibrate import Hessian, InputNorm
 from pruners.select import Pattern
+from pruners.statistic import is_finite
 from tests.conftest import tiny
 
 
@@ -54,6 +55,37 @@ def test_magnitude_keeps_the_largest():
     weight = torch.tensor([[1.0, -4.0], [3.0, -2.0]])
     gone = select.per_matrix(magnitude.score(weight), 0.25)
     assert gone.tolist() == [[True, False], [False, True]]  # the threshold itself goes too, as released
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda x: x.abs(),
+        lambda x: x,
+        lambda x: (4 * x).round(),  # ties, and both zeros
+        lambda x: x.abs().masked_fill(x > 1, torch.inf).masked_fill(x < -1, -torch.inf),
+        lambda x: torch.zeros_like(x),
+        lambda x: torch.where(x > 0, 3e38 * x.clamp(max=1), -3e38).float(),
+    ],
+)
+def test_counting_finds_the_value_that_sorting_does(dtype, made):
+    score = made(randn(7, 33)).to(dtype)
+    ordered = score.sort(dim=-1).values
+    for count in (1, 2, 16, 32, 33):
+        assert torch.equal(select.counted(score, count), ordered[:, count - 1 : count])
+        assert torch.equal(select.counted(score.T, 1 + count // 5), score.T.kthvalue(1 + count // 5, -1, True).values)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_sum_that_overflows_is_looked_into(value):
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        large = torch.full((64, 64), torch.finfo(dtype).max, dtype=dtype)
+        assert is_finite(large)
+        assert is_finite(-large)
+        large[7, 5] = value
+        assert not is_finite(large)
+        assert not is_finite(torch.tensor([1.0, value], dtype=dtype))
 
 
 def test_wanda_is_weight_times_norm_within_rows():

@@ -31,6 +31,7 @@ PACKAGES = ("pruners", "eval")
 DRIVER = "pruners"  # its `prune` and `gather` call every method
 RETRAINING = ("pruners.retrain.finetune", "pruners.retrain.held_out")
 DIGITS = 16
+HOLDING = (ast.stmt, ast.excepthandler, ast.match_case)
 LIBRARIES = ("torch", "transformers")  # what our code runs on
 
 
@@ -129,17 +130,29 @@ def _imports(name: str) -> tuple[str, ...]:
 
 def _imported(text: str, module: str) -> Iterator[str]:
     """Modules of ours that this text imports; of a package's names, those where the names that are used are defined."""
-    tree = ast.parse(text)
-    for node in ast.walk(tree):
+    for node in _import_statements(text):
         if isinstance(node, ast.ImportFrom):
             source = _absolute(node, module)
             if source.partition(".")[0] in PACKAGES:
                 for alias in node.names:
                     yield from _defining(source, alias.name)
-        elif isinstance(node, ast.Import):
-            for alias in node.names:
-                if alias.name.partition(".")[0] in PACKAGES:
-                    yield from _used(tree, alias)
+            continue
+        for alias in node.names:
+            if alias.name.partition(".")[0] in PACKAGES:
+                yield from _used(text, alias)
+
+
+@cache
+def _import_statements(text: str) -> tuple[ast.Import | ast.ImportFrom, ...]:
+    return tuple(node for node in _statements(ast.parse(text)) if isinstance(node, ast.Import | ast.ImportFrom))
+
+
+def _statements(tree: ast.AST) -> Iterator[ast.AST]:
+    """The tree and every statement in it, with what holds statements, but no expression, of which there are far more."""
+    waiting = [tree]
+    while waiting:
+        yield (node := waiting.pop())
+        waiting += [part for part in ast.iter_child_nodes(node) if isinstance(part, HOLDING)]
 
 
 def _absolute(node: ast.ImportFrom, module: str) -> str:
@@ -149,14 +162,14 @@ def _absolute(node: ast.ImportFrom, module: str) -> str:
     return ".".join([*parent, *([node.module] if node.module else [])])
 
 
-def _used(tree: ast.AST, alias: ast.alias) -> Iterator[str]:
+def _used(text: str, alias: ast.alias) -> Iterator[str]:
     """What `import package` or `import package.module` brings: of a package, the attributes that are read."""
     path = _path(alias.name)
     if path is not None and path.name != "__init__.py":
         yield alias.name
         return
     name = alias.asname or alias.name
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) == name:
             yield from _defining(alias.name, node.attr)
 
@@ -171,7 +184,7 @@ def _defining(source: str, name: str) -> Iterator[str]:
     elif _path(f"{source}.{name}") is not None:
         yield f"{source}.{name}"
     else:
-        for node in ast.walk(ast.parse(_text(source))):
+        for node in _import_statements(_text(source)):
             if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in PACKAGES:
                 for alias in node.names:
                     if name in ("*", alias.asname or alias.name):
@@ -207,6 +220,7 @@ def _source(module: str) -> str:
     return _plain(_text(module), definitions_only=path is not None and path.name == "__init__.py")
 
 
+@cache
 def _plain(text: str, definitions_only: bool = False) -> str:
     """Without comments, docstrings and blank lines, the same in every version of Python; of a package's file only what
     it defines, for it names everything."""
@@ -231,7 +245,7 @@ def _first_line(node: ast.FunctionDef | ast.ClassDef) -> int:
 
 def _docstrings(tree: ast.AST) -> Iterator[tuple[int, int]]:
     """First and last line of each."""
-    for node in ast.walk(tree):
+    for node in _statements(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.body:
             first = node.body[0]
             text = first.value.value if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) else None
