@@ -148,7 +148,7 @@ def _import_statements(text: str) -> tuple[ast.Import | ast.ImportFrom, ...]:
 
 
 def _statements(tree: ast.AST) -> Iterator[ast.AST]:
-    """The tree and every statement in it, with what holds statements, but no expression, of which there are far more."""
+    """The tree, every statement in it and what else holds statements; no expressions, of which there are far more."""
     waiting = [tree]
     while waiting:
         yield (node := waiting.pop())
