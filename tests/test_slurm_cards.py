@@ -126,7 +126,7 @@ def test_the_dry_run_says_the_cards_of_its_jobs(tmp_path, capsys):
     words = ["submit", "perp.cost", "--dry-run", "--profile", str(path), "--results", str(tmp_path)]
     assert main([*words, "--only", "Magnitude + all weights 50 %"]) == 0
     told, left = capsys.readouterr()
-    assert "Each asks for 4 accelerators, each with 66.6 GB in use," in told
+    assert "Each asks for 4 accelerators, each with 66.5 GB in use," in told
     assert "3 cells in 3 jobs (1 on 1, 1 on 2, 1 on 4 cards), about" in told
     assert "opt-30b needs about" in left
     assert "GB on each of 4 accelerators" in left

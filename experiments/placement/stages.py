@@ -77,8 +77,8 @@ def _measured(cell: Cell) -> list[Items]:
         if isinstance(what, Perplexity):
             tokens = cell.batch * what.window
             activations = _inside(cell, tokens) + _logits(cell, tokens)
-            if cell.away:  # a sweep takes all the text through a block
-                activations += 2 * size * shape.width * min(HELD_TOKENS, (what.limit or HELD_TOKENS) * what.window)
+            if cell.away:  # of one batch; a sweep takes as much text through a block as there is room for
+                activations += 3 * size * shape.width * tokens
         elif isinstance(what, ZeroShot):
             row = min(SCORED_TOKENS, shape.positions)
             mask = (1 + size) * row**2  # as it is given, and as attention adds it
