@@ -33,6 +33,7 @@ from pruners.lazy import torch
 from pruners.ranks import Ranks
 from pruners.retrain import Reconstruction
 from pruners.unstructured import Unstructured
+from pruners.weights import homes
 
 
 @dataclass(frozen=True)
@@ -288,6 +289,7 @@ def _statistics(session: Session, windows: Any, key: dict[str, Any]) -> Mapping[
             session.settings.root,
             {**key, "statistics": method.statistics_key},
             lambda: pruners.gather(session.subject.model, method, windows, progress=progress),
+            on_disk=homes.on_disk(session.subject.model) is not None,
         )
 
 

@@ -212,6 +212,21 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, about
 
 
+def verified_tensors(path: Path) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
+    """The same with tensors that are read, one by one, when they are asked for, as they were to be verified."""
+    from pruners.weights.shards import Shards
+
+    about, text, expected = _header(path)
+    try:
+        tensors = Shards([path])
+        found = _checksum(tensors, text)
+    except ValueError as error:
+        raise DamagedError(f"it cannot be read ({error})") from error
+    if found != expected:
+        raise DamagedError("its checksum does not match")
+    return tensors, about
+
+
 def read_about(path: Path) -> dict[str, Any]:
     """The `about` of a file whose tensors are not looked at, and are not verified; raises as `read_tensors` does."""
     return _header(path)[0]
@@ -235,7 +250,8 @@ def _header(path: Path) -> tuple[dict[str, Any], str, str | None]:
 
 def _checksum(tensors: Mapping[str, Tensor], about: str) -> str:
     total = hashlib.sha256(about.encode())
-    for name, tensor in sorted(tensors.items()):
+    for name in sorted(tensors):
+        tensor = tensors[name]
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         total.update(tensor.reshape(-1).contiguous().view(torch.uint8).numpy().data)
     return total.hexdigest()

@@ -123,7 +123,10 @@ def _pruned(folder: Path, name: str, away: bool) -> dict[str, Any]:
     tokens = torch.randint(5, VOCABULARY, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(1))
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as saved:
-        model = opening.open_folder(folder) if away else AutoModelForCausalLM.from_pretrained(folder).eval()
+        if away:
+            model = opening.open_folder(folder, work=Path(saved) / "weights")
+        else:
+            model = AutoModelForCausalLM.from_pretrained(folder).eval()
         pruners.prune(model, METHODS[name], tokens)
         found = (perplexity(model, tokens.flatten(), LENGTH).perplexity, *_answers(model))
         seconds = time.perf_counter() - started

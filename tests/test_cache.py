@@ -16,6 +16,8 @@ from small_table import full_disk
 from torch.testing import assert_close
 
 from experiments.store import cache, locks, room
+from pruners import storage
+from pruners.weights.shards import Shards
 
 KEY = {"model": "m", "statistics": "norms"}
 
@@ -186,3 +188,54 @@ def test_a_limit_that_is_no_number_is_refused(tmp_path, monkeypatch, said):
     monkeypatch.setenv(cache.LIMIT_VARIABLE, said)
     with pytest.raises(ValueError, match=rf"PRUNING_CACHE_GB is '{said}'"):
         cache.statistics(tmp_path, KEY, Counted())
+
+
+def parts(folder: Path, names: str) -> Shards:
+    """Tensors as a model at home on the disk gathers them, a file for each block."""
+    for number, name in enumerate(names):
+        storage.write_tensors(folder / f"{name}.safetensors", {name: torch.full((100,), float(number))}, {})
+    return Shards(sorted(folder.iterdir()))
+
+
+def test_statistics_on_the_disk_are_shared_and_read_when_they_are_asked_for(tmp_path):
+    first = cache.statistics(tmp_path, KEY, lambda: parts(tmp_path / "cell", "abc"))
+    assert not list((tmp_path / "cell").iterdir())
+    again = cache.statistics(tmp_path, KEY, lambda: pytest.fail("it is there"), on_disk=True)
+    assert first.keys() == again.keys() == set("abc")
+    assert isinstance(again, Shards)
+    assert again.bytes_read == 0
+    assert all(again[name].equal(first[name]) for name in "abc")
+    whole = cache.statistics(tmp_path, KEY, lambda: pytest.fail("it is there"))
+    assert isinstance(whole, dict)
+    assert all(whole[name].equal(first[name]) for name in "abc")
+    cache.statistics(tmp_path, {"in": "memory"}, Counted())
+    away = cache.statistics(tmp_path, {"in": "memory"}, lambda: pytest.fail("it is there"), on_disk=True)
+    assert isinstance(away, Shards)
+    assert away["a"].equal(Counted().tensors["a"])
+
+
+@pytest.mark.parametrize("harm", ["gone", "damaged", "swapped"])
+def test_a_part_of_statistics_that_is_lost_has_all_computed_again(tmp_path, harm):
+    cache.statistics(tmp_path, KEY, lambda: parts(tmp_path / "cell", "abc"))
+    one, two, _ = sorted(cache.folder(tmp_path).rglob("*.safetensors"))
+    if harm == "gone":
+        two.unlink()
+    elif harm == "damaged":
+        two.write_bytes(two.read_bytes()[:-1] + b"\xff")
+    else:
+        two.write_bytes(one.read_bytes())
+    found = cache.statistics(tmp_path, KEY, lambda: parts(tmp_path / "cell", "xyz"), on_disk=True)
+    assert found.keys() == set("xyz")
+    assert cache.statistics(tmp_path, KEY, lambda: pytest.fail("it is there")).keys() == set("xyz")
+
+
+def test_statistics_in_parts_make_room(tmp_path, monkeypatch):
+    cache.statistics(tmp_path, KEY, lambda: parts(tmp_path / "cell", "abc"))
+    monkeypatch.setenv(cache.LIMIT_VARIABLE, "0.000003")
+    room.make_room(tmp_path)
+    assert len(list(cache.folder(tmp_path).rglob("*.safetensors"))) == 3
+    cache.statistics(tmp_path, {"another": "key"}, lambda: {"x": torch.zeros(400)})
+    assert len(list(cache.folder(tmp_path).rglob("*.safetensors"))) == 1
+    found = cache.statistics(tmp_path, {"too": "large"}, lambda: parts(tmp_path / "cell", "abcdefghij"))
+    assert found["j"].equal(torch.full((100,), 9.0))
+    assert len(list((tmp_path / "cell").iterdir())) == 10

@@ -262,3 +262,14 @@ def test_estimates_know_experts_and_what_a_home_keeps():
     there = {home: sum(needs.cpu_bytes(gblm, home).values()) for home in ("device", "host", "disk")}
     assert 4 * there["disk"] < there["host"] < there["device"] + 4 * shapes.shape_of("llama-7b").parameters
     assert "at home" not in needs.device_bytes(gblm, away=True)
+
+
+@needs_model
+def test_gradients_of_a_model_on_the_disk_are_shared_by_cells(tmp_path, data, monkeypatch):
+    asked, gather = [], pruners.gather
+    monkeypatch.setattr(pruners, "gather", lambda *args, **more: (asked.append(args), gather(*args, **more))[1])
+    chosen = cells.cells(small.table([pruners.GBLM(sparsity=share) for share in (0.5, 0.6)]).runs())
+    for home, times in (("disk", 1), ("device", 2)):
+        assert not run_table("tiny", chosen, Settings(tmp_path / home, data_dir=data, weights=home)).failed
+        assert len(asked) == times
+    assert results(tmp_path / "disk") == results(tmp_path / "device")

@@ -1,6 +1,7 @@
 """Dense statistics that several cells share, on disk: results/.cache/statistics/<digest>.safetensors.
 
-Written atomically, verified by a checksum that covers their key when read, computed once even by two processes, and
+Those of a model at home on the disk are a folder of that name, whose files are read when they are asked for.  All are
+written atomically, verified by a checksum that covers their key when read, computed once even by two processes, and
 removed least recently used first above a size limit (20 GB, or PRUNING_CACHE_GB), which holds for whatever lies in the
 cache folder.  A disk that refuses costs the next cell its time and this one nothing.
 """
@@ -10,29 +11,34 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from experiments.spec import digest
 from experiments.store import atomic, locks, room
 from experiments.store.room import DEFAULT_LIMIT_GB, LIMIT_VARIABLE, limit_bytes
 from pruners import ranks, storage
 from pruners.lazy import Tensor
+from pruners.weights.shards import Shards
 
 __all__ = ["DEFAULT_LIMIT_GB", "LIMIT_VARIABLE", "folder", "limit_bytes", "read", "statistics", "write"]
 logger = logging.getLogger(__name__)
 
 Statistics = dict[str, Tensor]
+T = TypeVar("T")
 
 
-def statistics(root: Path, key: dict[str, Any], compute: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+def statistics(
+    root: Path, key: dict[str, Any], compute: Callable[[], Mapping[str, Tensor]], on_disk: bool = False
+) -> Mapping[str, Tensor]:
     """The tensors stored under `key`, or those of `compute()`, which are then stored.
 
     `key` names everything that can move them.  A second process asking for the same key waits for the first.  What
-    cannot be stored is reported and used all the same; what is no dictionary, but read from a disk when it is asked
-    for, stays there for the cell alone.  The ranks of a launch compute together; rank 0 stores.
+    cannot be stored is reported and used all the same.  With `on_disk` what is found is read when it is asked for,
+    one tensor at a time.  The ranks of a launch compute together; rank 0 stores.
     """
     path, limit, told = folder(root) / f"{digest(key)}.safetensors", limit_bytes(), json.dumps(key, sort_keys=True)
     with ExitStack() as stack:
@@ -41,14 +47,16 @@ def statistics(root: Path, key: dict[str, Any], compute: Callable[[], Mapping[st
         except atomic.StorageError as error:
             _not_kept(error)
             computed = compute()
-            return _on_cpu(computed) if isinstance(computed, dict) else computed
+            return computed if isinstance(computed, Shards) else _on_cpu(computed)
         together = ranks.here()
-        held: list[Statistics] = []
-        if together.first(lambda: _found(path, told, held)):
-            return held[0] if held else _read_along(path, told)
+        held: list[Mapping[str, Tensor]] = []
+        if together.first(lambda: _found(path, told, held, on_disk)):
+            return held[0] if held else _read_along(path, told, on_disk)
         computed = compute()
-        if not isinstance(computed, dict):  # on the disk, where the weights are at home
-            return computed
+        if isinstance(computed, Shards):  # on the disk, where the weights are at home
+            moved: list[Shards] = []
+            together.first(lambda: moved.extend(_move(root, path, computed, told, limit)))
+            return moved[0] if moved else computed
         found = _on_cpu(computed)
         together.first(lambda: _keep(root, path, found, told, limit))
         return found
@@ -67,11 +75,16 @@ def write(path: Path, tensors: Statistics, key: str) -> None:
 
 def read(path: Path, key: str) -> Statistics | None:
     """None where there is nothing, or nothing that can be trusted and was written under `key`, which is reported."""
+    return _trusted(path, key, storage.read_tensors)
+
+
+def _trusted(path: Path, key: str, look: Callable[[Path], tuple[T, dict[str, Any]]]) -> T | None:
+    """The first of what `look` finds in the file and says about it."""
     try:
-        tensors, about = storage.read_tensors(path)
+        found, about = look(path)
         if about.get("key") != key:
             raise storage.DamagedError("it belongs to another place")
-        os.utime(path)
+        os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))  # of another time it would be another file
     except FileNotFoundError:
         return None
     except storage.DamagedError as error:
@@ -79,39 +92,90 @@ def read(path: Path, key: str) -> Statistics | None:
         return None
     except OSError as error:  # of a disk that can only be read
         logger.debug("%s is not marked as used: %s", path, error)
-    return tensors
+    return found
 
 
-def _found(path: Path, key: str, held: list[Statistics]) -> bool:
-    held += [found for found in (read(path, key),) if found is not None]
+def _found(path: Path, key: str, held: list[Mapping[str, Tensor]], on_disk: bool) -> bool:
+    held += [found for found in (_either(path, key, on_disk),) if found is not None]
     return bool(held)
 
 
-def _read_along(path: Path, key: str) -> Statistics:
+def _either(path: Path, key: str, on_disk: bool) -> Mapping[str, Tensor] | None:
+    """What the file holds, or the folder of that name; read now, or only verified where it is to be left `on_disk`."""
+    files = [path] if path.exists() else sorted(_parts(path).glob("*.safetensors"))
+    keys = [key] if path.exists() else _keys(key, len(files))
+    look: Callable[[Path], Any] = storage.verified_tensors if on_disk else storage.read_tensors
+    found = {}
+    for file, own in zip(files, keys, strict=True):
+        if (tensors := _trusted(file, own, look)) is None:
+            return None
+        found[file] = tensors
+    if on_disk and files:
+        return Shards(files)
+    return {name: tensor for tensors in found.values() for name, tensor in tensors.items()} or None
+
+
+def _parts(path: Path) -> Path:
+    return path.with_suffix("")
+
+
+def _keys(key: str, count: int) -> list[str]:
+    """Of so many files, none of which is to be missing."""
+    return [f"{key} {number} of {count}" for number in range(count)]
+
+
+def _move(root: Path, path: Path, computed: Shards, key: str, limit: int) -> list[Shards]:
+    """From the cell's own folder to the cache's, file by file; nothing where they are not kept."""
+    size = sum(storage.size(file) for file in computed.files)
+    if not _has_room(root, size, limit):
+        return []
+    try:
+        atomic.remove(path)
+        atomic.remove(_parts(path))
+        with storage.filling(_parts(path), atomic.OTHERWISE) as folder:
+            for number, own in enumerate(_keys(key, len(computed.files))):
+                tensors, _ = storage.read_tensors(computed.files[number])
+                storage.write_tensors(folder / f"{number:05}.safetensors", tensors, {"key": own}, atomic.OTHERWISE)
+    except atomic.StorageError as error:
+        _not_kept(error)
+        return []
+    for file in computed.files:
+        storage.remove(file)
+    return [Shards(sorted(_parts(path).iterdir()))]
+
+
+def _read_along(path: Path, key: str, on_disk: bool) -> Mapping[str, Tensor]:
     """Of the other ranks, while rank 0 holds the lock."""
-    found = read(path, key)
+    found = _either(path, key, on_disk)
     if found is None:
         raise ValueError(f"Rank 0 has read {path} and another rank cannot; all ranks need the same results folder.")
     return found
 
 
-def _on_cpu(computed: Statistics) -> Statistics:
+def _on_cpu(computed: Mapping[str, Tensor]) -> Statistics:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in computed.items()}
 
 
 def _keep(root: Path, path: Path, tensors: Statistics, key: str, limit: int) -> None:
-    size = sum(tensor.nbytes for tensor in tensors.values())
+    if not _has_room(root, sum(tensor.nbytes for tensor in tensors.values()), limit):
+        return
+    try:
+        atomic.remove(_parts(path))
+        write(path, tensors, key)
+    except atomic.StorageError as error:
+        _not_kept(error)
+
+
+def _has_room(root: Path, size: int, limit: int) -> bool:
+    """Whether the cache may hold so much more, for which it makes room then."""
     if size > limit:
         logger.warning(
             "Statistics of %.1f GB are not kept: the cache holds %.1f GB; set %s to raise that.",
             size / 1e9, limit / 1e9, LIMIT_VARIABLE,
         )  # fmt: skip
-        return
+        return False
     room.make_room(root, size)
-    try:
-        write(path, tensors, key)
-    except atomic.StorageError as error:
-        _not_kept(error)
+    return True
 
 
 def _not_kept(error: atomic.StorageError) -> None:

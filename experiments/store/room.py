@@ -87,6 +87,9 @@ class _Entry:
 def _entries(root: Path) -> Iterator[_Entry]:
     for path in statistics(root).glob("*.safetensors"):
         yield _entry(path, [_beside(path, path.stem)])
+    for path in statistics(root).glob("*/"):
+        if not path.name.startswith("."):
+            yield _entry(path, [_beside(path, path.name)])
     for path in storage.leftovers(statistics(root)):  # of a writer that is at it
         yield _entry(path, [_beside(path, _named(path))])
     for path in unfinished(root).glob("*/*"):
@@ -102,7 +105,9 @@ def _last_used(path: Path) -> float:
     times = []
     for file in (path, *inside):
         try:
-            times.append(file.lstat().st_mtime)
+            found = file.lstat()
+            looked_at = 0.0 if file.is_dir() else found.st_atime
+            times.append(max(found.st_mtime, looked_at))
         except FileNotFoundError:
             continue
     return max(times, default=0.0)

@@ -36,6 +36,10 @@ class Shards(Mapping[str, Tensor]):
                 self._open[path] = safe_open(path, framework="pt", backend="pread")
                 self._places |= dict.fromkeys(self._open[path].keys(), path)
 
+    @property
+    def files(self) -> list[Path]:
+        return list(self._states)
+
     def __getitem__(self, name: str) -> Tensor:
         path = self._places[name]
         if _state(path) != self._states[path]:
