@@ -181,7 +181,7 @@ def _rebuilding(cell: Cell, recovery: Reconstruction) -> Items:
     states = 3 * size * shape.width * windows.count * windows.length
     return {
         "weights": _weights(cell, shape.embedded),
-        "training": 16 * trained + _block_masks(recovery, shape),
+        "training": 16 * trained + _block_masks(recovery, shape) + size * shape.block,  # as pruning has left it
         "activations": states + _graph(cell, tokens, recovery.trainable),
     }
 

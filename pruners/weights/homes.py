@@ -202,8 +202,9 @@ class Home:
         ahead, self._ahead = self._ahead, None
         if ahead and ahead[0] is part:
             return ahead[1].result()
-        if ahead:  # of a part that did not come next
-            ahead[1].cancel()
+        if ahead and not ahead[1].cancel():  # of a part that did not come next
+            ahead[1].exception()  # it is read to its end, lest two parts more than are needed be in memory
+        del ahead
         return self._fetch(part)
 
     def forget_ahead(self) -> None:
