@@ -29,7 +29,7 @@ class Grouped(Unstructured):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        select.check_group(self.group)
+        select.check_group(self.group, self.pattern)
 
     def gone(self, score: Float[Tensor, "out inp"]) -> Bool[Tensor, "out inp"]:
         return super().gone(score) if self.pattern else select.among(score, self.group, self.asked)

@@ -112,10 +112,16 @@ def among(score: Float[Tensor, "out inp"], group: str, sparsity: float) -> Bool[
     return torch.cat([per_matrix(part.contiguous(), sparsity) for part in score.split(int(size), axis)], axis)
 
 
-def check_group(group: str) -> None:
-    """ValueError for what is none of `GROUPS`, N a number of neighbouring rows (outputs) or columns (inputs)."""
+def check_group(group: str, pattern: str | None) -> None:
+    """ValueError for what is none of `GROUPS`, N a number of neighbouring rows (outputs) or columns (inputs), and
+    beside a pattern, whose groups of m stand in rows, for one that is neither the rows nor the matrix they are of."""
     if not isinstance(group, str) or not re.fullmatch(r"matrix|row|column|(rows|columns):[1-9][0-9]*", group):
         raise ValueError(f"group is {GROUPS}; got {checks.shown(group)}.")
+    if pattern and group not in ("matrix", "row"):
+        raise ValueError(
+            f"Weights of a pattern compete within its m neighbours of a row, so that group {group!r} would mean "
+            f"nothing beside {pattern}; leave one out."
+        )
 
 
 def n_of_m(score: Float[Tensor, "out inp"], pattern: Pattern) -> Bool[Tensor, "out inp"]:

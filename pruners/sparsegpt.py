@@ -59,7 +59,7 @@ class SparseGPT(Unstructured):
         super().__post_init__()
         checks.choice("metric", self.metric, COSTS)
         if self.group is not None:
-            select.check_group(self.group)
+            select.check_group(self.group, self.pattern)
         elif not self.update:
             raise ValueError(f"Without an update the mask is chosen at once; say among whom: group is {select.GROUPS}.")
         if self.pattern and self.block_size % Pattern.parse(self.pattern).m:

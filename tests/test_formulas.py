@@ -220,6 +220,13 @@ def test_masks_chosen_at_once_are_those_of_the_methods_and_the_update_makes_up_f
         assert torch.equal(solved(weight, x, metric=metric, group=group, pattern=pattern, update=False), plain.weight)
 
 
+@pytest.mark.parametrize("method", [pruners.Wanda, pruners.Magnitude, pruners.SparseGPT])
+@pytest.mark.parametrize("group", ["column", "rows:4", "columns:8"])
+def test_a_group_that_means_nothing_beside_a_pattern_is_refused(method, group):
+    with pytest.raises(ValueError, match=f"group '{group}' would mean nothing beside 4:8"):
+        method(pattern="4:8", group=group)
+
+
 def test_the_metric_without_an_update_is_that_of_wandas_paper():
     weight, x = randn(6, 16), randn(3, 20, 16, seed=1)
     hessian = hessian_of(x)
