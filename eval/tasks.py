@@ -34,7 +34,8 @@ Loaded = dict[str, dict[str, Task]]  # by name what was asked for, of that every
 
 @functools.cache
 def task_manager(name: str) -> TaskManager:
-    """lm-eval's index of the folder that declares the task or group of this name; of all folders where none does.
+    """lm-eval's index of the folder that declares the task or group of this name; of all folders where none does, and
+    an empty one for a name that none of its files holds.
 
     To read all of them takes more than ten seconds, a folder takes none.
     """
@@ -42,7 +43,7 @@ def task_manager(name: str) -> TaskManager:
         found = TaskManager(include_defaults=False, include_path=folder)
         if name in (*found.all_subtasks, *found.all_groups) and _is_whole(name, found, folder):
             return found
-    return _everything()
+    return _everything() if _says(name) else TaskManager(include_defaults=False)
 
 
 @functools.cache
@@ -66,12 +67,28 @@ def _declarations() -> list[tuple[Path, bytes]]:
     return [(path, path.read_bytes()) for path in sorted(root.rglob("*.yaml"), key=Path.as_posix)]
 
 
+def _says(name: str) -> bool:
+    """Whether any file of lm-eval's tasks holds the name; some are included by others and are called anything."""
+    root = Path(lm_eval.tasks.__file__).parent
+    return any(name.encode() in path.read_bytes() for path in root.rglob("*") if path.is_file())
+
+
+def _word(name: str) -> re.Pattern[bytes]:
+    return re.compile(rb"(?<!\w)%s(?!\w)" % re.escape(name.encode()))
+
+
+def _declared() -> list[str]:
+    """Tasks, groups and tags that a file declares by name."""
+    line = re.compile(rb"^(?:task|group|tag):[ \t]*(['\"]?)([\w.-]+)\1[ \t\r]*$", re.MULTILINE)
+    return sorted({match[2].decode() for _, text in _declarations() for match in line.finditer(text)})
+
+
 def _is_whole(name: Any, known: TaskManager, folder: Path) -> bool:
     """Whether the folder has all of a task, group or tag."""
     if not isinstance(name, str) or name not in known.task_index:
         return False
     if name in known.all_tags:
-        word = re.compile(rb"(?<!\w)%s(?!\w)" % re.escape(name.encode()))
+        word = _word(name)
         return not any(word.search(text) for path, text in _declarations() if folder not in path.parents)
     if name in known.all_groups:
         return all(_is_whole(child, known, folder) for child in (known.task_index[name].cfg or {})["task"])
@@ -83,7 +100,7 @@ def check_names(tasks: Sequence[str] | Mapping[str, Any]) -> None:
     for name in tasks:
         known = task_manager(name)
         if name not in known.task_index:
-            near = ", ".join(difflib.get_close_matches(name, known.all_tasks, n=3)) or "none"
+            near = ", ".join(difflib.get_close_matches(name, _declared(), n=3)) or "none"
             raise UsageError(f"lm-eval {lm_eval.__version__} has no task {name!r}; nearest: {near}.")
         if name in (*known.all_groups, *known.all_tags) and not _is_one_task(name):
             raise UsageError(
