@@ -63,13 +63,11 @@ def run_table(
     """
     together = ranks.here(settings.device or "cpu")
     refuse_unshared(chosen, together.count)
-    try:
+    with kept.lasting():
         if together.rank:
             _run_along(table, chosen, settings, together)
             return Outcome()
         return _run_first(table, chosen, settings, watchers, together)
-    finally:
-        kept.forget()
 
 
 def _run_first(

@@ -8,8 +8,10 @@ from typing import Any
 
 from experiments import measures, models, rates, recovery
 from experiments.labels import apart, labels
-from experiments.spec import Run, Table, digest, needs_windows
+from experiments.measures.asked import Costs, DenseAnswers
+from experiments.spec import Efficiency, Run, Table, digest, needs_windows
 
+ALONE = (Costs, DenseAnswers, Efficiency)  # measures of the making, of the dense model too, or of memory
 OVERHEAD_TOKENS = 500  # loading and writing, as tokens that could have gone through the model meanwhile
 
 
@@ -27,10 +29,15 @@ class Cell:
     @property
     def work(self) -> float:
         """Rough work in tokens through the model, for estimates of the time left."""
+        return self.making_work + sum(map(measures.work_tokens, self.run.measures))
+
+    @property
+    def making_work(self) -> float:
+        """The part of the work that makes the model which is measured."""
         grid = rates.grid(self.run)
         attempts = len(grid.rates) if grid else 1
         recovery_work = attempts * recovery.work_tokens(self.run.recovery, self.run.windows)
-        return OVERHEAD_TOKENS + self.pruning_work + recovery_work + sum(map(measures.work_tokens, self.run.measures))
+        return OVERHEAD_TOKENS + self.pruning_work + recovery_work
 
     @property
     def pruning_work(self) -> float:
@@ -73,6 +80,17 @@ def sharing(cell: Cell) -> str:
 def made(run: Run) -> str:
     """Equal for runs that measure the same model, which is then made once."""
     return digest({name: told for name, told in run.spec().items() if name != "measures"})
+
+
+def hands_over(run: Run) -> bool:
+    """Whether its model goes on to the next cell that measures the same one: not where the dense model is asked again,
+    or where making the model is measured or is what the cell is for."""
+    return not rates.grid(run) and not any(isinstance(what, ALONE) for what in run.measures)
+
+
+def same_model(before: Cell, cell: Cell) -> bool:
+    """Whether a cell measures the very model that the one before it has made."""
+    return hands_over(before.run) and hands_over(cell.run) and made(before.run) == made(cell.run)
 
 
 def _identity(model: str) -> dict[str, str]:

@@ -7,7 +7,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import metadata
@@ -39,6 +39,14 @@ class Stages:
         """Seconds of that stage that another process has spent."""
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
         self.started -= seconds
+
+    def take_over(self, seconds: Mapping[str, float]) -> None:
+        """The stages of the cell that made this one's model; what is told of a part of a stage is in that stage's."""
+        for name, spent in seconds.items():
+            if "/" in name:
+                self.seconds[name] = spent
+            else:
+                self.add(name, spent)
 
     def finished(self) -> dict[str, float]:
         return {**self.seconds, "total": round(time.perf_counter() - self.started, 3)}

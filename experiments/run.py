@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -12,7 +13,7 @@ from typing import Any
 import pruners
 from eval import int8
 from eval.perplexity import token_sha256
-from experiments import measures, models, placement, provenance, rates, recover, resume
+from experiments import cells, measures, models, placement, provenance, rates, recover, resume
 from experiments.data import corpora, tokens
 from experiments.data.tokens import Tokenizer
 from experiments.measures import dense_gate, made, zero_shot
@@ -41,7 +42,8 @@ class Session:
     """One cell on its way: what is asked, the model as it is by now, where it goes and who watches.
 
     `begun` is the folder of its unfinished work, `steps` that of its retraining, which other cells may share.
-    `together` are the ranks of the launch, all of which run it.
+    `together` are the ranks of the launch, all of which run it; `before` is the model as the last cell made it, where
+    this one needs the same.
     """
 
     run: Run
@@ -54,6 +56,7 @@ class Session:
     begun: Path
     steps: Path
     together: Ranks
+    before: kept.Made | None = None
 
     @property
     def retrains(self) -> bool:
@@ -73,19 +76,18 @@ def execute(run: Run, table: str, settings: Settings, board: Board | None = None
     together, folder = session.together, settings.save.get(session.id)
     if folder:
         together.first(lambda: saved.check(run, folder))
-    passed = _dense_gate(session)
+    before = session.before
+    passed = {key: before.passed[key] for key in _gated(run)} if before else _dense_gate(session)
     said = {what: made.said(what, session.subject) for what in run.measures if isinstance(what, DenseAnswers)}
     grid = rates.grid(run)
-    achieved = {} if grid and not session.retrains else _prune(session)
+    achieved = dict(before.achieved) if before else {} if grid and not session.retrains else _prune(session)
     if grid:
         measured, pruned = _choose(grid, session)
         achieved |= pruned
-    elif session.retrains:
-        achieved["recovery"] = _retrain(session)
-    if run.quantised:
-        with session.stages("quantise"):
-            int8.quantise(session.subject.model)
-        achieved["quantised"] = f"bitsandbytes {provenance.version('bitsandbytes')}"
+    elif not before:
+        achieved |= _after_pruning(session)
+    lasts = cells.hands_over(run) and session.placed.home != "disk"  # where the cell's own files end with it
+    finished = (before or _made(session, achieved, passed)) if lasts else None
     identity = dict(session.subject.identity)
     record = Record(
         id=session.id,
@@ -101,6 +103,8 @@ def execute(run: Run, table: str, settings: Settings, board: Board | None = None
         code=code.of(run),
     )
     together.first(lambda: _keep(record, folder, session))
+    if finished:
+        kept.hand_over(finished)
     return record
 
 
@@ -114,20 +118,52 @@ def _keep(record: Record, folder: Path | None, session: Session) -> None:
 
 def _open(run: Run, table: str, settings: Settings, board: Board) -> Session:
     stages, identity, together = provenance.Stages(), models.identity(run.model), ranks.here(settings.device or "cpu")
-    id, placed = run.id(identity), placement.agreed(run, settings, together)
+    key = _making(run, identity, settings) if cells.hands_over(run) else None
+    before = kept.take_over(key, _gated(run))
+    id, placed = run.id(identity), before.placed if before else placement.agreed(run, settings, together)
     begun, steps = resume.begun(run, id, table, settings), resume.steps(run, id, table, settings)
     board.stage("loading")
     board.say_once((run.model, placed.home), str(placed))
     if placed.home == "disk" and run.method is not None:
         together.first(lambda: placement.check_disk(run, begun, together.count))
-    loaded: list[Any] = []
-    with stages("load"):
-        together.each(lambda: loaded.extend(_load(run, id, identity, settings, placed, begun, together)))
+    loaded: list[Any] = [before.model, before.tokenizer] if before else []
+    if before:
+        stages.take_over(before.seconds)
+    else:
+        with stages("load"):
+            together.each(lambda: loaded.extend(_load(run, id, identity, settings, placed, begun, together)))
     model, inner = loaded
     place = zero_shot.Place(records.folder(settings.root, table) / id, resume.answers(run, id, table, settings))
     tokenizer = Tokenizer(digest(identity), inner)
     subject = measures.Subject(model, tokenizer, settings.batch_size, settings.data_dir, place, identity)
-    return Session(run, id, subject, settings, board, stages, placed, begun / "pruned", steps, together)
+    return Session(run, id, subject, settings, board, stages, placed, begun / "pruned", steps, together, before)
+
+
+def _making(run: Run, identity: Any, settings: Settings) -> str:
+    """Equal for cells whose model is made alike: from the same model and texts, at the same place."""
+    texts = resume.read_by(replace(run, measures=()))
+    told = {
+        "made": replace(run, measures=()).spec(identity),
+        "learning rate": getattr(run.recovery, "learning_rate", None),  # which a spec leaves out where it is chosen
+        "data": {name: corpora.provenance(name, settings.data_dir) for name in texts},
+        "place": [
+            settings.weights,
+            str(settings.device),
+            settings.batch_size,
+            str(settings.data_dir),
+            str(settings.root),
+        ],
+    }
+    return json.dumps(told, sort_keys=True)
+
+
+def _made(session: Session, achieved: Mapping[str, Any], passed: Mapping[str, Any]) -> kept.Made:
+    """The model as it is now, before anything is measured on it."""
+    subject, seconds = session.subject, dict(session.stages.seconds)
+    seconds.pop("dense gate", None)
+    key = _making(session.run, subject.identity, session.settings)
+    told = dict(achieved), dict(passed), session.placed, seconds, _peak_bytes(session)
+    return kept.Made(key, subject.model, subject.tokenizer.inner, *told)
 
 
 def _load(
@@ -203,6 +239,16 @@ def _windows(session: Session) -> torch.Tensor:
     model, inner, batch = subject.model, subject.tokenizer.inner, subject.batch_size
     drawn = partial(written, model, inner, asked.count, asked.length, asked.seed, batch)
     return torch.tensor(session.together.first(lambda: drawn().tolist()))
+
+
+def _after_pruning(session: Session) -> dict[str, Any]:
+    """Retrain and quantise in place, where that is asked for; returns what was achieved."""
+    achieved: dict[str, Any] = {"recovery": _retrain(session)} if session.retrains else {}
+    if session.run.quantised:
+        with session.stages("quantise"):
+            int8.quantise(session.subject.model)
+        achieved["quantised"] = f"bitsandbytes {provenance.version('bitsandbytes')}"
+    return achieved
 
 
 def _retrain(session: Session) -> dict[str, Any]:
@@ -293,6 +339,11 @@ def _statistics(session: Session, windows: Any, key: dict[str, Any]) -> Mapping[
         )
 
 
+def _gated(run: Run) -> list[str]:
+    """The protocol keys of what the dense model has to meet."""
+    return [what.key for what in dense_gate.asked(run.measures, models.find(run.model))]
+
+
 def _dense_gate(session: Session) -> dict[str, Any]:
     """By protocol key what the dense model met; empty where nothing is published for it."""
     run, settings = session.run, session.settings
@@ -345,8 +396,12 @@ def _measure(session: Session, recovery: Mapping[str, Any], said: Mapping[DenseA
 
 
 def _cost(session: Session) -> records.Cost:
-    peak = provenance.peak_bytes(session.subject.model.device) - kept.nbytes()  # which the cell did not need
-    return records.Cost(seconds=session.stages.finished(), peak_bytes=peak)
+    making = session.before.peak_bytes if session.before else 0
+    return records.Cost(seconds=session.stages.finished(), peak_bytes=max(making, _peak_bytes(session)))
+
+
+def _peak_bytes(session: Session) -> int:
+    return provenance.peak_bytes(session.subject.model.device) - kept.nbytes()  # which the cell did not need
 
 
 def _made_by(session: Session) -> records.MadeBy:

@@ -15,8 +15,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
-from experiments.cells import OVERHEAD_TOKENS, Cell, method_name
+from experiments.cells import OVERHEAD_TOKENS, Cell, method_name, same_model
 from experiments.estimate import BYTES, parameters_of, sweeps, taken_over
 from experiments.placement import needs, several, shapes
 from experiments.recovery import Retraining
@@ -132,18 +133,31 @@ def slow(cells: Sequence[Cell], profile: Profile) -> dict[Cell, float]:
 
 
 def seconds(cells: Sequence[Cell], profile: Profile, cards: int = 1) -> float:
-    """Of these cells on one machine, their shared statistics and shared steps of retraining computed once.
+    """Of these cells on one machine, their shared statistics, steps of retraining and models made once.
 
     Every card reads the weights; training and measuring are shared evenly, calibration but for its sums.
     """
-    run = cells[0].run
-    reading = sum(_reading_seconds(cell, profile, cards) for cell in cells)
-    loading = OVERHEAD_TOKENS * len(cells)
-    calibration = sum(cell.pruning_work for cell in cells) - _saved_tokens(cells)
-    everything = sum(cell.work for cell in cells) - _saved_tokens(cells) - taken_over(cells).total()
+    run, made = cells[0].run, _made(cells, profile, cards)
+    reading = sum(_reading_seconds(cell, profile, cards) for cell in made)
+    loading = OVERHEAD_TOKENS * len(made)
+    calibration = sum(cell.pruning_work for cell in made) - _saved_tokens(made)
+    everything = sum(cell.work for cell in cells) - _saved_tokens(made) - taken_over(made).total()
+    everything -= sum(cell.making_work for cell in cells) - sum(cell.making_work for cell in made)
     shared = (everything - loading - calibration) / cards
     tokens = loading + calibration * (ADDING_UP + (1 - ADDING_UP) / cards) + shared
     return reading + 2 * parameters_of(run.model) * tokens / (profile.teraflops * 1e12)
+
+
+def _made(cells: Sequence[Cell], profile: Profile, cards: int) -> list[Cell]:
+    """The cells that make their model; the others measure that of the cell before."""
+    first = cells[0]
+    taken = [
+        cell
+        for before, cell in pairwise(cells)
+        if same_model(before, cell)
+        and not (home_on(cell, profile, cards)[0] == "away" and _on_disk(cell.run, profile, cards))
+    ]
+    return [cell for cell in cells if cell is first or cell not in taken]
 
 
 def _reading_seconds(cell: Cell, profile: Profile, cards: int) -> float:

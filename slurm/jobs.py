@@ -1,6 +1,7 @@
 """Groups cells into jobs: what is expensive to share stays together, what only waits is parted, short ones meet.
 
-Two cells share what the dense model's statistics or steps of retraining take.  They stay in one job where that
+Two cells share what the dense model's statistics or steps of retraining take, or all of the making where they differ
+in measures alone.  They stay in one job where that
 saves WORTH of what the second takes alone; else its result would wait for nothing.  All cells of a job take the same
 number of cards.
 """

@@ -57,9 +57,11 @@ class Work:
 
     def here(self) -> None:
         """The cells in this process, along with the other ranks of a launch where it is one of them."""
+        from experiments.models import kept
+
         total: dict[str, list[str]] = {"found": [], "done": [], "failed": []}
         failed: dict[str, str] = {}  # by cell the table where it failed
-        with redaction.quiet_logs():
+        with redaction.quiet_logs(), kept.lasting():
             for table, ids in self._parts():
                 outcome = self._run(table, [id for id in ids if id not in failed])
                 for name, labels in total.items():
