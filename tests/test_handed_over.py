@@ -79,7 +79,7 @@ def test_the_next_table_within_a_command_goes_on_with_it(tmp_path, data, pruned)
     assert len(pruned) == 2
 
 
-def test_other_texts_another_rate_and_a_measured_cost_are_made_anew(tmp_path, data, pruned):
+def test_another_calibration_seed_and_a_measured_cost_are_made_anew(tmp_path, data, pruned):
     wanda = METHODS[1:2]
     costly = cells.cells(table((small.PPL,), (OTHER, Costs()), methods=wanda).runs())
     assert not run_table("tiny", costly, Settings(tmp_path, data_dir=data)).failed
