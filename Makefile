@@ -45,12 +45,11 @@ bench: .venv/ready
 env: .venv/ready
 
 # A constraint rather than a list to install: a CPU build of torch asks for none of the CUDA packages that it pins.
-# What is never imported need not be compiled, and that is most of the libraries: a minute less.
 .venv/ready: requirements.txt requirements-dev.txt requirements-embedded.txt requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed; found $$($(PYTHON) --version). Set PYTHON=..."; exit 1; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "This Python cannot make environments: apt install python3-venv"; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(LOCKED) $(RUN) -m pip install --quiet --no-compile -r requirements.txt -r requirements-dev.txt
+	$(LOCKED) $(RUN) -m pip install --quiet -r requirements.txt -r requirements-dev.txt
 	$(LOCKED) $(RUN) -m pip install --quiet --no-deps -r requirements-embedded.txt
 	@$(RUN) -c $(CHECKOUT)
 	touch $@
