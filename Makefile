@@ -29,8 +29,9 @@ test: .venv/ready check
 	OMP_NUM_THREADS=1 $(RUN) $(PYTEST)
 
 # The authors' released code, every case whole; the suite has those that fit its time, on the model's first blocks.
+# And lm-eval's tasks against its whole index.
 golden: .venv/ready
-	PRUNING_GOLDEN=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 tests/test_golden.py tests/test_golden_structured.py
+	PRUNING_GOLDEN=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 tests/test_golden.py tests/test_golden_structured.py tests/test_few_shot.py
 
 check: .venv/ready
 	.venv/bin/ruff check .

@@ -20,6 +20,7 @@ from experiments import measures, protocols
 from experiments.data import eval_tasks
 from experiments.measures import zero_shot
 from experiments.spec import describe
+from tests import golden
 
 MODEL = Path(__file__).resolve().parents[1].parent / "shared/data/models/stories260K/hf"
 pytestmark = pytest.mark.skipif(not MODEL.exists(), reason="../shared/data is absent")
@@ -71,6 +72,7 @@ def test_mmlu_has_57_tasks():
     assert tasks.parts("piqa") == ("piqa",)
 
 
+@pytest.mark.skipif(not golden.WHOLE, reason="reading lm-eval's whole index takes half a minute; `make golden` does")
 def test_a_task_is_what_lm_eval_s_whole_index_says():
     """For every task of the papers and every 400th other name."""
     whole = tasks._everything()

@@ -66,19 +66,19 @@ def two(tmp_path_factory, data) -> tuple[Path, str]:
 
 
 @pytest.fixture(scope="module")
-def four(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("four")
-    told = launch(4, folder)
+def three(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("three")
+    told = launch(3, folder)
     assert told.returncode == 0, told.stderr
     return folder
 
 
 @needs_shared
 @pytest.mark.parametrize(
-    ("name", "count"), [*((name, 2) for name in launched.WORKS), *((name, 4) for name in sorted(launched.FEWER))]
+    ("name", "count"), [*((name, 2) for name in launched.WORKS), *((name, 3) for name in sorted(launched.FEWER))]
 )
 def test_every_rank_finds_exactly_what_one_process_finds(name, count, alone, request):
-    folder = request.getfixturevalue("two")[0] if count == 2 else request.getfixturevalue("four")
+    folder = request.getfixturevalue("two")[0] if count == 2 else request.getfixturevalue("three")
     for rank in range(count):
         found = json.loads((folder / f"{rank}.json").read_text())[name]
         if name == "told":
