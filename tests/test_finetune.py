@@ -41,7 +41,7 @@ def bits(model) -> list[torch.Tensor]:
     return [p.detach().clone() for p in model.parameters()]
 
 
-@pytest.mark.parametrize(("what", "method"), zip(MASKED, cycle(({"sparsity": 0.5}, {"pattern": "2:4"}))))
+@pytest.mark.parametrize(("what", "method"), list(zip(MASKED, cycle(({"sparsity": 0.5}, {"pattern": "2:4"})))))
 def test_the_loss_falls_and_sparsity_stays(kind, method, what, windows):
     model = pruned(kind, **method)
     gone = {name: p == 0 for name, p in model.named_parameters() if "_proj" in name and p.ndim == 2}
