@@ -94,14 +94,14 @@ def test_another_calibration_seed_and_a_measured_cost_are_made_anew(tmp_path, da
 
 def test_a_cell_that_fails_hands_nothing_over(tmp_path, data, pruned, monkeypatch):
     chosen = cells.cells(table((small.PPL,), (OTHER,), methods=METHODS[1:2]).runs())
-    measure, once = run._measure, iter([True])
+    measure, once = run.measure, iter([True])
 
     def failing(*args):
         if next(once, False):
             raise ValueError("A measure failed.")
         return measure(*args)
 
-    monkeypatch.setattr(run, "_measure", failing)
+    monkeypatch.setattr(run, "measure", failing)
     outcome = run_table("tiny", chosen, Settings(tmp_path, data_dir=data))
     assert (len(outcome.failed), len(outcome.done), len(pruned)) == (1, 1, 2)
 

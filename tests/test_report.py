@@ -283,6 +283,17 @@ def test_the_dense_model_stands_in_every_column_and_half_a_mean_is_none(tmp_path
     assert lines["SparseGPT"] == ["—", "—"]
 
 
+def test_a_grid_of_which_nothing_is_known_is_left_out(tmp_path):
+    table = papers.find("embedded.demo")
+    made = small.record(table.runs()[0])
+    first = next(iter(made.measures))
+    only = {"table": table.name, "measures": {first: made.measures[first]}}
+    records.write(made.model_copy(update=only), tmp_path)
+    found = compare.cells(table, rows.rows(table, tmp_path))
+    assert len({cell.key for cell in found if grid.is_headline(cell)}) == 2
+    assert [pivot.key for pivot in grid.pivots(found)] == [first]
+
+
 def test_seeds_are_told_apart_and_a_failure_is_told(tmp_path):
     table = papers.find("embedded.gblm")
     wanda = [run for run in table.runs() if table.label(run) == ("Wanda", "50 %")]

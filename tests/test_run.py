@@ -104,15 +104,16 @@ def test_a_missing_record_alone_is_made_again_with_the_same_bits(undisturbed, da
 def test_killed_at_random_moments_and_run_again_gives_the_same_records(tmp_path, data, undisturbed, processes):
     kills, draw, root = int(os.environ.get("KILLS", 5)), random.Random(0), tmp_path / "results"
     seconds = [run_in(processes, tmp_path / f"timed {n}", data) for n in range(2)][-1]
-    exits = []
-    for _ in range(kills):
+    killed = 0
+    while killed < kills:
         if len(results(root)) == 5:  # start over
             shutil.rmtree(root)
-        exits.append(run_in(processes, root, data, kill_after=draw.uniform(0, seconds)))
+        took = run_in(processes, root, data, kill_after=draw.uniform(0, seconds))
+        killed += took is None
+        seconds = seconds if took is None else 0.8 * seconds  # done too soon: the machine has become faster
         assert all(results(undisturbed)[id] == result for id, result in results(root).items())
     small.run(root, data)
     assert results(root) == results(undisturbed)
-    assert exits.count(None) > kills / 4, "hardly a run was still going when it was to be killed"
 
 
 @needs_model

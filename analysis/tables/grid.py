@@ -43,6 +43,10 @@ class Pivot:
     def has_paper(self) -> bool:
         return any(_printed(cell) for _, found in self.lines for cell in found)
 
+    @property
+    def is_begun(self) -> bool:
+        return any(value(cell) != MISSING for _, found in self.lines for cell in found)
+
     def is_best(self, cell: Cell | None) -> bool:
         return cell is not None and significance.name(cell) in self.marked
 
@@ -67,12 +71,16 @@ class Verdict:
 
 
 def pivots(found: Sequence[Cell]) -> list[Pivot]:
-    """One a perplexity and a mean accuracy; the dense model, which has no setting, stands in every column."""
+    """One a perplexity and a mean accuracy of which anything is known, by us, by the paper or of a cell on its way.
+
+    The dense model, which has no setting, stands in every column.
+    """
     shown = [cell for cell in found if cell.fold == "mean" and is_headline(cell)]
-    return [
+    every = [
         _pivot(key, metric, [cell for cell in shown if (cell.key, cell.metric) == (key, metric)])
         for key, metric in dict.fromkeys((cell.key, cell.metric) for cell in shown)
     ]
+    return [pivot for pivot in every if pivot.has_paper or pivot.is_begun]
 
 
 def value(cell: Cell | None) -> str:
