@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from pruners.suggest import UsageError, unknown
+from pruners.interface.suggest import UsageError, unknown
 
 FOLDER = Path(__file__).parent / "published"
 Key = tuple[str, str, str, str, str]

@@ -17,7 +17,7 @@ from experiments.spec import Run, Table
 from experiments.store import code, found, records
 from experiments.store.keys import run_key, stable_key
 from experiments.store.records import Failure, Record
-from pruners.suggest import UsageError
+from pruners.interface.suggest import UsageError
 
 logger = logging.getLogger(__name__)
 

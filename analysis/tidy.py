@@ -20,7 +20,7 @@ from experiments.labels import labels
 from experiments.store import found, records
 from experiments.store.keys import run_key, stable_key
 from experiments.store.records import Record
-from pruners.suggest import UsageError
+from pruners.interface.suggest import UsageError
 
 Labels = Mapping[str, tuple[str, str]]
 WRITERS = {".csv": "to_csv", ".parquet": "to_parquet"}

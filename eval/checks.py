@@ -8,8 +8,8 @@ from typing import Annotated, Any
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pruners import checks
-from pruners.checks import typed
+from pruners.interface import checks
+from pruners.interface.checks import typed
 
 Progress = Annotated[Callable[[int, int], None], checks.FUNCTION]
 

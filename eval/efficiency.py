@@ -22,8 +22,8 @@ from eval.checks import Progress, check_fits, check_model
 from eval.int8 import as_floats
 from eval.marks import begun
 from eval.matrices import decoder_matrices
-from pruners import checks
-from pruners.checks import Count
+from pruners.interface import checks
+from pruners.interface.checks import Count
 from pruners.weights import homes
 
 MACS_TOKENS = 64  # as LLM-Pruner counts, one sequence

@@ -14,8 +14,9 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.checks import Progress, check_fits, check_model, check_tokenizer
-from pruners import checks, ranks
-from pruners.checks import Count, Number, Positive, Rule, Seed
+from pruners.interface import checks
+from pruners.interface.checks import Count, Number, Positive, Rule, Seed
+from pruners.run import ranks
 
 PROMPTS = (
     "I believe the meaning of life is",

@@ -22,8 +22,9 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from eval.checks import Progress, check_fits, check_model, check_tokenizer
 from eval.generation import Prompts
 from eval.intervals import standard_error
-from pruners import checks, ranks
-from pruners.checks import Count, Text
+from pruners.interface import checks
+from pruners.interface.checks import Count, Text
+from pruners.run import ranks
 
 PROMPTS = (
     "The capital of France is",

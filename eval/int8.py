@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from pruners import anatomy
-from pruners.stream import instead
+from pruners.run.stream import instead
 
 THRESHOLD = 6.0
 NAME = "LLM.int8"

@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 
 from eval.checks import check_fits, check_model
 from eval.marks import begun
-from pruners import checks
-from pruners.checks import Count
+from pruners.interface import checks
+from pruners.interface.checks import Count
 
 WARM_UP = 2
 COPIED_BYTES = {"cpu": 2**28}  # beyond a CPU's caches

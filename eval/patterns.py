@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from eval.matrices import decoder_matrices
-from pruners import checks
-from pruners.checks import Count, Whole
+from pruners.interface import checks
+from pruners.interface.checks import Count, Whole
 
 
 @checks.arguments

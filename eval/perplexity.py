@@ -24,9 +24,10 @@ from transformers import PreTrainedModel
 
 from eval.checks import Progress, check_model
 from eval.marks import prefixed, text_prefix
-from pruners import checks, inputs, ranks
-from pruners.checks import Count, Whole
-from pruners.stream import instead
+from pruners.interface import checks
+from pruners.interface.checks import Count, Whole
+from pruners.run import inputs, ranks
+from pruners.run.stream import instead
 from pruners.weights import sweep
 
 LOGITS = 2**25  # float32 logits held at once (128 MiB)

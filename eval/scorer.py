@@ -26,7 +26,7 @@ from eval import rows, sharing
 from eval.answers import Answer, AnswerStore
 from eval.checks import Progress, check_tokenizer
 from eval.marks import prefixed
-from pruners import ranks
+from pruners.run import ranks
 from pruners.weights import homes, sweep
 
 Request = tuple[Any, list[int], list[int]]  # what was asked, the tokens before, the tokens to score

@@ -15,8 +15,8 @@ from eval.checks import check_model
 from eval.efficiency import is_two_four
 from eval.latency import WARM_UP, timed
 from eval.matrices import decoder_matrices
-from pruners import checks
-from pruners.checks import Count
+from pruners.interface import checks
+from pruners.interface.checks import Count
 
 CAPABILITY = (8, 0)
 DTYPES = (torch.float16, torch.bfloat16)

@@ -23,7 +23,7 @@ from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
 from eval import json_lines
-from pruners.suggest import UsageError
+from pruners.interface.suggest import UsageError
 
 # the Hub's package changes its HTTP client between versions; the client's own errors are a base of its error
 UNAVAILABLE = (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError, *HfHubHTTPError.__bases__)

@@ -33,8 +33,9 @@ from eval.checks import Progress, check_model, check_tokenizer
 from eval.intervals import standard_error
 from eval.scorer import fingerprint
 from eval.tasks import check_names, load, task_manager
-from pruners import checks, ranks
-from pruners.checks import Count, PathLike, Whole
+from pruners.interface import checks
+from pruners.interface.checks import Count, PathLike, Whole
+from pruners.run import ranks
 
 
 @dataclass(frozen=True)

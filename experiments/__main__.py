@@ -219,7 +219,7 @@ def _run_table(asked: argparse.Namespace, chosen: Sequence[Cell]) -> int:
     """One table's cells that the device takes; the exit status."""
     from experiments import placement, resume
     from experiments.batch import run_table
-    from pruners import ranks
+    from pruners.run import ranks
 
     settings = cli.settings(asked, chosen if asked.save_models else ())
     together = ranks.here(settings.device or "cpu")

@@ -24,9 +24,9 @@ from experiments.settings import Settings
 from experiments.store import atomic, elsewhere, found, records
 from experiments.store.locks import lock
 from experiments.store.records import Failure, Record
-from pruners import ranks
-from pruners.ranks import RankLostError, Ranks
 from pruners.retrain import Reconstruction
+from pruners.run import ranks
+from pruners.run.ranks import RankLostError, Ranks
 
 _PLACES = count()  # where ranks tell each other that a cell has failed
 WAIT_SECONDS = 60.0  # for another process at a cell, before the other ranks of this launch are told that it goes on

@@ -9,8 +9,8 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
-from pruners import ranks
-from pruners.suggest import UsageError
+from pruners.interface.suggest import UsageError
+from pruners.run import ranks
 
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT"
 ROOT = Path(__file__).resolve().parents[1]

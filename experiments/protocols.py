@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from experiments import models
 from experiments.spec import Perplexity, ZeroShot
-from pruners.suggest import UsageError, unknown
+from pruners.interface.suggest import UsageError, unknown
 
 Metrics = tuple[tuple[str, str], ...]
 LONGEST_WINDOW = 4096

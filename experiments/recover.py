@@ -13,12 +13,14 @@ from experiments.data import corpora, tokens
 from experiments.data.tokens import Tokenizer
 from experiments.recovery import Documents, Instructions, Retraining
 from experiments.spec import Windows
-from pruners import ranks, retrain, storage
+from pruners import retrain
 from pruners.calibrate import Progress
 from pruners.retrain import Retrained
 from pruners.retrain.batches import IGNORED
 from pruners.retrain.finetune import Watch
 from pruners.retrain.state import OtherRunError
+from pruners.run import ranks
+from pruners.weights import storage
 
 Record = dict[str, list[int]]
 Result = TypeVar("Result")

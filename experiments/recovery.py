@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 from experiments.spec import Run, Windows
-from pruners import checks
-from pruners.checks import Count, Finite, Flag, Number, Positive, Rule, Seed, Text
+from pruners.interface import checks
+from pruners.interface.checks import Count, Finite, Flag, Number, Positive, Rule, Seed, Text
 from pruners.retrain import LoRA, Reconstruction, Trainable
 from pruners.retrain.schedule import Schedule
 

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pruners import checks, ranks
-from pruners.checks import AnyPath, Count, Flag, Folder, Text
+from pruners.interface import checks
+from pruners.interface.checks import AnyPath, Count, Flag, Folder, Text
+from pruners.run import ranks
 
 WEIGHTS = ("device", "host", "disk", "auto")
 

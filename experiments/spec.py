@@ -14,8 +14,8 @@ from typing import Annotated, Any, ClassVar
 
 import pruners
 from experiments.models import catalogue
-from pruners import checks
-from pruners.checks import Count, Counts, Flag, Number, Rule, Seed, Text
+from pruners.interface import checks
+from pruners.interface.checks import Count, Counts, Flag, Number, Rule, Seed, Text
 
 SAMPLING = ("documents", "stream", "sentences", "first", "dialogues")
 DTYPES = ("float32", "bfloat16", "float16")

@@ -17,18 +17,19 @@ from typing import TYPE_CHECKING, Any
 
 import wrapt
 
-from pruners import apply, checks, inputs
+from pruners import apply
 from pruners.calibrate import NOTHING, Execution, Keeper, Progress
-from pruners.checks import Count, Flag, Folder
 from pruners.flap import Flap
 from pruners.gblm import GBLM, Gradient
+from pruners.interface import checks
+from pruners.interface.checks import Count, Flag, Folder
 from pruners.lazy import PreTrainedModel, Tensor, torch
 from pruners.llm_pruner import LLMPruner
-from pruners.magnitude import Magnitude
-from pruners.random_baseline import Random
-from pruners.report import Report
+from pruners.magnitude import Magnitude, Random
+from pruners.run import inputs
+from pruners.run.report import Report
+from pruners.run.statistic import is_finite
 from pruners.sparsegpt import SparseGPT
-from pruners.statistic import is_finite
 from pruners.structured import Structured
 from pruners.structured_baselines import MagnitudeSP, WandaSP
 from pruners.unstructured import Unstructured

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 from tabulate import tabulate
 
-from pruners import plugin
 from pruners.families import FAMILIES
-from pruners.suggest import UsageError, unknown
+from pruners.interface import plugin
+from pruners.interface.suggest import UsageError, unknown
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -32,7 +32,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _check(file: str, families: Sequence[str]) -> int:
-    from pruners import contract
+    from pruners.interface import contract
 
     for name in families:
         if name not in FAMILIES:

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from pruners import matrices
 from pruners.families import FAMILIES, Family, family, known
 from pruners.lazy import Int, Tensor, nn, torch
-from pruners.matrices import Matrix
+from pruners.run import matrices
+from pruners.run.matrices import Matrix
 
 __all__ = ["FAMILIES", "Block", "Family", "Part", "blocks", "family", "known"]
 

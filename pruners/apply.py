@@ -11,10 +11,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from pruners import anatomy, matrices
+from pruners import anatomy
 from pruners.anatomy import Block
 from pruners.lazy import Bool, Float, Tensor, nn, torch
-from pruners.matrices import Matrix
+from pruners.run import matrices
+from pruners.run.matrices import Matrix
 
 KINDS = ("attention", "mlp")
 

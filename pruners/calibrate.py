@@ -11,13 +11,15 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pruners import anatomy, checks, ranks
+from pruners import anatomy
 from pruners.anatomy import Block
-from pruners.checks import Count, Flag
+from pruners.interface import checks
+from pruners.interface.checks import Count, Flag
 from pruners.lazy import Float, Int, Tensor, nn, no_grad, torch
-from pruners.ranks import Ranks
-from pruners.statistic import Hessian, InputNorm, Moments, Statistic
-from pruners.stream import Stream, evaluating
+from pruners.run import ranks
+from pruners.run.ranks import Ranks
+from pruners.run.statistic import Hessian, InputNorm, Moments, Statistic
+from pruners.run.stream import Stream, evaluating
 from pruners.weights import homes
 
 __all__ = [

@@ -35,12 +35,15 @@ from transformers import (
     PreTrainedModel,
 )
 
-from pruners import anatomy, chatglm, checks, described, inputs, peft_targets, storage  # noqa: F401  (registers its model type)
+from pruners import anatomy, chatglm  # noqa: F401  (registers its model type)
 from pruners.anatomy import Block
-from pruners.checks import Folder, Rule
 from pruners.families import FAMILIES
+from pruners.interface import checks, described
+from pruners.interface.checks import Folder, Rule
 from pruners.modeling_pruned import PrunedModel, check_complete, check_shards, configuration
-from pruners.weights import homes
+from pruners.retrain import peft_targets
+from pruners.run import inputs
+from pruners.weights import homes, storage
 
 logger = logging.getLogger(__name__)
 SIZE = re.compile(r"(?=.*[1-9])\d+(\.\d+)?[KMGT]B")

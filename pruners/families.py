@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from pruners.interface.suggest import unknown
 from pruners.lazy import nn
-from pruners.suggest import unknown
 
 LAYOUTS = ("separate", "stacked", "grouped")
 NOT_NARROWED = "only LLaMA, Mistral, Qwen2, SmolLM3 and OPT are known to compute the same once it is cut"

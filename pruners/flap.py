@@ -28,13 +28,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from pruners import anatomy, calibrate, checks, select
+from pruners import anatomy, calibrate, select
 from pruners.anatomy import Block
 from pruners.apply import KINDS, Kept
 from pruners.calibrate import PLAIN, Execution, Moments
-from pruners.checks import Flag, Number
+from pruners.interface import checks
+from pruners.interface.checks import Flag, Number
 from pruners.lazy import Bool, Float, Int, Tensor, nn, torch
-from pruners.matrices import Matrix
+from pruners.run.matrices import Matrix
 from pruners.structured import Structured, by_unit, readers
 from pruners.weights import homes
 

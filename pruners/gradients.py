@@ -9,14 +9,15 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
-from pruners import anatomy, inputs
+from pruners import anatomy
 from pruners.anatomy import Block
 from pruners.calibrate import Progress, evaluating
-from pruners.inputs import IGNORED
 from pruners.lazy import F, Int, Tensor, nn, torch
-from pruners.ranks import Ranks
-from pruners.statistic import is_finite
-from pruners.stream import ALONE, Stream, handing_on, instead
+from pruners.run import inputs
+from pruners.run.inputs import IGNORED
+from pruners.run.ranks import Ranks
+from pruners.run.statistic import is_finite
+from pruners.run.stream import ALONE, Stream, handing_on, instead
 from pruners.weights import homes, memory
 
 LOGITS = 2**25  # of one pass through the head, where it works on its own

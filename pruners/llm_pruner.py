@@ -35,13 +35,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-from pruners import anatomy, apply, checks, gradients, matrices, select, whole_model
+from pruners import anatomy, apply, gradients, select
 from pruners.anatomy import Block
 from pruners.apply import KINDS, Kept
 from pruners.calibrate import PLAIN, Execution, Progress
-from pruners.checks import Count, Rule, Seed
+from pruners.interface import checks
+from pruners.interface.checks import Count, Rule, Seed
 from pruners.lazy import Float, Int, Tensor, nn, torch
-from pruners.report import Report
+from pruners.run import matrices
+from pruners.run.report import Report, Size, State, Structure
 from pruners.structured import Scores, Structured
 from pruners.weights import aside, homes
 
@@ -223,9 +225,9 @@ class LLMPruner(Structured):
         started = time.perf_counter()
         self.check(model)
         if self.granularity == "layer":
-            return self.reported(whole_model.shorten(self, model, how.cut), started)
+            return self.reported(_shorten(self, model, how.cut), started)
         scores = self._channel_scores(model, dense)
-        return self.reported(whole_model.narrow(self, model, scores, how.cut), started)
+        return self.reported(_narrow(self, model, scores, how.cut), started)
 
     def open(self, block: Block, kind: str) -> bool:
         first, last = self.attention_blocks if kind == "attention" else self.mlp_blocks
@@ -314,3 +316,61 @@ class LLMPruner(Structured):
             for part in parts
             if (linear := block.linear(part.projection)).weight.numel()
         }
+
+
+def _narrow(method: LLMPruner, model: Any, scores: Float[Tensor, " width"], cut: bool) -> Structure:
+    """Remove the lowest-scored channels of the residual stream from every parameter that holds them."""
+    before, cost, width = State.of(model), _channel_cost(model), len(scores)
+    if method.target_parameters is None:
+        asked, gone = cost.times(method.asked * width), width - int(width * (1 - method.asked))
+    else:
+        share = method.asked * getattr(before.size, method.target_of) / getattr(cost, method.target_of)
+        asked, gone = cost.times(share), round(share)
+    _check_budget(method, asked, cost.times(width - 1))
+    rounded = method.rounded(width, gone)
+    keep = ~select.lowest(scores, rounded)
+    if rounded:
+        (apply.narrow if cut else apply.zero_narrow)(model, keep)
+        if cut:
+            apply.describe(model)
+    after = State(before.size.less(cost.times(rounded)), before.blocks, width - rounded)
+    return Structure(method.setting, asked, cost.times(gone - rounded).model, before, after)
+
+
+def _shorten(method: LLMPruner, model: Any, cut: bool) -> Structure:
+    """Remove the last blocks."""
+    before, blocks = State.of(model), anatomy.blocks(model)
+    sizes = [sum(p.numel() for p in block.module.parameters()) for block in blocks]
+    if method.target_parameters is None:
+        asked, most = round(method.asked * sum(sizes)), round(sum(sizes) * (len(blocks) - 1) / len(blocks))
+        gone = int(method.asked * len(blocks) + 1e-9)  # a share of the blocks, however uneven they are
+    else:
+        asked, most = round(method.asked * getattr(before.size, method.target_of)), sum(sizes[1:])
+        lost = torch.tensor([0, *sizes[::-1]]).cumsum(0)
+        gone = int((lost - asked).abs().argmin())
+    stays = len(blocks) - gone
+    _check_budget(method, Size(asked, asked), Size(most, most))
+    if cut:
+        apply.keep_first(model, stays)
+    else:
+        for block in blocks[stays:]:
+            with homes.held(block.module, changes=True):
+                apply.silence(block)
+    lost_now = sum(sizes[stays:])
+    after = State(before.size.less(Size(lost_now, lost_now)), before.blocks[:stays], before.hidden_size)
+    return Structure(method.setting, Size(asked, asked), 0, before, after)
+
+
+def _channel_cost(model: Any) -> Size:
+    """Parameters that one channel of the residual stream holds."""
+    inside = tuple(f"{block.name}." for block in anatomy.blocks(model))
+    dims, named = apply.residual(model), dict(model.named_parameters())  # tied parameters once
+    each = {name: named[name].numel() // named[name].shape[dim] for name, dim in dims.items() if name in named}
+    return Size(sum(each.values()), sum(cost for name, cost in each.items() if name.startswith(inside)))
+
+
+def _check_budget(method: LLMPruner, asked: Size, most: Size) -> None:
+    if asked.model > most.model:
+        raise ValueError(
+            f"{method.setting} is {asked.model:,} parameters, and at most {most.model:,} may go; ask for less."
+        )

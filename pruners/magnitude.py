@@ -1,18 +1,19 @@
-"""Magnitude: the smallest weights matter least.
+"""The baselines that need no data.
 
-    S[o, i] = |W[o, i]|        no data; one threshold per matrix
-
-The papers' baseline.
+Magnitude    S[o, i] = |W[o, i]|    one threshold per matrix: the smallest weights matter least
+Random       S[o, i] uniform        within rows: every weight is as good as any other, the floor to clear
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pruners import select
-from pruners.lazy import Bool, Float, Tensor
+from pruners.interface.checks import Seed
+from pruners.lazy import Bool, Float, Tensor, torch
 from pruners.unstructured import Unstructured
 
 
@@ -39,3 +40,15 @@ class Grouped(Unstructured):
 class Magnitude(Grouped):
     def score(self, name: str, weight: Tensor, x: Any, dense: Mapping[str, Tensor]) -> Tensor:
         return score(weight)
+
+
+@dataclass(frozen=True)
+class Random(Unstructured):
+    """Uniform scores within rows, drawn from `seed` and the projection's name, the same on every device."""
+
+    seed: Seed = 0
+
+    def score(self, name: str, weight: Tensor, x: Any, dense: Mapping[str, Tensor]) -> Tensor:
+        mixed = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(mixed[:7], "big"))
+        return torch.rand(weight.shape, generator=generator, dtype=torch.float32).to(weight.device)

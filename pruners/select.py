@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pruners import checks
+from pruners.interface import checks
 from pruners.lazy import Bool, Float, Int, Tensor, torch
 
 GROUPS = "'matrix', 'row', 'column', 'rows:N' or 'columns:N'"

@@ -19,11 +19,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from pruners import checks, select
+from pruners import select
 from pruners.calibrate import Hessian
-from pruners.checks import Count, Flag, Rule, Text
+from pruners.interface import checks
+from pruners.interface.checks import Count, Flag, Rule, Text
 from pruners.lazy import Bool, Float, Tensor, torch
-from pruners.matrices import Matrix
+from pruners.run.matrices import Matrix
 from pruners.select import Pattern
 from pruners.unstructured import Unstructured
 from pruners.weights import memory

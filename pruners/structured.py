@@ -11,14 +11,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from pruners import anatomy, apply, checks, select
+from pruners import anatomy, apply, select
 from pruners.anatomy import Block
 from pruners.apply import KINDS, Kept
 from pruners.calibrate import PLAIN, Execution
-from pruners.checks import Count, Share
+from pruners.interface import checks
+from pruners.interface.checks import Count, Share
 from pruners.lazy import Float, Int, Tensor, nn, torch
-from pruners.matrices import Matrix
-from pruners.report import Report, Size, State, Structure, Widths
+from pruners.run.matrices import Matrix
+from pruners.run.report import Report, Size, State, Structure, Widths
 from pruners.unstructured import refuse_non_finite
 from pruners.weights import homes
 

@@ -7,15 +7,16 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-from pruners import anatomy, calibrate, checks, select
+from pruners import anatomy, calibrate, select
 from pruners.anatomy import Block
 from pruners.calibrate import PLAIN, Execution, Statistic
-from pruners.checks import Rule, Share
+from pruners.interface import checks
+from pruners.interface.checks import Rule, Share
 from pruners.lazy import Bool, Float, Int, Tensor, nn
-from pruners.matrices import Matrix
-from pruners.report import Projection, Report
+from pruners.run.matrices import Matrix
+from pruners.run.report import Projection, Report
+from pruners.run.statistic import is_finite
 from pruners.select import Pattern
-from pruners.statistic import is_finite
 from pruners.weights import homes
 
 

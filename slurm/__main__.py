@@ -122,7 +122,7 @@ def _retry(asked: argparse.Namespace) -> int:
 
 def _refuse_unheeded(asked: argparse.Namespace) -> None:
     """UsageError for options about the jobs of a cluster where none is asked."""
-    from pruners.suggest import UsageError
+    from pruners.interface.suggest import UsageError
 
     told = {"--memory-gb": asked.memory_gb, "--dry-run": asked.dry_run}
     if asked.executor != "slurm" and (unheeded := [name for name, value in told.items() if value]):
@@ -132,7 +132,7 @@ def _refuse_unheeded(asked: argparse.Namespace) -> None:
 
 def _refuse_unmeant(asked: argparse.Namespace, profiles: Mapping[str, Profile]) -> None:
     """UsageError for what Slurm would take for something else."""
-    from pruners.suggest import UsageError
+    from pruners.interface.suggest import UsageError
 
     if "%" in str(asked.results) and asked.executor != "debug":
         raise UsageError(

@@ -12,7 +12,7 @@ from typing import Any
 from experiments import callbacks, cards
 from experiments.callbacks import Events
 from experiments.store import atomic
-from pruners import ranks
+from pruners.run import ranks
 
 SIGNALS = "SIGINT,SIGHUP,SIGQUIT"  # which end a launch; SIGTERM announces that Slurm will, and work goes on until then
 

@@ -11,7 +11,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
-from pruners.suggest import UsageError, unknown
+from pruners.interface.suggest import UsageError, unknown
 from slurm import secrets
 
 if sys.version_info >= (3, 11):

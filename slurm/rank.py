@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments import cli
-from pruners import ranks
+from pruners.run import ranks
 from slurm.work import Work
 
 

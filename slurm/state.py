@@ -19,7 +19,7 @@ from experiments import callbacks, measures
 from experiments.store import records
 from experiments.store.records import Failure, Record
 from experiments.store.redaction import redacted
-from pruners.suggest import UsageError
+from pruners.interface.suggest import UsageError
 from slurm import ledger, queue, reasons
 from slurm.ledger import Entry, Sent
 from slurm.queue import Queued

@@ -20,7 +20,7 @@ from submitit.core.utils import DelayedSubmission
 from experiments import callbacks, cli, selection
 from experiments.callbacks import Events
 from experiments.store import redaction
-from pruners import ranks
+from pruners.run import ranks
 from slurm import launched
 
 PATHS = ("results", "data_dir", "save_models")

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pruners import contract
+from pruners.interface import contract
 
 WIDTH, LENGTH, WINDOW = 32, 16, 6
 SIZES = {

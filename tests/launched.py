@@ -30,9 +30,9 @@ from experiments.models.gguf import quiet
 from experiments.rates import RateGrid, Tuning
 from experiments.recovery import Retraining
 from experiments.spec import Generation, Table, Windows
-from pruners import ranks
 from pruners.retrain import MaskLoRA, Trainable
 from pruners.retrain.schedule import Schedule
+from pruners.run import ranks
 
 NORMS = Retraining(Trainable(norms=True), small.WINDOWS, steps=6, learning_rate=1e-3, batch_size=4)
 GRID = RateGrid((1e-3, 1e-2), Windows("c4/train", 4, 32, seed=7))

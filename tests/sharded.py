@@ -32,8 +32,8 @@ from conftest import hollow, tiny
 import pruners
 from experiments import batch, papers
 from experiments.__main__ import main
-from pruners import ranks
 from pruners.retrain import Diverged, LoRA, LoRAPrune, MaskLoRA, ScaleLoRA, Trainable, choose_rate, finetune, layouts
+from pruners.run import ranks
 from pruners.unstructured import Unstructured
 from pruners.weights import homes, sources
 

@@ -16,7 +16,7 @@ from small_table import full_disk
 from torch.testing import assert_close
 
 from experiments.store import cache, locks, room
-from pruners import storage
+from pruners.weights import storage
 from pruners.weights.shards import Shards
 
 KEY = {"model": "m", "statistics": "norms"}

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 import pruners
 from pruners import LLMPruner, anatomy, apply, checkpoint, llm_pruner
 from pruners.apply import Kept
-from pruners.stream import Stream
+from pruners.run.stream import Stream
 from tests.chatglm import GOLDEN, golden, odd, prompts
 from tests.conftest import needs_shared
 

@@ -18,9 +18,9 @@ from experiments.recovery import Instructions
 from experiments.settings import Settings
 from experiments.spec import Windows, ZeroShot
 from experiments.store import records
-from pruners import inputs
 from pruners.chatglm import ChatGLMTokenizer
 from pruners.retrain.batches import Batches
+from pruners.run import inputs
 from tests.chatglm import GOLDEN, golden, odd, published_folder
 from tests.conftest import SHARED, needs_shared
 

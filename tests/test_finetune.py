@@ -14,11 +14,11 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 import pruners
-from pruners import storage
-from pruners.ranks import RankLostError, Ranks, explained
 from pruners.retrain import Diverged, LoRA, LoRAPrune, MaskLoRA, ScaleLoRA, Trainable, finetune, held_out_loss, state
 from pruners.retrain.batches import Batches
 from pruners.retrain.schedule import Schedule, precision_for
+from pruners.run.ranks import RankLostError, Ranks, explained
+from pruners.weights import storage
 
 MASKED = {
     "biases and norms": Trainable(biases=True, norms=True),

@@ -11,8 +11,8 @@ from torch.testing import assert_close
 import pruners
 from pruners import anatomy, gblm, magnitude, select, sparsegpt, wanda
 from pruners.calibrate import Hessian, InputNorm
+from pruners.run.statistic import is_finite
 from pruners.select import Pattern
-from pruners.statistic import is_finite
 from tests.conftest import tiny
 
 

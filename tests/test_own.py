@@ -20,10 +20,10 @@ from experiments.own import defaults, options, saved, tables
 from experiments.recovery import Retraining
 from experiments.spec import Run, Windows
 from experiments.store import records
-from pruners import plugin
 from pruners.__main__ import main as pruners_main
+from pruners.interface import plugin
+from pruners.interface.suggest import UsageError
 from pruners.retrain import LoRA, Trainable
-from pruners.suggest import UsageError
 from slurm.__main__ import main as slurm
 
 needs_model = pytest.mark.skipif(not small.MODEL.is_dir(), reason=f"{small.MODEL} is absent")

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from pruners.suggest import UsageError
+from pruners.interface.suggest import UsageError
 from slurm import profile
 from slurm.profile import ProfileError
 

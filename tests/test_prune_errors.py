@@ -10,7 +10,7 @@ from transformers import CodeGenConfig, CodeGenForCausalLM
 
 import pruners
 from pruners import anatomy
-from pruners.statistic import is_finite
+from pruners.run.statistic import is_finite
 from tests.conftest import tiny
 
 

@@ -237,7 +237,7 @@ def test_weights_that_are_not_finite_are_refused_before_any_is_pruned(name, wind
 
 
 def test_another_device_for_what_needs_all_weights_at_once(monkeypatch, windows):
-    monkeypatch.setattr(pruners.inputs, "usable_device", lambda device: torch.device(device))
+    monkeypatch.setattr(pruners.run.inputs, "usable_device", lambda device: torch.device(device))
     refused(
         "needs all weights in place at once, on cpu, and not block by block on cuda; load the model whole",
         lambda: pruners.prune(tiny(KIND), pruners.LLMPruner(0.2, granularity="channel"), windows, device="cuda"),

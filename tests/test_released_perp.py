@@ -19,9 +19,9 @@ from experiments.cells import Cell
 from experiments.recovery import Retraining
 from experiments.spec import Run, Windows, describe
 from pruners import anatomy
-from pruners.ranks import Ranks
 from pruners.retrain import LoRA, LoRAPrune, MaskLoRA, Reconstruction, ScaleLoRA, Trainable, finetune
 from pruners.retrain.trainable import Attached
+from pruners.run.ranks import Ranks
 
 TRAINED = {
     "MaskLoRA, biases, norms, head": Trainable(biases=True, norms=True, head=True, adapters=MaskLoRA(rank=3, alpha=5)),

@@ -16,7 +16,7 @@ import torch
 from conftest import needs_shared
 from torch.testing import assert_close
 
-from pruners import storage
+from pruners.weights import storage
 
 SCRIPT = Path(sharded.__file__)
 WHICH = [(2, name) for name in sharded.JOBS] + [(4, "all weights"), (4, "MaskLoRA, norms and head")]

@@ -20,8 +20,8 @@ from eval.answers import AnswerStore
 from experiments.measures import dense_gate
 from experiments.spec import Run
 from experiments.store import atomic, cache, checksummed_json, records
-from pruners import storage
 from pruners.retrain import state
+from pruners.weights import storage
 
 TENSORS = {"a": torch.arange(3.0), "b": torch.ones(2, dtype=torch.bfloat16), "empty": torch.zeros(0, 4)}
 KEY = {"model": "m"}

@@ -21,8 +21,8 @@ from experiments import batch, cells
 from experiments.batch import run_table
 from experiments.settings import Settings
 from experiments.store import records
-from pruners import ranks
 from pruners.retrain import Reconstruction, Trainable
+from pruners.run import ranks
 
 SCRIPT = Path(__file__).with_name("launched.py")
 EPSILON = 1e-5  # sums over processes are rounded in another order

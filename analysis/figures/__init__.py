@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from analysis.rows import Row, keys
-from pruners.suggest import UsageError
+from pruners.interface.suggest import UsageError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

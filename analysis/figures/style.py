@@ -16,7 +16,7 @@ from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from analysis.rows import Row, keys
 from experiments.spec import Table
 from experiments.store import atomic
-from pruners.suggest import UsageError, unknown
+from pruners.interface.suggest import UsageError, unknown
 
 # Okabe and Ito's colours, told apart by colour-blind readers; markers and lines tell them apart in grey print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

@@ -21,7 +21,7 @@ from eval.intervals import Interval, holm, mcnemar, mean_difference, perplexity_
 from experiments import papers
 from experiments.spec import Perplexity, Run, Table, ZeroShot
 from experiments.store import records
-from pruners.suggest import UsageError, unknown
+from pruners.interface.suggest import UsageError, unknown
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import pandas as pd
 
 from analysis.rows import Row
 from experiments.spec import Generation
-from pruners.suggest import UsageError
+from pruners.interface.suggest import UsageError
 
 NUMBERS = ("distinct_1", "distinct_2", "repeated_4")
 

@@ -11,7 +11,7 @@ from analysis.rows import Row
 from analysis.tables.measured_notes import notes
 from analysis.tables.notes import title
 from experiments.spec import Efficiency, Table
-from pruners.suggest import UsageError
+from pruners.interface.suggest import UsageError
 
 
 def page(table: Table, rows: Sequence[Row]) -> str:

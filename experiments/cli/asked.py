@@ -33,7 +33,7 @@ def resolve(asked: argparse.Namespace) -> None:
     if not files and not source and not several:
         return
     from experiments.own import tables
-    from pruners import plugin
+    from pruners.interface import plugin
 
     plugin.use(files)
     plugins = [str(file) for file in files]
@@ -71,7 +71,7 @@ def forget() -> None:
 
 def _named(asked: argparse.Namespace) -> list[str]:
     from experiments import papers
-    from pruners.suggest import UsageError
+    from pruners.interface.suggest import UsageError
 
     if getattr(asked, "idle", False) and not asked.tables and not asked.all:
         return []  # means those that were begun
@@ -155,7 +155,7 @@ def watchers(asked: argparse.Namespace) -> list[Watcher]:
 
 def refuse_absent(data_dir: Path | None) -> None:
     """UsageError for a data folder that is not there, before every cell would meet that."""
-    from pruners.suggest import UsageError
+    from pruners.interface.suggest import UsageError
 
     folder = zero_shot.folder(data_dir)
     if folder and not folder.is_dir():

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from experiments.cli.asked import forget, resolve
 from experiments.store import redaction
-from pruners import ranks
+from pruners.run import ranks
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_PIPE, EXIT_TERMINATED = 1, 2, 130, 141, 143
 
@@ -53,7 +53,7 @@ def carry_out(asked: argparse.Namespace, stopped: str) -> int:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             return EXIT_PIPE
         from experiments.errors import sentence
-        from pruners.suggest import UsageError
+        from pruners.interface.suggest import UsageError
 
         lost = isinstance(error, ranks.RankLostError)
         status = EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED

@@ -17,8 +17,8 @@ from typing import Any
 from experiments.data import sources
 from experiments.data.sources import DATA_DIR, SOURCES, Source
 from experiments.spec import Windows
+from pruners.interface.suggest import unknown
 from pruners.lazy import Int, Tensor, torch
-from pruners.suggest import unknown
 
 MOST_DRAWS = 10_000  # for one window; the released code of PERP gives up there, the others never do
 

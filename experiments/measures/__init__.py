@@ -13,8 +13,8 @@ from experiments.data import corpora, tokens
 from experiments.data.tokens import Tokenizer
 from experiments.measures import asked, zero_shot
 from experiments.measures.zero_shot import Values
-from pruners import ranks
 from pruners.lazy import Tensor
+from pruners.run import ranks
 
 Progress = Callable[[int, int], None]
 WHOLE_TEST_SET_TOKENS = 300_000

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pruners import checks
-from pruners.checks import Count, Number
+from pruners.interface import checks
+from pruners.interface.checks import Count, Number
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from experiments.measures.zero_shot import Values
 from experiments.models.catalogue import Model
 from experiments.spec import Perplexity, digest
 from experiments.store import atomic, checksummed_json, locks
-from pruners import ranks
+from pruners.run import ranks
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from typing import Any
 from experiments import provenance
 from experiments.measures import Subject
 from experiments.measures.asked import DenseAnswers
-from pruners.ranks import Ranks
+from pruners.run.ranks import Ranks
 
 
 def agree(subject: Subject, together: Ranks) -> None:

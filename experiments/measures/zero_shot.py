@@ -15,7 +15,7 @@ from experiments.data.sources import DATA_DIR
 from experiments.models import hub
 from experiments.spec import ZeroShot, describe, digest
 from experiments.store import atomic
-from pruners import ranks
+from pruners.run import ranks
 
 Progress = Callable[[int, int], None]
 Values = dict[str, dict[str, Any]]

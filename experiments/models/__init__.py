@@ -19,8 +19,8 @@ from experiments.models import catalogue, folders, hub
 from experiments.models.catalogue import CATALOGUE, Model
 from experiments.models.fingerprint import fingerprint, weight_files
 from experiments.models.gguf import converted, quiet
+from pruners.interface.suggest import UsageError, unknown
 from pruners.lazy import torch
-from pruners.suggest import UsageError, unknown
 from pruners.weights import homes, sources
 
 __all__ = ["CATALOGUE", "Model", "check", "commit", "find", "identity", "load", "positions"]

@@ -19,7 +19,7 @@ from platformdirs import user_cache_path
 from experiments.data import wheels
 from experiments.models import digests
 from experiments.store import atomic, checksummed_json, locks
-from pruners import storage
+from pruners.weights import storage
 
 SUMS = "sums.json"
 OTHERWISE = "set XDG_CACHE_HOME to a folder that is writable and has about 1.1 GB left"

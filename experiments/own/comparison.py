@@ -19,9 +19,9 @@ from experiments.models import canonical, own_dtype
 from experiments.own import defaults
 from experiments.spec import Run, Table
 from experiments.store import atomic
+from pruners.interface.suggest import UsageError, unknown
 from pruners.select import Pattern
 from pruners.structured import Structured
-from pruners.suggest import UsageError, unknown
 
 FILE = '''"""Declared by `python -m experiments compare`; a table like any other."""
 
@@ -107,7 +107,7 @@ def file(asked: argparse.Namespace) -> Path:
     comparison(**told).runs()  # before anything is written, whatever is wrong with it
     arguments = "".join(f"\n    {name}={value!r}," for name, value in told.items())
     files = [str(file.expanduser().resolve()) for file in asked.plugin]
-    plugins = f"from pruners.plugin import use\n\nuse({files!r})\n" if files else ""
+    plugins = f"from pruners.interface.plugin import use\n\nuse({files!r})\n" if files else ""
     text = FILE.format(plugins=plugins, arguments=f"{arguments}\n")
     path: Path = asked.results / f"{asked.name}.py"
     if path.exists() and path.read_text(encoding="utf-8") != text:

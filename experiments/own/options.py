@@ -15,8 +15,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from pruners.checks import Rule
-from pruners.suggest import UsageError, unknown
+from pruners.interface.checks import Rule
+from pruners.interface.suggest import UsageError, unknown
 
 Options = dict[str, Any]
 

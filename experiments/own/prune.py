@@ -24,8 +24,8 @@ from experiments.recovery import Documents, Retraining
 from experiments.spec import Run, Windows
 from experiments.store import records
 from experiments.store.records import Record
+from pruners.interface.suggest import UsageError, unknown
 from pruners.retrain import Reconstruction
-from pruners.suggest import UsageError, unknown
 
 TABLE = "adhoc"
 SEED = ("seed",)  # one --seed for the windows, the method and the recovery

@@ -15,8 +15,8 @@ from experiments.models.gguf import quiet
 from experiments.spec import Run
 from experiments.store import records
 from experiments.store.records import Record
-from pruners import storage
 from pruners.retrain import LoRA
+from pruners.weights import storage
 
 CARD = """---
 {front}

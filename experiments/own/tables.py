@@ -13,8 +13,8 @@ from typing import Any
 
 from experiments import papers
 from experiments.spec import Table
-from pruners import plugin
-from pruners.suggest import UsageError, unknown
+from pruners.interface import plugin
+from pruners.interface.suggest import UsageError, unknown
 
 GROUP = "llm_pruning.tables"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")

@@ -9,7 +9,7 @@ from typing import Any
 from experiments import models, protocols
 from experiments.papers import embedded, flap, gblm, headlines, llm_pruner, llm_pruner_chatglm, perp, wanda_sparsegpt
 from experiments.spec import Run, Table, ZeroShot
-from pruners.suggest import UsageError, unknown
+from pruners.interface.suggest import UsageError, unknown
 
 MODULES = (
     embedded,

@@ -22,7 +22,7 @@ from experiments.papers import llm_pruner
 from experiments.papers.dense import with_dense
 from experiments.spec import Efficiency, Run, Table, Windows
 from pruners import Flap, LLMPruner, MagnitudeSP, WandaSP
-from pruners.suggest import UsageError
+from pruners.interface.suggest import UsageError
 
 MODELS = ("llama-7b", "llama-13b", "llama-30b", "llama-65b")
 RATIOS = (0.2, 0.3, 0.5)

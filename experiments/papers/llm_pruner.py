@@ -20,8 +20,8 @@ from experiments.papers.dense import with_dense
 from experiments.recovery import MORE_DATA, POST_TRAINING, Retraining
 from experiments.spec import Efficiency, Generation, Perplexity, Run, Table, Windows
 from pruners import LLMPruner
+from pruners.interface.suggest import UsageError
 from pruners.retrain import LoRA, Trainable
-from pruners.suggest import UsageError
 
 WINDOWS = Windows("bookcorpus/train", count=10, length=64, seed=42, sampling="sentences")
 PPL = protocols.perplexity("llm_pruner")

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 from experiments.placement import needs
 from experiments.recovery import Retraining
 from experiments.spec import Run
-from pruners import storage
-from pruners.ranks import Ranks
-from pruners.weights import homes, memory
+from pruners.run.ranks import Ranks
+from pruners.weights import homes, memory, storage
 
 if TYPE_CHECKING:
     from experiments.settings import Settings

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar
 
 from experiments.spec import Run, Windows
-from pruners import checks
-from pruners.checks import Text
+from pruners.interface import checks
+from pruners.interface.checks import Text
 from pruners.retrain.rates import Rates
 
 

@@ -15,7 +15,7 @@ from experiments.spec import Run
 from experiments.store import found, records
 from experiments.store.locks import shared
 from experiments.store.records import Record
-from pruners import ranks
+from pruners.run import ranks
 
 
 def settled(run: Run, settings: Settings, choose: Callable[[Run, str], Record]) -> tuple[Run, dict[str, Any]]:

@@ -20,8 +20,9 @@ from experiments.recovery import Retraining
 from experiments.settings import Settings
 from experiments.spec import Efficiency, Run, digest
 from experiments.store import records
-from pruners import ranks, storage
-from pruners.ranks import Ranks
+from pruners.run import ranks
+from pruners.run.ranks import Ranks
+from pruners.weights import storage
 
 
 @dataclass(frozen=True)

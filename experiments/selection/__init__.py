@@ -47,7 +47,7 @@ def each(asked: argparse.Namespace) -> list[argparse.Namespace]:
     """
     from experiments import papers
     from experiments.spec import ZeroShot
-    from pruners.suggest import UsageError
+    from pruners.interface.suggest import UsageError
 
     told = {name: value for name, value in vars(asked).items() if name not in ("tables", "all", "sources")}
     told["several"] = len(asked.sources) > 1

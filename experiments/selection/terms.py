@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from experiments import labels
 from experiments.cells import Cell, method_name
-from pruners.suggest import UsageError, unknown
+from pruners.interface.suggest import UsageError, unknown
 
 KINDS = ("model", "seed", "setting")
 CELL = "cell"

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pruners import storage
-from pruners.storage import StorageError, remove
+from pruners.weights import storage
+from pruners.weights.storage import StorageError, remove
 
 __all__ = ["StorageError", "check_writable", "explained", "read", "remove", "replacing", "write"]
 

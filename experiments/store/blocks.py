@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from experiments.store import atomic, cache, room
-from pruners import ranks
 from pruners.anatomy import Block
 from pruners.calibrate import NOTHING, Keeper
-from pruners.ranks import Ranks
+from pruners.run import ranks
+from pruners.run.ranks import Ranks
 from pruners.weights import homes, sources
 
 SECONDS_BETWEEN = 30.0

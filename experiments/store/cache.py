@@ -20,8 +20,9 @@ from typing import Any, TypeVar
 from experiments.spec import digest
 from experiments.store import atomic, locks, room
 from experiments.store.room import DEFAULT_LIMIT_GB, LIMIT_VARIABLE, limit_bytes
-from pruners import ranks, storage
 from pruners.lazy import Tensor
+from pruners.run import ranks
+from pruners.weights import storage
 from pruners.weights.shards import Shards
 
 __all__ = ["DEFAULT_LIMIT_GB", "LIMIT_VARIABLE", "folder", "limit_bytes", "read", "statistics", "write"]

@@ -21,7 +21,8 @@ import psutil
 from filelock import BaseFileLock, FileLock, SoftFileLease, Timeout
 
 from experiments.store import atomic
-from pruners import ranks, storage
+from pruners.run import ranks
+from pruners.weights import storage
 
 LEASE_SECONDS = 180.0
 AT_ONCE_SECONDS = 60.0  # that ranks wait before they tell each other that they do

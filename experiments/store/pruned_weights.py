@@ -8,7 +8,7 @@ from typing import Any
 
 from experiments.store import cache
 from pruners import Report, anatomy
-from pruners.report import Projection
+from pruners.run.report import Projection
 from pruners.weights import homes
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from filelock import Timeout
 
 from experiments.store import atomic, locks
-from pruners import storage
+from pruners.weights import storage
 
 LIMIT_VARIABLE = "PRUNING_CACHE_GB"
 DEFAULT_LIMIT_GB = 20.0

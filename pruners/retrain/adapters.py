@@ -20,8 +20,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from pruners import checks
-from pruners.checks import Flag, Positive, Probability, Texts, Whole
+from pruners.interface import checks
+from pruners.interface.checks import Flag, Positive, Probability, Texts, Whole
 from pruners.lazy import Float, Tensor, nn, no_grad, torch
 from pruners.retrain.masks import BitMask
 

@@ -7,10 +7,10 @@ from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from pruners import inputs
-from pruners.checks import shown, typed
-from pruners.inputs import IGNORED
+from pruners.interface.checks import shown, typed
 from pruners.lazy import Tensor, nn, torch
+from pruners.run import inputs
+from pruners.run.inputs import IGNORED
 
 EXAMPLES = "Examples are a LongTensor [count, length], or records with `input_ids`"
 

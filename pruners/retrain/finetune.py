@@ -27,17 +27,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from pruners import checks, gradients, inputs, ranks
+from pruners import gradients
 from pruners.calibrate import Progress
-from pruners.checks import Count, Finite, Flag, Folder, Positive, Seed, Text, Whole
+from pruners.interface import checks
+from pruners.interface.checks import Count, Finite, Flag, Folder, Positive, Seed, Text, Whole
 from pruners.lazy import PreTrainedModel, no_grad, torch
-from pruners.ranks import Ranks
 from pruners.retrain import state
 from pruners.retrain.batches import Batches
 from pruners.retrain.layouts import Replicated, Sharded, laid_out
 from pruners.retrain.passes import Micro, Passes, dealt, share
 from pruners.retrain.schedule import Schedule, precision_for
 from pruners.retrain.trainable import Attached, Trainable
+from pruners.run import inputs, ranks
+from pruners.run.ranks import Ranks
 from pruners.weights import homes
 
 Watch = Annotated[Callable[[int, float, float], None], checks.FUNCTION]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from pruners import checks, inputs
 from pruners.calibrate import Progress
-from pruners.checks import Count
+from pruners.interface import checks
+from pruners.interface.checks import Count
 from pruners.lazy import PreTrainedModel, Tensor, no_grad, torch
 from pruners.retrain.batches import Batches
+from pruners.run import inputs
 from pruners.weights import sweep
 
 

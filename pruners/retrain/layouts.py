@@ -24,10 +24,10 @@ from typing import Any
 
 from pruners import anatomy
 from pruners.lazy import Tensor, nn, no_grad, torch
-from pruners.ranks import Ranks
 from pruners.retrain import state
 from pruners.retrain.masks import BitMask, refuse_back
 from pruners.retrain.trainable import Attached
+from pruners.run.ranks import Ranks
 from pruners.weights import homes
 
 Saved = tuple[dict[str, Tensor], dict[str, Any]]

@@ -17,10 +17,10 @@ from typing import Any, TypeVar
 
 from pruners import anatomy
 from pruners.lazy import Tensor, nn, torch
-from pruners.ranks import Ranks
 from pruners.retrain.batches import Batches
 from pruners.retrain.schedule import autocast, seeded
-from pruners.stream import Arguments, handing_on, instead, reaching
+from pruners.run.ranks import Ranks
+from pruners.run.stream import Arguments, handing_on, instead, reaching
 from pruners.weights import aside, homes
 
 T = TypeVar("T")

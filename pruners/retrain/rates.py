@@ -11,12 +11,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
-from pruners import checks, inputs
 from pruners.calibrate import Progress
-from pruners.checks import Count, Rule
+from pruners.interface import checks
+from pruners.interface.checks import Count, Rule
 from pruners.lazy import PreTrainedModel, Tensor, nn, torch
 from pruners.retrain.finetune import Diverged
 from pruners.retrain.held_out import NotFiniteError, held_out_loss
+from pruners.run import inputs
 from pruners.weights import homes
 
 Rates = Annotated[

@@ -26,10 +26,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from pruners import anatomy, checks
+from pruners import anatomy
 from pruners.anatomy import Block
 from pruners.calibrate import Keeper, Passage
-from pruners.checks import Count, Finite, Flag, Positive, Seed
+from pruners.interface import checks
+from pruners.interface.checks import Count, Finite, Flag, Positive, Seed
 from pruners.lazy import F, Int, Tensor, torch
 from pruners.retrain import state
 from pruners.retrain.finetune import Diverged

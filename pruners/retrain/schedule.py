@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from pruners import checks
-from pruners.checks import Count, Finite, Positive
+from pruners.interface import checks
+from pruners.interface.checks import Count, Finite, Positive
 from pruners.lazy import nn, torch
 
 FORMATS = ("float32", "bfloat16")

@@ -18,10 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pruners import storage
 from pruners.lazy import Tensor, nn, torch
-from pruners.ranks import Ranks
-from pruners.weights import homes
+from pruners.run.ranks import Ranks
+from pruners.weights import homes, storage
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 BITS = {1: "int8", 2: "int16", 4: "int32", 8: "int64"}

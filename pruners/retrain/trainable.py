@@ -9,14 +9,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
-from pruners import anatomy, checks
+from pruners import anatomy
 from pruners.anatomy import Block
-from pruners.checks import Flag
+from pruners.interface import checks
+from pruners.interface.checks import Flag
+from pruners.interface.suggest import unknown
 from pruners.lazy import Tensor, nn, torch
-from pruners.matrices import Matrix
 from pruners.retrain.adapters import Adapter, LoRA, LoRAPrune, LowRank
 from pruners.retrain.masks import BitMask
-from pruners.suggest import unknown
+from pruners.run.matrices import Matrix
 from pruners.weights import homes
 
 ADAPTERS = "pruners.retrain.LoRA, LoRAPrune, ScaleLoRA or MaskLoRA with its rank"

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from pruners import storage
 from pruners.lazy import Tensor, nn
-from pruners.weights import homes, memory
+from pruners.weights import homes, memory, storage
 from pruners.weights.shards import Shards
 
 

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig, PreTrainedModel
 
-from pruners import checks, described, inputs
-from pruners.checks import AnyPath, Folder
+from pruners.interface import checks, described
+from pruners.interface.checks import AnyPath, Folder
 from pruners.modeling_pruned import check_complete, check_shards, indexed
+from pruners.run import inputs
 from pruners.weights import homes, sources
 from pruners.weights.shards import Shards
 

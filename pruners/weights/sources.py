@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-from pruners import storage
 from pruners.lazy import Tensor, nn
+from pruners.weights import storage
 from pruners.weights.shards import Shards
 
 TRIED = "tried"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pruners import anatomy
 from pruners.lazy import Tensor, nn, torch
-from pruners.stream import Arguments, handing_on, inputs_of
+from pruners.run.stream import Arguments, handing_on, inputs_of
 from pruners.weights import homes, memory
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import Any
 
 from pruners import anatomy
 from pruners.lazy import nn
-from pruners.matrices import Matrix
+from pruners.run.matrices import Matrix
 
 
 @dataclass(frozen=True)

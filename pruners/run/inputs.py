@@ -8,9 +8,9 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from pruners import anatomy
-from pruners.checks import shown, typed
+from pruners.interface.checks import shown, typed
 from pruners.lazy import PreTrainedModel, Tensor, nn, torch
-from pruners.statistic import is_finite
+from pruners.run.statistic import is_finite
 from pruners.weights import homes
 
 IGNORED = -100  # a label that carries no loss

@@ -20,8 +20,8 @@ from types import ModuleType
 from typing import Any
 
 import pruners
+from pruners.interface.suggest import UsageError
 from pruners.structured import Structured
-from pruners.suggest import UsageError
 from pruners.unstructured import Unstructured
 
 GROUP = "llm_pruning.methods"

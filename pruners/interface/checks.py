@@ -18,7 +18,7 @@ from typing import Annotated, Any, ParamSpec, TypeVar
 
 import numpy as np
 
-from pruners.suggest import unknown
+from pruners.interface.suggest import unknown
 
 P = ParamSpec("P")
 R = TypeVar("R")

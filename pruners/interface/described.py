@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from pruners import checks
+from pruners.interface import checks
 
 WORDS = 300  # characters kept of what a library says
 

@@ -12,9 +12,9 @@ from typing import Any
 from pruners import anatomy
 from pruners.anatomy import Block
 from pruners.lazy import Float, Tensor, nn, no_grad, torch
-from pruners.matrices import owner
-from pruners.ranks import Ranks
-from pruners.statistic import Statistic
+from pruners.run.matrices import owner
+from pruners.run.ranks import Ranks
+from pruners.run.statistic import Statistic
 from pruners.weights import homes, memory
 
 WITHIN = 4  # times a block's widest states are alive at once

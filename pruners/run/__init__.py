@@ -1,0 +1,1 @@
+"""What a pruning run needs and leaves: inputs, states between blocks, statistics, matrices, ranks, its report."""
