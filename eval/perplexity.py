@@ -27,7 +27,7 @@ from eval.marks import prefixed, text_prefix
 from pruners.interface import checks
 from pruners.interface.checks import Count, Whole
 from pruners.run import inputs, ranks
-from pruners.run.stream import instead
+from pruners.run.stream import evaluating, instead
 from pruners.weights import sweep
 
 LOGITS = 2**25  # float32 logits held at once (128 MiB)
@@ -84,7 +84,7 @@ def perplexity(
                 progress(min(done, len(windows)), len(windows))
         return found
 
-    with _evaluating(model), torch.inference_mode():
+    with evaluating(model), torch.inference_mode():
         made = together.split(losses, len(batches))
     nll = torch.tensor([loss for batch in made for loss in batch], dtype=torch.float64)
     if not nll.isfinite().all():
@@ -169,13 +169,3 @@ def _logits_of(model: PreTrainedModel, output: Any) -> Iterator[Callable[[Tensor
 
     with instead(model.get_decoder(), stand_in):
         yield logits
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

@@ -17,6 +17,7 @@ from pruners.apply import KINDS, Kept
 from pruners.calibrate import PLAIN, Execution
 from pruners.interface import checks
 from pruners.interface.checks import Count, Share
+from pruners.interface.method import Method
 from pruners.lazy import Float, Int, Tensor, nn, torch
 from pruners.run.matrices import Matrix
 from pruners.run.report import Report, Size, State, Structure, Widths
@@ -27,7 +28,7 @@ Scores = dict[str, Tensor]  # by kind of unit: one number (or whether it goes) p
 
 
 @dataclass(frozen=True)
-class Structured:
+class Structured(Method):
     """Removes KV heads with their query heads, and MLP channels; `ratio` is the share removed, in the method's terms.
 
     `round_to` keeps more channels, until their number in each block is a multiple of it.  ValueError where a share lies
@@ -40,7 +41,6 @@ class Structured:
     round_to: Count | None = field(default=None, kw_only=True)
 
     DEFAULT_RATIO: ClassVar[float] = 0.2
-    statistics_key: ClassVar[Any] = None
 
     def __post_init__(self) -> None:
         checks.fields(self)
@@ -56,21 +56,6 @@ class Structured:
         return True
 
     @property
-    def walks(self) -> bool:
-        """Whether windows go through the model block by block."""
-        return False
-
-    @property
-    def needs_all_weights(self) -> bool:
-        """Whether all weights of the model must be in place at once, so that none can be away from home."""
-        return False
-
-    @property
-    def reads_weights(self) -> bool:
-        """Whether it matters what the weights are."""
-        return True
-
-    @property
     def asked(self) -> float:
         share = self.ratio if self.target_parameters is None else self.target_parameters
         assert share is not None  # __post_init__ has filled it in
@@ -82,16 +67,6 @@ class Structured:
         if self.target_parameters is not None:
             return f"{self.asked:.2%} of the {'decoder blocks' if self.target_of == 'decoder' else 'model'}"
         return f"ratio {self.asked:g}"
-
-    def statistics_shapes(self, model: nn.Module) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of what `gather` returns."""
-        return {}
-
-    def gather(
-        self, model: nn.Module, windows: Int[Tensor, "count length"], how: Execution = PLAIN
-    ) -> Mapping[str, Tensor]:
-        """Statistics of the dense model that other settings of the method share; most methods have none."""
-        return {}
 
     def choose(
         self, model: nn.Module, windows: Tensor | None, dense: Mapping[str, Tensor], how: Execution = PLAIN

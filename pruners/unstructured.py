@@ -12,6 +12,7 @@ from pruners.anatomy import Block
 from pruners.calibrate import PLAIN, Execution, Statistic
 from pruners.interface import checks
 from pruners.interface.checks import Rule, Share
+from pruners.interface.method import Method
 from pruners.lazy import Bool, Float, Int, Tensor, nn
 from pruners.run.matrices import Matrix
 from pruners.run.report import Projection, Report
@@ -21,7 +22,7 @@ from pruners.weights import homes
 
 
 @dataclass(frozen=True)
-class Unstructured:
+class Unstructured(Method):
     """Zeroes single weights of the linear layers inside decoder blocks; everything else stays bit for bit.
 
     `sparsity` is the share removed (default 0.5, or what `pattern` implies); `pattern` "n:m" keeps n of every m
@@ -34,7 +35,6 @@ class Unstructured:
     pattern: Annotated[str, Rule("n:m as text, such as '2:4'", (str,))] | None = None
 
     NEEDS: ClassVar[type[Statistic] | None] = None
-    statistics_key: ClassVar[Any] = None
 
     def __post_init__(self) -> None:
         checks.fields(self)
@@ -48,26 +48,6 @@ class Unstructured:
     def walks(self) -> bool:
         """Whether windows go through the model block by block."""
         return self.NEEDS is not None
-
-    @property
-    def needs_all_weights(self) -> bool:
-        """Whether all weights of the model must be in place at once, so that none can be away from home."""
-        return False
-
-    @property
-    def reads_weights(self) -> bool:
-        """Whether it matters what the weights are."""
-        return True
-
-    def statistics_shapes(self, model: nn.Module) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of what `gather` returns."""
-        return {}
-
-    def gather(
-        self, model: nn.Module, windows: Int[Tensor, "count length"], how: Execution = PLAIN
-    ) -> Mapping[str, Tensor]:
-        """Statistics of the dense model by projection name; most methods need none."""
-        return {}
 
     def score(self, name: str, weight: Float[Tensor, "out inp"], x: Any, dense: Mapping[str, Tensor]) -> Tensor:
         """How much each weight of projection `name` matters [out, inp]; `x` is what NEEDS saw of its inputs."""
