@@ -213,7 +213,11 @@ class _Worker:
 
     @contextmanager
     def _started(self, cell: Cell, *, wait: bool) -> Iterator[int]:
-        """Hold the cell; yields how often it was started before and broken off."""
+        """Hold the cell; yields how often it was started before and broken off.
+
+        Another process at it is waited for, once there is no other cell to do: both would write the same unfinished
+        state.  Of two jobs of a cluster none waits so, as a cell that one has is not sent with the other.
+        """
         place = self.settings.root / ".cache" / "started" / self.table
         with atomic.explained(place):
             place.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Shared statistics are computed once, verified when read and removed when room is needed."""
+"""Shared statistics are kept for other cells, verified when read and removed when room is needed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import signal
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -15,6 +14,8 @@ import torch
 from small_table import full_disk
 from torch.testing import assert_close
 
+from experiments.measures import dense_gate
+from experiments.spec import digest
 from experiments.store import cache, locks, room
 from pruners.weights import storage
 from pruners.weights.shards import Shards
@@ -75,11 +76,39 @@ def test_a_damaged_entry_is_reported_and_computed_again(tmp_path, caplog, damage
     assert "Computing again" in caplog.text
 
 
-def test_two_that_want_the_same_compute_it_once(tmp_path):
-    compute = Counted()
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda _: cache.statistics(tmp_path, KEY, compute), range(4)))
-    assert compute.calls == 1
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_nobody_waits_for_another_that_computes_the_same_and_the_first_that_is_done_stores(tmp_path, on_disk):
+    found = []
+
+    def slow() -> Shards | dict[str, torch.Tensor]:
+        """Another one asks, computes and stores meanwhile."""
+        found.append(cache.statistics(tmp_path, KEY, lambda: made("quick"), on_disk))
+        return made("slow")
+
+    def made(name: str) -> Shards | dict[str, torch.Tensor]:
+        return parts(tmp_path / name, "ab") if on_disk else Counted().tensors
+
+    late = cache.statistics(tmp_path, KEY, slow, on_disk)
+    assert_close(dict(late), dict(found[0]), rtol=0, atol=0)  # and the file is still the first one's
+    assert len(list(cache.folder(tmp_path).rglob("*.safetensors"))) == (2 if on_disk else 1)
+    assert cache.statistics(tmp_path, KEY, lambda: pytest.fail("it is there")).keys() == late.keys()
+
+
+def test_what_another_process_is_storing_is_left_to_it(tmp_path):
+    with locks.held(cache.folder(tmp_path) / f"{digest(KEY)}.lock"):
+        assert cache.statistics(tmp_path, KEY, Counted()).keys() == {"a", "b"}
+    assert not list(cache.folder(tmp_path).glob("*.safetensors"))
+
+
+def test_a_dense_value_is_evaluated_by_two_that_ask_at_once(tmp_path):
+    values = {"a@1": {"perplexity": 7.0}}
+    quick = lambda: dense_gate.dense(tmp_path, KEY, lambda: values)  # noqa: E731
+    assert dense_gate.dense(tmp_path, KEY, quick) == values
+    assert dense_gate.dense(tmp_path, KEY, lambda: pytest.fail("it is kept")) == values
+    (path,) = tmp_path.rglob("*.json")
+    path.unlink()
+    with locks.held(path.with_suffix(".lock")):
+        assert dense_gate.dense(tmp_path, KEY, lambda: values) == values
 
 
 def test_the_least_recently_used_goes_first(tmp_path, monkeypatch):

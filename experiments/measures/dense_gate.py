@@ -65,22 +65,24 @@ def check(what: Perplexity, model: Model, values: Values) -> dict[str, float]:
 def dense(root: Path, key: dict[str, Any], evaluate: Callable[[], Values]) -> Values:
     """The dense model's values stored under `key`, which names everything that can move them, or `evaluate()`.
 
-    A second process that asks for the same values waits for the first; a damaged file is evaluated again.
+    Nobody waits for another process that evaluates the same, which would hold a card for as long; both store the same.
+    A damaged file is evaluated again.
     """
     path = root / ".cache" / "dense" / f"{digest(key)}.json"
     together = ranks.here()
-    with locks.shared(path.with_suffix(".lock")):
-        values = together.first(lambda: _read(path, key))
-        if values is None:
-            values = evaluate()
-            content = checksummed_json.dumps({"key": key, "values": values})
-            together.first(lambda: _write(path, content))
+    values = together.first(lambda: _read(path, key))
+    if values is None:
+        values = evaluate()
+        content = checksummed_json.dumps({"key": key, "values": values})
+        together.first(lambda: _write(path, content))
     return values
 
 
 def _write(path: Path, content: str) -> None:
     try:
-        atomic.write(path, content)
+        with locks.at_once(path.with_suffix(".lock")) as alone:  # by which others tell a writer from a killed one
+            if alone:
+                atomic.write(path, content)
     except atomic.StorageError as error:
         logger.warning("%s The dense value is not kept for other cells.", error)
 

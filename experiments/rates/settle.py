@@ -21,7 +21,9 @@ from pruners.run import ranks
 def settled(run: Run, settings: Settings, choose: Callable[[Run, str], Record]) -> tuple[Run, dict[str, Any]]:
     """A run with a Tuning at the rate that was chosen, and what its record keeps of that: every rate with its loss.
 
-    A choice without a record that stands is made by `choose(run, table)`, by one of several processes that ask.
+    A choice without a record that stands is made by `choose(run, table)`, by one of several processes that ask.  The
+    others wait, as it is a training for every rate and two processes would write the same unfinished state; jobs of a
+    cluster wait in the queue (`slurm.choices`), so that no card is held meanwhile.
     """
     wanted, table = choice(run), run.tuning.table
     id = wanted.id(models.identity(run.model))

@@ -1,9 +1,10 @@
 """Dense statistics that several cells share, on disk: results/.cache/statistics/<digest>.safetensors.
 
 Those of a model at home on the disk are a folder of that name, whose files are read when they are asked for.  All are
-written atomically, verified by a checksum that covers their key when read, computed once even by two processes, and
-removed least recently used first above a size limit (20 GB, or PRUNING_CACHE_GB), which holds for whatever lies in the
-cache folder.  A disk that refuses costs the next cell its time and this one nothing.
+written atomically, verified by a checksum that covers their key when read, and removed least recently used first above
+a size limit (20 GB, or PRUNING_CACHE_GB), which holds for whatever lies in the cache folder.  Two processes that find
+nothing both compute, as waiting would hold a card for as long; the first that is done stores.  A disk that refuses
+costs the next cell its time and this one nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,30 +38,24 @@ def statistics(
 ) -> Mapping[str, Tensor]:
     """The tensors stored under `key`, or those of `compute()`, which are then stored.
 
-    `key` names everything that can move them.  A second process asking for the same key waits for the first.  What
-    cannot be stored is reported and used all the same.  With `on_disk` what is found is read when it is asked for,
-    one tensor at a time.  The ranks of a launch compute together; rank 0 stores.
+    `key` names everything that can move them.  What cannot be stored is reported and used all the same; what another
+    process has stored meanwhile, or is storing, is left as it is.  With `on_disk` what is found is read when it is
+    asked for, one tensor at a time.  The ranks of a launch compute together; rank 0 stores.
     """
     path, limit, told = folder(root) / f"{digest(key)}.safetensors", limit_bytes(), json.dumps(key, sort_keys=True)
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(locks.shared(path.with_suffix(".lock")))
-        except atomic.StorageError as error:
-            _not_kept(error)
-            computed = compute()
-            return computed if isinstance(computed, Shards) else _on_cpu(computed)
-        together = ranks.here()
-        held: list[Mapping[str, Tensor]] = []
-        if together.first(lambda: _found(path, told, held, on_disk)):
-            return held[0] if held else _read_along(path, told, on_disk)
-        computed = compute()
-        if isinstance(computed, Shards):  # on the disk, where the weights are at home
-            moved: list[Shards] = []
-            together.first(lambda: moved.extend(_move(root, path, computed, told, limit)))
-            return moved[0] if moved else computed
-        found = _on_cpu(computed)
-        together.first(lambda: _keep(root, path, found, told, limit))
+    together, before = ranks.here(), _written(path)
+    found = _either(path, told, on_disk)
+    if all(together.each(lambda: found is not None)):
+        assert found is not None
         return found
+    if found is not None:
+        logger.warning("Computing again what %s holds: not every process of this launch can read it.", path)
+    computed = compute()
+    if not isinstance(computed, Shards):
+        computed = _on_cpu(computed)
+    moved: list[Shards] = []
+    together.first(lambda: moved.extend(_store(root, path, computed, told, limit, before)))
+    return moved[0] if moved else computed
 
 
 def folder(root: Path) -> Path:
@@ -96,9 +91,14 @@ def _trusted(path: Path, key: str, look: Callable[[Path], tuple[T, dict[str, Any
     return found
 
 
-def _found(path: Path, key: str, held: list[Mapping[str, Tensor]], on_disk: bool) -> bool:
-    held += [found for found in (_either(path, key, on_disk),) if found is not None]
-    return bool(held)
+def _written(path: Path) -> list[tuple[int, int]]:
+    """Tells one writing of an entry from another; empty where there is none that could be read."""
+    found = []
+    for place in (path, _parts(path)):
+        with suppress(OSError):
+            about = place.stat()
+            found.append((about.st_ino, about.st_mtime_ns))
+    return found
 
 
 def _either(path: Path, key: str, on_disk: bool) -> Mapping[str, Tensor] | None:
@@ -112,7 +112,10 @@ def _either(path: Path, key: str, on_disk: bool) -> Mapping[str, Tensor] | None:
             return None
         found[file] = tensors
     if on_disk and files:
-        return Shards(files)
+        try:
+            return Shards(files)
+        except FileNotFoundError:  # removed to make room
+            return None
     return {name: tensor for tensors in found.values() for name, tensor in tensors.items()} or None
 
 
@@ -125,32 +128,35 @@ def _keys(key: str, count: int) -> list[str]:
     return [f"{key} {number} of {count}" for number in range(count)]
 
 
-def _move(root: Path, path: Path, computed: Shards, key: str, limit: int) -> list[Shards]:
-    """From the cell's own folder to the cache's, file by file; nothing where they are not kept."""
-    size = sum(storage.size(file) for file in computed.files)
-    if not _has_room(root, size, limit):
-        return []
+def _store(
+    root: Path, path: Path, computed: Mapping[str, Tensor], key: str, limit: int, before: list[tuple[int, int]]
+) -> list[Shards]:
+    """Keep what was computed, unless somebody else does; what lies in the cell's own folder is then read from here."""
     try:
-        atomic.remove(path)
-        atomic.remove(_parts(path))
-        with storage.filling(_parts(path), atomic.OTHERWISE) as folder:
-            for number, own in enumerate(_keys(key, len(computed.files))):
-                tensors, _ = storage.read_tensors(computed.files[number])
-                storage.write_tensors(folder / f"{number:05}.safetensors", tensors, {"key": own}, atomic.OTHERWISE)
+        with locks.at_once(path.with_suffix(".lock")) as alone:
+            if not alone or _written(path) != before:
+                return []
+            if isinstance(computed, Shards):  # on the disk, where the weights are at home
+                return _move(root, path, computed, key, limit)
+            _keep(root, path, dict(computed), key, limit)
     except atomic.StorageError as error:
         _not_kept(error)
+    return []
+
+
+def _move(root: Path, path: Path, computed: Shards, key: str, limit: int) -> list[Shards]:
+    """From the cell's own folder to the cache's, file by file; nothing where there is no room."""
+    if not _has_room(root, sum(storage.size(file) for file in computed.files), limit):
         return []
+    atomic.remove(path)
+    atomic.remove(_parts(path))
+    with storage.filling(_parts(path), atomic.OTHERWISE) as folder:
+        for number, own in enumerate(_keys(key, len(computed.files))):
+            tensors, _ = storage.read_tensors(computed.files[number])
+            storage.write_tensors(folder / f"{number:05}.safetensors", tensors, {"key": own}, atomic.OTHERWISE)
     for file in computed.files:
         storage.remove(file)
     return [Shards(sorted(_parts(path).iterdir()))]
-
-
-def _read_along(path: Path, key: str, on_disk: bool) -> Mapping[str, Tensor]:
-    """Of the other ranks, while rank 0 holds the lock."""
-    found = _either(path, key, on_disk)
-    if found is None:
-        raise ValueError(f"Rank 0 has read {path} and another rank cannot; all ranks need the same results folder.")
-    return found
 
 
 def _on_cpu(computed: Mapping[str, Tensor]) -> Statistics:
@@ -158,13 +164,9 @@ def _on_cpu(computed: Mapping[str, Tensor]) -> Statistics:
 
 
 def _keep(root: Path, path: Path, tensors: Statistics, key: str, limit: int) -> None:
-    if not _has_room(root, sum(tensor.nbytes for tensor in tensors.values()), limit):
-        return
-    try:
+    if _has_room(root, sum(tensor.nbytes for tensor in tensors.values()), limit):
         atomic.remove(_parts(path))
         write(path, tensors, key)
-    except atomic.StorageError as error:
-        _not_kept(error)
 
 
 def _has_room(root: Path, size: int, limit: int) -> bool:

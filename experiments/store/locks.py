@@ -5,6 +5,12 @@ where an NFS mount keeps it from other machines, a lease: a marker file that the
 that others may take once they have not seen it touched for LEASE_SECONDS of their own clocks.  A holder that was merely
 asleep then does its work twice, which costs time and no result: whatever is locked here is written whole, and equal
 work gives equal bits.
+
+Nobody waits with a card in hand for what another process computes: shared statistics, pruned weights and dense values
+are computed by each that finds none, and locked only while they are stored (`at_once`).  What is waited for is work
+that two processes would go on with from the same unfinished files, hours of it: a cell (`experiments.batch`) and the
+choice of a learning rate (`experiments.rates.settle`); and the embedded model's conversion, 20 seconds once.  Slurm
+jobs hardly meet that: a cell that a living job has is not sent again, and jobs that need a choice wait in the queue.
 """
 
 from __future__ import annotations
@@ -51,8 +57,15 @@ def held(path: Path, timeout: float = -1, otherwise: str = atomic.OTHERWISE) -> 
 
 
 @contextmanager
+def at_once(path: Path) -> Iterator[bool]:
+    """As `held` without waiting; False where another process has it."""
+    with ExitStack() as stack:
+        yield _entered(stack, path, 0)
+
+
+@contextmanager
 def shared(path: Path) -> Iterator[None]:
-    """As `held`, for all ranks of a launch: rank 0 holds the lock, and the others are within the block, too."""
+    """As `held`, which waits, for all ranks of a launch: rank 0 has the lock; the others are within the block, too."""
     together = ranks.here()
     timeout = AT_ONCE_SECONDS if together.count > 1 else -1
     with ExitStack() as stack:
