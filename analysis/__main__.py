@@ -115,7 +115,7 @@ def _table(asked: argparse.Namespace) -> None:
     from experiments.papers import find
 
     table, made = find(asked.table), _rows(asked)
-    again = cli.same_cells(asked, asked.data_dir)
+    again = cli.same_cells(asked)
     paths = markdown.write(table, made, asked.results[0] / _stem(asked), again)
     print(markdown.markdown(table, made, again))
     print(f"Written: {', '.join(map(str, paths))}", file=sys.stderr)
@@ -171,7 +171,7 @@ def _speed(asked: argparse.Namespace) -> None:
     from analysis.pages import speed
     from experiments.papers import find
 
-    _write(speed.page(find(asked.table), _rows(asked)), asked, "speed")
+    _write(speed.page(find(asked.table), _rows(asked), cli.same_cells(asked)), asked, "speed")
 
 
 def _claims(asked: argparse.Namespace) -> None:

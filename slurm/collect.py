@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Collection, Sequence
@@ -25,7 +26,6 @@ NAME = state.COLLECT
 WHAT = "tables, figures, claims and report"
 HOURS = 1.0
 NAMED = 4  # parts that are named in a sentence
-LOGS = "`python -m slurm logs collect` shows all that was said"
 
 
 @dataclass(frozen=True)
@@ -41,23 +41,28 @@ class Collect:
         unwritten.unlink(missing_ok=True)  # of an earlier life of this job
         command = [sys.executable, "-m", *self.words, "--unwritten", str(unwritten)]
         status = subprocess.run(command, check=False).returncode
-        log.write("job finished", message=_message(status, unwritten))
+        log.write("job finished", message=_message(status, unwritten, _results(self.words)))
 
     def checkpoint(self) -> DelayedSubmission:
         return DelayedSubmission(self)
 
 
-def _message(status: int, unwritten: Path) -> str:
+def _results(words: Sequence[str]) -> str:
+    return words[words.index("--results") + 1]
+
+
+def _message(status: int, unwritten: Path, results: str) -> str:
     """What was not written and why, in one sentence; empty where everything was."""
+    logs = f"`python -m slurm logs collect --results {shlex.quote(results)}` shows all that was said"
     if not unwritten.exists():
-        return f"not all could be written, as the command ended early (exit status {status}); {LOGS}"
+        return f"not all could be written, as the command ended early (exit status {status}); {logs}"
     reasons: dict[str, str] = json.loads(unwritten.read_text(encoding="utf-8"))
     if not reasons:
         return ""
     parts = list(reasons)
     shown = [*parts[:NAMED], f"{len(parts) - NAMED} more"] if len(parts) > NAMED else parts
     named = " and ".join(filter(None, [", ".join(shown[:-1]), shown[-1]]))
-    return f"written but for {named} ({parts[-1]}: {reasons[parts[-1]].rstrip('.')}); {LOGS}"
+    return f"written but for {named} ({parts[-1]}: {reasons[parts[-1]].rstrip('.')}); {logs}"
 
 
 def send(plan: Work, cells: Collection[str], profile: Profile, executor: str) -> str:

@@ -144,8 +144,9 @@ def test_the_hint_after_a_run_finds_its_cells(tiny, tmp_path, capsys):
     if not small.MODEL.is_dir():
         pytest.skip(f"{small.MODEL} is absent")
     data, results = small.data(tmp_path / "data"), tmp_path / "my results"
-    words = ["tiny", "--model", str(small.MODEL), "--dtype", "bfloat16", "--results", str(results)]
-    assert main(["run", *words, "--only", "dense", "--data-dir", str(data)]) == 0
+    words = ["tiny", "--model", str(small.MODEL), "--dtype", "bfloat16", "--data-dir", str(data)]
+    words += ["--results", str(results)]
+    assert main(["run", *words, "--only", "dense"]) == 0
     hint = capsys.readouterr().err.strip().rsplit("python -m analysis ", 1)[1]
     assert shlex.split(hint) == ["table", *words]
     analysis.main(shlex.split(hint))

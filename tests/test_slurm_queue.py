@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
@@ -64,6 +65,24 @@ def tuned(count: int) -> list[cells.Cell]:
     every = [cell for cell in cells.cells(papers.find("perp.magnitude").runs()) if cell.run.tuning]
     first = rates.choice(every[0].run)
     return [cell for cell in every if rates.choice(cell.run) == first][:count]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["flap.perplexity"],
+        ["flap.perplexity", "--model", "llama-13b", "--dtype", "bfloat16", "--method", "flap", "--only", "seed=0"],
+        ["gblm.zero_shot", "flap.zero_shot", "--limit", "10", "--tasks", "piqa", "--only", "model=llama-7b"],
+    ],
+)
+def test_the_hint_after_a_submission_is_about_its_cells(tmp_path, sent, capsys, words):
+    assert submit(tmp_path, *words) == 0
+    hint = capsys.readouterr().err.strip().rpartition("python -m slurm ")[2]
+    assert shlex.split(hint) == ["status", *words, "--results", str(tmp_path / "results")]
+    assert main([*shlex.split(hint), "--json"]) == 0
+    assert {cell["id"] for cell in json.loads(capsys.readouterr().out)} == {
+        id for entry, _ in sent for id in entry.cells
+    }
 
 
 def test_jobs_that_need_a_rate_begin_after_the_one_that_chooses_it(tmp_path, sent):
@@ -323,7 +342,7 @@ def test_what_collects_a_table_of_a_file_on_another_model_reports_it_and_status_
     monkeypatch.setattr(collect, "subprocess", SimpleNamespace(run=ended))
     monkeypatch.setattr(papers, "TABLES", dict(papers.TABLES))
     (file := tmp_path / "mine.py").write_text(OWN.format(tests=str(Path(__file__).parent)))
-    root = tmp_path / "results"
+    root = tmp_path / "my results"
     root.mkdir()
     words = ["submit", str(file), "--model", "llama-7b", "--executor", "debug", "--only", "Dense", "--collect"]
     monkeypatch.setattr(launch, "missing", lambda *_, **__: launch.Todo([], {}))  # as after its job
@@ -343,5 +362,7 @@ def test_what_collects_a_table_of_a_file_on_another_model_reports_it_and_status_
     assert main([*words, "--results", str(root)]) == 0
     capsys.readouterr()
     main(["status", "--results", str(root)])
+    told = capsys.readouterr().out
     said = "written but for table of mine, figures of mine, claims and report (report: No record of any table under"
-    assert said in capsys.readouterr().out
+    assert said in told
+    assert f"`python -m slurm logs collect --results '{root}'` shows all" in told

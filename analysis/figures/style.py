@@ -126,7 +126,7 @@ def refuse_few(count: int, what: str, table: Table) -> None:
     if count < 2:
         raise UndrawableError(
             f"A figure of {table.name} needs two {what} at least and there {'is' if count == 1 else 'are'} {count}; "
-            f"run more of its cells (python -m experiments show {table.name})."
+            "run more of its cells."
         )
 
 

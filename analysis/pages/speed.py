@@ -14,13 +14,16 @@ from experiments.spec import Efficiency, Table
 from pruners.interface.suggest import UsageError
 
 
-def page(table: Table, rows: Sequence[Row]) -> str:
-    """Markdown, one line a cell and shape; UsageError where the table timed nothing."""
+def page(table: Table, rows: Sequence[Row], again: str = "") -> str:
+    """Markdown, one line a cell and shape; UsageError where the table timed nothing.
+
+    `again` are the arguments of a command about the same cells, for notes.
+    """
     lines = [line for row in rows for line in _lines(row)]
     if not lines:
         raise UsageError(f"No cell of {table.name} was timed; `Efficiency()` among a run's measures does so.")
     frame = pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True)
-    return "\n\n".join([f"**{title(table, rows)}** (`{table.name}`)", frame, _listed(table, rows)]) + "\n"
+    return "\n\n".join([f"**{title(table, rows)}** (`{table.name}`)", frame, _listed(rows, again or table.name)]) + "\n"
 
 
 def _lines(row: Row) -> list[dict[str, str]]:
@@ -55,5 +58,5 @@ def _spread(seconds: dict[str, float]) -> str:
     return f"{median} [{low}, {high}]"
 
 
-def _listed(table: Table, rows: Sequence[Row]) -> str:
-    return "\n".join(f"- {note}" for note in notes(table, rows))
+def _listed(rows: Sequence[Row], again: str) -> str:
+    return "\n".join(f"- {note}" for note in notes(rows, again))

@@ -7,18 +7,21 @@ from typing import Any
 
 from analysis.rows import Row
 from experiments.measures.asked import DenseAnswers, OpenAnswers
-from experiments.spec import Efficiency, Generation, Table, ZeroShot
+from experiments.spec import Efficiency, Generation, ZeroShot
 
 
-def notes(table: Table, rows: Sequence[Row]) -> list[str]:
-    """One sentence a note; one that does not hold for all rows names those that it holds for."""
+def notes(rows: Sequence[Row], again: str) -> list[str]:
+    """One sentence a note; one that does not hold for all rows names those that it holds for.
+
+    `again` are the arguments of a command about the same cells.
+    """
     found: list[str] = []
     for what in dict.fromkeys(what for row in rows for what in row.run.measures):
         done = [row for row in rows if row.measure(what.key) is not None]
         for sentences in SENTENCES.get(type(what), ()):
             found += _merged(done, what, sentences)
         if isinstance(what, Generation) and done:
-            found.append(f"{what.key}: the texts are written by python -m analysis generation {table.name}")
+            found.append(f"{what.key}: the texts are written by python -m analysis generation {again}")
     return found
 
 

@@ -20,11 +20,12 @@ def title(table: Table, rows: Sequence[Row]) -> str:
 
 
 def notes(table: Table, rows: Sequence[Row], again: str = "") -> list[str]:
-    """One sentence a note, plain text; `again` are the arguments of `python -m experiments run` for the same cells."""
+    """One sentence a note, plain text; `again` are the arguments of a command about the same cells."""
+    again = again or table.name
     done = [row.record for row in rows if row.record]
     return [
         *(_protocol(key, rows) for key in keys(rows) if any("perplexity" in (row.measure(key) or {}) for row in rows)),
-        *measured_notes.notes(table, rows),
+        *measured_notes.notes(rows, again),
         *_distinct(_calibration(record) for record in done),
         *([f"{table.rates}."] if table.rates else []),
         *_rates(rows),
@@ -34,8 +35,8 @@ def notes(table: Table, rows: Sequence[Row], again: str = "") -> list[str]:
         *_distinct(f"{name} was only a part of the data set." for row in rows for name in row.partial),
         *(f"{row.label} failed: {row.failure.message}" for row in rows if row.failure and not row.record),
         *_withheld(rows),
-        *_of_other_code(rows, again or table.name),
-        *_missing(rows, again or table.name),
+        *_of_other_code(rows, again),
+        *_missing(rows, again),
     ]
 
 

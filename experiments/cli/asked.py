@@ -92,24 +92,32 @@ def selection(
     data_dir: Path | None = None,
 ) -> str:
     """The arguments, quoted for a shell, by which any command finds the same cells again, the table first."""
-    told = {"--model": model, "--dtype": dtype, "--limit": limit, "--data-dir": data_dir}
-    options = [word for name, value in told.items() if value for word in (name, str(value))]
-    asked = ["--tasks", *tasks] if tasks else []
     source, before = _SOURCES.get(table, (table, []))
-    return shlex.join([source, *before, *options, *asked, *_results(results)])
+    return shlex.join([source, *before, *_options(model, dtype, limit, tasks, data_dir), *_results(results)])
 
 
-def same_cells(asked: argparse.Namespace, data_dir: Path | None = None) -> str:
+def same_cells(asked: argparse.Namespace) -> str:
     """As `selection`, of the cells of this command; of several results folders in the first."""
     results = asked.results if isinstance(asked.results, Path) else asked.results[0]
-    return selection(asked.table, results, asked.model, asked.dtype, asked.limit, asked.tasks, data_dir)
+    return selection(asked.table, results, asked.model, asked.dtype, asked.limit, asked.tasks, asked.data_dir)
 
 
 def same_tables(asked: argparse.Namespace) -> str:
-    """The arguments by which another command finds the records of these tables."""
+    """The arguments, quoted for a shell, by which another command is about the same cells of the same tables."""
     sources = ["--all"] if asked.all else list(asked.sources.values())
     before = next(iter(_SOURCES[name][1] for name in asked.sources), [])
-    return shlex.join([*sources, *before, *_results(asked.results)])
+    options = _options(asked.model, asked.dtype, asked.limit, asked.tasks, asked.data_dir)
+    lists = {"--method": asked.method, "--only": asked.only}
+    chosen = [word for name, values in lists.items() if values for word in (name, *values)]
+    return shlex.join([*sources, *before, *options, *chosen, *_results(asked.results)])
+
+
+def _options(
+    model: str | None, dtype: str | None, limit: int | None, tasks: Sequence[str], data_dir: Path | None
+) -> list[str]:
+    told = {"--model": model, "--dtype": dtype, "--limit": limit, "--data-dir": data_dir}
+    options = [word for name, value in told.items() if value for word in (name, str(value))]
+    return [*options, *(["--tasks", *tasks] if tasks else [])]
 
 
 def _results(folder: Path) -> list[str]:
