@@ -176,9 +176,7 @@ def _summary(chosen: Sequence[Cell], done: Sequence[Cell], data_dir: Path | None
     large = [cell for cell in left if home[cell] is None]
     fitting, away = [cell for cell in left if home[cell]], [cell for cell in left if home[cell] == "away"]
     others = f"{len(fitting)} of the others" if large else "the others"
-    total = estimate.total_gpu_hours([cell for cell in left if home[cell] == "device"])
-    total += sum(estimate.gpu_hours(cell, away=True) for cell in away)
-    hours = f"about {_hours(total)} hours on one A100".replace("about <", "<")
+    hours = f"about {_hours(estimate.total_gpu_hours(fitting, away))} hours on one A100".replace("about <", "<")
     cost = f"; {others} take {hours}" if fitting else ""
     cost += f", {len(away)} of them with their weights in CPU memory or on the disk" if away else ""
     lacking = dict.fromkeys(text for cell in left for text in estimate.lacking(cell.run, data_dir))

@@ -10,11 +10,13 @@ Rough and rather high: methods run near half of the peak at best, evaluation bel
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from experiments import measures, models, rates
-from experiments.cells import Cell
+from experiments.cells import Cell, ordered, same_model
 from experiments.data import corpora as corpora_here
 from experiments.data import sources, wheels
 from experiments.data.corpora import find as find_corpus
@@ -32,15 +34,19 @@ CARD_GB = 80  # an A100 or H100
 
 def gpu_hours(cell: Cell, away: bool = False) -> float:
     """`away`: the weights are read in every sweep, which hides behind the arithmetic or hides it."""
-    parameters = parameters_of(cell.run.model)
-    reading = BYTES.get(cell.run.dtype, 2) * parameters / READ_BYTES_PER_SECOND
-    computing = 2 * parameters * cell.work / SUSTAINED_FLOPS
-    return (max(sweeps(cell.run) * reading, computing) if away else reading + computing) / 3600
+    return _hours(cell.run, cell.work, sweeps(cell.run) if away else 1, away)
+
+
+def _hours(run: Run, tokens: float, reads: int, away: bool) -> float:
+    parameters = parameters_of(run.model)
+    reading = reads * BYTES.get(run.dtype, 2) * parameters / READ_BYTES_PER_SECOND
+    computing = 2 * parameters * tokens / SUSTAINED_FLOPS
+    return (max(reading, computing) if away else reading + computing) / 3600
 
 
 def sweeps(run: Run) -> int:
     """How often a cell reads its weights where they are away from home, roughly."""
-    count = 2 * len(run.measures)  # a few tokens that show the model is sound, and the text
+    count = _measuring_sweeps(run)
     if isinstance(run.recovery, Retraining):
         grid = rates.grid(run)  # each of which is tried
         # forward and back; what is trained is looked at, and merged
@@ -52,10 +58,43 @@ def sweeps(run: Run) -> int:
     return count
 
 
-def total_gpu_hours(cells: Sequence[Cell]) -> float:
-    """Of these cells one after the other, where those that stop the same schedule go on from each other."""
-    saved = sum(parameters_of(model) * tokens for model, tokens in taken_over(cells).items())
-    return sum(map(gpu_hours, cells)) - 2 * saved / SUSTAINED_FLOPS / 3600
+def _measuring_sweeps(run: Run) -> int:
+    return 2 * len(run.measures)  # a few tokens that show the model is sound, and the text
+
+
+def total_gpu_hours(cells: Sequence[Cell], away: Collection[Cell] = ()) -> float:
+    """Of these cells one after the other, as a table and a job run them: what they share is made once, models, dense
+    statistics and steps of retraining.  `away` are those whose weights are."""
+    inorder = ordered(cells)
+    made = makers(inorder)
+    hours = sum(gpu_hours(cell, cell in away) for cell in made)
+    for cell in inorder:
+        if cell not in made:
+            reads = _measuring_sweeps(cell.run) if cell in away else 0
+            hours += _hours(cell.run, cell.work - cell.making_work, reads, cell in away)
+    in_place = [cell for cell in made if cell not in away]  # away, what is not computed again is mostly read again
+    saved = taken_over(in_place) + shared_statistics(in_place)
+    return hours - sum(2 * parameters_of(model) * tokens for model, tokens in saved.items()) / SUSTAINED_FLOPS / 3600
+
+
+def makers(cells: Sequence[Cell], lasts: Callable[[Cell], bool] = lambda cell: True) -> list[Cell]:
+    """Of cells that run one after the other those that make their model; the others measure that of the cell before.
+    `lasts` says whether the model that a cell has made outlives it."""
+    others = (cell for before, cell in pairwise(cells) if not (same_model(before, cell) and lasts(cell)))
+    return [*cells[:1], *others]
+
+
+def shared_statistics(cells: Iterable[Cell]) -> Counter[str]:
+    """By model the tokens of dense statistics that `Cell.work` counts for every cell and that these cells do once."""
+    seen: set[Any] = set()
+    saved: Counter[str] = Counter()
+    for cell in cells:
+        run = cell.run
+        if run.method is not None and run.method.statistics_key and run.windows:
+            key = (run.model, run.dtype, run.windows, repr(run.method.statistics_key))
+            saved[run.model] += 3 * run.windows.count * run.windows.length * (key in seen)
+            seen.add(key)
+    return saved
 
 
 def taken_over(cells: Iterable[Cell]) -> Counter[str]:

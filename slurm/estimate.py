@@ -15,10 +15,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
-from experiments.cells import OVERHEAD_TOKENS, Cell, method_name, same_model
-from experiments.estimate import BYTES, parameters_of, sweeps, taken_over
+from experiments.cells import OVERHEAD_TOKENS, Cell, method_name
+from experiments.estimate import BYTES, makers, parameters_of, shared_statistics, sweeps, taken_over
 from experiments.placement import needs, several, shapes
 from experiments.recovery import Retraining
 from experiments.spec import Run, ZeroShot
@@ -137,27 +136,19 @@ def seconds(cells: Sequence[Cell], profile: Profile, cards: int = 1) -> float:
 
     Every card reads the weights; training and measuring are shared evenly, calibration but for its sums.
     """
-    run, made = cells[0].run, _made(cells, profile, cards)
+    run = cells[0].run
+    made = makers(
+        cells, lambda cell: home_on(cell, profile, cards)[0] != "away" or not _on_disk(cell.run, profile, cards)
+    )
+    statistics = shared_statistics(made).total()
     reading = sum(_reading_seconds(cell, profile, cards) for cell in made)
     loading = OVERHEAD_TOKENS * len(made)
-    calibration = sum(cell.pruning_work for cell in made) - _saved_tokens(made)
-    everything = sum(cell.work for cell in cells) - _saved_tokens(made) - taken_over(made).total()
+    calibration = sum(cell.pruning_work for cell in made) - statistics
+    everything = sum(cell.work for cell in cells) - statistics - taken_over(made).total()
     everything -= sum(cell.making_work for cell in cells) - sum(cell.making_work for cell in made)
     shared = (everything - loading - calibration) / cards
     tokens = loading + calibration * (ADDING_UP + (1 - ADDING_UP) / cards) + shared
     return reading + 2 * parameters_of(run.model) * tokens / (profile.teraflops * 1e12)
-
-
-def _made(cells: Sequence[Cell], profile: Profile, cards: int) -> list[Cell]:
-    """The cells that make their model; the others measure that of the cell before."""
-    first = cells[0]
-    taken = [
-        cell
-        for before, cell in pairwise(cells)
-        if same_model(before, cell)
-        and not (home_on(cell, profile, cards)[0] == "away" and _on_disk(cell.run, profile, cards))
-    ]
-    return [cell for cell in cells if cell is first or cell not in taken]
 
 
 def _reading_seconds(cell: Cell, profile: Profile, cards: int) -> float:
@@ -177,19 +168,6 @@ def _on_disk(run: Run, profile: Profile, cards: int) -> bool:
     if profile.weights in ("host", "disk"):
         return profile.weights == "disk"
     return bool(profile.memory_gb and 1.2 * _weights_gb(run) > profile.memory_gb / cards - LIBRARIES_GB)
-
-
-def _saved_tokens(cells: Sequence[Cell]) -> int:
-    """Work that `Cell.work` counts for every cell and that cells of the same statistics do once."""
-    shared: dict[str, int] = {}
-    every = 0
-    for cell in cells:
-        run = cell.run
-        if run.method is not None and run.method.statistics_key and run.windows:
-            tokens = 3 * run.windows.count * run.windows.length
-            shared[repr(run.method.statistics_key)] = tokens
-            every += tokens
-    return every - sum(shared.values())
 
 
 def _host_gb(cell: Cell, profile: Profile, cards: int) -> float:

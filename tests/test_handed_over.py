@@ -8,6 +8,7 @@ import pytest
 
 import pruners
 from experiments import cells, run
+from experiments import estimate as hours
 from experiments.batch import run_table
 from experiments.measures.asked import Costs
 from experiments.models import kept
@@ -121,3 +122,17 @@ def test_a_job_holds_such_cells_where_making_the_model_is_worth_it():
             measuring, rel=0.05
         )
         assert estimate.seconds(found, profile) < alone
+
+
+def test_hours_of_a_table_count_what_its_jobs_count(monkeypatch):
+    """But for the card: here the profile's arithmetic and reading are as fast as those of the table's hours."""
+    monkeypatch.setattr("slurm.estimate.READING_GB_PER_SECOND", hours.READ_BYTES_PER_SECOND / 1e9)
+    profile = Profile(teraflops=hours.SUSTAINED_FLOPS / 1e12, hours=1000, packed_hours=10**6)
+    methods = (None, pruners.Wanda(sparsity=0.5), pruners.GBLM(sparsity=0.5), pruners.GBLM(sparsity=0.6))
+    text = Windows("c4/train", count=128, length=2048)
+    measures = [(Perplexity("wikitext2/test", window=window),) for window in (2048, 1024)]
+    found = cells.cells([Run("llama-7b", made, text, what, "float16") for what in measures for made in methods])
+    (array,) = jobs.arrays(found, profile)
+    assert hours.total_gpu_hours(found) == pytest.approx(sum(job.seconds for job in array.jobs) / 3600)
+    assert hours.total_gpu_hours(found) < 0.6 * sum(map(hours.gpu_hours, found))
+    assert hours.total_gpu_hours(found, found) < sum(hours.gpu_hours(cell, away=True) for cell in found)
