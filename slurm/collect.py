@@ -41,7 +41,7 @@ class Collect:
         unwritten.unlink(missing_ok=True)  # of an earlier life of this job
         command = [sys.executable, "-m", *self.words, "--unwritten", str(unwritten)]
         status = subprocess.run(command, check=False).returncode
-        log.write("job finished", message=_message(status, unwritten, _results(self.words)))
+        log.write("job finished", status=status, message=_message(status, unwritten, _results(self.words)))
 
     def checkpoint(self) -> DelayedSubmission:
         return DelayedSubmission(self)

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +37,18 @@ class Standing:
 
 
 def show(asked: argparse.Namespace) -> int:
-    """Print it, once or until nothing is alive any more; the exit status is 1 where a cell failed or was cancelled."""
+    """Print it, once or until nothing is alive any more; the exit status is 1 where a cell failed or was cancelled, or
+    what was to be collected was not."""
     if asked.json:
         found, jobs = look(asked)
         print(json.dumps([_plain(one, cell) for one in found for cell in one.cells], indent=1))
     elif asked.watch:
-        found = _watch(asked)
+        found, jobs = _watch(asked)
     else:
         found, jobs = look(asked)
         print(text(found, jobs, detail=bool(asked.sources)))
-    return cli.EXIT_FAILED if any(one.counts["failed"] + one.counts["cancelled"] for one in found) else 0
+    lost = any(one.counts["failed"] + one.counts["cancelled"] for one in found)
+    return cli.EXIT_FAILED if lost or any(job.died for job in _collectors(jobs)) else 0
 
 
 def look(asked: argparse.Namespace) -> tuple[list[Standing], list[Job]]:
@@ -179,14 +182,41 @@ def _failures(one: Standing, detail: bool) -> list[str]:
 
 
 def _collecting(jobs: Sequence[Job]) -> list[str]:
-    """The last of the jobs that write everything down, one that is alive before others."""
-    of_collecting = [job for job in jobs if job.entry.collects]
-    if not of_collecting:
-        return []
-    job = ([job for job in of_collecting if job.alive] or of_collecting)[-1]
+    """Of every job that writes everything down, how it stands; its tables where there are several such jobs."""
+    found = _collectors(jobs)
+    return [_collected(job, named=len(found) > 1) for job in found]
+
+
+def _collectors(jobs: Sequence[Job]) -> list[Job]:
+    """The jobs that write everything down, but for those in whose place a later one was sent."""
+    every = sorted((job for job in jobs if job.entry.collects), key=_age)
+    return [job for number, job in enumerate(every) if not any(_replaces(job, later) for later in every[number + 1 :])]
+
+
+def _age(job: Job) -> tuple[str, int, str]:
+    """Submissions of one second stand in the order of their numbers."""
+    return job.entry.at, len(job.sent.id), job.sent.id
+
+
+def _replaces(job: Job, later: Job) -> bool:
+    """Whether the later one writes down all that this one was to; one of an earlier day does not say what that is."""
+    same = later.entry.same == job.entry.same and set(later.entry.collected) >= set(job.entry.collected)
+    return not job.alive and (same or not job.entry.collected)
+
+
+def _collected(job: Job, named: bool) -> str:
+    what = f"Tables, figures, claims and report{_what(job) if named else ''}"
     if job.alive:
-        return [f"Tables, figures, claims and report: {f'waits ({_awaited(job)})' if job.waits else 'being written'}."]
-    return [f"Tables, figures, claims and report: {job.death or 'written'}".rstrip(".") + "."]
+        return f"{what}: {f'waits ({_awaited(job)})' if job.waits else 'being written'}."
+    return f"{what}: {job.death or 'written'}".rstrip(".") + "."
+
+
+def _what(job: Job) -> str:
+    """E.g. ` of flap.perplexity and 2 more on llama-7b`; nothing for one of an earlier day, which does not say."""
+    first, *others = job.entry.collected or [""]
+    options = dict(pairwise(job.entry.same))
+    on = f" on {options['--model']}" if "--model" in options else ""
+    return f" of {first}{f' and {len(others)} more' if others else ''}{on}" if first else ""
 
 
 def _awaited(job: Job) -> str:
@@ -207,7 +237,7 @@ def _plain(one: Standing, cell: CellState) -> dict[str, Any]:
     return {"table": one.table, "model": one.models.get(cell.id, ""), **asdict(cell)}
 
 
-def _watch(asked: argparse.Namespace) -> list[Standing]:
+def _watch(asked: argparse.Namespace) -> tuple[list[Standing], list[Job]]:
     from rich.console import Console
     from rich.live import Live
     from rich.text import Text
@@ -219,7 +249,7 @@ def _watch(asked: argparse.Namespace) -> list[Standing]:
                 found, jobs = look(asked)
                 live.update(Text(text(found, jobs, detail=bool(asked.sources))), refresh=True)
                 if not any(job.alive for job in jobs):
-                    return found
+                    return found, jobs
                 time.sleep(SECONDS_BETWEEN)
     finally:
         if not console.is_terminal:  # where rich ends no line

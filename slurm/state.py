@@ -109,6 +109,14 @@ class Job:
         return not self.alive and (self.death == CANCELLED or self.death == NEVER_BEGUN)
 
     @property
+    def died(self) -> bool:
+        """Whether it ended with an error, or before its end; one that could write all but a few things down did not."""
+        last = [event for event in self.events if event["event"].startswith("job ")][-1:]
+        if last and last[0]["event"] == "job finished":
+            return bool(last[0].get("status"))
+        return not self.alive and bool(self.death)
+
+    @property
     def last_lines(self) -> list[str]:
         error = self.logs[1]
         text = error.read_text(encoding="utf-8", errors="replace") if error.exists() else ""

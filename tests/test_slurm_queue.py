@@ -16,6 +16,7 @@ from test_slurm import GPU, found, with_changes, work
 
 from analysis.__main__ import main as analysis
 from experiments import cells, models, papers, rates
+from experiments.callbacks import Events
 from experiments.spec import Run, digest
 from experiments.store import records
 from slurm import choices, collect, estimate, jobs, launch, ledger, overview, pace, profile, queue, reasons, state
@@ -258,6 +259,37 @@ def test_a_table_has_one_waiting_job_that_collects_and_cancel_stops_it(tmp_path,
     assert capsys.readouterr().err.splitlines()[1].startswith("4_0: cancelled, too, as it would have collected")
     assert main(["cancel", "--all", "--results", str(tmp_path / "results")]) == 0
     assert waiting() == []
+
+
+def test_status_tells_every_collecting_job_and_fails_with_one_that_died(tmp_path, sent, monkeypatch, capsys):
+    monkeypatch.setattr(launch, "missing", lambda *_, **__: launch.Todo([], {}))  # as after its jobs
+    collect_one = lambda *words: submit(tmp_path, *words, "--collect", "--only", "Dense")  # noqa: E731
+    assert collect_one("embedded.demo") == collect_one("embedded.demo", "--model", "llama-7b") == 0
+    collectors = [entry for entry, _ in sent]
+    root, over = tmp_path / "results", queue.Queued("FAILED", "", "", "NonZeroExitCode")
+    queued = {entry.jobs[0].id: RUNNING for entry in collectors}
+    monkeypatch.setattr(queue, "jobs", lambda names: queued)
+    status = lambda: (main(["status", "--results", str(root)]), capsys.readouterr().out)  # noqa: E731
+    capsys.readouterr()
+    ended, told = status()
+    assert ended == 0
+    assert told.count("of embedded.demo: being written.") == 1
+    assert told.count("of embedded.demo on llama-7b: being written.") == 1
+    Events(collectors[0].events(0)).write("job finished", status=0, message="written but for figures of a (too few)")
+    Events(collectors[1].events(0)).write("job started")
+    queued |= {entry.jobs[0].id: over for entry in collectors}
+    ended, told = status()
+    assert ended == 1
+    assert "of embedded.demo: written but for figures of a (too few).\n" in told
+    assert "of embedded.demo on llama-7b: The job ended early (FAILED); `logs` shows what it said.\n" in told
+    assert collect_one("embedded.demo", "--model", "llama-7b") == 0  # in its place
+    Events(sent[-1][0].events(0)).write("job finished", status=0, message="")
+    monkeypatch.setattr(ledger, "load", lambda *_: entries[::-1])  # as of one second, by names
+    entries = [replace(entry, at="2026-11-27T03:00:00") for entry, _ in sent]
+    ended, told = status()
+    assert ended == 0
+    assert "of embedded.demo on llama-7b: written.\n" in told
+    assert "ended early" not in told
 
 
 def test_a_job_that_collects_two_tables_is_cancelled_with_the_last_of_them(tmp_path, sent, waiting):
