@@ -207,8 +207,8 @@ def _hours(hours: float) -> str:
 def _run(asked: argparse.Namespace) -> int:
     from experiments import cards
 
-    several, chosen = cards.wanted(asked.cards, asked.device), list(selection.chosen(asked))
-    if several:
+    chosen = selection.chosen(asked)
+    if cards.wanted(asked.cards, asked.device):
         return cards.run(asked.cards, asked.words)
     return max([_run_table(one, some) for one, some in chosen])
 

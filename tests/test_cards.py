@@ -33,6 +33,12 @@ def test_so_many_cards_are_there_or_the_way_out_is_told(monkeypatch, capsys):
     assert "--device cuda:1 names one; drop either" in capsys.readouterr().err
 
 
+def test_cells_are_chosen_before_cards_are_looked_for(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: pytest.fail("no cell is chosen"))
+    assert main(["run", "embedded.demo", "--cards", "2", "--only", "Nothing 50 %"]) == 2
+    assert "Unknown cell of this table 'nothing 50 %'" in capsys.readouterr().err
+
+
 def test_in_a_launch_no_other_is_begun(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert not cards.wanted(2, "cpu")
