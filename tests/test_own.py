@@ -211,6 +211,20 @@ def test_every_method_and_recovery_explains_its_options(capsys):
     assert main(["prune", "--help"]) == 0
 
 
+def test_help_tells_the_default_that_is_meant(capsys):
+    for name, option, default in (
+        ("wanda", "sparsity", 0.5),
+        ("wanda", "pattern", None),
+        ("flap", "ratio", 0.2),
+        ("retraining", "steps", 1000),
+    ):
+        assert main(["prune", "--help", name]) == 0
+        about = " ".join(capsys.readouterr().out.split()).rpartition(f" --{option} ")[2].partition(" --")[0]
+        assert f"(default: {default}" in about
+    assert main(["prune", "--help", "retraining"]) == 0
+    assert "(required)" not in capsys.readouterr().out
+
+
 def test_the_defaults_are_the_papers():
     for name in pruners.METHODS:
         windows = defaults.windows(name, "llama-7b")

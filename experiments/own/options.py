@@ -10,7 +10,7 @@ import types
 import typing
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout, suppress
-from dataclasses import MISSING, Field, field, fields, make_dataclass
+from dataclasses import MISSING, field, fields, make_dataclass
 from typing import Annotated, Any
 
 import tyro
@@ -28,27 +28,36 @@ def parse(
     *,
     skip: Collection[str] = (),
     names: Mapping[str, str] | None = None,
+    otherwise: Mapping[str, Any] | None = None,
 ) -> tuple[Options, list[str]]:
     """The fields that the words give, by name, and the words that are none of its options.
 
-    `skip` are fields that are no options, `names` other names for some.  UsageError for a value that is of no such
-    type; `what` names the thing whose options they are.
+    `skip` are fields that are no options, `names` other names for some, `otherwise` defaults that are not the class's.
+    UsageError for a value that is of no such type; `what` names the thing whose options they are.
     """
     told = io.StringIO()
     try:
         with redirect_stderr(told):
-            made, rest = tyro.cli(_form(kind, skip, names or {}), args=list(words), return_unknown_args=True, prog=what)
+            form = _form(kind, skip, names or {}, otherwise or {})
+            made, rest = tyro.cli(form, args=list(words), return_unknown_args=True, prog=what)
     except SystemExit:
         raise UsageError(f"{what}: {_first_sentence(told.getvalue())}") from None
     given = {f.name: getattr(made, f.name) for f in fields(made)}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}, rest
 
 
-def help_of(kind: type[Any], what: str, *, skip: Collection[str] = (), names: Mapping[str, str] | None = None) -> str:
+def help_of(
+    kind: type[Any],
+    what: str,
+    *,
+    skip: Collection[str] = (),
+    names: Mapping[str, str] | None = None,
+    otherwise: Mapping[str, Any] | None = None,
+) -> str:
     """What the class says of itself and of each option."""
     told = io.StringIO()
     with redirect_stdout(told), suppress(SystemExit):
-        tyro.cli(_form(kind, skip, names or {}), args=["--help"], prog=what)
+        tyro.cli(_form(kind, skip, names or {}, otherwise or {}), args=["--help"], prog=what)
     return told.getvalue()
 
 
@@ -66,21 +75,37 @@ def names_of(kind: type[Any], *, skip: Collection[str] = (), names: Mapping[str,
     return [(names or {}).get(f.name, f.name.replace("_", "-")) for f in fields(kind) if f.name not in skip]
 
 
-def _form(kind: type[Any], skip: Collection[str], names: Mapping[str, str]) -> type[Any]:
+def _filled_in(kind: type[Any]) -> dict[str, str]:
+    """The default, in words, of fields that are None until the class fills them in by what the others say."""
+    if any(f.default is MISSING and f.default_factory is MISSING for f in fields(kind)):
+        return {}
+    made = kind()
+    filled = {f.name: getattr(made, f.name) for f in fields(kind) if f.default is None}
+    return {
+        name: f"(default: {value}, or what another option implies)"
+        for name, value in filled.items()
+        if value is not None
+    }
+
+
+def _form(kind: type[Any], skip: Collection[str], names: Mapping[str, str], otherwise: Mapping[str, Any]) -> type[Any]:
     """A class of the same fields without the project's rules, which the real class applies afterwards."""
-    hints = typing.get_type_hints(kind, include_extras=True)
-    kept = [f for f in fields(kind) if f.name not in skip]
-    kept.sort(key=lambda f: f.default is not MISSING)
+    hints, filled_in = typing.get_type_hints(kind, include_extras=True), _filled_in(kind)
+    defaults = {f.name: otherwise.get(f.name, f.default) for f in fields(kind) if f.name not in skip}
     made: Any = make_dataclass(
-        kind.__name__, [(f.name, _option(hints[f.name], names.get(f.name)), _default(f)) for f in kept]
+        kind.__name__,
+        [
+            (name, _option(hints[name], names.get(name), filled_in.get(name)), _default(defaults[name]))
+            for name in sorted(defaults, key=lambda name: defaults[name] is not MISSING)
+        ],
     )
     said = (sys.modules[kind.__module__].__doc__, kind.__doc__ if _is_said(kind) else None)
     made.__doc__ = "\n\n".join(inspect.cleandoc(text) for text in said if text)
     return made
 
 
-def _option(hint: Any, name: str | None) -> Any:
-    return Annotated[_plain(hint), tyro.conf.arg(name=name, help=_words(hint))]
+def _option(hint: Any, name: str | None, default: str | None) -> Any:
+    return Annotated[_plain(hint), tyro.conf.arg(name=name, help=_words(hint), help_behavior_hint=default)]
 
 
 def _is_said(kind: type[Any]) -> bool:
@@ -88,8 +113,8 @@ def _is_said(kind: type[Any]) -> bool:
     return bool(kind.__doc__) and not str(kind.__doc__).startswith(f"{kind.__name__}(")
 
 
-def _default(f: Field[Any]) -> Any:
-    return field() if f.default is MISSING else field(default=f.default)
+def _default(value: Any) -> Any:
+    return field() if value is MISSING else field(default=value)
 
 
 def _plain(hint: Any) -> Any:

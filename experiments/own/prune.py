@@ -30,7 +30,7 @@ from pruners.retrain import Reconstruction
 TABLE = "adhoc"
 SEED = ("seed",)  # one --seed for the windows, the method and the recovery
 TRAINED = {"batch_size": "train-batch-size"}  # --batch-size is how many windows go through the model at once
-STEPS, LEARNING_RATE = 1000, 5e-4  # PERP's released defaults
+OTHERWISE = {"steps": 1000, "learning_rate": 5e-4}  # PERP's released defaults, where a Retraining leaves it open
 BETWEEN = ("trainable", "text", "seed")
 
 
@@ -41,7 +41,9 @@ def explained(name: str) -> str:
         raise UsageError(unknown("method", name, kinds))
     if name in pruners.METHODS:
         return options.help_of(kinds[name], f"prune --method {name}", skip=SEED)
-    return options.help_of(kinds[name], f"prune --{name.removesuffix('ing')}", skip=BETWEEN, names=TRAINED)
+    option, otherwise = ("recover", OTHERWISE) if name == "retraining" else ("reconstruct", {})
+    what = f"prune --{option} WHAT"
+    return options.help_of(kinds[name], what, skip=BETWEEN, names=TRAINED, otherwise=otherwise)
 
 
 def run(asked: argparse.Namespace) -> int:
@@ -126,18 +128,11 @@ def _recovery(asked: argparse.Namespace, rest: Sequence[str], windows: Windows) 
     for option, (name, kind) in kinds.items():
         if name:
             known[option] = options.names_of(kind, skip=BETWEEN, names=TRAINED)
-            words = _with_defaults(rest) if kind is Retraining else list(rest)
-            given, rest = options.parse(kind, words, option, skip=BETWEEN, names=TRAINED)
+            otherwise = OTHERWISE if kind is Retraining else {}
+            given, rest = options.parse(kind, rest, option, skip=BETWEEN, names=TRAINED, otherwise=otherwise)
             made = _made(kind, defaults.TRAINABLE[name], given, asked.seed, windows)
     options.refuse(rest, known)
     return made
-
-
-def _with_defaults(words: Sequence[str]) -> list[str]:
-    """What `Retraining` leaves open and the papers do not."""
-    told = {word.partition("=")[0] for word in words}
-    steps = [] if "--steps" in told else ["--steps", str(STEPS)]
-    return [*words, *steps, *([] if "--learning-rate" in told else ["--learning-rate", str(LEARNING_RATE)])]
 
 
 def _made(kind: type[Any], trainable: Any, given: dict[str, Any], seed: int, windows: Windows) -> Any:
