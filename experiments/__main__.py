@@ -210,31 +210,8 @@ def _run(asked: argparse.Namespace) -> int:
     chosen = selection.chosen(asked)
     if cards.wanted(asked.cards, asked.device):
         return cards.run(asked.cards, asked.words)
-    return max([_run_table(one, some) for one, some in chosen])
-
-
-def _run_table(asked: argparse.Namespace, chosen: Sequence[Cell]) -> int:
-    """One table's cells that the device takes; the exit status."""
-    from experiments import placement, resume
-    from experiments.batch import run_table
-    from pruners.run import ranks
-
-    settings = cli.settings(asked, chosen if asked.save_models else ())
-    together = ranks.here(settings.device or "cpu")
-    reasons = together.first(
-        lambda: [placement.too_large(cell.run, settings, asked.card, together.count) for cell in chosen]
-    )
-    large = {cell: why for cell, why in zip(chosen, reasons, strict=True) if why}
-    cli.say_lines(selection.left_out(asked.table, {cell.label: why for cell, why in large.items()}))
-    fitting = [cell for cell in chosen if cell not in large]
-    outcome = run_table(asked.table, fitting, settings, cli.watchers(asked))
-    together.first(lambda: resume.tidy(asked.results, asked.table, cli.declared(asked)))
-    counts = f"{len(outcome.done)} done now, {len(outcome.found)} before, {len(outcome.failed)} failed"
-    counts += f", {len(outcome.incomplete)} incomplete" if outcome.incomplete else ""
-    counts += f", {len(large)} left out" if large else ""
-    print(f"{asked.table}: {counts}; python -m analysis table {cli.same_cells(asked)}", file=sys.stderr)
-    unmet = outcome.failed or (outcome.incomplete and not asked.allow_missing_tasks) or (large and asked.strict)
-    return cli.EXIT_FAILED if unmet else 0
+    from experiments import running
+    return running.run(chosen)
 
 
 def _prefetch(asked: argparse.Namespace) -> int:

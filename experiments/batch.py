@@ -44,6 +44,11 @@ class Outcome:
     failed: list[str] = field(default_factory=list)
     incomplete: list[str] = field(default_factory=list)
 
+    def add(self, other: Outcome) -> None:
+        """Those of other cells of the same table."""
+        for name, labels in vars(other).items():
+            getattr(self, name).extend(labels)
+
 
 def run_table(
     table: str,

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import groupby
+from typing import Any, TypeVar
 
 from experiments import measures, models, rates, recovery
 from experiments.labels import apart, labels
 from experiments.measures.asked import Costs, DenseAnswers
 from experiments.spec import Efficiency, Run, Table, digest, needs_windows
 
+T = TypeVar("T")
 ALONE = (Costs, DenseAnswers, Efficiency)  # measures of the making, of the dense model too, or of memory
 OVERHEAD_TOKENS = 500  # loading and writing, as tokens that could have gone through the model meanwhile
 
@@ -69,6 +71,33 @@ def ordered(found: Sequence[Cell]) -> list[Cell]:
         for part in keys[cell]:
             first.setdefault(part, index)
     return sorted(found, key=lambda cell: tuple(first[part] for part in keys[cell]))
+
+
+def in_turns(tables: Sequence[tuple[T, Sequence[Cell]]]) -> Iterator[tuple[T, list[Cell]]]:
+    """Tables one after the other, each with its cells, in order; but what measures the model that a cell of an earlier
+    table makes comes right after that cell.  Every table has a last turn of its own, in which nothing may be left."""
+    every = [(table, ordered(found)) for table, found in tables]
+    keys = {cell.id: made(cell.run) if hands_over(cell.run) else None for _, own in every for cell in own}
+    alike: dict[str | None, list[tuple[int, Cell]]] = {}
+    for number, (_, own) in enumerate(every):
+        for cell in own:
+            alike.setdefault(keys[cell.id], []).append((number, cell))
+    early: set[tuple[int, str]] = set()
+    for number, (table, own) in enumerate(every):
+        turn: list[Cell] = []
+        left = [cell for cell in own if (number, cell.id) not in early]
+        for key, some in groupby(left, key=lambda cell: keys[cell.id]):
+            turn += some
+            here = {cell.id for cell in turn}  # whose records other tables take over
+            others = [(later, cell) for later, cell in alike[key] if key and later > number and cell.id not in here]
+            others = [(later, cell) for later, cell in others if (later, cell.id) not in early]
+            early |= {(later, cell.id) for later, cell in others}
+            for later, same in groupby(others, key=lambda other: other[0]):
+                if turn:
+                    yield table, turn
+                    turn = []
+                yield every[later][0], [cell for _, cell in same]
+        yield table, turn
 
 
 def sharing(cell: Cell) -> str:

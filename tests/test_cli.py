@@ -81,7 +81,7 @@ def test_show_tells_done_failed_and_missing_apart(tiny, tmp_path, capsys, monkey
 def test_show_tells_what_a_paper_table_costs_and_lacks(capsys, tmp_path):
     assert main(["show", "gblm.alpha", "--results", str(tmp_path), "--data-dir", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
-    assert "0 of 10 cells are done; the others take about 0.39 hours on one A100." in shown
+    assert "0 of 10 cells are done; the others take about 0.24 hours on one A100." in shown
     assert "llama-2-7b (meta-llama/Llama-2-7b-hf, 13 GB)" in shown
     assert f"c4/train (not in {tmp_path})" in shown
 
@@ -91,7 +91,7 @@ def test_show_says_where_weights_are_on_a_card_and_which_cells_do_not_fit_on_it(
     assert main(words) == 0
     shown = capsys.readouterr().out
     away = "of them with their weights in CPU memory or on the disk."
-    assert f"0 of 60 cells are done; the others take about 15.4 hours on one A100, 13 {away}" in shown
+    assert f"0 of 60 cells are done; the others take about 15.0 hours on one A100, 13 {away}" in shown
     assert [line.count("host or disk") for line in shown.splitlines()[2:62]] == [
         int("llama-65b" in line) for line in shown.splitlines()[2:62]
     ]

@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 
 import pruners
-from experiments import cells, run
+from experiments import cells, papers, run
 from experiments import estimate as hours
+from experiments.__main__ import main
 from experiments.batch import run_table
 from experiments.measures.asked import Costs
 from experiments.models import kept
@@ -47,7 +48,7 @@ def table(*measures, methods=METHODS, recovery=None) -> Table:
     return replace(plain, columns=tuple((str(small.MODEL), what) for what in measures), run=make)
 
 
-def told(record) -> tuple:
+def told_of(record) -> tuple:
     achieved = {key: value for key, value in record.achieved.items() if key != "recovery"}
     after = {k: v for k, v in record.achieved.get("recovery", {}).items() if "seconds" not in k and "peak" not in k}
     return record.spec, record.measures, achieved, after, record.dense_gate, record.data
@@ -62,7 +63,7 @@ def test_one_model_is_made_and_each_record_is_that_of_its_cell_alone(tmp_path, d
         assert not run_table("tiny", [cell], Settings(tmp_path / "alone", data_dir=data)).failed
     assert len(pruned) >= 4  # nothing is left of a table that is done, but for masks on the disk
     together, alone = (records.load(tmp_path / name, "tiny") for name in ("together", "alone"))
-    assert [told(together[cell.id]) for cell in chosen] == [told(alone[cell.id]) for cell in chosen]
+    assert [told_of(together[cell.id]) for cell in chosen] == [told_of(alone[cell.id]) for cell in chosen]
     for cell in chosen:
         assert set(together[cell.id].cost.seconds) >= {"load", "measure", "total"} | (
             {"prune"} if cell.run.method else set()
@@ -78,6 +79,27 @@ def test_the_next_table_within_a_command_goes_on_with_it(tmp_path, data, pruned)
     assert len(pruned) == 1
     assert not run_table("three", first, Settings(tmp_path / "later", data_dir=data)).failed
     assert len(pruned) == 2
+
+
+def test_tables_of_one_command_make_a_model_that_several_measure_once(tmp_path, data, pruned, monkeypatch, capsys):
+    monkeypatch.setattr(papers, "TABLES", dict(papers.TABLES))
+    papers.TABLES["first"] = replace(table((small.PPL,), methods=METHODS[:2]), name="first")
+    papers.TABLES["second"] = replace(table((OTHER,), (small.PPL, OTHER), methods=METHODS), name="second")
+    papers.TABLES["third"] = replace(table((small.PPL, OTHER), methods=METHODS[1:2]), name="third")
+    words = ["--data-dir", str(data), "--device", "cpu"]
+    assert main(["run", "first", "second", "third", "--results", str(tmp_path / "all"), *words]) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "done now" in line]
+    assert [line.partition(";")[0] for line in told] == [
+        "first: 2 done now, 0 before, 0 failed", "second: 6 done now, 0 before, 0 failed",
+        "third: 0 done now, 1 before, 0 failed",
+    ]  # fmt: skip
+    assert len(pruned) == 2
+    for name in ("first", "second", "third"):
+        assert main(["run", name, "--results", str(tmp_path / "each"), *words]) == 0
+        both = [records.load(tmp_path / folder, name) for folder in ("all", "each")]
+        assert {id: told_of(record) for id, record in both[0].items()} == {
+            id: told_of(record) for id, record in both[1].items()
+        }
 
 
 def test_another_calibration_seed_and_a_measured_cost_are_made_anew(tmp_path, data, pruned):
