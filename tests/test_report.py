@@ -95,7 +95,7 @@ def test_text_from_records_cannot_become_markup(root, tmp_path):
 
 
 def test_of_many_tables_only_what_the_papers_draw_is_drawn_unless_asked(root, page, tmp_path, monkeypatch, capsys):
-    hint = "Figures: <code>python -m analysis figure gblm.perplexity</code>"
+    hint = f"Figures: <code>python -m analysis figure gblm.perplexity --results {root}</code>"
     assert hint not in page
     monkeypatch.setattr(report, "FEW_TABLES", 0)
     few = report.html(root)
@@ -105,6 +105,22 @@ def test_of_many_tables_only_what_the_papers_draw_is_drawn_unless_asked(root, pa
     for asked, drawn in (("all", 3), ("few", 0)):
         assert main(["report", "--results", str(tmp_path), "--figures", asked]) == 0
         assert (tmp_path / "report.html").read_text().count("data:image/svg+xml") == drawn
+
+
+def test_a_table_on_another_model_stands_beside_the_declared_one(root, tmp_path, monkeypatch):
+    shutil.copytree(root / "runs", tmp_path / "runs")
+    (dense, *_) = papers.runs(gblm.perplexity, "vicuna-7b")
+    records.write(small.record(dense).model_copy(update={"table": "gblm.perplexity"}), tmp_path)
+    monkeypatch.setattr(report.figures, "KINDS", {})
+    for model, places in (("vicuna-7b", ["", "-asked"]), ("mistral-7b", [""])):  # of which there is no record
+        page = report.html(tmp_path, variants={"gblm.perplexity": (model, None, None, [])})
+        assert re.findall(r'<section id="gblm\.perplexity(.*)-section"', page) == places
+    page = report.html(tmp_path, variants={"gblm.perplexity": ("vicuna-7b", None, None, [])})
+    declared, asked = re.findall(r'<section id="gblm\.perplexity.*?</section>', page, re.S)
+    assert "7.30 ± 0.07" in declared
+    assert "vicuna-7b" not in declared
+    assert re.search(r"<h2>.*: vicuna-7b</h2>", asked)
+    assert f"python -m experiments run gblm.perplexity --model vicuna-7b --results {tmp_path}<" in asked
 
 
 def test_facts_of_many_cells_are_written_once():

@@ -38,9 +38,10 @@ TELLING = ("sparsity", "steps", "parameters", "masks")  # kinds that say what no
 @dataclass(frozen=True)
 class Section:
     """One table that has records; `done` counts them, `made` are its rows, `again` the arguments of a command for the
-    same cells."""
+    same cells, `place` is its anchor on the page."""
 
     name: str
+    place: str
     title: str
     published: str | None
     done: int
@@ -85,20 +86,25 @@ def html(
 
     With `data_dir` records of other texts than lie there are withheld.  Without `every_figure`, which is the default
     where more than FEW_TABLES tables have records, only what the papers draw and do not print is drawn; the page names
-    the command for the others.  `variants` are by table the model, dtype, limit and tasks of the cells to show where
-    they are others than the table declares.
+    the command for the others.  `variants` are by table the model, dtype, limit and tasks of cells that are shown, too,
+    behind those that the table declares.
     """
     place = known_as or root
-    found = [(table, made) for table in papers.TABLES.values() if (made := _rows(table, root, data_dir, variants))]
-    every = len(found) <= FEW_TABLES if every_figure is None else every_figure
-    sections = [_section(table, made, place, every, variants) for table, made in found]
+    found = [
+        (table, variant, made)
+        for table in papers.TABLES.values()
+        for variant in _variants(table, variants)
+        if (made := _rows(table, root, data_dir, variant))
+    ]
+    every = len({table.name for table, *_ in found}) <= FEW_TABLES if every_figure is None else every_figure
+    sections = [_section(table, made, place, every, variant) for table, variant, made in found]
     if not sections:
         where = " or ".join(map(str, folders(root)))
         raise NoRecordsError(f"No record of any table under {where}. Run `python -m experiments run TABLE` first.")
     answered_first = sorted(grid.judged(statements.CLAIMS, root, data_dir), key=lambda one: not one.ours.of)
     shown = {section.name for section in sections}
     return _environment().get_template(TEMPLATE).render(
-        sections=[replace(section, claims=grid.about(section.name, answered_first)) for section in sections],
+        sections=[_judged(section, answered_first) for section in sections],
         claims=answered_first,
         methods=_methods(section.made for section in sections),
         provenance=provenance.shared({id: told for section in sections
@@ -117,19 +123,28 @@ def _environment() -> Environment:
     return made
 
 
-def _rows(table: Table, root: Folders, data_dir: Path | None, variants: Mapping[str, Variant]) -> list[Row]:
+def _variants(table: Table, variants: Mapping[str, Variant]) -> list[Variant]:
+    """What the table declares, and what else is asked for, unless that means the same cells."""
+    asked = variants.get(table.name, DECLARED)
+    if not any(asked) or set(papers.runs(table, *asked)) == set(table.runs()):
+        return [DECLARED]
+    return [DECLARED, asked]
+
+
+def _rows(table: Table, root: Folders, data_dir: Path | None, variant: Variant) -> list[Row]:
     """None of them where no cell was ever run."""
     try:
-        return rows(table, root, *variants.get(table.name, DECLARED), data_dir=data_dir)
+        return rows(table, root, *variant, data_dir=data_dir)
     except NoRecordsError:
         return []
 
 
-def _section(table: Table, made: list[Row], known_as: Folders, every: bool, variants: Mapping[str, Variant]) -> Section:
+def _section(table: Table, made: list[Row], known_as: Folders, every: bool, variant: Variant) -> Section:
     found = compare.cells(table, made)
-    again = cli.selection(table.name, folders(known_as)[0], *variants.get(table.name, DECLARED))
+    again = cli.selection(table.name, folders(known_as)[0], *variant)
     return Section(
         name=table.name,
+        place=table.name if variant == DECLARED else f"{table.name}-asked",
         title=title(table, made),
         published=table.published,
         done=sum(row.record is not None for row in made),
@@ -139,11 +154,17 @@ def _section(table: Table, made: list[Row], known_as: Folders, every: bool, vari
         beside=_grid(compare.text(found), [provenance.ids(cell.rows) for cell in found]) if table.published else None,
         own=_grid(frames.text(made), [provenance.ids([row]) for row in made]),
         notes=notes(table, made, again),
-        again=again if table.name in variants else table.name,
+        again=again,
         figures=list(_figures(table, made, every)),
         made=made,
         all_drawn=every,
     )
+
+
+def _judged(section: Section, found: Sequence[Verdict]) -> Section:
+    """With the claims that its numbers answer: those of what the table declares."""
+    declared = section.place == section.name
+    return replace(section, claims=grid.about(section.name, found)) if declared else section
 
 
 def _grid(frame: pd.DataFrame, behind: list[list[str]]) -> Grid:
