@@ -49,19 +49,35 @@ class Todo:
 def missing(plan: Work, chosen: Chosen, dry: bool = False) -> Todo:
     """Cells that have no record which `plan` would keep, and that no living job has.
 
-    A record of the same cell in another table is taken over, unless this is only looked at (`dry`).
+    A record of the same cell in another table is taken over, and a living job that has it for another table has it for
+    this one, too, from now on, unless all that is only looked at (`dry`).
     """
-    taken = {id for job in state.jobs(plan.root) if job.alive for id in job.sent.cells}
+    taken = {id: job.entry for job in state.jobs(plan.root) if job.alive for id in job.sent.cells}
     cells: dict[str, Cell] = {}
     tables: dict[str, list[str]] = {}
     for table, asked in chosen.items():
         known = found.finished(asked, records.load(plan.root, table), plan.data_dir, plan.again)
-        for cell in asked:
-            if cell.id in known or cell.id in taken or _elsewhere(plan, table, cell, dry):
+        left = [cell for cell in asked if cell.id not in known]
+        if not dry:
+            _ask(table, [cell.id for cell in left if cell.id in taken], taken)
+        for cell in left:
+            if cell.id in taken or _elsewhere(plan, table, cell, dry):
                 continue
             cells.setdefault(cell.id, cell)
             tables.setdefault(cell.id, []).append(table)
     return Todo(list(cells.values()), tables)
+
+
+def _ask(table: str, ids: Sequence[str], taken: dict[str, Entry]) -> None:
+    """Of the jobs that have these cells; `taken` are their submissions by cell, and is kept up."""
+    wanted: dict[str, list[str]] = {}
+    for id in ids:
+        if table not in taken[id].asking(id):
+            wanted.setdefault(taken[id].name, []).append(id)
+    for name, some in wanted.items():
+        entry = taken[some[0]].asked_by(table, some)
+        ledger.write(entry)
+        taken.update({id: entry for id, other in taken.items() if other.name == name})
 
 
 def _elsewhere(plan: Work, table: str, cell: Cell, dry: bool) -> bool:

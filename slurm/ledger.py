@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -83,6 +83,11 @@ class Entry:
         """The tables that this cell was sent for."""
         return self.tables.get(id, [self.table])
 
+    def asked_by(self, table: str, ids: Collection[str]) -> Entry:
+        """With a table that asks for these cells, too."""
+        more = {id: list(dict.fromkeys([*self.asking(id), table])) for id in ids}
+        return replace(self, tables={**self.tables, **more})
+
     def of(self, table: str) -> dict[str, str]:
         """Labels of the cells that were sent for this table, by id."""
         return {id: label for id, label in self.cells.items() if table in self.asking(id)}
@@ -129,15 +134,19 @@ def load(root: Path, table: str | None = None) -> list[Entry]:
     found = []
     for path in place(root).glob("*/*/entry.json"):
         try:
-            content = checksummed_json.loads(path.read_text(encoding="utf-8"))
+            found.append(read(path, root))
         except ValueError as error:
             logger.warning("Ignoring %s: %s.", path, error)
-            continue
-        jobs = tuple(Sent(**{**job, "choices": tuple(job.get("choices", ()))}) for job in content["jobs"])
-        kept = {key: value for key, value in content.items() if key not in ("jobs", "sha256")}
-        found.append(Entry(**{**kept, "root": str(root), "jobs": jobs}))
     chosen = [entry for entry in found if table is None or entry.of(table)]
     return sorted(chosen, key=lambda entry: (entry.at, entry.name))
+
+
+def read(path: Path, root: Path) -> Entry:
+    """ValueError where it is damaged; `root` is the results folder as it is called here."""
+    content = checksummed_json.loads(path.read_text(encoding="utf-8"))
+    jobs = tuple(Sent(**{**job, "choices": tuple(job.get("choices", ()))}) for job in content["jobs"])
+    kept = {key: value for key, value in content.items() if key not in ("jobs", "sha256")}
+    return Entry(**{**kept, "root": str(root), "jobs": jobs})
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
@@ -31,7 +31,7 @@ class Work:
     """Cells by id with the tables that ask for each, and the `arguments` of `python -m experiments run` by name, paths
     as text; `sources` says by table what it was asked for by.
 
-    The first table of a cell runs it and the others take its record over.
+    The first table of a cell runs it and the others take its record over, those too that ask for it later.
     On several `cards` a process for each runs all cells together with the others (`launched`).
     A job that is told to stop (its time limit is near, or it is preempted) puts itself back into the queue, unless it
     has done so `requeues` times without finishing a cell; what it had finished is kept, and it goes on from there.
@@ -69,6 +69,7 @@ class Work:
                 failed |= dict.fromkeys(outcome["failed ids"], table)
                 self._share_failures(table, [id for id in ids if failed.get(id, table) != table], failed)
         if ranks.rank() == 0:
+            self._hand_on(failed)
             self.log().write("job finished", **total)
 
     def checkpoint(self) -> DelayedSubmission:
@@ -134,7 +135,25 @@ class Work:
         failed = [cell.id for cell in chosen if cell.label in outcome.failed]
         return {"found": outcome.found, "done": outcome.done, "failed": outcome.failed, "failed ids": failed}
 
-    def _share_failures(self, table: str, ids: list[str], failed: dict[str, str]) -> None:
+    def _hand_on(self, failed: Mapping[str, str]) -> None:
+        """What became of its cells, to tables that submissions after its own have asked for them."""
+        from experiments.store import elsewhere
+        from slurm import ledger
+
+        place = Path(self.events).with_name("entry.json")
+        if not place.is_file():
+            return
+        entry = ledger.read(place, self.root)
+        late = {id: [table for table in entry.asking(id) if table not in self.cells[id]] for id in self.cells}
+        for first in {self.cells[id][0] for id, tables in late.items() if tables}:
+            for cell in cli.declared(self.asked(first)):
+                for table in late.get(cell.id, ()):
+                    if cell.id in failed:
+                        self._share_failures(table, [cell.id], failed)
+                    else:
+                        elsewhere.adopt(self.root, table, cell, self.data_dir)
+
+    def _share_failures(self, table: str, ids: list[str], failed: Mapping[str, str]) -> None:
         """A cell that failed for one table is not tried again for the next."""
         from experiments.store import records
 

@@ -18,7 +18,7 @@ from experiments.spec import Run, Table, Windows
 from experiments.store import elsewhere, records
 from pruners.retrain import Trainable
 from slurm import __main__ as slurm
-from slurm import jobs, ledger, queue, state
+from slurm import jobs, launch, ledger, queue, state
 from slurm.profile import Profile
 
 CARD = Profile(gres="gpu:1", gpu_memory_gb=24, teraflops=40)
@@ -242,3 +242,26 @@ def test_when_a_running_cell_will_be_done_is_said_by_its_own_pace(tmp_path, monk
     assert datetime.fromisoformat(running.end) > datetime.fromisoformat(line["at"]) + timedelta(minutes=58)
     assert (waiting.state, waiting.note) == ("queued", "after others of its job")
     assert slurm.main(["status", "--results", str(tmp_path)]) == 0
+
+
+def test_a_cell_that_a_job_has_is_for_a_later_submission_too(two, tmp_path, monkeypatch, capsys):
+    """A Slurm whose jobs are in the queue until the test runs them."""
+    sent, names = [], two[:2]
+    monkeypatch.setattr(queue, "check", lambda: None)
+    monkeypatch.setattr(queue, "cancel", lambda ids: pytest.fail("somebody wants it") if ids else None)
+    monkeypatch.setattr(queue, "jobs", lambda names: {f"{n}_0": queue.Queued("RUNNING", "n", "", "") for n in range(9)})
+    send = lambda entry, works, *_: (sent.extend(works), [f"{len(sent)}_{n}" for n, _ in enumerate(works)])[1]  # noqa: E731
+    monkeypatch.setitem(launch.SENDERS, "slurm", send)
+    for name in names:
+        assert slurm.main(["submit", name, *two[2:]]) == 0
+    assert "two: cells sent: 1, done or queued already: 2" in capsys.readouterr().err
+    first, second = ledger.load(tmp_path)
+    assert [len(entry.cells) for entry in (first, second)] == [2, 1]
+    assert set(first.of("two")) == set(first.of("one")) == set(first.cells)
+    assert slurm.main(["cancel", "one", *two[2:]]) == 0
+    assert "1 go on, in which there are cells for two" in capsys.readouterr().err
+    sent[0]()
+    assert ids(tmp_path, "one") == ids(tmp_path, "two") == set(first.cells)
+    assert slurm.main(["status", "--json", "--results", str(tmp_path)]) == 0
+    told = [(one["table"], one["state"]) for one in json.loads(capsys.readouterr().out)]
+    assert sorted(told) == [("one", "done")] * 2 + [("two", "done")] * 2 + [("two", "queued")]
