@@ -308,8 +308,8 @@ def _cancel_table(one: argparse.Namespace, named: set[str]) -> list[str]:
     from slurm import state
 
     ids = {cell.id for cell in cli.declared(one)} if _variant(one) else None
-    jobs = state.jobs(one.results, one.table)
-    alive = [job for job in jobs if job.alive and (ids is None or ids & set(job.sent.cells))]
+    jobs = [job for job in state.jobs(one.results, one.table) if job.alive and one.table in state.asking(job)]
+    alive = [job for job in jobs if ids is None or ids & set(job.sent.cells)]
     others = {job.sent.id: state.wanting(job) - named for job in alive}
     stopped = state.cancel([job for job in alive if not others[job.sent.id]])
     told = f"{one.table}: jobs cancelled: {len(stopped)}; what they had finished is kept"

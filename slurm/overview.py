@@ -84,7 +84,7 @@ def _asked(asked: argparse.Namespace, jobs: Sequence[Job]) -> dict[str, tuple[di
     """
     if asked.sources and any((asked.only, asked.method, asked.model, asked.dtype, asked.limit, asked.tasks)):
         return {one.table: _named(chosen) for one, chosen in selection.chosen(asked)}
-    begun = {table for job in jobs for table in _tables(job)}
+    begun = {table for job in jobs for table in state.asking(job)}
     if not asked.sources:
         kept = {path.name for path in (Path(asked.results) / "runs").glob("*") if path.is_dir()}
         chosen = {name: name for name in papers.TABLES if name in kept | begun}
@@ -109,12 +109,8 @@ def _named(chosen: Sequence[cells.Cell]) -> tuple[dict[str, str], dict[str, str]
 
 def _about(job: Job, tables: set[str], everything: bool) -> bool:
     if not job.entry.collects:
-        return bool(tables & set(_tables(job)))
+        return bool(tables & state.asking(job))
     return everything or not job.entry.collected or bool(tables & set(job.entry.collected))
-
-
-def _tables(job: Job) -> list[str]:
-    return [table for id in job.sent.cells for table in job.entry.asking(id)]
 
 
 def _of_tables(found: Sequence[Standing]) -> str:

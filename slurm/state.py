@@ -251,10 +251,14 @@ def find(root: Path, cell: str) -> list[Job]:
     return found
 
 
+def asking(job: Job) -> set[str]:
+    """The tables that asked for a cell of this job."""
+    return {table for id in job.sent.cells for table in job.entry.asking(id)}
+
+
 def wanting(job: Job) -> set[str]:
     """The tables that wait for a cell of this job: those that asked for one and have no record of it since."""
-    asking = {table for id in job.sent.cells for table in job.entry.asking(id)}
-    done = {table: records.load(Path(job.entry.root), table) for table in asking}
+    done = {table: records.load(Path(job.entry.root), table) for table in asking(job)}
     return {table for id in job.sent.cells for table in job.entry.asking(id) if not _since(job, done[table].get(id))}
 
 

@@ -265,3 +265,19 @@ def test_a_cell_that_a_job_has_is_for_a_later_submission_too(two, tmp_path, monk
     assert slurm.main(["status", "--json", "--results", str(tmp_path)]) == 0
     told = [(one["table"], one["state"]) for one in json.loads(capsys.readouterr().out)]
     assert sorted(told) == [("one", "done")] * 2 + [("two", "done")] * 2 + [("two", "queued")]
+
+
+def test_cancel_leaves_jobs_of_its_submission_that_have_no_cell_of_its_table(two, tmp_path, monkeypatch, capsys):
+    dense, *others = cells.cells(small.table(small.METHODS[:3], "two").runs())
+    entry = ledger.Entry(
+        "one+1-x", "one+1", "slurm", str(tmp_path), tuple(ledger.Sent(f"1_{n}", {cell.id: cell.label})
+        for n, cell in enumerate((dense, others[-1]))), 2.0, records.now(), True,
+        tables={dense.id: ["one"], others[-1].id: ["two"]},
+    )  # fmt: skip
+    ledger.write(entry)
+    stopped: list[str] = []
+    monkeypatch.setattr(queue, "cancel", stopped.extend)
+    monkeypatch.setattr(queue, "jobs", lambda _: {f"1_{n}": queue.Queued("RUNNING", "n", "", "") for n in range(2)})
+    assert slurm.main(["cancel", "one", *two[2:]]) == 0
+    assert stopped == ["1_0"]
+    assert "one: jobs cancelled: 1; what they had finished is kept\n" in capsys.readouterr().err
