@@ -211,6 +211,7 @@ def _run(asked: argparse.Namespace) -> int:
     if cards.wanted(asked.cards, asked.device):
         return cards.run(asked.cards, asked.words)
     from experiments import running
+
     return running.run(chosen)
 
 

@@ -13,7 +13,7 @@ from experiments.callbacks import Watcher
 from experiments.cells import Cell
 from experiments.models import kept
 from experiments.settings import Settings
-from pruners import ranks
+from pruners.run import ranks
 
 
 @dataclass(frozen=True)
