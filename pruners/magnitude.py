@@ -1,4 +1,4 @@
-"""The baselines that need no data.
+"""Magnitude: the smallest weights matter least.  Random, the floor that every method has to clear.
 
 Magnitude    S[o, i] = |W[o, i]|    one threshold per matrix: the smallest weights matter least
 Random       S[o, i] uniform        within rows: every weight is as good as any other, the floor to clear
