@@ -34,6 +34,7 @@ FOLDS: dict[str, Callable[[list[float]], float]] = {
     "maximum": max,
 }
 PERCENT = ("score",)
+COUNTED = ("parameters", "macs", "weight_bytes")  # the same at every repeat
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ class Cell:
 
     @property
     def _varies(self) -> bool:
-        return self.metric not in ("parameters", "macs")
+        return self.metric not in COUNTED
 
 
 def cells(table: Table, rows: Sequence[Row]) -> list[Cell]:
@@ -180,7 +181,7 @@ def printed(value: float | None, cell: Cell, sign: str = "") -> str:
     """A value with as many digits as the paper prints, accuracies in per cent."""
     if value is None:
         return "—"
-    scale, digits = (100, 2) if cell.metric in PERCENT else (1, 0 if cell.metric in ("parameters", "macs") else 2)
+    scale, digits = (100, 2) if cell.metric in PERCENT else (1, 0 if cell.metric in COUNTED else 2)
     if cell.metric not in PERCENT and abs(cell.ours or value) >= 1000:
         digits = 0
     return f"{scale * value:{sign},.{digits}f}"

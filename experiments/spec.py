@@ -137,10 +137,13 @@ class Efficiency:
     repetitions: Count = 5
     semi_structured: Flag = False
 
-    shown: ClassVar[tuple[str, ...]] = ("parameters", "macs")
-
     def __post_init__(self) -> None:
         checks.fields(self)
+
+    @property
+    def shown(self) -> tuple[str, ...]:
+        counts = ("parameters", "macs", "weight_bytes")
+        return (*counts, "tokens_per_second") if self.batch_sizes and self.lengths else counts
 
     @property
     def key(self) -> str:

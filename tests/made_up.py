@@ -73,7 +73,7 @@ def _measured(
             mean["samples"] = _samples(what, records.folder(root, table.name) / f"{cell.id}.jsonl.gz")
         return {**scores, what.key: mean}
     if isinstance(what, Efficiency):
-        return {what.key: {"parameters": draw.uniform(1e9, 7e9), "macs": draw.uniform(1e9, 1e12), "macs_tokens": 64}}
+        return {what.key: {name: draw.uniform(1e9, 7e9) for name in what.shown} | {"macs_tokens": 64}}
     if isinstance(what, Generation):
         row = {"prompt": "a", "decoding": "greedy", "text": "b", "distinct_1": 0.5, "distinct_2": 0.5, "repeated_4": 0}
         return {what.key: {"continuations": [row], "distinct_2": 0.5, "repeated_4": 0.0}}

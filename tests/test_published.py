@@ -106,3 +106,15 @@ def test_unknown_papers_and_tables_get_the_nearest_names():
         published.read("wander")
     with pytest.raises(LookupError, match="table 23"):
         published.of("wanda: table 2, table 230")
+
+
+def test_memory_after_loading_is_that_of_the_weights_and_speed_is_the_machine_s():
+    memory = [
+        cell for cell in published.read("llm_pruner") if cell.place == "llm_pruner: table 3" and "MiB" in cell.printed
+    ]
+    assert [(cell.metric, cell.protocol, cell.caveat) for cell in memory] == [("weight_bytes", "efficiency", "")] * 5
+    dense = memory[0].value
+    assert dense == pytest.approx(2 * 6_738_415_616 + 32 * 2**20, abs=memory[0].rounding)  # and its rotary tables
+    speed = [cell for cell in published.read("flap") if cell.metric == "tokens_per_second"]
+    assert {cell.protocol for cell in speed} == {"efficiency@1x128+128"}
+    assert all("belong to the paper's machine" in cell.caveat for cell in speed)

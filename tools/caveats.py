@@ -22,7 +22,8 @@ def caveat(paper: str, table: str, row: Row) -> str:
         "its accuracies are of step 200 and its perplexity of another": _mixed(paper, table, row),
         "4.10 elsewhere: a slip": "4.77" in source and row["value"] == "4.77",
         "magnitude on OPT differs between the papers": "magnitude cells disagree" in source and method == "Magnitude",
-        "time and memory belong to the paper's machine": metric in _HARDWARE,
+        "time and memory belong to the paper's machine": metric in _HARDWARE
+        or (metric == "GPU memory" and paper != "llm_pruner"),
         "the paper gives its parameters alone, neither importance nor blocks": paper == "llm_pruner"
         and table == "table 9"
         and "LLM-Pruner" in method
@@ -52,13 +53,17 @@ def note(paper: str, table: str, row: Row) -> str:
         "FLAP prints 37.18 and LLM-Pruner 37.12 for one cell": "37.18" in row["value"],
         "acc_norm is inferred from the dense mean": paper == "gblm" and row["unit"] == "%",
         "neither its prompt nor how it weights the subjects is known here": paper == "wanda" and "MMLU" in dataset,
+        "allocated after loading, 32 to 144 MiB more than 2 bytes a parameter": row["metric"] == "GPU memory"
+        and paper == "llm_pruner",
+        "neither the prompt's length nor the number of new tokens is known here": paper == "flap"
+        and row["metric"] == "inference speed",
         "calibrated on C4, FLAP on WikiText-2": paper == "flap" and row["method"] == "Wanda-sp",
     }
     return "; ".join(fact for fact, holds in facts.items() if holds)
 
 
 _HARDWARE = (
-    "GPU memory", "latency", "speedup", "inference speed", "wall-clock", "pruning time", "recovery time", "metric time",
+    "latency", "speedup", "inference speed", "wall-clock", "pruning time", "recovery time", "metric time",
     "running memory", "weight memory",
 )  # fmt: skip
 

@@ -56,6 +56,7 @@ EVIDENCE = {
 }
 LARGE = ("65b", "70b")
 COUNTS = "efficiency"  # of one sequence of 64 tokens, as both papers count
+SPEED = "efficiency@1x128+128"  # FLAP's table 4 says neither
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -115,7 +116,7 @@ def _cell(row: dict[Any, Any], paper: str) -> Published:
         method=method,
         setting=_setting(row["setting"]),
         dataset=row["dataset"],
-        metric=_metric(row),
+        metric=_metric(row, paper),
         value=value,
         rounding=rounding,
         printed=f"{row['value']} {row['unit']}".strip(),
@@ -167,20 +168,24 @@ def _setting(text: str) -> str:
     return re.sub(r"(\d)%", r"\1 %", text).replace("comparison group", "group")
 
 
-def _metric(row: dict[str, Any]) -> str:
+def _metric(row: dict[str, Any], paper: str) -> str:
     metric = row["metric"]
     if "accuracy" in metric or metric in ("acc", "acc_norm"):
         return "score"
+    if paper == "llm_pruner" and metric == "GPU memory":  # of the model after loading
+        return "weight_bytes"
     metric = re.sub(r" \((minimum|maximum) of 5\)", r", \1 of 5 seeds", metric)
     return METRICS.get(metric, re.sub(r" (mean|std) over 5 seeds", r", \1 of 5 seeds", metric))
 
 
 def _protocol(row: dict[str, Any], paper: str, model: str) -> str:
     """The key that this project gives the measurement; empty where the source does not say enough for one."""
-    if _metric(row) == "score":
+    if _metric(row, paper) == "score":
         return _accuracy_key(row, paper, model)
-    if row["metric"] in ("#params", "#MACs"):
+    if row["metric"] in ("#params", "#MACs") or _metric(row, paper) == "weight_bytes":
         return COUNTS
+    if row["metric"] == "inference speed" and paper == "flap":
+        return SPEED
     window = re.match(r"\d+", row["seq_len"])
     if not row["metric"].startswith("perplexity") or not window:
         return ""

@@ -27,7 +27,7 @@ from eval.intervals import half_width, normal_half_width
 from experiments import papers
 
 HIGHER = ("score", "tokens_per_second", "column_dispersion")
-EXACT = ("parameters", "macs", "retraining_hours")
+EXACT = ("parameters", "macs", "weight_bytes", "retraining_hours")
 FEWEST_SEEDS = 3
 Words = tuple[str, str]  # the paper's for a method and its setting
 

@@ -128,6 +128,7 @@ def _efficiency(what: spec.Efficiency, subject: Subject, progress: Progress | No
     if runs:
         to_bound = runs[0]["decode_to_bound"]
         medians["decode_to_bound"] = to_bound["median"]
+        medians["tokens_per_second"] = what.batch_sizes[0] / medians["decode_s"]
         quartiles |= {f"decode_to_bound_{q}": to_bound[q] for q in ("q1", "q3")}
     sparse = {"semi_structured": semi_structured.probe(subject.model)} if what.semi_structured else {}
     return {what.key: {**found, **medians, **quartiles, **bound, **sparse}}
