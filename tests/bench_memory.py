@@ -101,7 +101,7 @@ def work(name: str, model: Any) -> None:
 
 def opened(home: str, folder: Path) -> Any:
     if home == "disk":
-        return opening.open_folder(folder, work=Path(tempfile.mkdtemp(dir=folder)))  # a worker's own would stay
+        return opening.open_folder(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     for parameter in model.parameters():  # else pages of the file stay where weights go
         parameter.data = parameter.data.clone()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from pruners.lazy import Tensor, nn
-from pruners.weights import storage
+from pruners.weights import scratch, storage
 from pruners.weights.shards import Shards
 
 TRIED = "tried"
@@ -78,8 +77,7 @@ class Disk(Source):
         self, shards: Shards, names: Mapping[str, str], folder: Path | None = None, mark: str = "", otherwise: str = ""
     ) -> None:
         self.shards, self.names, self.mark = shards, dict(names), mark
-        self._own = tempfile.TemporaryDirectory(prefix="pruned-weights-") if folder is None else None
-        self.folder = Path(folder or self._own.name)  # type: ignore[union-attr]
+        self.folder = scratch.folder_for(self) if folder is None else Path(folder)
         self.otherwise = otherwise or storage.OTHERWISE
         self.stage = ""  # what later stages change lies apart, so that an earlier one finds what it had left
         self._changed: dict[str, Shards] = {}  # by name in the model
