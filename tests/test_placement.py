@@ -240,7 +240,7 @@ def test_cards_that_share_a_training_hold_their_part_each():
     recovery = Retraining(Trainable.full(), small.WINDOWS, steps=1, learning_rate=1e-3)
     run = Run("opt-6.7b", pruners.Wanda(0.5), small.WINDOWS, (small.PPL,), recovery=recovery, dtype="float16")
     shape = shapes.shape_of("opt-6.7b")
-    masks = shape.blocks * shape.block / 8 + 12 * shape.width * shape.channels
+    masks = shape.blocks * shape.block / 8
     for cards in (1, 2, 4, 8):
         told = needs.device_bytes(run, cards=cards)
         assert told["training"] == pytest.approx((16 * shape.parameters + masks) / cards)
@@ -262,6 +262,23 @@ def test_estimates_know_experts_and_what_a_home_keeps():
     there = {home: sum(needs.cpu_bytes(gblm, home).values()) for home in ("device", "host", "disk")}
     assert 4 * there["disk"] < there["host"] < there["device"] + 4 * shapes.shape_of("llama-7b").parameters
     assert "at home" not in needs.device_bytes(gblm, away=True)
+
+
+def test_estimates_of_training_count_the_largest_stage():
+    """As it was measured by tests/bench_memory.py: what is counted together is there together."""
+    shape, recovery = shapes.shape_of("llama-7b"), small.retrained().runs()[0].recovery
+    run = replace(RUN, recovery=replace(recovery, batch_size=2), measures=())
+    recomputed, kept = (needs.stages.of(run, "device", 8, 1, recomputes=which)[-2] for which in (True, False))
+    inputs = 2 * shape.width * 2 * small.WINDOWS.length * shape.blocks
+    assert kept["activations"] > shape.blocks / 2 * (recomputed["activations"] - inputs)
+    whole = replace(run, recovery=replace(recovery, trainable=Trainable.full()))
+    step = needs.stages.of(whole, "device", 8, 1)[-1]
+    assert step["activations"] == 12 * shape.vocabulary * shape.width  # of AdamW, for its largest tensor
+    assert needs.cpu_bytes(whole)["at home"] == 4 * shape.parameters  # to go back to where the loss diverges
+    rebuilt = replace(RUN, recovery=retrain.Reconstruction(Trainable(norms=True)), measures=())
+    adapted = replace(rebuilt, recovery=retrain.Reconstruction(Trainable(adapters=retrain.MaskLoRA())))
+    training = [needs.stages.of(which, "disk", 8, 1)[-1]["training"] for which in (rebuilt, adapted)]
+    assert training[0] < 2e-2 * shape.block < 2 * shape.block < training[1]  # a copy of what training moves, no more
 
 
 @needs_model

@@ -98,7 +98,7 @@ def told(placement: Placement, model: Any) -> dict[str, Any]:
 def _by_room(run: Run, device: str, batch: int, whole: str | None, copies: int) -> Placement:
     kind, free = device.partition(":")[0], memory.free_bytes(device) / 1e9
     free /= copies if kind == "cpu" else 1
-    needed = needs.device_gb(run, batch=batch, cards=copies)
+    needed = needs.cpu_gb(run, batch) if kind == "cpu" else needs.device_gb(run, batch=batch, cards=copies)
     there = f"about {needed:.1f} GB needed, {free:.1f} GB free on {kind}"
     if needed <= ROOM * free:
         return Placement("device", there)

@@ -26,12 +26,17 @@ def device_bytes(run: Run, away: bool = False, batch: int = BATCH, cards: int = 
 def cpu_bytes(run: Run, home: str = "device", batch: int = BATCH) -> stages.Items:
     """The same where the CPU is the device, and what is kept at home lies in the same memory.
 
-    Weights whose `home` is host are used where they lie.
+    Weights whose `home` is host are used where they lie.  Training keeps the activations of all blocks.
     """
-    found = stages.of(run, home, batch, 1)
+    found = stages.of(run, home, batch, 1, recomputes=False)
     if home == "host":
         found = [{**items, "weights": 1e9 * weights_gb(run)} for items in found]
     return max(found, key=lambda items: sum(items.values()))
+
+
+def cpu_gb(run: Run, batch: int = BATCH) -> float:
+    """What they are together with the weights in place, with an allocator's slack."""
+    return 1e-9 * SLACK * sum(cpu_bytes(run, batch=batch).values())
 
 
 def device_gb(run: Run, away: bool = False, batch: int = BATCH, cards: int = 1) -> float:

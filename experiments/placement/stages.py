@@ -4,10 +4,12 @@ weights        all of them; away from home the block in hand and the next, or wh
 activations    hidden states of the calibration windows, what a batch makes inside a block, logits
 statistics     Hessians with their factorisation; gradients and their sums, of all blocks or of one; scores
 training       what is trained in float32 with gradient and moments (16 bytes), masks of a bit a weight,
-               activations that backward reads: each block's inputs (away from home in CPU memory) and one block's
+               activations that backward reads: each block's inputs (away from home in CPU memory) and one block's,
+               on a CPU, which recomputes nothing, all blocks'; for AdamW's step three numbers of its largest tensor
 gathered       where cards share what is trained, so that each has its part of these: what is whole for a while
-at home        what lies in CPU memory meanwhile, of weights that are away from their device: inputs of blocks that
-               backward needs, statistics, what a factorisation takes that has no room beside the weights
+at home        what lies in CPU memory meanwhile: of weights that are away from their device inputs of blocks that
+               backward needs, statistics, what a factorisation takes that has no room beside the weights; what is
+               trained as it was after the last good step
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ Items = dict[str, float]
 class Cell:
     """A run with the sizes that its memory goes by: `size` bytes a weight, `batch` windows at once.
 
-    `home` of the weights is device, host or disk.
+    `home` of the weights is device, host or disk.  `recomputes`: in training backward makes a block's activations anew.
     """
 
     run: Run
@@ -44,22 +46,20 @@ class Cell:
     home: str
     batch: int
     cards: int
+    recomputes: bool
 
     @property
     def away(self) -> bool:
         return self.home != "device"
 
 
-def of(run: Run, home: str, batch: int, cards: int) -> list[Items]:
-    cell = Cell(run, shape_of(run.model), BYTES.get(run.dtype, 2), home, batch, cards)
+def of(run: Run, home: str, batch: int, cards: int, recomputes: bool = True) -> list[Items]:
+    cell = Cell(run, shape_of(run.model), BYTES.get(run.dtype, 2), home, batch, cards, recomputes)
     stages = [*_measured(cell), *_pruning(cell)]
     if isinstance(run.recovery, Reconstruction) and run.windows:
         stages.append(_rebuilding(cell, run.recovery))
     if isinstance(run.recovery, Retraining):
-        held = _weights(cell, cell.shape.around)
-        stages.append({"weights": held, "training": _masks(run.recovery, cell.shape)})  # as the model arrives
-        kept = 0 if run.recovery.trainable.weights else held  # else in float32, and among what is trained
-        stages.append({"weights": kept if cell.away else kept / cards, **_training(cell, run.recovery)})
+        stages += _retraining(cell, run.recovery)
     return stages or [{"weights": _weights(cell)}]
 
 
@@ -69,6 +69,15 @@ def _weights(cell: Cell, beside: int = 0) -> float:
     return cell.size * (shape.block + max(shape.block, beside) if cell.away else shape.parameters)
 
 
+def _arrival(cell: Cell, tokens: int, mask: float = 0) -> list[Items]:
+    """Where weights are away: the first block runs to tell what it returns, while the embeddings are held for all."""
+    if not cell.away:
+        return []
+    shape = cell.shape
+    held = cell.size * (shape.embedded + 2 * shape.block)
+    return [{"weights": held, "activations": _inside(cell, tokens) + mask}]
+
+
 def _measured(cell: Cell) -> list[Items]:
     shape, size, stages = cell.shape, cell.size, []
     held = _weights(cell, shape.around)
@@ -76,12 +85,14 @@ def _measured(cell: Cell) -> list[Items]:
         activations = 0.0
         if isinstance(what, Perplexity):
             tokens = cell.batch * what.window
+            stages += _arrival(cell, tokens)
             activations = _inside(cell, tokens) + _logits(cell, tokens)
             if cell.away:  # of one batch; a sweep takes as much text through a block as there is room for
                 activations += 3 * size * shape.width * tokens
         elif isinstance(what, ZeroShot):
             row = min(SCORED_TOKENS, shape.positions)
             mask = (1 + size) * row**2  # as it is given, and as attention adds it
+            stages += _arrival(cell, row, mask)
             answers = shape.vocabulary * (size * row / 2 + 8 * HEAD_ROWS)  # half of the tokens are scored
             activations = max(_inside(cell, row) + mask, answers)
         elif isinstance(what, Efficiency) and what.batch_sizes and what.lengths:
@@ -106,6 +117,7 @@ def _pruning(cell: Cell) -> list[Items]:
         stage[HOME] = summed
     if method.walks and windows:
         rows, tokens = min(cell.batch, windows.count) * windows.length, windows.count * windows.length
+        stages += _arrival(cell, rows)
         hidden = size * shape.width * (min(tokens, HELD_TOKENS) if cell.away else tokens)
         stage["weights"] = _weights(cell, shape.embedded)
         stage["activations"] = hidden + _inside(cell, rows, seen=True)
@@ -138,9 +150,9 @@ def _hessians(cell: Cell) -> tuple[float, float]:
 def _gradient_norms(cell: Cell) -> Items:
     shape, tokens = cell.shape, cell.run.windows.count * cell.run.windows.length  # type: ignore[union-attr]
     blocks = 1 if cell.away else shape.blocks
-    sums = 4 * shape.block * blocks + (cell.size + 8) * shape.parameter
+    sums, handled = 4 * shape.block * blocks, (cell.size + 8) * shape.parameter
     kept = 4 * shape.block * shape.blocks * (cell.home == "host")
-    return _backward(cell, cell.run.windows.length, tokens, sums, kept)  # type: ignore[union-attr]
+    return _backward(cell, cell.run.windows.length, tokens, sums, handled, kept)  # type: ignore[union-attr]
 
 
 def _group_scores(cell: Cell) -> Items:
@@ -153,21 +165,25 @@ def _group_scores(cell: Cell) -> Items:
     at_once = windows.length if method.importance == "element2" else max(windows.length, min(tokens, TOKENS_AT_ONCE))
     summed = 4 * shape.block * blocks * ((at_once < tokens and method.importance != "element2") + squares)
     matrix = max(shape.parameter, shape.embedded * (method.granularity == "channel"))
-    return _backward(cell, at_once, tokens, summed + 20 * matrix, 4 * shape.block * shape.blocks * squares * cell.away)
+    handled = (20 if squares else 16) * matrix  # its gradient as it comes and averaged, and what it is scored by
+    kept = 4 * shape.block * shape.blocks * squares * cell.away
+    return _backward(cell, at_once, tokens, summed, handled, kept)
 
 
-def _backward(cell: Cell, at_once: int, tokens: int, statistics: float, kept: float) -> Items:
+def _backward(cell: Cell, at_once: int, tokens: int, summed: float, handled: float, kept: float) -> Items:
+    """`handled` is what one parameter's gradient takes when it comes; the loss and its logits are over by then."""
     shape, size = cell.shape, cell.size
     graph = _graph(cell, at_once) * (1 if cell.away else shape.blocks)
     logits = at_once * shape.vocabulary
     if not cell.away:
-        return {"weights": _weights(cell), "activations": graph + 12 * logits, "statistics": statistics}
+        loss = max(0, 12 * logits - handled)
+        return {"weights": _weights(cell), "activations": graph + loss, "statistics": summed + handled}
     states = 2 * size * min(tokens, HELD_TOKENS) * shape.width  # and their gradients
-    most = max(graph + statistics, 12 * min(LOGITS, logits))
+    most = max(graph + summed + handled, 12 * min(LOGITS, logits))
     return {
         "weights": _weights(cell, shape.around),
-        "activations": states + most - statistics,
-        "statistics": statistics,
+        "activations": states + most - summed - handled,
+        "statistics": summed + handled,
         HOME: kept + size * tokens * shape.width * shape.blocks,
     }
 
@@ -179,9 +195,11 @@ def _rebuilding(cell: Cell, recovery: Reconstruction) -> Items:
     trained = _trained(recovery.trainable, shape) / shape.blocks
     tokens = recovery.batch_size * windows.length
     states = 3 * size * shape.width * windows.count * windows.length
+    matrices = recovery.trainable.weights or recovery.trainable.adapters is not None
+    changing = shape.block if matrices else trained
     return {
         "weights": _weights(cell, shape.embedded),
-        "training": 16 * trained + _block_masks(recovery, shape) + size * shape.block,  # as pruning has left it
+        "training": 16 * trained + _block_masks(recovery, shape) + size * changing,  # as pruning has left that
         "activations": states + _graph(cell, tokens, recovery.trainable),
     }
 
@@ -212,29 +230,44 @@ def _graph(cell: Cell, tokens: int, trainable: Trainable | None = None) -> float
     return cell.size * tokens * (width * shape.width + (4 + drops) * shape.channels)
 
 
-def _training(cell: Cell, recovery: Retraining) -> Items:
-    """Blocks recompute their activations, so each keeps its inputs alone."""
-    shape, size, away, cards = cell.shape, cell.size, cell.away, cell.cards
-    each = max(1, recovery.batch_size // cards)
+def _retraining(cell: Cell, recovery: Retraining) -> list[Items]:
+    """The model as it arrives, then a batch's forward and backward passes, and the optimiser's step."""
+    shape, cards = cell.shape, 1 if cell.away else cell.cards
+    trainable, held, masks = recovery.trainable, _weights(cell, shape.around), _masks(recovery, shape)
+    anew = held if trainable.weights else cell.size * shape.embedded * trainable.embeddings  # among what is trained
+    trained = 16 * _trained(trainable, shape) / cards + masks / (cards if trainable.weights else 1)
+    state: Items = {"weights": (held - anew) / cards, "training": trained}
+    if cards > 1:
+        state["gathered"] = _gathered(recovery, shape, cell.size)
+    unpacked = 12 * shape.matrix if masks else 0
+    largest = max(shape.matrix * trainable.weights, shape.embedded * trainable.embeddings)
+    activations, inputs = _passes(cell, recovery, unpacked)
+    good = 4.0 * _trained(trainable, shape) / cards
+    return [
+        {"weights": held, "training": masks + 3 * shape.matrix * (masks > 0)},
+        {**state, "activations": activations, HOME: good + inputs},
+        {**state, "activations": 12 * largest / cards, HOME: good},
+    ]
+
+
+def _passes(cell: Cell, recovery: Retraining, unpacked: float) -> tuple[float, float]:
+    """What they take on the device and at home; `unpacked` while backward is in a block, when the logits are gone."""
+    shape, size = cell.shape, cell.size
+    each = max(1, recovery.batch_size // cell.cards)
     tokens = min(recovery.micro_batch_size or each, each) * recovery.text.length
-    trained, masks = _trained(recovery.trainable, shape), _masks(recovery, shape)
-    kept = size * shape.width * (3 * each * recovery.text.length if away else tokens * shape.blocks)
-    activations = kept + _graph(cell, tokens, recovery.trainable) + 12 * tokens * shape.vocabulary
-    inputs = {HOME: float(size * shape.width * each * recovery.text.length * shape.blocks)} if away else {}
-    if away or cards == 1:
-        return {"training": 16 * trained + masks, "activations": activations, **inputs}
-    own = masks / cards if recovery.trainable.weights else masks
-    return {
-        "training": 16 * trained / cards + own,
-        "gathered": _gathered(recovery, shape, size),
-        "activations": activations,
-    }
+    graph, logits = _graph(cell, tokens, recovery.trainable), 12 * tokens * shape.vocabulary
+    if cell.away:
+        whole = size * shape.width * each * recovery.text.length
+        return 3 * whole + max(graph + unpacked, logits), float(whole * shape.blocks)
+    if not cell.recomputes:
+        return shape.blocks * graph + max(unpacked, logits), 0.0
+    return size * shape.width * tokens * shape.blocks + max(graph + unpacked, logits), 0.0
 
 
 def _masks(recovery: Retraining, shape: Shape) -> float:
-    """One bit a weight that training changes, and those of one matrix unpacked."""
+    """One bit a weight that training changes."""
     changes = recovery.trainable.weights or recovery.trainable.adapters is not None
-    return shape.blocks * shape.block / 8 + 12 * shape.matrix if changes else 0
+    return shape.blocks * shape.block / 8 if changes else 0
 
 
 def _block_masks(recovery: Reconstruction, shape: Shape) -> float:

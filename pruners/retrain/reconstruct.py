@@ -123,7 +123,7 @@ class Rebuilder(Keeper):
 
     def rebuild(self, block: Block, passage: Passage) -> None:
         started, initial = time.perf_counter(), passage.error(block)
-        pruned = {name: p.detach().clone() for name, p in block.module.named_parameters()}
+        pruned = {p: p.detach().clone() for p in self.settings.trainable.changing(block)}
         attached = self.settings.trainable.attach_to_block(block, self.settings.seed)
         try:
             with torch.enable_grad():
@@ -136,8 +136,8 @@ class Rebuilder(Keeper):
         final = passage.error(block) if unmerged is None else unmerged
         lower = final <= initial
         if not lower and unmerged is None:
-            for name, p in block.module.named_parameters():
-                p.data.copy_(pruned[name])
+            for p, before in pruned.items():
+                p.data.copy_(before)
             final = initial
         seconds = round(time.perf_counter() - started, 3)
         self.blocks.append(Rebuilt(block.name, initial, final, lower, seconds))

@@ -24,7 +24,7 @@ from pruners.weights import homes, storage
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 BITS = {1: "int8", 2: "int16", 4: "int32", 8: "int64"}
-CHUNK = 2**22  # numbers at a time
+CHUNK = 2**20  # of a tensor whose bits are summed up at once: four numbers of 8 bytes each
 logger = logging.getLogger(__name__)
 
 

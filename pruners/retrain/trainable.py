@@ -98,6 +98,12 @@ class Trainable:
         if not trained and block.shared_inputs:
             raise ValueError(f"{self!r} selects nothing in {block.name}. Select norms or adapters.")
 
+    def changing(self, block: Block) -> set[nn.Parameter]:
+        """What training moves within a decoder block: the parameters that are selected, and what adapters sit on."""
+        linears = block.linears()
+        adapted = {linear.weight for _, linear in self._targets(linears)} if self.adapters else set()
+        return {*_selected(self, block.module, {p for _, p in map(block.parameter, linears)}).values(), *adapted}
+
     def _attach(
         self, root: nn.Module, blocks: Mapping[str, Block], seed: int, prefix: str, spread: bool = False
     ) -> Attached:
