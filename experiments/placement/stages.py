@@ -57,7 +57,7 @@ def of(run: Run, home: str, batch: int, cards: int, recomputes: bool = True) -> 
     cell = Cell(run, shape_of(run.model), BYTES.get(run.dtype, 2), home, batch, cards, recomputes)
     stages = [*_measured(cell), *_pruning(cell)]
     if isinstance(run.recovery, Reconstruction) and run.windows:
-        stages.append(_rebuilding(cell, run.recovery))
+        stages += _rebuilding(cell, run.recovery)
     if isinstance(run.recovery, Retraining):
         stages += _retraining(cell, run.recovery)
     return stages or [{"weights": _weights(cell)}]
@@ -108,7 +108,7 @@ def _pruning(cell: Cell) -> list[Items]:
         return []
     key = (method.statistics_key or {}) if windows else {}
     gradients = {"gradient_norms": _gradient_norms, "group_scores": _group_scores}.get(key.get("kind", ""))
-    stages = [gradients(cell)] if gradients else []
+    stages = gradients(cell) if gradients else []
     summed = 4 * shape.block * shape.blocks if key.get("kind") == "gradient_norms" else 0
     name = type(method).__name__
     scores = (16 if summed else 10) * shape.matrix * (getattr(method, "granularity", None) != "layer")
@@ -147,7 +147,7 @@ def _hessians(cell: Cell) -> tuple[float, float]:
     return beside, max(0, factor - beside)
 
 
-def _gradient_norms(cell: Cell) -> Items:
+def _gradient_norms(cell: Cell) -> list[Items]:
     shape, tokens = cell.shape, cell.run.windows.count * cell.run.windows.length  # type: ignore[union-attr]
     blocks = 1 if cell.away else shape.blocks
     sums, handled = 4 * shape.block * blocks, (cell.size + 8) * shape.parameter
@@ -155,7 +155,7 @@ def _gradient_norms(cell: Cell) -> Items:
     return _backward(cell, cell.run.windows.length, tokens, sums, handled, kept)  # type: ignore[union-attr]
 
 
-def _group_scores(cell: Cell) -> Items:
+def _group_scores(cell: Cell) -> list[Items]:
     """Gradients of as many windows at once as there is room for, added up where there are more; squares beside them."""
     method, shape, windows = cell.run.method, cell.shape, cell.run.windows
     assert windows is not None  # there is no key without
@@ -170,25 +170,26 @@ def _group_scores(cell: Cell) -> Items:
     return _backward(cell, at_once, tokens, summed, handled, kept)
 
 
-def _backward(cell: Cell, at_once: int, tokens: int, summed: float, handled: float, kept: float) -> Items:
+def _backward(cell: Cell, at_once: int, tokens: int, summed: float, handled: float, kept: float) -> list[Items]:
     """`handled` is what one parameter's gradient takes when it comes; the loss and its logits are over by then."""
     shape, size = cell.shape, cell.size
     graph = _graph(cell, at_once) * (1 if cell.away else shape.blocks)
     logits = at_once * shape.vocabulary
     if not cell.away:
         loss = max(0, 12 * logits - handled)
-        return {"weights": _weights(cell), "activations": graph + loss, "statistics": summed + handled}
+        return [{"weights": _weights(cell), "activations": graph + loss, "statistics": summed + handled}]
     states = 2 * size * min(tokens, HELD_TOKENS) * shape.width  # and their gradients
     most = max(graph + summed + handled, 12 * min(LOGITS, logits))
-    return {
+    passes: Items = {
         "weights": _weights(cell, shape.around),
         "activations": states + most - summed - handled,
         "statistics": summed + handled,
         HOME: kept + size * tokens * shape.width * shape.blocks,
     }
+    return [*_arrival(cell, at_once), passes]
 
 
-def _rebuilding(cell: Cell, recovery: Reconstruction) -> Items:
+def _rebuilding(cell: Cell, recovery: Reconstruction) -> list[Items]:
     """One block trains at a time, on the hidden states before and behind it."""
     windows, shape, size = cell.run.windows, cell.shape, cell.size
     assert windows is not None  # the caller has looked
@@ -197,11 +198,12 @@ def _rebuilding(cell: Cell, recovery: Reconstruction) -> Items:
     states = 3 * size * shape.width * windows.count * windows.length
     matrices = recovery.trainable.weights or recovery.trainable.adapters is not None
     changing = shape.block if matrices else trained
-    return {
+    training: Items = {
         "weights": _weights(cell, shape.embedded),
         "training": 16 * trained + _block_masks(recovery, shape) + size * changing,  # as pruning has left that
         "activations": states + _graph(cell, tokens, recovery.trainable),
     }
+    return [*_arrival(cell, min(cell.batch, windows.count) * windows.length), training]
 
 
 def _logits(cell: Cell, tokens: int) -> float:
@@ -242,8 +244,10 @@ def _retraining(cell: Cell, recovery: Retraining) -> list[Items]:
     unpacked = 12 * shape.matrix if masks else 0
     largest = max(shape.matrix * trainable.weights, shape.embedded * trainable.embeddings)
     activations, inputs = _passes(cell, recovery, unpacked)
+    each = max(1, recovery.batch_size // cell.cards)
     good = 4.0 * _trained(trainable, shape) / cards
     return [
+        *_arrival(cell, min(recovery.micro_batch_size or each, each) * recovery.text.length),
         {"weights": held, "training": masks + 3 * shape.matrix * (masks > 0)},
         {**state, "activations": activations, HOME: good + inputs},
         {**state, "activations": 12 * largest / cards, HOME: good},
