@@ -233,39 +233,53 @@ def _graph(cell: Cell, tokens: int, trainable: Trainable | None = None) -> float
 
 
 def _retraining(cell: Cell, recovery: Retraining) -> list[Items]:
-    """The model as it arrives, then a batch's forward and backward passes, and the optimiser's step."""
+    """The model as it arrives, then a batch's forward and backward passes, and the end: a last block, and the step.
+
+    Gradients come as activations go, unless those of an earlier micro-batch are there.
+    """
     shape, cards = cell.shape, 1 if cell.away else cell.cards
     trainable, held, masks = recovery.trainable, _weights(cell, shape.around), _masks(recovery, shape)
     anew = held if trainable.weights else cell.size * shape.embedded * trainable.embeddings  # among what is trained
-    trained = 16 * _trained(trainable, shape) / cards + masks / (cards if trainable.weights else 1)
-    state: Items = {"weights": (held - anew) / cards, "training": trained}
+    count, bits = _trained(trainable, shape) / cards, masks / (cards if trainable.weights else 1)
+    state: Items = {"weights": (held - anew) / cards, "training": 16 * count + bits}
     if cards > 1:
         state["gathered"] = _gathered(recovery, shape, cell.size)
-    unpacked = 12 * shape.matrix if masks else 0
-    largest = max(shape.matrix * trainable.weights, shape.embedded * trainable.embeddings)
-    activations, inputs = _passes(cell, recovery, unpacked)
-    each = max(1, recovery.batch_size // cell.cards)
-    good = 4.0 * _trained(trainable, shape) / cards
+    end: Items = {"weights": cell.size * shape.block} if cell.away else {}  # one may have been fetched ahead
+    each, tokens = _tokens(cell, recovery)
+    block = _graph(cell, tokens, trainable) + 12 * shape.matrix * (masks > 0)  # with a matrix's mask
+    largest = max(shape.matrix * trainable.weights, shape.embedded * trainable.embeddings) / cards
+    activations, inputs = _passes(cell, recovery, block)
     return [
-        *_arrival(cell, min(recovery.micro_batch_size or each, each) * recovery.text.length),
+        *_arrival(cell, tokens),
         {"weights": held, "training": masks + 3 * shape.matrix * (masks > 0)},
-        {**state, "activations": activations, HOME: good + inputs},
-        {**state, "activations": 12 * largest / cards, HOME: good},
+        {
+            **state,
+            "training": (12 + 4 * (tokens < each)) * count + bits,
+            "activations": activations,
+            HOME: 4 * count + inputs,
+        },
+        {**state, **end, "activations": max(12 * largest, 0 if cell.away else block), HOME: 4 * count},
     ]
 
 
-def _passes(cell: Cell, recovery: Retraining, unpacked: float) -> tuple[float, float]:
-    """What they take on the device and at home; `unpacked` while backward is in a block, when the logits are gone."""
-    shape, size = cell.shape, cell.size
+def _tokens(cell: Cell, recovery: Retraining) -> tuple[int, int]:
+    """Of a step on one card, and of these at once."""
     each = max(1, recovery.batch_size // cell.cards)
-    tokens = min(recovery.micro_batch_size or each, each) * recovery.text.length
-    graph, logits = _graph(cell, tokens, recovery.trainable), 12 * tokens * shape.vocabulary
+    return each * recovery.text.length, min(recovery.micro_batch_size or each, each) * recovery.text.length
+
+
+def _passes(cell: Cell, recovery: Retraining, block: float) -> tuple[float, float]:
+    """What they take on the device and at home; `block` while backward is in one, when the logits are gone."""
+    shape, size = cell.shape, cell.size
+    each, tokens = _tokens(cell, recovery)
+    logits = 12 * tokens * shape.vocabulary
     if cell.away:
-        whole = size * shape.width * each * recovery.text.length
-        return 3 * whole + max(graph + unpacked, logits), float(whole * shape.blocks)
+        whole = size * shape.width * each
+        return 3 * whole + max(block, logits), float(whole * shape.blocks)
     if not cell.recomputes:
-        return shape.blocks * graph + max(unpacked, logits), 0.0
-    return size * shape.width * tokens * shape.blocks + max(graph + unpacked, logits), 0.0
+        graph = _graph(cell, tokens, recovery.trainable)
+        return (shape.blocks - 1) * graph + max(block, graph + logits), 0.0
+    return size * shape.width * tokens * shape.blocks + max(block, logits), 0.0
 
 
 def _masks(recovery: Retraining, shape: Shape) -> float:
