@@ -101,7 +101,7 @@ class Trainable:
     def changing(self, block: Block) -> set[nn.Parameter]:
         """What training moves within a decoder block: the parameters that are selected, and what adapters sit on."""
         linears = block.linears()
-        adapted = {linear.weight for _, linear in self._targets(linears)} if self.adapters else set()
+        adapted: set[Any] = {linear.weight for _, linear in self._targets(linears)} if self.adapters else set()
         return {*_selected(self, block.module, {p for _, p in map(block.parameter, linears)}).values(), *adapted}
 
     def _attach(

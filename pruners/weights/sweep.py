@@ -20,6 +20,7 @@ from pruners.weights import homes, memory
 if TYPE_CHECKING:
     Input = Tensor | Mapping[str, Tensor]  # tokens [rows, tokens], or what the model is called with by name
 
+FEW = 16  # tokens
 COPIES = 3  # of an input's hidden states: before and after a block, and what stands beside them
 
 
@@ -41,6 +42,8 @@ def _one(model: Any, inputs: Sequence[Input]) -> Iterator[int]:
     others: list[list[Arguments]] = []
     returned: list[tuple[Any, ...]] = []
     with homes.held(model.get_input_embeddings()):
+        if isinstance(inputs[0], Tensor):  # the first to come runs a block to tell what blocks return; a few tokens do
+            inputs_of(model, inputs[0][:1, :FEW], returned)
         for tokens in inputs:
             states, arguments = inputs_of(model, tokens, returned)
             hidden.append(states)
