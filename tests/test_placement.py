@@ -24,7 +24,7 @@ from experiments.batch import run_table
 from experiments.placement import needs, shapes
 from experiments.recovery import Retraining
 from experiments.settings import Settings
-from experiments.spec import Efficiency, Generation, MaskPatterns, Run
+from experiments.spec import Efficiency, Generation, MaskPatterns, Run, Windows
 from experiments.store import records
 from pruners import retrain
 from pruners.retrain import Trainable
@@ -143,6 +143,16 @@ def test_auto_takes_the_nearest_home_that_has_room(monkeypatch):
     placed = chosen(monkeypatch, RUN, 12, 8)
     assert str(placed).startswith("Weights on the disk: about 1")
     assert "12.0 GB free on cuda; the weights are 13.5 GB, 8.0 GB of CPU memory free." in str(placed)
+
+
+def test_a_cpu_needs_room_for_the_activations_of_all_blocks(monkeypatch):
+    recovery = replace(small.retrained().runs()[0].recovery, text=Windows("c4/train", 8, 2048))
+    run = replace(RUN, recovery=recovery)
+    card, cpu = needs.device_gb(run), needs.cpu_gb(run)
+    between = (card + cpu) / 2 / placement.ROOM
+    assert cpu > card + 10
+    assert chosen(monkeypatch, run, between, 0).home == "device"
+    assert chosen(monkeypatch, run, 0, between, "cpu").home == "disk"
 
 
 WHOLE = {
