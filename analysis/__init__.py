@@ -1,4 +1,4 @@
-"""Records into tables and figures; no model is ever loaded here."""
+"""Turns records into tables and figures; never loads a model."""
 
 from __future__ import annotations
 

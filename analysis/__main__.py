@@ -1,4 +1,4 @@
-"""Tables and figures from the records of a table's cells.
+"""Make tables, figures and reports from the records of a table's cells.
 
 python -m analysis table embedded.demo
 python -m analysis figure embedded.demo
@@ -40,73 +40,93 @@ def main(words: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     top = cli.Parser(prog="python -m analysis", description=(__doc__ or "").splitlines()[0])
     commands = top.add_subparsers(required=True, metavar="COMMAND")
-    table = commands.add_parser("table", help="print Markdown; write .md, .csv and .tex under the results folder")
+    table = commands.add_parser(
+        "table", help="print a table as Markdown; write .md, .csv and .tex under the results folder"
+    )
     table.set_defaults(command=_table)
     figure = commands.add_parser(
-        "figure", help="figures (default: what the table is looked at for), as .svg and .png under the results folder"
+        "figure", help="draw the table's figures (default: its main ones), as .svg and .png under the results folder"
     )
     figure.set_defaults(command=_figure)
     figure.add_argument(
-        "--measure", type=cli.word, metavar="KEY", help="the protocol key to show, where several were measured"
+        "--measure",
+        type=cli.word,
+        metavar="KEY",
+        help="protocol key to draw, e.g. wikitext2/test@2048 (default: all that were measured)",
     )
     figure.add_argument(
-        "--kind", choices=list(figures.KINDS), help="default: perplexity by method, or else accuracy, masks, numbers"
+        "--kind",
+        choices=list(figures.KINDS),
+        help="kind of figure (default: perplexity by method, otherwise accuracy, masks or numbers)",
     )
-    compare = commands.add_parser("compare", help="every cell against a baseline: paired differences, intervals, tests")
+    compare = commands.add_parser(
+        "compare", help="compare every cell with a baseline: paired differences, intervals, tests"
+    )
     compare.set_defaults(command=_compare)
     compare.add_argument(
         "--baseline",
         type=cli.word,
         metavar="LABEL",
-        help="the cell to compare with (default: the dense model, of this table or another, or else the first cell)",
+        help="cell to compare with (default: the dense model, of this table or another, otherwise the first cell)",
     )
-    generation = commands.add_parser("generation", help="generated text of the models, side by side")
+    generation = commands.add_parser("generation", help="show the models' generated text side by side")
     generation.set_defaults(command=_generation)
-    speed = commands.add_parser("speed", help="prefill and decoding time by batch size and prompt length")
+    speed = commands.add_parser("speed", help="show prefill and decoding time by batch size and prompt length")
     speed.set_defaults(command=_speed)
-    claims = commands.add_parser("claims", help="the papers' claims, judged by their numbers and by ours")
+    claims = commands.add_parser("claims", help="judge the papers' claims by their numbers and by ours")
     claims.set_defaults(command=_claims)
-    report = commands.add_parser("report", help="everything as one HTML page, report.html under the results folder")
+    report = commands.add_parser(
+        "report", help="write all results as one HTML page, report.html under the results folder"
+    )
     report.set_defaults(command=_report, variants={})
     report.add_argument(
         "--figures", choices=("few", "all"),
-        help="all, or only what the papers draw and do not print; default: all where few tables have records",
+        help="all figures, or only those of results that the papers plot without printing numbers (few); default: "
+        "all if few tables have records",
     )  # fmt: skip
-    readme = commands.add_parser("readme", help="renew the README's tables and results from the committed records")
+    readme = commands.add_parser("readme", help="update the README's tables and results from the committed records")
     readme.set_defaults(command=_readme)
-    everything = commands.add_parser("everything", help="tables and figures of these tables, claims, and the report")
+    everything = commands.add_parser(
+        "everything", help="write the given tables and their figures, the claims and the report"
+    )
     everything.set_defaults(command=_everything)
     selection.add_tables(everything)
     cli.add_variant(everything)
     everything.add_argument(
-        "--unwritten", type=cli.path, metavar="FILE", help="what could not be written and why goes there, too, as JSON"
+        "--unwritten",
+        type=cli.path,
+        metavar="FILE",
+        help="also write what could not be produced, and why, to this JSON file",
     )
     for command in (table, figure, compare, generation, speed):
         cli.add_table(command)
-    frame = commands.add_parser("frame", help="every record of several results folders as one tidy table")
+    frame = commands.add_parser("frame", help="export every record of one or several results folders as one tidy table")
     frame.set_defaults(command=_frame)
     frame.add_argument(
-        "--out", type=cli.path, metavar="FILE", help="a .csv or .parquet file (default: CSV to the screen)"
+        "--out", type=cli.path, metavar="FILE", help="a .csv or .parquet file (default: CSV to standard output)"
     )
     for command in (table, figure, compare, generation, speed, claims, report, frame, everything):
         command.add_argument(
             "--data-dir",
             type=cli.path,
             default=os.environ.get("PRUNING_DATA_DIR"),
-            help="withhold numbers of other texts than lie there (default: $PRUNING_DATA_DIR, otherwise all are shown)",
+            help="hide numbers measured on texts other than those in this folder (default: $PRUNING_DATA_DIR, "
+            "otherwise show all)",
         )
     for command in commands.choices.values():
         several = {"default": Path("results")} if command is readme else {"nargs": "+", "default": [Path("results")]}
-        told = "" if command is readme else " (several: the first that has a cell shows it, and gets what is written)"
-        command.add_argument("--results", type=_folder, metavar="DIR", help=f"default: results{told}", **several)
-        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        told = "" if command is readme else " (each cell is read from the first that has it; output goes to the first)"
+        command.add_argument(
+            "--results", type=_folder, metavar="DIR", help=f"results folder (default: results){told}", **several
+        )
+        command.add_argument("--debug", action="store_true", help="show the full traceback on error")
     return top
 
 
 def _folder(text: str) -> Path:
     folder = cli.path(text)
     if not folder.is_dir():
-        raise argparse.ArgumentTypeError(f"{text} is no folder; name the one that the cells were run with")
+        raise argparse.ArgumentTypeError(f"{text} is not a folder; name the one that the cells were run with")
     return folder
 
 

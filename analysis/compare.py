@@ -1,4 +1,4 @@
-"""Ours beside the paper's: value, difference, interval and verdict for every cell of a table.
+"""Compares our numbers with the paper's: value, difference, interval and verdict for every cell of a table.
 
 The verdict is *matches* where the paper's value lies within the interval around ours, half of the paper's last digit
 added.  The interval says where a repeat of the experiment would land:
@@ -111,14 +111,14 @@ class Cell:
         if self.ours is None:
             failed = next((row.failure.message for row in self.rows if row.failure and not row.record), None)
             return f"{MISSING}: {failed}" if failed else MISSING
-        partial = (f"{name} was only a part of the data set" for name in self.partial)
+        partial = (f"only a part of {name} was available" for name in self.partial)
         reasons = [self.published.caveat, *partial]
         if self.difference is None:
             reasons.append("the paper prints no number")
         if any(reasons):
             return f"not comparable: {'; '.join(reason for reason in reasons if reason)}"
         if self.half_width is None:
-            return "not comparable: a spread of few draws has no interval here"
+            return "not comparable: no interval is computed for a spread over few seeds"
         allowed = self.half_width + (self.published.rounding or 0.0)
         return MATCHES if abs(self.difference or 0.0) <= allowed else DIFFERS
 

@@ -1,4 +1,4 @@
-"""Published cells that no table of ours claims, each with the reason."""
+"""Published numbers that no table here reproduces, each with the reason."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from experiments.spec import Table
 
 # Why a printed table, or the rows of it named by a word of their method or setting, has no cell here.
 REASONS: tuple[tuple[str, str, str], ...] = (
-    ("reruns", "", "another group's rerun, kept for its spread"),
+    ("reruns", "", "a rerun by another group, kept for its spread"),
     ("perp: Abstract", "", "a statement of the abstract, checked as a claim"),
-    ("perp: (v1", "", "a reader's note, no cell"),
-    ("perp: derived", "", "arithmetic on public configurations, checked by the tests of what is trained"),
-    ("flap: README", "", "a statement of the README, no cell"),
+    ("perp: (v1", "", "a note of the transcription, not a cell"),
+    ("perp: derived", "", "arithmetic on public configurations, checked by tests of the trained parameters"),
+    ("flap: README", "", "a statement of the README, not a table"),
     ("llm_pruner: Section", "", "a statement of the text, checked as a claim"),
     ("llm_pruner: Appendix", "", "a statement of the text, checked as a claim"),
-    ("llm_pruner: README", "", "repeats tables 3 and 10 with numbers of the first arXiv version"),
-    ("wanda: Section", "", "a statement of the text, no table"),
-    ("wanda: issue", "", "of a GitHub issue, no table"),
-    ("sparsegpt: issue", "", "of a GitHub issue, no table"),
-    ("wanda: table 4", "", "seconds on an A6000 for the metric alone, which no run here times"),
+    ("llm_pruner: README", "", "repeats tables 3 and 10 with the numbers of the first arXiv version"),
+    ("wanda: Section", "", "a statement of the text, not a table"),
+    ("wanda: issue", "", "from a GitHub issue, not a table"),
+    ("sparsegpt: issue", "", "from a GitHub issue, not a table"),
+    ("wanda: table 4", "", "seconds on an A6000 for the metric alone, which is not timed here"),
     ("wanda: table 6", "full, masked", "recovery after Wanda on data and budgets that the paper gives in part"),
     ("llm_pruner: table 6", "w/o dependency", "every method here prunes coupled weights together"),
-    ("llm_pruner: table 8", "DistilBERT", "leaving out every second block is no method here"),
-    ("gblm: table 5", "sum of raw gradients", "raw summed gradients are no method here"),
+    ("llm_pruner: table 8", "DistilBERT", "leaving out every second block is not implemented here"),
+    ("gblm: table 5", "sum of raw gradients", "raw summed gradients are not implemented here"),
     ("gblm: table 2", "minus", "a difference of two other cells"),
-    ("sparsegpt: ", "AdaPrune", "AdaPrune is no method here"),
+    ("sparsegpt: ", "AdaPrune", "AdaPrune is not implemented here"),
 )
 
 

@@ -65,7 +65,7 @@ def read(paper: str, folder: Path = FOLDER) -> tuple[Published, ...]:
         raise UsageError(unknown("paper", paper, sorted(found.stem for found in folder.glob("*.csv"))))
     frame = pd.read_csv(path, keep_default_na=False, na_values={"value": [""], "rounding": [""]})
     if odd := [name for name in [*frame.columns, *COLUMNS] if (name in COLUMNS) != (name in frame.columns)]:
-        raise ValueError(f"{path} has other columns than published values have ({', '.join(odd)}); make it again.")
+        raise ValueError(f"{path} has wrong columns for published values ({', '.join(odd)}); regenerate it.")
     cells = [_cell(row, path, line) for line, row in enumerate(frame[list(COLUMNS)].to_dict("records"), start=2)]
     refuse_duplicates(cells, path)
     return tuple(cells)
@@ -101,5 +101,7 @@ def _cell(row: dict, path: Path, line: int) -> Published:
         except ValueError:
             raise ValueError(f"{path}, line {line}: {name} must be a number or empty; got {row[name]!r}.") from None
     if row["paper"] != path.stem or not row["table"] or not row["metric"]:
-        raise ValueError(f"{path}, line {line} is no cell of {path.stem} with its table and metric; make it again.")
+        raise ValueError(
+            f"{path}, line {line} is not a cell of {path.stem} with its table and metric; regenerate the file."
+        )
     return Published(**row)

@@ -134,7 +134,7 @@ def folders(root: Folders) -> list[Path]:
     """Each once, in their order; ValueError for none."""
     found = list(dict.fromkeys([Path(root)] if isinstance(root, str | Path) else map(Path, root)))
     if not found:
-        raise ValueError("No results folder is given; name one or several.")
+        raise ValueError("No results folder was given; name one or several.")
     return found
 
 
@@ -194,15 +194,15 @@ def _newest(stored: list[Any], run: Run) -> Any:
     prints = {_print(item) for item in stored}
     if len(prints) > 1:
         raise ValueError(
-            f"{', '.join(item.id for item in stored)} are of {len(prints)} models that are called "
-            f"{run.model_name}; say which by its folder (--model {f'{known}=' if known else ''}FOLDER)."
+            f"{', '.join(item.id for item in stored)} are of {len(prints)} different models named "
+            f"{run.model_name}; choose one by its folder (--model {f'{known}=' if known else ''}FOLDER)."
         )
     if run.model in CATALOGUE and len({_revision(item) for item in stored}) > 1:
         commit = models.commit(run.model)
         stored = [item for item in stored if _revision(item) == commit] or stored
     if len(stored) > 1 and isinstance(stored[-1], Record):
         ids = ", ".join(item.id for item in stored)
-        logger.warning("%s differ only in the version of the model; the newest, %s, is shown.", ids, stored[-1].id)
+        logger.warning("%s differ only in the commit of the model; the newest, %s, is shown.", ids, stored[-1].id)
     return stored[-1] if stored else None
 
 
@@ -221,7 +221,7 @@ def _nothing(table: Table, root: Folders, runs: list[Run], again: str) -> str:
     places = folders(root)
     there = [record for place in places for record in records.load(place, table.name).values()]
     other = sorted({_protocol(record.spec, list(record.measures)) for record in there})
-    hint = f" Its records there are of {'; '.join(other)}." if other else ""
+    hint = f" Records there are of {'; '.join(other)}." if other else ""
     return (
         f"No record of {table.name} for {asked} under {_some(places, table)}.{hint} "
         f"Run `python -m experiments run {again}`, or name another --results, --model or --dtype."

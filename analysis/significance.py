@@ -1,4 +1,4 @@
-"""Which value of a column is the best beyond doubt, and so may stand in bold.
+"""Which value of a column is significantly the best, and so set in bold.
 
 A column is one number (protocol key) of one model at one setting; its cells are the table's methods.  The best is
 marked only where all of them were measured and the 95 % interval of its difference from every other excludes zero: over

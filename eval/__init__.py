@@ -1,1 +1,1 @@
-"""Measures models: perplexity, zero-shot tasks, efficiency, generation.  Knows tokens and models, no pruners."""
+"""Measures models: perplexity, zero-shot tasks, efficiency, generation. It knows tokens and models, no pruners."""

@@ -1,4 +1,4 @@
-"""Answers that survive a kill: one JSON line for every finished batch of an evaluation.
+"""Answers that survive an interrupted evaluation: one JSON line for every finished batch.
 
 A batch is the unit of storing and of resuming.  It is found again by the tokens that went into it, so the batches of
 a resumed evaluation are made of the same requests and its answers have the same bits.
@@ -34,7 +34,7 @@ class AnswerStore:
         with self._kept():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.path.exists() and not self.path.is_file():  # reading a pipe would wait for ever
-                logger.warning("%s is no file of answers; starting anew.", self.path)
+                logger.warning("%s is not a file of answers; starting over.", self.path)
                 self.path.unlink()
             whole = self._read(identity) if self.path.exists() else 0
             with self.path.open("ab") as file:
@@ -70,7 +70,9 @@ class AnswerStore:
             yield
         except OSError as error:
             self._refused = True
-            logger.warning("%s cannot be written (%s); should this be killed, all is asked again.", self.path, error)
+            logger.warning(
+                "%s cannot be written (%s); if this run is interrupted, the evaluation starts over.", self.path, error
+            )
 
     def _read(self, identity: str) -> int:
         """Bytes at the head of the file that can be believed."""
@@ -78,10 +80,10 @@ class AnswerStore:
         for number, line in enumerate(self.path.read_bytes().splitlines(keepends=True)):
             content = _parse(line)
             if content is None:
-                logger.warning("%s: line %d is damaged; the answers from there on are asked again.", self.path, number)
+                logger.warning("%s: line %d is damaged; answers from there on are computed again.", self.path, number)
                 break
             if number == 0 and content != {"identity": identity}:
-                logger.warning("%s holds another model's answers; starting anew.", self.path)
+                logger.warning("%s holds another model's answers; starting over.", self.path)
                 break
             if "batch" in content:
                 self._known[content["batch"]] = [(float(nats), bool(greedy)) for nats, greedy in content["answers"]]

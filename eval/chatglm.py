@@ -1,4 +1,4 @@
-"""Choices asked of models whose sequences need marks between prompt and answer, as ChatGLM's `[gMASK] <sop>`.
+"""Multiple choice for models that need special tokens between prompt and answer, as ChatGLM's `[gMASK] <sop>`.
 
 lm-eval takes prompt and choice apart where it expects no such marks: the choice would lose its first tokens to them.
 Two ways of asking are known here:
@@ -64,8 +64,8 @@ def scorer(
     marks = text_prefix(model)
     if released and not marks:
         raise ValueError(
-            f"Choices with [gMASK] <sop> behind them are asked of ChatGLM alone, and this is a {type(model).__name__}; "
-            "leave that protocol out."
+            "Choices followed by [gMASK] <sop> are a protocol for ChatGLM only, and this is a "
+            f"{type(model).__name__}; leave that protocol out."
         )
     kind: Any = (ReleasedScorer if released else PromptScorer) if marks else Scorer
     return kind(model, tokenizer, batch_size, store, progress)

@@ -1,4 +1,4 @@
-"""What must hold of a model before it is measured, each a sentence where it does not."""
+"""Requirements on a model before it is measured; one sentence where one is not met."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ Progress = Annotated[Callable[[int, int], None], checks.FUNCTION]
 
 
 def check_model(model: Any, values: bool = True) -> None:
-    """TypeError for what is no language model, ValueError for one whose weights hold no values where they are read."""
+    """TypeError for anything but a language model, ValueError for one whose weights have no values."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"The model is one of transformers, loaded; got {typed(model)}.")
+        raise TypeError(f"The model must be a loaded transformers model; got {typed(model)}.")
     head: Any = getattr(model, "get_output_embeddings", None)
     if head is None or not hasattr(model, "config"):
         raise TypeError(
-            f"The model is one of transformers; got a {type(model).__module__}.{type(model).__qualname__}. Give what "
-            "it wraps, or load one with transformers.AutoModelForCausalLM."
+            "The model must be a transformers model; got a "
+            f"{type(model).__module__}.{type(model).__qualname__}. Use the wrapped model, or load one with "
+            "transformers.AutoModelForCausalLM."
         )
     if head() is None:
         raise TypeError(
@@ -41,15 +42,15 @@ def check_fits(model: PreTrainedModel, length: int, new_tokens: int) -> None:
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is not None and length + new_tokens > positions:
         raise ValueError(
-            f"A prompt of {length} tokens and {new_tokens} new ones are longer than the model's {positions} positions; "
-            "shorten one of them."
+            f"A prompt of {length} tokens and {new_tokens} new tokens are longer than the model's context "
+            f"length, {positions}; shorten one of them."
         )
 
 
 def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """TypeError for what is none; ValueError if it can name tokens that the model has no embedding for."""
+    """TypeError for anything but a tokenizer; ValueError if it can name tokens that the model has no embedding for."""
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise TypeError(f"The tokenizer is one of transformers, loaded; got {typed(tokenizer)}.")
+        raise TypeError(f"The tokenizer must be a loaded transformers tokenizer; got {typed(tokenizer)}.")
     rows = len(model.get_input_embeddings().get_parameter("weight"))
     if len(tokenizer) > rows:
         raise ValueError(

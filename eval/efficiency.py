@@ -81,14 +81,14 @@ def efficiency(
 
     `decode_to_bound` is how many times a step takes what the weights' bytes take at the bandwidth of copies around it.
 
-    No batch size or no length asks for the counts alone.  Raises TypeError or ValueError for arguments that are none
+    No batch size or no length asks for the counts alone.  Raises TypeError or ValueError for invalid arguments
     and where a prompt and its new tokens are longer than the model's positions.
     """
     check_model(model, values=bool(batch_sizes and lengths))
     if batch_sizes and lengths and homes.of(model) is not None:
         raise ValueError(
-            f"Speed is that of weights in place, and these, {weight_bytes(model) / 1e9:.1f} GB, are away from home; "
-            "load the model whole on the device, or ask for the counts alone."
+            f"Timing needs all weights on the device, and these, {weight_bytes(model) / 1e9:.1f} GB, are "
+            "offloaded; load the model whole on the device, or request the counts alone."
         )
     cells = [(batch, length) for batch in batch_sizes for length in lengths]
     found = {**asdict(counts(model)), "note": speed_note(model)}

@@ -1,4 +1,4 @@
-"""Greedy answers: whether a model still says what another said, and whether it solves problems of arithmetic.
+"""Greedy answers: whether a model still answers as another did, and whether it solves arithmetic problems.
 
 Multiple choice and perplexity flatter pruned models, which rank given answers well long after they fail to write one.
 GSM8K is asked as lm-eval asks it, `Question: ...\\nAnswer:` after solved examples, and right where the last number that
@@ -83,7 +83,7 @@ def greedy(
     check_model(model)
     check_tokenizer(model, tokenizer)
     if not prompts or not all(prompt.strip() for prompt in prompts):
-        raise ValueError("Greedy answers need at least one prompt, and none that is empty.")
+        raise ValueError("Greedy answers need at least one prompt, and no empty ones.")
     config = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, num_beams=1, use_cache=True,
                               repetition_penalty=1.0, stop_strings=stop)  # fmt: skip
     generator: Any = model  # the class's own annotation hides that `generate` is a method
@@ -103,7 +103,9 @@ def greedy(
 def agreement(one: Sequence[Sequence[int]], other: Sequence[Sequence[int]]) -> Agreement:
     """Of two models' answers to the same prompts; ValueError where there are not as many."""
     if len(one) != len(other) or not one:
-        raise ValueError(f"Answers to the same prompts are as many; got {len(one)} and {len(other)}.")
+        raise ValueError(
+            f"Two lists of answers to the same prompts must be equally long; got {len(one)} and {len(other)}."
+        )
     differing = [_common(a, b) for a, b in zip(one, other, strict=True)]
     same = [list(a) == list(b) for a, b in zip(one, other, strict=True)]
     return Agreement(fmean(same), fmean(differing), len(one), differing)

@@ -44,7 +44,7 @@ def quantise(model: PreTrainedModel) -> None:
         for name, linear in block.linears().items():
             if type(linear) is not nn.Linear:
                 raise ValueError(
-                    f"{block.name}.{name} is no torch.nn.Linear, which {NAME} replaces; quantise another family."
+                    f"{block.name}.{name} is not a torch.nn.Linear, which {NAME} replaces; quantise another family."
                 )
             if linear.weight.numel():  # structured pruning may have left nothing of it
                 block.module.set_submodule(name, _in_8_bits(linear, layers))

@@ -1,4 +1,4 @@
-"""Intervals and paired tests: how sure a number is, and whether two of them differ.
+"""Confidence intervals and paired tests.
 
 Accuracies arrive as one array of scores a task (1 right, 0 wrong), perplexities as one negative log-likelihood a
 window.  Two models are compared on the same documents or windows, in the same order; every resampling takes a seed.
@@ -79,7 +79,7 @@ def mean_over_tasks(scores: Mapping[str, ArrayLike], seed: int = 0, resamples: i
         raise TypeError(f"scores maps each task to one score a document; got a {type(scores).__name__}.")
     tasks = [_scores(values) for values in scores.values()]
     if not tasks:
-        raise ValueError("A mean over no tasks was asked for; give at least one task's scores.")
+        raise ValueError("A mean needs the scores of at least one task; got none.")
     return _bootstrap(tasks, _mean_of_means, seed, resamples, "document")
 
 
@@ -172,5 +172,5 @@ def _scores(values: ArrayLike) -> NDArray[np.float64]:
     if array.ndim != 1 or len(array) == 0:
         raise ValueError(f"Expected one score a document, at least one document; got shape {array.shape}.")
     if not math.isfinite(array.sum()):
-        raise ValueError("Scores hold NaN or infinity; no interval of them means anything.")
+        raise ValueError("Scores hold NaN or infinity; so they have no interval.")
     return array

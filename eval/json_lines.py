@@ -1,4 +1,4 @@
-"""JSON lines as people write them: UTF-8, gzipped or not; a byte order mark and blank lines are no fault."""
+"""Reads JSON lines: UTF-8, gzipped or not; a byte order mark and blank lines are accepted."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def read(path: Path, texts: Iterable[str] = (), optional: Iterable[str] = ()) ->
     """
     path = Path(path)
     if path.exists() and not path.is_file():
-        raise ValueError(f"{path} is no regular file, so no records are read from it.")
+        raise ValueError(f"{path} is not a regular file, so no records are read from it.")
     records: list[dict[str, Any]] = []
     try:
         for line in _lines(path):
@@ -32,9 +32,9 @@ def read(path: Path, texts: Iterable[str] = (), optional: Iterable[str] = ()) ->
             check(record, [name for name in optional if record.get(name) is not None], where)
             records.append(record)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8 text after record {len(records):,}; save it as UTF-8.") from error
+        raise ValueError(f"{path} is not UTF-8 text after record {len(records):,}; save it as UTF-8.") from error
     except RecursionError:
-        raise ValueError(f"{path}: record {len(records) + 1:,} is nested too deeply to be read.") from None
+        raise ValueError(f"{path}: record {len(records) + 1:,} is nested too deeply.") from None
     except (json.JSONDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         told = f"{path} is damaged after record {len(records):,} ({_reason(error)}); fetch it again."
         raise ValueError(told) from error
@@ -48,11 +48,11 @@ def read(path: Path, texts: Iterable[str] = (), optional: Iterable[str] = ()) ->
 def check(record: Any, texts: Iterable[str], where: str) -> None:
     """ValueError, which begins with `where`, for what is no object or lacks one of these texts."""
     if not isinstance(record, Mapping):
-        raise ValueError(f"{where} is no object but {_kind(record)}.")
+        raise ValueError(f"{where} is not an object but {_kind(record)}.")
     for name in texts:
         if record.get(name) is None:
             found = ", ".join(map(repr, record)) or "nothing"
-            raise ValueError(f"{where} has no text, being without {name!r}; it has {found}."[:400])
+            raise ValueError(f"{where} has no {name!r}; it has {found}."[:400])
         if not isinstance(record[name], str):
             raise ValueError(f"{where} has no text: its {name!r} is {_kind(record[name])}.")
     refuse_halves(record, where)
@@ -67,7 +67,7 @@ def refuse_halves(value: Any, where: str) -> None:
             except UnicodeEncodeError as error:
                 half = f"\\u{ord(text[error.start]):04x}"
                 raise ValueError(
-                    f"{where} has half of a surrogate pair ({half}) in a text; mend or remove it."
+                    f"{where} has half of a surrogate pair ({half}) in a text; correct or remove it."
                 ) from None
 
 

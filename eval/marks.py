@@ -1,4 +1,4 @@
-"""Tokens without which a model cannot read a sequence, such as ChatGLM's `[gMASK] <sop>`; most models have none."""
+"""Special tokens without which a model cannot read a sequence, such as ChatGLM's `[gMASK] <sop>`; most have none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Structure in the zeros of a pruned model: do whole rows or columns of a matrix stay or go together?
+"""Structure in the masks of a pruned model: are whole rows or columns of a matrix kept or removed together?
 
 A mask without structure removes each weight by itself.  The share that a column keeps then varies as a binomial does,
 and the overdispersion
@@ -33,7 +33,7 @@ def mask_patterns(model: nn.Module, block: Whole, side: Count = 64) -> dict[str,
     ValueError for a block that the model has not.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"The model is one of transformers, loaded; got {checks.typed(model)}.")
+        raise TypeError(f"The model must be a loaded transformers model; got {checks.typed(model)}.")
     matrices: dict[str, dict[str, list[float | None]]] = {}
     maps = {}
     for index, name, weight in decoder_matrices(model):
@@ -46,7 +46,7 @@ def mask_patterns(model: nn.Module, block: Whole, side: Count = 64) -> dict[str,
             maps[name] = _map(there, side)
     blocks = max((len(told["kept"]) for told in matrices.values()), default=0)
     if not 0 <= block < blocks:
-        raise ValueError(f"There is no block {block} to draw the mask of; the model has {blocks}, counted from 0.")
+        raise ValueError(f"There is no block {block}; the model has {blocks}, counted from 0.")
     row, column = (_median([value for told in matrices.values() for value in told[way]]) for way in ("rows", "columns"))
     return {"row_dispersion": row, "column_dispersion": column, "block": block, "matrices": matrices, "maps": maps}
 

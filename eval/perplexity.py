@@ -65,7 +65,7 @@ def perplexity(
     A model whose weights are away from home reads them once for as many windows as there is memory.  The head runs on
     as many tokens at a time as keep the logits within 128 MiB.  The ranks of a launch share the batches.  A model that
     needs marks in front of text (ChatGLM: `[gMASK] <sop>`) gets them before every window, where they are not scored.
-    Raises TypeError for arguments that are none, ValueError where the stream is shorter than one window, the window
+    Raises TypeError for invalid arguments, ValueError where the stream is shorter than one window, the window
     longer than the model's positions, a token outside the vocabulary, or a loss is not finite.
     """
     check_model(model)
@@ -106,7 +106,7 @@ def token_sha256(token_ids: Int[Tensor, "..."]) -> str:
 def _windows(model: PreTrainedModel, token_ids: Any, window: int) -> Int[Tensor, "windows window"]:
     if not isinstance(token_ids, Tensor):
         raise TypeError(
-            f"Perplexity takes a LongTensor of token ids; got {checks.typed(token_ids)}. Make them one: "
+            f"Perplexity takes a LongTensor of token ids; got {checks.typed(token_ids)}. Convert: "
             "torch.tensor(token_ids, dtype=torch.long)."
         )
     if token_ids.dtype != torch.long or token_ids.is_meta:
@@ -124,7 +124,7 @@ def _windows(model: PreTrainedModel, token_ids: Any, window: int) -> Int[Tensor,
     positions = None if limit is None else limit - len(text_prefix(model))
     if positions is not None and window > positions:
         raise ValueError(
-            f"Windows of {window} tokens are longer than the model's {positions} positions; use shorter ones."
+            f"Windows of {window} tokens are longer than the model's context length, {positions}; use shorter ones."
         )
     inputs.in_vocabulary(token_ids, model.config.vocab_size, "the tokenizer belongs to another model")
     return token_ids.flatten()[: count * window].view(count, window)
@@ -162,8 +162,9 @@ def _logits_of(model: PreTrainedModel, output: Any) -> Iterator[Callable[[Tensor
         made = model(input_ids=few, use_cache=False).logits
         if given:
             raise ValueError(
-                f"{type(model).__name__} does not run what its get_decoder() gives, so its logits cannot be made a few "
-                "at a time; let get_decoder() return the module that makes the last hidden states."
+                f"{type(model).__name__} does not call the module that its get_decoder() returns, so its "
+                "logits cannot be computed in chunks; let get_decoder() return the module that computes the "
+                "last hidden states."
             )
         return made[0]
 

@@ -1,4 +1,4 @@
-"""Requests in one row of tokens, in which what several of them begin with stands once.
+"""Packs requests into one sequence (a row) in which a common prefix of several requests is computed once.
 
 The row is a tree: a token's parent is the token before it in its request, and requests with a common beginning (the
 answers to a question, questions after the same examples) part where they differ.  A token attends to its ancestors and

@@ -67,7 +67,7 @@ class Scorer(HFLM):
         self._seen: torch.Tensor | None = None  # by a pass that only looks at its tokens
         self._looks = False
         self._takes_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self.apart: str | None = f"batches of {batch_size} were asked for" if batch_size else None
+        self.apart: str | None = f"a batch size of {batch_size} was requested" if batch_size else None
         self._checked = bool(batch_size)
         self._window = min(self._max_length, sharing.window(model) or self._max_length)
 
@@ -100,7 +100,7 @@ class Scorer(HFLM):
         told = self._together.each(lambda: sharing.why_apart(self.model))
         self.apart = next(filter(None, told), None)
         if self.apart:
-            logger.warning("Every request is computed by itself, with its whole context: %s.", self.apart)
+            logger.warning("Every request is computed separately, with its whole context: %s.", self.apart)
 
     def _answered(self, batches: Sequence[list[Request]]) -> Iterator[tuple[int, list[Answer]]]:
         if self._together.count > 1:
@@ -165,7 +165,7 @@ class Scorer(HFLM):
                 told = repr(asked[1] if isinstance(asked, tuple) else asked)
                 raise ValueError(
                     f"The answer {told[:60]} has {len(scored):,} tokens, and the model takes 1 to {self.max_length:,} "
-                    "at once; leave its task out, or take a model with more positions."
+                    "at once; leave its task out, or use a model with a longer context."
                 )
 
     def _batches(self, requests: Sequence[Request]) -> list[list[int]]:
@@ -284,7 +284,7 @@ def out_of_memory(error: Exception) -> bool:
 def _finite(answers: list[Answer]) -> list[Answer]:
     if any(nats != nats for nats, _ in answers):
         raise FloatingPointError(
-            "The model gives log-likelihoods that are not a number, so no accuracy means anything; look for NaN or "
+            "The model's log-likelihoods are NaN, so no accuracy can be computed; look for NaN or "
             "overflow in its weights, or run it with --dtype float32."
         )
     return answers

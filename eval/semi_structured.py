@@ -1,4 +1,4 @@
-"""What 2:4 zeros gain in torch's semi-structured kernels, on devices that have them."""
+"""The speed-up of 2:4 sparsity in torch's semi-structured kernels, on devices that have them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a model computes requests that share their beginnings in one row as it computes each alone."""
+"""Whether a model scores requests that share a prefix in one row as it scores each of them alone."""
 
 from __future__ import annotations
 

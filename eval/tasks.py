@@ -1,4 +1,4 @@
-"""lm-eval's tasks by name, loaded with their documents and with the examples that stand in their prompts.
+"""lm-eval's tasks by name, loaded with their documents and few-shot examples.
 
 A group whose accuracy lm-eval takes over the documents of all its tasks, such as MMLU, counts as one task.
 """
@@ -204,10 +204,10 @@ def _unanswerable(task: Any, limit: int | None) -> str:
             choices = task.doc_to_choice(document)
             right = task.doc_to_text(document) if task.multiple_input else task.doc_to_target(document)
         except (ValueError, LookupError, TypeError, TemplateError) as error:
-            return f"its document {number} cannot be asked ({type(error).__name__}: {error})"
+            return f"its document {number} cannot be evaluated ({type(error).__name__}: {error})"
         wrong = [answer for answer in (right if isinstance(right, list) else [right]) if not _among(answer, choices)]
         if wrong:
-            return f"its document {number} has the answer {wrong[0]!r}, which is none of its {len(choices)} choices"
+            return f"its document {number} has the answer {wrong[0]!r}, which is not one of its {len(choices)} choices"
     return ""
 
 

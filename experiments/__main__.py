@@ -40,7 +40,7 @@ def main(words: Sequence[str] | None = None) -> int:
     asked.words = list(sys.argv[1:] if words is None else words)
     if asked.hyperparameters and asked.command is not _prune:
         made.error(f"unrecognized arguments: {' '.join(asked.hyperparameters)}")
-    return cli.carry_out(asked, "Stopped. Finished cells are kept; the same command continues with the others.")
+    return cli.carry_out(asked, "Stopped. Finished cells are kept; the same command runs the rest.")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -53,12 +53,14 @@ def parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run the cells that have no record yet")
     run.set_defaults(command=_run)
     prune = commands.add_parser(
-        "prune", help="one model by one method beside the dense model, and the pruned model to keep", add_help=False,
+        "prune", help="prune one model with one method, compare it with the dense model, save it", add_help=False,
         allow_abbrev=False,
     )  # fmt: skip
     prune.set_defaults(command=_prune, parser=prune)
     add_prune(prune)
-    compare = commands.add_parser("compare", help="methods beside each other, at several settings and seeds")
+    compare = commands.add_parser(
+        "compare", help="compare methods on models of your own, at several settings and seeds"
+    )
     compare.set_defaults(command=_compare)
     add_compare(compare)
     for command in (show, run):
@@ -68,35 +70,41 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--allow-missing-tasks",
         action="store_true",
-        help="exit status 0 although tasks could not be measured for want of their documents",
+        help="exit status 0 even where tasks were not measured because their documents are missing",
     )
     run.add_argument(
         "--cards", type=cli.positive, default=1, metavar="N",
-        help="cards of this machine that share every cell; with --device cpu as many processes (default: 1)",
+        help="GPUs of this machine that share every cell; with --device cpu, the number of processes (default: 1)",
     )  # fmt: skip
     run.add_argument(
-        "--card", type=cli.gigabytes, metavar="GB", help="leave out what such a card cannot take (default: the device)"
+        "--card",
+        type=cli.gigabytes,
+        metavar="GB",
+        help="leave out cells that need more GPU memory than this (default: that of the device)",
     )
     cli.add_strict(run)
     cli.add_data(show)
     show.add_argument(
-        "--card", type=cli.gigabytes, default=80, metavar="GB", help="memory of one accelerator (default: 80)"
+        "--card", type=cli.gigabytes, default=80, metavar="GB", help="memory of one GPU, in GB (default: 80)"
     )
     show.add_argument(
         "--cards", type=cli.positive, default=1, metavar="N",
-        help="as many of them in a machine: the fewest that take each cell, of 1, 2, 4 and 8 (default: 1)",
+        help="GPUs in the machine; each cell gets the fewest of 1, 2, 4 and 8 that hold it (default: 1)",
     )  # fmt: skip
     fetching = commands.add_parser(
-        "prefetch", help="download models, corpora and tasks' documents, and say what is still lacking (exit status 1)"
+        "prefetch",
+        help="download models, corpora and task documents, and list what is still missing (then exit status 1)",
     )
     selection.add(fetching)
     cli.add_data(fetching)
     fetching.set_defaults(command=_prefetch)
-    audit = commands.add_parser("check-records", help="whether records can be believed, and which cells they fill")
+    audit = commands.add_parser(
+        "check-records", help="check that records are valid and undamaged, and list the cells they fill"
+    )
     audit.add_argument("results", nargs="+", type=cli.path, metavar="DIR", help="results folders")
     audit.set_defaults(command=_check_records)
     for command in (listing, show, run, prune, compare, fetching, audit):
-        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        command.add_argument("--debug", action="store_true", help="show the full traceback on error")
     return top
 
 
@@ -114,7 +122,10 @@ def _list(asked: argparse.Namespace) -> int:
     }
     for kind, names in known.items():
         print(f"\n{kind}: {', '.join(names)}")
-    print("A local model folder can stand wherever a model's name does; NAME=FOLDER says that it is that model.")
+    print(
+        "Wherever a model's name is expected, a local model folder works as well; NAME=FOLDER says which "
+        "catalogue model it holds."
+    )
     return 0
 
 
@@ -178,7 +189,7 @@ def _summary(chosen: Sequence[Cell], done: Sequence[Cell], data_dir: Path | None
     others = f"{len(fitting)} of the others" if large else "the others"
     hours = f"about {_hours(estimate.total_gpu_hours(fitting, away))} hours on one A100".replace("about <", "<")
     cost = f"; {others} take {hours}" if fitting else ""
-    cost += f", {len(away)} of them with their weights in CPU memory or on the disk" if away else ""
+    cost += f", {len(away)} of them with weights in CPU memory or on disk" if away else ""
     lacking = dict.fromkeys(text for cell in left for text in estimate.lacking(cell.run, data_dir))
     missing = [f"Not on this machine: {'; '.join(lacking)}."] if lacking else []
     return "\n".join([f"{len(done)} of {len(chosen)} cells are done{cost}.", *_too_large(large, card, cards), *missing])
@@ -194,7 +205,7 @@ def _too_large(cells: Sequence[Cell], card: float, cards: Mapping[Cell, int]) ->
     models = ", ".join(f"{name} (up to {gigabytes:.0f} GB)" for name, gigabytes in most.items())
     need = f"{len(cells)} cells need" if len(cells) > 1 else "1 cell needs"
     whole = " and ".join(dict.fromkeys(filter(None, (needs.needs_all_weights(cell.run) for cell in cells))))
-    why = f", as {whole} needs all weights in place" if whole else ""
+    why = f", as {whole} needs all weights on the device" if whole else ""
     most_cards = max((cards[cell] for cell in cells), default=1)
     than = f"one {card:g} GB card" if most_cards == 1 else f"{most_cards} cards of {card:g} GB hold"
     return [f"{need} more than {than}{why}: {models}{' on each' * (most_cards > 1)}."] if cells else []
@@ -220,7 +231,7 @@ def _prefetch(asked: argparse.Namespace) -> int:
 
     chosen = selection.chosen(asked)
     lacking = prefetch([cell.run for _, some in chosen for cell in some], asked.data_dir, cli.say)
-    print("\n".join(f"Lacking: {text}." for text in lacking) or "Nothing is lacking here.")
+    print("\n".join(f"Missing: {text}." for text in lacking) or "Nothing is missing.")
     return cli.EXIT_FAILED if lacking else 0
 
 
@@ -239,9 +250,7 @@ def _check_records(asked: argparse.Namespace) -> int:
         broken += len(found.faults)
         print("\n".join(found.faults))
         rows = [(name, f"{filled} of {count}") for name, (filled, count) in found.filled.items()]
-        rows += [
-            (name, f"{count} records of a table that is not declared here") for name, count in found.strange.items()
-        ]
+        rows += [(name, f"{count} records of a table that is unknown here") for name, count in found.strange.items()]
         print(tabulate(rows, ("table", "cells filled"), disable_numparse=True))
         print(f"{root}: {found.records} records, {len(found.faults)} faults.")
     return cli.EXIT_FAILED if broken else 0

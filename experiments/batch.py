@@ -96,8 +96,9 @@ def refuse_unshared(chosen: Sequence[Cell], processes: int) -> None:
         return
     if rebuilt := [cell.label for cell in chosen if isinstance(cell.run.recovery, Reconstruction)]:
         raise ValueError(
-            f"Blocks are reconstructed by one process, and {processes} would do {rebuilt[0]}"
-            f"{f' and {len(rebuilt) - 1} more cells' if rebuilt[1:] else ''}; run these alone, and others with --only."
+            f"Block-wise reconstruction runs in one process, and {processes} were launched for {rebuilt[0]}"
+            f"{f' and {len(rebuilt) - 1} more cells' if rebuilt[1:] else ''}; run these cells with one "
+            "process, and the others with --only."
         )
     trained = [(cell, cell.run.recovery) for cell in chosen if isinstance(cell.run.recovery, Retraining)]
     if uneven := [(cell, recovery) for cell, recovery in trained if not several.shared_by(cell.run, processes)]:
@@ -105,8 +106,9 @@ def refuse_unshared(chosen: Sequence[Cell], processes: int) -> None:
         more = f" and {len(others)} more cells" if others else ""
         parts = f" in micro-batches of {recovery.batch_size // recovery.shared}" if recovery.reference else ""
         raise ValueError(
-            f"{processes} processes cannot share a batch of {recovery.batch_size}{parts} evenly, as {cell.label}{more} "
-            "would need; launch a number that divides the batch or a multiple of it, or choose cells with --only."
+            f"{processes} processes cannot share a batch of {recovery.batch_size}{parts} evenly, which "
+            f"{cell.label}{more} would need; launch a divisor or a multiple of the batch size, or choose "
+            "cells with --only."
         )
 
 
@@ -145,11 +147,11 @@ def _run_table(
         ):
             board.say(line)
         if taken:
-            board.say(f"Taken over from other tables: {len(taken)} of {len(chosen)} cells.")
+            board.say(f"Reused from other tables: {len(taken)} of {len(chosen)} cells.")
         worker = _Worker(table, settings, board, outcome, watcher, together)
         busy = [cell for cell in todo if not worker.attempt(cell, wait=False)]
         for cell in busy:
-            board.say(f"Waiting for another process that is at {cell.label}.")
+            board.say(f"Waiting for another process that runs {cell.label}.")
             while not worker.attempt(cell, wait=True):
                 together.first(lambda: {"cell": None})
         known = records.load(settings.root, table)
@@ -207,7 +209,7 @@ class _Worker:
             self.board.finish(cell.work, f"{cell.label}: failed: {errors.sentence(error)}")
             if not self.together.met(place):
                 raise RankLostError(
-                    f"{errors.sentence(error)} The other processes have not met that, and end."
+                    f"{errors.sentence(error)} The other processes did not meet this error, and stop."
                 ) from error
         else:
             shutil.rmtree(unfinished(self.settings.root, self.table, cell.id), ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Whoever wants to know how a cell goes: a log of events, an experiment tracker.  None of them can fail a cell."""
+"""Callbacks on the progress of a cell: a log of events, an experiment tracker. None of them can fail a cell."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Watchers(Watcher):
 
                 self.watchers.remove(watcher)
                 name = type(watcher).__name__
-                logger.warning("%s is out of service, cells go on: %s", name, errors.sentence(error))
+                logger.warning("%s failed and is switched off; cells continue: %s", name, errors.sentence(error))
 
 
 class Events(Watcher):

@@ -1,4 +1,4 @@
-"""Several cards of this machine: the same command once for each, started as torchrun does."""
+"""Several GPUs of this machine: starts the same command once for each, as torchrun does."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def wanted(count: int, device: str | None) -> bool:
     if "WORLD_SIZE" in os.environ:
         if count > 1 and ranks.launched() != count:
             raise ValueError(
-                f"--cards {count} is asked of a process that is one of {ranks.launched()}; leave --cards out under "
+                f"--cards {count} was given to one of {ranks.launched()} launched processes; leave --cards out under "
                 "torchrun, or unset WORLD_SIZE."
             )
         return False
@@ -32,15 +32,16 @@ def wanted(count: int, device: str | None) -> bool:
         return False
     if device not in (None, "cpu", "cuda"):
         raise UsageError(
-            f"--cards {count} takes cards from the first on, and --device {device} names one; drop either."
+            f"--cards {count} uses the first {count} GPUs, and --device {device} names one; drop one of the "
+            "two options."
         )
     import torch
 
     there = torch.cuda.device_count()
     if device != "cpu" and there < count:
         raise UsageError(
-            f"--cards {count} was asked and this machine has {there or 'no'} GPU{'s' * (there != 1)}; ask for fewer, "
-            "or say --device cpu for as many processes without."
+            f"--cards {count} was given and this machine has {there or 'no'} GPU{'s' * (there != 1)}; use "
+            "fewer, or --device cpu for the same number of processes without GPUs."
         )
     return True
 

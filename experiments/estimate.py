@@ -1,4 +1,4 @@
-"""What a cell will cost and what it lacks here, before it runs.
+"""Estimates of a cell's cost, and the inputs that are missing here, before it runs.
 
     GPU memory    see `needs`
     GPU hours     2 * parameters * tokens / (half of an A100's 312 TFLOP/s), a backward pass counting twice, and

@@ -1,4 +1,4 @@
-"""What a reader calls a cell: a method's label (`GBLM l1`) and its setting (`50 %`, `2:4`)."""
+"""Readable names of a cell: a method's label (`GBLM l1`) and its setting (`50 %`, `2:4`)."""
 
 from __future__ import annotations
 

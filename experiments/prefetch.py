@@ -1,4 +1,4 @@
-"""Fetches what cells read from the Hub, so that machines without a network run them; and says what is still lacking."""
+"""Downloads what cells read from the Hub, for machines without a network; and lists what is still missing."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _tasks(runs: Iterable[Run], say: Callable[[str], None]) -> list[str]:
         lacking |= missing
     read = [task for wanted in asked.values() for task in wanted if task not in lacking]
     if read:
-        say(f"Documents are here of {', '.join(dict.fromkeys(read))}.")
+        say(f"Task documents found: {', '.join(dict.fromkeys(read))}.")
     return [f"documents of {task}{_why(shorten(why, 200))}" for task, why in lacking.items()]
 
 

@@ -1,4 +1,4 @@
-"""How far a table is: bars and the time left on a terminal, one plain line per cell elsewhere."""
+"""Progress display of a table: bars and the time left on a terminal, one plain line per cell elsewhere."""
 
 from __future__ import annotations
 

@@ -86,8 +86,8 @@ def named(names: Sequence[str], parameters: int = 0) -> ZeroShot:
     """
     if (sets := [name for name in names if name in TASK_SETS]) and len(names) > 1:
         raise UsageError(
-            f"{sets[0]} of {', '.join(names)} is a task set with a mean of its own; name it alone, or tasks by their "
-            f"names ({' '.join(task for task, _ in TASK_SETS[sets[0]])})."
+            f"{sets[0]} of {', '.join(names)} is a task set with its own mean; name it alone, or single tasks "
+            f"by name ({' '.join(task for task, _ in TASK_SETS[sets[0]])})."
         )
     if twice := [name for name in dict.fromkeys(names) if list(names).count(name) > 1]:
         raise UsageError(f"{', '.join(twice)} is named more than once; name each task once.")
@@ -102,11 +102,13 @@ def length(model: str) -> int:
 def parameters(model: str) -> int:
     """UsageError for a model of which nobody knows them."""
     if (known := models.find(model).parameters) is None:
-        raise UsageError(f"How many parameters {model} has is not known, and with it how many documents it is asked.")
+        raise UsageError(
+            f"The number of parameters of {model} is unknown, so the number of documents to evaluate is as well."
+        )
     return known
 
 
 def _own_length(name: str, positions: int | None) -> int:
     if positions is None:
-        raise ValueError(f"The protocol {name} reads windows as long as the model takes; give the model's positions.")
+        raise ValueError(f"The protocol {name} uses windows of the model's context length; give its positions.")
     return min(positions, LONGEST_WINDOW)

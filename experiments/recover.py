@@ -1,4 +1,4 @@
-"""Carries out a Retraining: its text as examples, the training, and what it leaves in the record."""
+"""Carries out a Retraining: text to examples, training, and its results for the record."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def own_state(folder: Path, work: Callable[[], Result]) -> Result:
     try:
         return work()
     except OtherRunError as error:
-        logger.warning("Beginning again: %s", error)
+        logger.warning("Starting over: %s", error)
         ranks.here().first(lambda: storage.remove(folder))
         return work()
 
@@ -91,7 +91,9 @@ def _documents(text: Documents, tokenizer: Any, data_dir: Path | None) -> list[R
     found = [_cut(tokenizer, document, text.length) for document in documents]
     kept = [{"input_ids": ids} for ids in found if len(ids) > 1]
     if len(kept) < text.count:
-        raise ValueError(f"{text.corpus} has {len(kept):,} documents of two tokens or more; {text.count:,} were asked.")
+        raise ValueError(
+            f"{text.corpus} has {len(kept):,} documents of two tokens or more; {text.count:,} were requested."
+        )
     return kept
 
 
@@ -117,8 +119,8 @@ class _Answered:
                 yield record
         if not answered:
             raise ValueError(
-                f"None of the {len(self.rows):,} records of {self.corpus} that were drawn has an answer within its "
-                f"first {self.length} tokens of this tokenizer; ask for more tokens."
+                f"None of the {len(self.rows):,} records of {self.corpus} that were drawn has an answer "
+                f"within its first {self.length} tokens; use longer examples."
             )
 
 
@@ -127,8 +129,8 @@ def _instructions(text: Instructions, tokenizer: Any, data_dir: Path | None, par
     records = corpora.instructions(text.corpus, data_dir)
     if len(records) <= text.held_out:
         raise ValueError(
-            f"{text.corpus} has {len(records):,} records here, of which {text.held_out:,} are held out: nothing is "
-            "left to train on. Hold out fewer, or fetch the whole corpus."
+            f"{text.corpus} has {len(records):,} records here, of which {text.held_out:,} are held out, so "
+            "nothing is left to train on. Hold out fewer, or download the whole corpus."
         )
     from datasets import Dataset
 

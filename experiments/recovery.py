@@ -49,7 +49,7 @@ class Retraining:
     """`steps` of `batch_size` examples of `text` for what `trainable` selects; the fields are those of `finetune`.
 
     `micro_batch_size` examples go through the model at once; that moves a number only by PERP's released arithmetic,
-    `reference`.  The schedule of `steps` is left after `stop` of them where that is given.
+    `reference`.  With `stop`, the schedule of `steps` is stopped after that many steps.
     """
 
     trainable: Annotated[Trainable, checks.instance(Trainable, "a pruners.retrain.Trainable, what is trained")]

@@ -1,4 +1,4 @@
-"""Where a cell finds what it had reached when it was broken off, or what another cell of its schedule has reached."""
+"""Unfinished work that a cell resumes from: its own, or that of another cell with the same schedule."""
 
 from __future__ import annotations
 

@@ -51,10 +51,8 @@ def _device(asked: str | None) -> str:
     if name not in found:
         raise ValueError(
             f"There is no device {name!r} here; found {', '.join(found)}."
-            + (" Launch one process for each GPU at most." if ranks.local_rank() else "")
+            + (" Launch at most one process per GPU." if ranks.local_rank() else "")
         )
     if asked == name != "cpu" and ranks.launched() > 1:
-        raise ValueError(
-            f"{ranks.launched()} processes cannot work together on {name}; leave --device out, or say cpu."
-        )
+        raise ValueError(f"{ranks.launched()} processes cannot share {name}; leave --device out, or use --device cpu.")
     return name

@@ -77,7 +77,7 @@ class Perplexity:
     def of(cls, key: str) -> Perplexity:
         """What a protocol key means; ValueError for one of another form."""
         if not (parts := re.fullmatch(r"(.+)@(\d+)(?:\[:(\d+)\])?", key)):
-            raise ValueError(f"{key!r} is no protocol key of a perplexity, such as wikitext2/test@2048[:16].")
+            raise ValueError(f"{key!r} is not a protocol key of a perplexity, such as wikitext2/test@2048[:16].")
         corpus, window, limit = parts.groups()
         return cls(corpus, int(window), int(limit) if limit else None)
 
@@ -320,7 +320,7 @@ def describe(thing: Any) -> dict[str, Any] | None:
     if thing is None:
         return None
     if not is_dataclass(thing):
-        raise TypeError(f"{thing!r} is no dataclass; methods and measures of a Run are frozen dataclasses.")
+        raise TypeError(f"{thing!r} is not a dataclass; methods and measures of a Run are frozen dataclasses.")
     kept = {f.name: getattr(thing, f.name) for f in fields(thing) if _is_told(f, thing)}
     return {"name": _name(thing), **{key: _plain(value) for key, value in kept.items()}}
 

@@ -1,4 +1,4 @@
-"""Weights & Biases, where asked for: one run a cell, grouped by table.  The record stays the truth.
+"""Weights & Biases, if requested: one run per cell, grouped by table. The record stays the truth.
 
 Without an account, WANDB_MODE=offline keeps everything under results/wandb; `wandb sync` sends it later.
 """

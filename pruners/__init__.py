@@ -129,17 +129,17 @@ def prune(
     `device` holds one block at a time (None: where the model is); `progress(done, total)` is called per block.
     Backward passes work in batches of their own.
     `reconstruct`, a retrain.Reconstruction, trains every block after it was pruned to give the dense block's outputs;
-    what is finished is kept in `folder`, if there is one, and a killed run goes on from there.  Without it `keeper`
+    finished blocks are kept in `folder`, if given, and an interrupted run resumes from there.  Without it `keeper`
     keeps the blocks of unstructured methods that read inputs.
 
-    Raises TypeError or ValueError, with the model as it was, for arguments that are none, windows or statistics that
-    do not fit the model, NaN or inf in weights, an unknown family, a model that checkpoint.save could not keep;
+    Raises TypeError or ValueError, with the model as it was, for invalid arguments, windows or statistics that
+    do not fit the model, NaN or inf in weights, an unknown family, a model that checkpoint.save could not save;
     ValueError for NaN or inf in activations.
     """
     with inputs.plain_torch(), torch.no_grad():
         check_method(method)
         if folder is not None and reconstruct is None:
-            raise ValueError("folder= keeps the blocks of a reconstruction, and there is no reconstruct=; drop it.")
+            raise ValueError("folder= stores the blocks of a reconstruction; drop it, or give reconstruct=.")
         model = inputs.language_model(model, method.reads_weights)
         _check_family(model, method)
         from pruners import checkpoint
@@ -174,7 +174,7 @@ def _timed(
 
 
 def check_method(method: Any) -> None:
-    """TypeError for what is no method."""
+    """TypeError for anything that is not a method."""
     if isinstance(method, Structured | Unstructured):
         return
     hint = "such as pruners.Wanda(sparsity=0.5)"
@@ -203,12 +203,12 @@ def _place(model: PreTrainedModel, method: Any, device: Any) -> torch.device | N
     elsewhere = found is not None and not homes.same(found, model.device)
     if home is not None and elsewhere:
         raise ValueError(
-            f"The model's weights come to {model.device} and not to {found}; drop device=, or open it there."
+            f"The model was opened for {model.device}, not {found}; drop device=, or open it for that device."
         )
     if method.needs_all_weights and (home is not None or elsewhere):
-        where = f"and not block by block on {found}" if elsewhere else "and they are away from home"
+        where = f"not block by block on {found}" if elsewhere else "and they are offloaded"
         raise ValueError(
-            f"{method!r} needs all weights in place at once, on {model.device}, {where}; load the model whole, and "
+            f"{method!r} needs all weights at once on {model.device}, {where}; load the model whole, and "
             "move it to a device that holds it."
         )
     return found
@@ -220,13 +220,13 @@ def _check_statistics(model: PreTrainedModel, method: Any, statistics: Any) -> N
     wanted = method.statistics_shapes(model) if method.statistics_key is not None else {}
     for name in (*wanted, *statistics):
         if name not in wanted or name not in statistics:
-            what = "have no" if name in wanted else "have a superfluous"
+            what = "have no" if name in wanted else "have an unexpected"
             break
         if not isinstance(statistics[name], Tensor) or tuple(statistics[name].shape) != wanted[name]:
             what = f"are not of shape {list(wanted[name])} in"
             break
         if statistics[name].dtype != torch.float32 or statistics[name].is_meta:
-            what = "are not of float32" if not statistics[name].is_meta else "are without values"
+            what = "are not of float32" if not statistics[name].is_meta else "have no values for"
             what += " in"
             break
         if not is_finite(statistics[name]):
@@ -235,8 +235,8 @@ def _check_statistics(model: PreTrainedModel, method: Any, statistics: Any) -> N
     else:
         return
     raise ValueError(
-        f"These statistics {what} {checks.shown(name)}, so they are not those of {type(method).__name__} on this "
-        "model; gather them again with pruners.gather(model, method, windows)."
+        f"These statistics {what} {checks.shown(name)}, so they were not gathered for {type(method).__name__} "
+        "on this model; gather them again with pruners.gather(model, method, windows)."
     )
 
 
@@ -248,7 +248,7 @@ def _rebuilder(reconstruct: Any, model: PreTrainedModel, method: Any, windows: A
             f"reconstruct is a pruners.retrain.Reconstruction(trainable), or None; got {checks.typed(reconstruct)}."
         )
     if not isinstance(method, Unstructured):
-        raise ValueError(f"Reconstruction keeps single weights at zero; {method!r} does not zero single weights.")
+        raise ValueError(f"Reconstruction needs an unstructured method; {method!r} does not zero single weights.")
     return reconstruct.start(model, method, windows, folder)
 
 

@@ -1,4 +1,4 @@
-"""Try a method of one's own.
+"""Check pruning methods of your own.
 
 python -m pruners check my_method.py
 """
@@ -20,9 +20,17 @@ def main(words: Sequence[str] | None = None) -> int:
     """The exit status: 0 where every promise is kept, 1 where one is broken, 2 for what cannot be tried."""
     top = argparse.ArgumentParser(prog="python -m pruners", description=(__doc__ or "").splitlines()[0])
     commands = top.add_subparsers(required=True, metavar="COMMAND")
-    check = commands.add_parser("check", help="whether the methods of a file keep what every method promises")
-    check.add_argument("file", metavar="FILE", help="a Python file with methods")
-    check.add_argument("--family", nargs="+", default=list(FAMILIES), metavar="NAME", help="default: all")
+    check = commands.add_parser(
+        "check", help="check that the methods in a file meet the contract of every pruning method"
+    )
+    check.add_argument("file", metavar="FILE", help="a Python file that defines methods")
+    check.add_argument(
+        "--family",
+        nargs="+",
+        default=list(FAMILIES),
+        metavar="NAME",
+        help="decoder families to check on (default: all)",
+    )
     asked = top.parse_args(words)
     try:
         return _check(asked.file, asked.family)

@@ -161,7 +161,7 @@ class Block:
         heads, kv_heads, width = self.heads, self.kv_heads, self.head_dim
         if kv_heads and heads % kv_heads:
             raise ValueError(
-                f"{self.name} shares {kv_heads} KV heads among {heads} query heads, which does not divide; "
+                f"{self.name} has {heads} query heads for {kv_heads} KV heads, which is not a multiple; "
                 "structured pruning needs the same number of query heads for every KV head."
             )
         grouped = heads // max(kv_heads, 1)
@@ -271,8 +271,8 @@ def _check_named(block: Block) -> None:
         linears = block.linears()
     except AttributeError as error:
         raise ValueError(
-            f"{block.name} is not laid out as its family's entry in pruners/families.py says ({error}); correct the "
-            "entry, or give another model."
+            f"{block.name} does not match its family's entry in pruners/families.py ({error}); correct the "
+            "entry, or use another model."
         ) from None
     named = {block.parameter(name)[0] for name in linears} | {f"{block.family.router}.weight"}
     norms = tuple(f"{name}." for name in (block.family.query_norm, block.family.key_norm) if name)
@@ -283,6 +283,6 @@ def _check_named(block: Block) -> None:
     ]
     if strangers:
         raise ValueError(
-            f"{block.name} holds matrices that pruners/families.py does not name: {', '.join(sorted(strangers))}. Add "
+            f"{block.name} has matrices that pruners/families.py does not list: {', '.join(sorted(strangers))}. Add "
             "them to the family's entry, or merge adapters first."
         )

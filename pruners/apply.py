@@ -1,4 +1,4 @@
-"""Takes units out of a model: zeroes their weights, or cuts them out and gives the model a configuration that fits.
+"""Removes units from a model: zeroes their weights, or cuts them out and gives the model a configuration that fits.
 
 A unit is a KV head with its query heads, or a neuron of an MLP; for `narrow`, a channel of the residual stream.  Both
 ways remove it from every projection that holds a part of it, so masked and cut models compute the same.
@@ -45,8 +45,8 @@ def check(model: nn.Module) -> None:
     kind = anatomy.family(model)
     if kind.experts:
         raise ValueError(
-            f"{type(model).__name__} has routed experts, which share one width in each block, so no heads or channels "
-            "are removed from it; prune single weights instead, e.g. by pruners.Wanda."
+            f"{type(model).__name__} has routed experts, for which structured pruning is not supported; use "
+            "an unstructured method, e.g. pruners.Wanda."
         )
     stock = _stock_class(model)
     if not isinstance(model, stock):
@@ -180,7 +180,7 @@ def silence(block: Block) -> None:
     needed = block.family.passes_on
     if needed is None or any(getattr(block.config, name, value) != value for name, value in needed.items()):
         raise ValueError(
-            f"{block.name} normalises what it passes on, so no zeros make it pass its input on; use cut=True."
+            f"{block.name} has a norm after its residual sum, so zeroing cannot make it the identity; use cut=True."
         )
     attention, mlp = (torch.zeros(block.units(kind), dtype=torch.bool) for kind in KINDS)
     zero(block, Kept(attention, mlp))
@@ -198,8 +198,8 @@ def residual(model: nn.Module) -> dict[str, int]:
     """
     if reason := anatomy.family(model).fixed_width:
         raise ValueError(
-            f"No channels of the residual stream are removed from {type(model).__name__}: {reason}. Prune by block "
-            "or by layer instead."
+            f"Channels of the residual stream cannot be removed from {type(model).__name__}: {reason}. Prune "
+            "by block or by layer instead."
         )
     width, blocks = _config(model).hidden_size, anatomy.blocks(model)
     inside = {f"{b.name}.{name}.{which}": None for b in blocks for name in b.linears() for which in ("weight", "bias")}
@@ -213,8 +213,8 @@ def residual(model: nn.Module) -> dict[str, int]:
             continue
         if parameter.shape[-1] != width:
             raise ValueError(
-                f"{name} is {list(parameter.shape)} and the residual stream {width} wide; a model that projects its "
-                "embeddings (OPT-350M) cannot lose channels of it. Prune by block instead."
+                f"{name} is {list(parameter.shape)} and the residual stream {width} wide; channels cannot be "
+                "removed from a model that projects its embeddings (OPT-350M). Prune by block instead."
             )
         found[name] = parameter.ndim - 1
     return {name: dim for name, dim in found.items() if name in names}
@@ -250,8 +250,8 @@ def zero_narrow(model: nn.Module, keep: Bool[Tensor, " width"]) -> None:
     norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
     if norms:
         raise ValueError(
-            "Layer norms centre over every channel, so zeroed channels of the residual stream still count and no "
-            "masked form equals the cut one; use cut=True."
+            "Layer norms average over all channels, so zeroing channels of the residual stream does not "
+            "equal cutting them out; use cut=True."
         )
     gone = (~keep).nonzero().squeeze(1)
     for name, dim in residual(model).items():

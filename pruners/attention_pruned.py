@@ -1,4 +1,4 @@
-"""Attention with fewer heads than its model's, down to none, and the attributes in which blocks repeat their widths.
+"""Attention with fewer heads than its model's, down to none, and the attributes that repeat a block's widths.
 
 `modeling_pruned.py` needs this file; both are copied into the folders of pruned models.
 """

@@ -89,7 +89,7 @@ class Execution:
 
     `batch_size` windows go through a block at once.  `progress(done, total)` is called per block.  `keeper` is for
     unstructured methods that read inputs.  `cut` is whether structured methods take units out or zero them.
-    Raises TypeError or ValueError for values that are none of these.
+    Raises TypeError or ValueError for invalid values.
     """
 
     batch_size: Count = 8

@@ -1,4 +1,4 @@
-"""Pruned models on disk: safetensors, and a configuration that says every block's widths.
+"""Pruned models on disk: safetensors, and a configuration that lists the widths of every block.
 
     checkpoint.check(model)  # before hours of pruning
     checkpoint.save(model, tokenizer, folder)
@@ -108,9 +108,9 @@ def _write(model: Any, subject: Any, folder: Path, max_shard_size: str | None) -
 
 
 def check(model: Any) -> None:
-    """Whether `save` writes what `load` opens, told before anything is done; reads no weight and needs no memory.
+    """Check, before any work, that `load` could open what `save` writes; reads no weight and needs no memory.
 
-    Raises TypeError for what is no model of transformers, ValueError for one whose tensors are not the very ones that
+    Raises TypeError for anything but a transformers model, ValueError for one whose tensors are not the very ones that
     its configuration makes (adapters beside their matrices), or whose configurations transformers refuses to save.
     """
     model = getattr(model, "_orig_mod", model)
@@ -127,7 +127,7 @@ def check(model: Any) -> None:
         kind, expected = _made(_Configured(type(config), config.to_json_string(use_diff=False), config))
     except (StrictDataclassError, ValueError, TypeError) as error:
         raise ValueError(
-            f"This model's configuration cannot be saved and opened again: {described.brief(error)}"
+            f"This model's configuration cannot be saved and loaded again: {described.brief(error)}"
         ) from error
     _check_tensors(model, kind, expected)
     if model.can_generate() and model.generation_config is not None:
@@ -157,16 +157,16 @@ def _check_tensors(model: Any, kind: str, expected: Mapping[str, torch.Size]) ->
     strange, absent = sorted(found.keys() - expected.keys()), sorted(expected.keys() - found.keys())
     if strange or absent:
         told = f"{len(strange)} tensors that {kind} does not know, e.g. {strange[0]}" if strange else ""
-        told = told or f"no tensor {absent[0]}, which {kind} asks for"
+        told = told or f"no tensor {absent[0]}, which {kind} needs"
         raise ValueError(
-            f"This model has {told}, so the saved folder would not open again. Merge adapters first (merge=True, or "
+            f"This model has {told}, so the saved folder could not be loaded. Merge adapters first (merge=True, or "
             "peft's merge_and_unload), make torch.nn.utils.prune's masks permanent, or save the adapters with peft."
         )
     for name, shape in found.items():
         if expected[name] != shape:
             raise ValueError(
-                f"{name} is {list(shape)} and the model's configuration says {list(expected[name])}, so the saved "
-                "folder would not open again; set the configuration right (after cutting blocks by hand: "
+                f"{name} is {list(shape)} and the model's configuration says {list(expected[name])}, so the "
+                "saved folder could not be loaded; correct the configuration (after cutting blocks by hand: "
                 "pruners.apply.describe(model))."
             )
 
@@ -183,7 +183,7 @@ def load(
 
     `dtype` defaults to the one it was saved in; `device_map`, `max_memory` and `attn_implementation` are those of
     transformers' `from_pretrained`.  No code from the folder runs.
-    Raises TypeError or ValueError for arguments that are none, ValueError where tensors and configuration disagree,
+    Raises TypeError or ValueError for invalid arguments, ValueError where tensors and configuration disagree,
     the configuration is a newer version's or describes no model, adapters lie beside the weights, weights, generation
     settings or tokenizer are damaged, FileNotFoundError for a missing configuration or weight file.
     """
@@ -321,7 +321,7 @@ def _without_idle_flags(config: GenerationConfig) -> tuple[GenerationConfig, lis
             idle = [name for name in re.findall(r"- `(\w+)`:", str(error)) if getattr(config, name, None) is not None]
             if not idle:
                 raise ValueError(
-                    f"This model's generation_config cannot be saved: {described.brief(error)} Mend "
+                    f"This model's generation_config cannot be saved: {described.brief(error)} Correct "
                     "model.generation_config first."
                 ) from error
             config, dropped = copy.deepcopy(config), dropped + idle

@@ -17,7 +17,7 @@ from pruners.interface.suggest import unknown
 from pruners.lazy import nn
 
 LAYOUTS = ("separate", "stacked", "grouped")
-NOT_NARROWED = "only LLaMA, Mistral, Qwen2, SmolLM3 and OPT are known to compute the same once it is cut"
+NOT_NARROWED = "only LLaMA, Mistral, Qwen2, SmolLM3 and OPT are known to compute the same with it cut"
 SCALED = "its embeddings are scaled by the square root of the width"
 NORMED = "its queries and keys have norms of other widths"
 
@@ -174,7 +174,7 @@ REFUSED = {  # by model type: why no entry can describe it
     **dict.fromkeys(
         ("deepseek_v2", "deepseek_v3"), "its keys and values are projected from a latent vector that all heads share"
     ),
-    "gpt_oss": "its experts lie transposed, with the rows of gate and up in turn",
+    "gpt_oss": "its experts' matrices are transposed, with gate and up interleaved",
 }
 
 
@@ -201,7 +201,7 @@ def family(model: nn.Module) -> Family:
     if model_type not in FAMILIES:
         _refuse_more_than_text(model, model_type)
         raise ValueError(
-            f"{unknown('decoder family', model_type, FAMILIES)} To add one, name its blocks and projections in "
+            f"{unknown('decoder family', model_type, FAMILIES)} To add it, name its blocks and projections in "
             f"pruners/families.py: FAMILIES[{model_type!r}] = Family(blocks=..., qkv=..., output=..., inward=..., "
             "outward=...)."
         )
@@ -216,8 +216,8 @@ def family(model: nn.Module) -> Family:
     for name, value in kind.calls_layers.items():
         if (told := getattr(model.config, name, value)) != value:
             raise ValueError(
-                f"With {name}={told} a {type(model).__name__} multiplies by parts of its matrices instead of running "
-                f"its layers; set {name} to {value} in its configuration before loading it."
+                f"With {name}={told} a {type(model).__name__} multiplies by slices of its matrices instead of "
+                f"calling its layers; set {name} to {value} in its configuration before loading it."
             )
     return kind
 
@@ -231,8 +231,8 @@ def _refuse_more_than_text(model: nn.Module, model_type: str) -> None:
 
         alone: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(text)]
         raise ValueError(
-            f"{type(model).__name__} ({model_type}) reads more than text, and language models alone are pruned; give a "
-            f"transformers.{alone.__name__} of its text configuration, with its language model and head in it."
+            f"{type(model).__name__} ({model_type}) is multimodal, and only language models are pruned; use a "
+            f"transformers.{alone.__name__} of its text configuration, with its language model and head."
         )
 
 
@@ -241,4 +241,4 @@ def _refuse_wrapped(model: nn.Module) -> None:
     if hasattr(model, "merge_and_unload"):
         raise TypeError(f"Got a {kind}; merge its adapters first: model = model.merge_and_unload().")
     if not hasattr(model, "config") and isinstance(getattr(model, "module", None), nn.Module):
-        raise TypeError(f"Got a {kind} around a {type(model.module).__name__}; give what it wraps: model.module.")
+        raise TypeError(f"Got a {kind} around a {type(model.module).__name__}; use the wrapped model: model.module.")

@@ -1,15 +1,15 @@
-"""FLAP: remove the heads and channels that a constant could stand in for, and put the constant in their place.
+"""FLAP: remove the heads and channels whose outputs fluctuate least, and replace them by their mean, as a bias.
 
     S[i] = Var(x_i) * sum_o W[o, i]^2        WIFV: the fluctuation that input i of the last projection passes on
     S[i] = Var(x_i)                          IFV
     S[i] = mean_o |W[o, i]| * ||x_i||        WIFN
     z    = (S - mean S) / std S              within a block's attention or MLP, so that all share one threshold (AL)
-    b   += W[:, gone] @ mean(x)[gone]        the constant part, handed back as a bias
+    b   += W[:, pruned] @ mean(x)[pruned]    bias compensation: the mean output of what is removed
 
 An et al. 2024, arXiv:2312.11983.  x are the inputs of the output projection (a head's score is the mean of z over its
-channels) and of the MLP's last projection, on the dense model in one pass.  What goes, by `structure`:
+channels) and of the MLP's last projection, on the dense model in one pass.  What is removed, by `structure`:
 
-    AL-AM   one threshold over all heads and channels, where the parameters of what goes come closest to the ratio
+    AL-AM   one threshold over all heads and channels, where the removed parameters come closest to the ratio
     AL-MM   the `heads_removed` lowest query heads of the model; then channels of the model up to the ratio
     UL-UM   the ratio of each block's heads and of its channels
     UL-MM   heads_removed / blocks heads of each block (the reference rounds down); then its channels up to the ratio
@@ -19,7 +19,7 @@ size and grouping works; KV heads go with their query heads.
 
 `reference=True` is the released code's arithmetic, departures from the formulas above included: a running variance that
 skips the first window, the attention metric squared, a head that costs 170 channels (512/3 as an integer) whatever its
-size, the unit at the threshold gone too, means in float16, and no idea of grouped queries, which it refuses.
+size, the unit at the threshold removed too, means in float16, and no support for grouped-query attention (refused).
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def repair(
 
 @dataclass(frozen=True)
 class Flap(Structured):
-    """`heads_removed` counts query heads of the whole model, for the MM structures; `bias` hands back means."""
+    """`heads_removed` counts query heads of the whole model, for the MM structures; `bias` is bias compensation."""
 
     metric: str = "WIFV"
     structure: str = "AL-AM"
@@ -84,11 +84,13 @@ class Flap(Structured):
         checks.choice("structure", self.structure, STRUCTURES)
         if (self.heads_removed is not None) != self.structure.endswith("MM"):
             said = (
-                "needs heads_removed" if self.heads_removed is None else "decides on heads itself; drop heads_removed"
+                "needs heads_removed"
+                if self.heads_removed is None
+                else "chooses the number of heads itself; drop heads_removed"
             )
             raise ValueError(f"structure {self.structure} {said} (query heads of the whole model; AL-MM and UL-MM).")
         if self.reference and self.target_parameters is not None:
-            raise ValueError("reference=True has the released code's budget; give a ratio, or drop reference.")
+            raise ValueError("reference=True uses the released code's budget; give a ratio, or drop reference.")
 
     @property
     def walks(self) -> bool:
@@ -116,7 +118,9 @@ class Flap(Structured):
     def check(self, model: nn.Module) -> None:
         super().check(model)
         if self.reference and any(block.heads != block.kv_heads for block in anatomy.blocks(model)):
-            raise ValueError("The released code knows no grouped queries; drop reference=True for this model.")
+            raise ValueError(
+                "The released code does not support grouped-query attention; drop reference=True for this model."
+            )
         if self.heads_removed is not None:
             self._counts(model)
 
@@ -203,8 +207,9 @@ class Flap(Structured):
         if not (0 <= heads <= there[0] and 0 <= channels <= there[1]):
             raise ValueError(
                 f"heads_removed={self.heads_removed} at {self.setting} means that {heads:,} of {there[0]:,} KV heads "
-                f"and {channels:,} of {there[1]:,} channels go{'' if self.structure == 'AL-MM' else ' in each block'}; "
-                "choose heads_removed so that both exist."
+                f"and {channels:,} of {there[1]:,} channels are "
+                f"removed{'' if self.structure == 'AL-MM' else ' in each block'}; choose heads_removed so "
+                "that both numbers are possible."
             )
 
 

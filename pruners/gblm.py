@@ -1,4 +1,4 @@
-"""GBLM-Pruner: Wanda's score plus the weight times the gradient's size over the calibration windows.
+"""GBLM-Pruner: Wanda's score plus the weight times the magnitude of its gradients over the calibration windows.
 
     S[o, i] = |W[o, i]| * (||x_i|| / sqrt(N) + alpha * G[o, i])        Das et al. 2023, arXiv:2311.04902
     G[o, i] = sum_n |g_n[o, i]|  (l1)   or   sqrt(sum_n g_n[o, i]^2)  (l2)

@@ -1,4 +1,4 @@
-"""Gradients of the dense model's loss, handed over one by one: what GBLM-Pruner and LLM-Pruner score weights by."""
+"""Gradients of the dense model's loss, consumed one by one: the scores of GBLM-Pruner and LLM-Pruner use them."""
 
 from __future__ import annotations
 

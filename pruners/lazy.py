@@ -1,4 +1,4 @@
-"""torch, transformers and jaxtyping as names that load when they are first used.
+"""torch, transformers and jaxtyping as names that load on first use.
 
 Tables are declared with pruning methods, and most commands load no model: they answer without the seconds that torch
 takes to load.  Where it is loaded already these are the libraries themselves.

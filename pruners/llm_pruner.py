@@ -1,17 +1,17 @@
-"""LLM-Pruner: remove the groups of coupled weights whose loss will be missed least, by a Taylor expansion.
+"""LLM-Pruner: remove the groups of coupled weights that raise the loss least, by a Taylor expansion.
 
     vector        | sum_k w_k g_k |                    g = gradient of the mean next-token loss over all windows
     element1      sum_k | w_k g_k |                    h = mean over windows of that window's gradient squared
     element2      sum_k | w_k^2 h_k |
     element_mix   sum_k | w_k g_k - w_k^2 h_k / 2 |    k runs over the unit's row or column of one matrix
     l1, l2        sum_k |w_k|, sum_k w_k^2             no data
-    random        uniform numbers from `seed`          not even weights
+    random        uniform numbers from `seed`          no data, no weights
 
-Ma, Fang & Wang 2023, arXiv:2305.11627.  A group is what must go together: row c of gate and up and column c of down; a
-head's rows of q, k, v and columns of o.  Its matrices' scores are combined by `reduction` (sum, mean, max, prod; first
-is q or gate, last is o or down), index by index; a head's score is the sum over its channels.  With grouped queries a
-group is a KV head with its own query heads, whose scores are added first, and `first` is k; the released code adds up
-the scores of query heads that belong to other KV heads (h, h + 8, h + 16, ... for KV head h).
+Ma, Fang & Wang 2023, arXiv:2305.11627.  A group is what must be removed together: row c of gate and up and column c
+of down; a head's rows of q, k, v and columns of o.  Its matrices' scores are combined by `reduction` (sum, mean, max,
+prod; first is q or gate, last is o or down), index by index; a head's score is the sum over its channels.  With
+grouped queries a group is a KV head with its own query heads, whose scores are added first, and `first` is k; the
+released code adds up the scores of query heads that belong to other KV heads (h, h + 8, h + 16, ... for KV head h).
 
 `granularity` says what is removed:
 
@@ -22,10 +22,10 @@ the scores of query heads that belong to other KV heads (h, h + 8, h + 16, ... f
               embedding and head at once counts as both, and an embedding has sum_k | w_k g_k | for vector, too
     layer     the last blocks; 1 - ratio of them stay
 
-With `steps` above 1 the ratio is reached in equal steps, scored anew on the model pruned so far with the same windows
+With `steps` above 1 the ratio is reached in equal steps, scored again on the model pruned so far with the same windows
 and fresh gradients (the released code draws new windows and clears no gradient).  The released l1 and l2 always average
 the matrices' scores; give reduction="mean" for that, which only matters with scope "global".  Gradients are reduced to
-scores as backward hands them over: memory is the weights and one gradient, for element_mix also the squares h.
+scores as backward produces them: memory is the weights and one gradient, for element_mix also the squares h.
 """
 
 from __future__ import annotations
@@ -204,13 +204,13 @@ class LLMPruner(Structured):
             first, last = getattr(self, name)
             if not 0 <= first <= last <= count:
                 raise ValueError(
-                    f"{name}=({first}, {last}) is no half-open range within the model's {count} blocks, 0 to {count}."
+                    f"{name}=({first}, {last}) is not a half-open range within the model's {count} blocks, 0 "
+                    f"to {count}."
                 )
         ranges = (self.attention_blocks, self.mlp_blocks)
         if self.granularity == "block" and all(first == last for first, last in ranges):
             raise ValueError(
-                f"attention_blocks={ranges[0]} and mlp_blocks={ranges[1]} leave none of the model's {count} blocks "
-                "to prune."
+                f"attention_blocks={ranges[0]} and mlp_blocks={ranges[1]} select none of the model's {count} blocks."
             )
 
     def prune(
@@ -372,5 +372,6 @@ def _channel_cost(model: Any) -> Size:
 def _check_budget(method: LLMPruner, asked: Size, most: Size) -> None:
     if asked.model > most.model:
         raise ValueError(
-            f"{method.setting} is {asked.model:,} parameters, and at most {most.model:,} may go; ask for less."
+            f"{method.setting} is {asked.model:,} parameters, and at most {most.model:,} can be removed; use "
+            "a lower ratio."
         )

@@ -1,7 +1,7 @@
-"""Magnitude: the smallest weights matter least.  Random, the floor that every method has to clear.
+"""Magnitude: remove the smallest weights.  Random: the baseline that every method should beat.
 
 Magnitude    S[o, i] = |W[o, i]|    one threshold per matrix: the smallest weights matter least
-Random       S[o, i] uniform        within rows: every weight is as good as any other, the floor to clear
+Random       S[o, i] uniform        within rows: the baseline that every method should beat
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def score(weight: Float[Tensor, "out inp"]) -> Float[Tensor, "out inp"]:
 
 @dataclass(frozen=True)
 class Grouped(Unstructured):
-    """`group` says among whom weights compete: their `matrix` (one threshold), their own output `row` or input
+    """`group` is the comparison group of a weight: its `matrix` (one threshold), its own output `row` or input
     `column`, or so many neighbouring ones, `rows:128`, `columns:128`, with one threshold."""
 
     group: str = "matrix"

@@ -42,7 +42,7 @@ class WidthsPerBlock:
         if self.pruned_format > FORMAT:
             raise ValueError(
                 f"This pruned model was saved in format {self.pruned_format} and this code reads up to {FORMAT}; "
-                "update the code that opens it."
+                "update this code."
             )
         super().__post_init__(**kwargs)  # type: ignore[misc]
         if self.blocks is not None and len(self.blocks) != self.num_hidden_layers:
@@ -236,8 +236,8 @@ def check_complete(folder, info):
         if keys:
             raise ValueError(
                 f"The weights in {folder} and its config.json disagree: the configuration "
-                f"{verdict.format(f'{len(keys)} tensors')}, e.g. {min(keys)}; one of the two was edited or did not "
-                "arrive whole."
+                f"{verdict.format(f'{len(keys)} tensors')}, e.g. {min(keys)}; one of the two was edited or is "
+                "incomplete."
             )
 
 
@@ -280,6 +280,6 @@ def indexed(folder):
 def _refuse_two(folder, one, others):
     more = f" and {len(others) - 1} more" if len(others) > 1 else ""
     raise ValueError(
-        f"{folder} holds two sets of weights, {one} beside {others[0]}{more}, and which is meant cannot be told; move "
+        f"{folder} holds two sets of weights, {one} beside {others[0]}{more}, which are ambiguous; move "
         "the older set away (model.safetensors.index.json belongs to the shards)."
     )

@@ -1,4 +1,4 @@
-"""Scores to what goes: within rows, columns or the matrix, n:m; and for whole units, under a budget of parameters.
+"""From scores to what is removed: within rows, columns or the matrix, n:m; and whole units, under a parameter budget.
 
 The lowest scores go.  Within a row exactly as many as asked do, and among equal scores the lower index goes first;
 within a group of m torch.topk chooses among equals; with one threshold for a whole matrix, equal scores go together.
@@ -43,7 +43,7 @@ class Pattern:
 def check_share(name: str, share: float) -> float:
     """The share itself if it lies in [0, 1), else ValueError."""
     if not 0 <= share < 1:
-        raise ValueError(f"{name} is the share removed and lies in [0, 1); got {share}.")
+        raise ValueError(f"{name} is the share removed, in [0, 1); got {share}.")
     return share
 
 
@@ -64,8 +64,8 @@ def refuse_nan(score: Tensor, of: str) -> None:
     """ValueError for scores among which nothing can be ranked; `of` says whose they are."""
     if score.sum().isnan() and (lost := int(score.isnan().sum())):
         raise ValueError(
-            f"{of} is NaN in {lost:,} of {score.numel():,} places, which nothing can be ranked by; look for a division "
-            "by zero, as of a row that is all zeros."
+            f"{of} is NaN in {lost:,} of {score.numel():,} places, which cannot be ranked; look for a "
+            "division by zero, e.g. for a row of zeros."
         )
 
 
@@ -119,8 +119,8 @@ def check_group(group: str, pattern: str | None) -> None:
         raise ValueError(f"group is {GROUPS}; got {checks.shown(group)}.")
     if pattern and group not in ("matrix", "row"):
         raise ValueError(
-            f"Weights of a pattern compete within its m neighbours of a row, so that group {group!r} would mean "
-            f"nothing beside {pattern}; leave one out."
+            f"Weights of a pattern compete within m neighbours in a row, so group {group!r} has no meaning "
+            f"with {pattern}; leave one out."
         )
 
 

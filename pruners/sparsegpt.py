@@ -1,4 +1,4 @@
-"""SparseGPT: remove what is cheapest to lose, and let the remaining weights of the row make up for it.
+"""SparseGPT: remove the weights that cost least, and update the remaining weights of the row to compensate.
 
     H    = 2/N sum_t x_t x_t^T + damping * mean(diag H) * I          U = chol(H^-1), upper: H^-1 = U^T U
     cost = W[o, i]^2 / U[i, i]^2                                     the loss of removing one weight
@@ -8,8 +8,8 @@ Frantar & Alistarh 2023, arXiv:2301.00774.  The mask is chosen per block of `blo
 matrix (or per m columns for n:m), with the columns to its left already accounted for.  Projections that share an input
 share H and its factorisation and are solved stacked; each still picks its own mask.
 
-Wanda's tables 7 and 8 take it apart: another cost (`metric`), a mask chosen once from the dense weights among a
-comparison `group`, where `obs` is W^2 / diag(H^-1), and no `update` of what remains.
+Options for the ablations in Wanda's tables 7 and 8: another cost (`metric`), a mask chosen once from the dense weights
+within a comparison `group`, where `obs` is W^2 / diag(H^-1), and no `update` of what remains.
 """
 
 from __future__ import annotations
@@ -62,9 +62,14 @@ class SparseGPT(Unstructured):
         if self.group is not None:
             select.check_group(self.group, self.pattern)
         elif not self.update:
-            raise ValueError(f"Without an update the mask is chosen at once; say among whom: group is {select.GROUPS}.")
+            raise ValueError(
+                "Without a weight update the mask is chosen in one step, within a comparison group; group is "
+                f"{select.GROUPS}."
+            )
         if self.pattern and self.block_size % Pattern.parse(self.pattern).m:
-            raise ValueError(f"block_size {self.block_size} is no multiple of the m of {self.pattern}; change one.")
+            raise ValueError(
+                f"block_size {self.block_size} is not a multiple of the m of {self.pattern}; change one of them."
+            )
 
     def remove(self, linears: Mapping[str, Matrix], x: Hessian, dense: Mapping[str, Tensor]) -> None:
         hessian = x.taken()

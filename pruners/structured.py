@@ -1,4 +1,4 @@
-"""What the methods that remove whole heads and channels have in common: how much is asked, and carrying it out.
+"""Base of the methods that remove whole heads and channels: how much to remove, and the removal.
 
 `ratio` means what the method's paper means by it; `target_parameters` is unambiguous: the share of parameters that
 goes, of the decoder blocks or of the whole model (`target_of`), met to the granularity of a unit.
@@ -45,7 +45,7 @@ class Structured(Method):
     def __post_init__(self) -> None:
         checks.fields(self)
         if self.ratio is not None and self.target_parameters is not None:
-            raise ValueError("ratio and target_parameters both say how much goes; give one of the two.")
+            raise ValueError("ratio and target_parameters both say how much to remove; give one of the two.")
         if self.ratio is None and self.target_parameters is None:
             object.__setattr__(self, "ratio", self.DEFAULT_RATIO)
         select.check_share("ratio" if self.target_parameters is None else "target_parameters", self.asked)
@@ -63,7 +63,7 @@ class Structured(Method):
 
     @property
     def setting(self) -> str:
-        """What is asked, in words."""
+        """The requested sparsity, in words."""
         if self.target_parameters is not None:
             return f"{self.asked:.2%} of the {'decoder blocks' if self.target_of == 'decoder' else 'model'}"
         return f"ratio {self.asked:g}"
@@ -71,8 +71,8 @@ class Structured(Method):
     def choose(
         self, model: nn.Module, windows: Tensor | None, dense: Mapping[str, Tensor], how: Execution = PLAIN
     ) -> list[Kept]:
-        """What stays of each block; a method whose later blocks see pruned ones zeroes the earlier as it goes."""
-        raise TypeError(f"{type(self).__name__} chooses nothing.")
+        """What is kept of each block; a method whose later blocks see pruned ones zeroes the earlier as it goes."""
+        raise TypeError(f"{type(self).__name__} does not implement choose().")
 
     def repairs(
         self, block: Block, kept: Kept, dense: Mapping[str, Tensor]
@@ -131,8 +131,8 @@ class Structured(Method):
         budget = asked + (self.added_parameters(model) if self.target_parameters is not None else 0)
         if budget > (removable := self._removable(model)):
             raise ValueError(
-                f"{self.setting} is {asked:,} parameters, and the heads and channels that may go hold {removable:,}; "
-                "ask for less, or open more blocks."
+                f"{self.setting} is {asked:,} parameters, and the removable heads and channels have "
+                f"{removable:,}; remove less, or allow more blocks."
             )
         return budget
 

@@ -1,11 +1,11 @@
-"""Wanda-sp and magnitude-sp: FLAP's baselines, Wanda and magnitude with whole heads and channels.
+"""Wanda-sp and magnitude-sp: FLAP's baselines, the scores of Wanda and magnitude for whole heads and channels.
 
     S[i] = mean_o |W[o, i]| * ||x_i||     Wanda-sp: over the inputs of the last projection of attention and of the MLP;
                                           block after block, each sees the outputs of the pruned ones before it
     S[i] = sqrt(sum_o W[o, i]^2)          magnitude-sp: no data
 
 An et al. 2024, arXiv:2312.11983.  A head's score is the sum over its channels.  Every block loses the same share of its
-heads and of its channels, rounded down; nothing is repaired.
+heads and of its channels, rounded down; the remaining weights are not changed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the methods that zero single weights have in common: the fields `sparsity` and `pattern`, and the walk."""
+"""Base of the methods that zero single weights: the fields `sparsity` and `pattern`, and the loop over blocks."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Unstructured(Method):
 
     def score(self, name: str, weight: Float[Tensor, "out inp"], x: Any, dense: Mapping[str, Tensor]) -> Tensor:
         """How much each weight of projection `name` matters [out, inp]; `x` is what NEEDS saw of its inputs."""
-        raise TypeError(f"{type(self).__name__} scores nothing.")
+        raise TypeError(f"{type(self).__name__} does not implement score().")
 
     def gone(self, score: Float[Tensor, "out inp"]) -> Bool[Tensor, "out inp"]:
         """What the scores condemn: within rows, or by the pattern."""
@@ -159,6 +159,5 @@ def refuse_non_finite(block: Block) -> None:
     for name, linear in block.linears().items():
         if not linear.weight.is_meta and not is_finite(linear.weight):
             raise ValueError(
-                f"{block.name}.{name}.weight holds NaN or inf; nothing sound can be pruned from it. Check the "
-                "checkpoint."
+                f"{block.name}.{name}.weight holds NaN or inf, so it cannot be pruned. Check the checkpoint."
             )

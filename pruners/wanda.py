@@ -1,4 +1,4 @@
-"""Wanda: a weight matters as much as its own size times the size of what it multiplies.
+"""Wanda: a weight's importance is its magnitude times the norm of its input.
 
     S[o, i] = |W[o, i]| * ||x_i||        Sun et al. 2023, arXiv:2306.11695
 

@@ -1,4 +1,4 @@
-"""Send the cells of the papers' tables to a cluster, and see how they are.
+"""Run the cells of the papers' tables as Slurm jobs, and follow them.
 
 python -m slurm submit embedded.demo --profile gpu_partition --dry-run
 python -m slurm submit --all --profile rtx4090.toml a100.toml --collect
@@ -44,10 +44,10 @@ def _stopped(asked: argparse.Namespace) -> str:
     """What is so once this command is interrupted."""
     if asked.command in (_submit, _retry):
         if asked.dry_run:
-            return "Stopped. Nothing was sent."
+            return "Stopped. Nothing was submitted."
         if asked.executor != "slurm":
-            return "Stopped. What was finished is kept; the same command goes on."
-        return "Stopped. What was sent is in the queue; the same command sends the rest."
+            return "Stopped. Finished cells are kept; the same command runs the rest."
+        return "Stopped. Submitted jobs stay in the queue; the same command submits the rest."
     if asked.command is _cancel:
         return "Stopped. Some jobs may be cancelled by now; the same command cancels the rest."
     return "Stopped. The jobs are as they were."
@@ -56,51 +56,58 @@ def _stopped(asked: argparse.Namespace) -> str:
 def parser() -> argparse.ArgumentParser:
     top = cli.Parser(prog="python -m slurm", description=(__doc__ or "").splitlines()[0])
     commands = top.add_subparsers(required=True, metavar="COMMAND")
-    submit = commands.add_parser("submit", help="send the cells that have no record and are not queued")
-    retry = commands.add_parser("retry", help="send the cells that failed or were cancelled once more")
+    submit = commands.add_parser("submit", help="submit the cells that have no record and are not queued yet")
+    retry = commands.add_parser("retry", help="submit failed and cancelled cells again")
     retry.add_argument(
-        "--failed", action="store_true", required=True, help="which cells: those that failed or were cancelled"
+        "--failed", action="store_true", required=True, help="submit cells that failed or were cancelled (required)"
     )
     for command in (submit, retry):
         selection.add(command)
         cli.add_running(command)
         cli.add_saving(command)
         _add_sending(command)
-    status = commands.add_parser("status", help="how everything stands, or the cells and jobs of these tables")
+    status = commands.add_parser("status", help="overview of all tables, or the cells and jobs of the given ones")
     selection.add(status)
     cli.add_data(status)
     shown = status.add_mutually_exclusive_group()
-    shown.add_argument("--watch", action="store_true", help="renew it in place until nothing runs or waits any more")
-    shown.add_argument("--json", action="store_true", help="for programs: a list of cells")
+    shown.add_argument("--watch", action="store_true", help="refresh in place until no job runs or waits")
+    shown.add_argument("--json", action="store_true", help="print the cells as a JSON list")
     cancel = commands.add_parser(
-        "cancel", help="stop the jobs with cells of these tables, but for those with cells that others want"
+        "cancel", help="cancel the jobs of these tables, except those that other tables need as well"
     )
     selection.add_tables(cancel)
     cli.add_variant(cancel)
     cli.add_data(cancel)
-    logs = commands.add_parser("logs", help="what the last job with a cell said")
-    logs.add_argument("cell", type=cli.word, metavar="CELL", help="its id or label; or: collect")
+    logs = commands.add_parser("logs", help="show the log of the last job that had a cell")
+    logs.add_argument("cell", type=cli.word, metavar="CELL", help="id or label of the cell, or: collect")
     for command in (cancel, logs):
         cli.add_results(command)
     actions = {submit: _submit, retry: _retry, status: _status, cancel: _cancel, logs: _logs}
     for command, action in actions.items():
         command.set_defaults(command=action, idle=action is _status)
-        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        command.add_argument("--debug", action="store_true", help="show the full traceback on error")
     return top
 
 
 def _add_sending(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--profile", nargs="+", type=cli.word, default=["cpu"], metavar="NAME|FILE",
-        help="where to; of several each cell goes to the smallest card that takes it (default: cpu)",
+        help="Slurm profile: a name in slurm/profiles or a TOML file; of several, each cell goes to the smallest "
+        "GPU that holds it (default: cpu)",
     )  # fmt: skip
-    command.add_argument("--executor", choices=("slurm", "local", "debug"), default="slurm", help="default: slurm")
     command.add_argument(
-        "--memory-gb", type=cli.gigabytes, metavar="GB", help="ask for this much instead of the estimate"
+        "--executor",
+        choices=("slurm", "local", "debug"),
+        default="slurm",
+        help="slurm, or run the jobs on this machine: as subprocesses (local) or in this process (debug); "
+        "default: slurm",
     )
-    command.add_argument("--dry-run", action="store_true", help="show the jobs and their script, send nothing")
     command.add_argument(
-        "--collect", action="store_true", help="one more job after all others: tables, figures, claims and report"
+        "--memory-gb", type=cli.gigabytes, metavar="GB", help="memory to request per job, instead of the estimate"
+    )
+    command.add_argument("--dry-run", action="store_true", help="print the jobs and batch scripts, submit nothing")
+    command.add_argument(
+        "--collect", action="store_true", help="add a last job that writes tables, figures, claims and the report"
     )
     cli.add_strict(command)
 
@@ -127,7 +134,9 @@ def _refuse_unheeded(asked: argparse.Namespace) -> None:
     told = {"--memory-gb": asked.memory_gb, "--dry-run": asked.dry_run}
     if asked.executor != "slurm" and (unheeded := [name for name, value in told.items() if value]):
         which = " and ".join(unheeded)
-        raise UsageError(f"{which} means nothing without a cluster; leave it out, or --executor {asked.executor}.")
+        raise UsageError(
+            f"{which} has no effect without a cluster; leave it out, or leave out --executor {asked.executor}."
+        )
 
 
 def _refuse_unmeant(asked: argparse.Namespace, profiles: Mapping[str, Profile]) -> None:
@@ -136,12 +145,12 @@ def _refuse_unmeant(asked: argparse.Namespace, profiles: Mapping[str, Profile]) 
 
     if "%" in str(asked.results) and asked.executor != "debug":
         raise UsageError(
-            f"Jobs write their logs below {asked.results}, and in the names of logs what follows % is replaced by the "
-            "job's number and the like; take a results folder without %."
+            f"Jobs write their logs under {asked.results}, and Slurm replaces % in the names of logs; use a "
+            "results folder without % in its path."
         )
     whole = [name for name, found in profiles.items() if found.whole_memory]
     if whole and asked.memory_gb is not None:
-        raise UsageError(f"The profile {whole[0]} asks for all memory of a node (whole_memory); leave out --memory-gb.")
+        raise UsageError(f"The profile {whole[0]} requests all memory of a node (whole_memory); leave out --memory-gb.")
 
 
 def _launch(asked: argparse.Namespace, chosen: selection.Asked) -> int:
@@ -185,7 +194,7 @@ def _say_sent(
     count = sum(map(len, tables.values()))
     lacking = sum(cell.id in left for cells in tables.values() for cell in cells)
     which = f"{len(tables)} tables" if len(tables) > 1 else next(iter(tables))
-    told = f"{which}: cells sent: {sent}, done or queued already: {count - sent - lacking}"
+    told = f"{which}: cells submitted: {sent}, done or queued already: {count - sent - lacking}"
     told += f", left out: {lacking}" if lacking else ""
     print(f"{told}; python -m slurm status {cli.same_tables(asked)}".rstrip(), file=sys.stderr)
 
@@ -213,7 +222,7 @@ def _dry_run(
     for name in dict.fromkeys(name for name, _ in planned):
         of_profile = [job for other, array in planned if other == name for job in array.jobs]
         print(f"{name}: {_counted(of_profile)}")
-    print(f"Nothing is sent: {len(todo.cells) - len(todo.left)} cells would be, {len(todo.left)} are left out.")
+    print(f"Nothing was submitted: {len(todo.cells) - len(todo.left)} cells would be, {len(todo.left)} are left out.")
     return cli.EXIT_FAILED if todo.left and asked.strict else 0
 
 
@@ -240,7 +249,7 @@ def _slowness(slow: Mapping[Cell, float], count: int, name: str) -> str:
     others = {other: profile.load(other).gpu_memory_gb for other in profile.names() if other != name}
     cards = ", ".join(f"{other} ({held:g} GB)" for other, held in others.items() if held)
     most = max(device_gb(cell.run) for cell in slow)
-    needed = f"profiles with accelerators: {cards}; these cells need up to {most:.0f} GB on one"
+    needed = f"profiles with GPUs: {cards}; these cells need up to {most:.0f} GB per GPU"
     return f"{said}; {needed}." if cards else f"{said}."
 
 
@@ -267,23 +276,19 @@ def _absolute(place: Path | None) -> str | None:
 def _show(array: Array, profile: str, whole_memory: bool) -> None:
     request = array.request
     rows = [(number, len(job.cells), job.label) for number, job in enumerate(array.jobs)]
-    print(tabulate(rows, ("job", "cells", f"which, of {array.model}"), maxcolwidths=[None, None, 100]))
+    print(tabulate(rows, ("job", "cells", f"cells of {array.model}"), maxcolwidths=[None, None, 100]))
     device = ""
     if request.gpus:
-        some = "accelerator with" if request.gpus == 1 else "accelerators, each with"
+        some = "GPU with" if request.gpus == 1 else "GPUs, each with"
         device = f"{request.gpus} {some} {request.gpu_memory_gb:g} GB in use, "
     elif request.cards > 1:
         device = f"{request.cards} processes, "
-    times = (
-        f", then back into the queue, {request.needed_hours:.1f} h in all"
-        if request.hours < request.needed_hours
-        else ""
-    )
+    times = f", then requeued, {request.needed_hours:.1f} h in total" if request.hours < request.needed_hours else ""
     where = f" with the profile {profile}" if profile else ""
-    print(f"\nEach asks for {device}{request.memory(whole_memory)} and {request.hours:.1f} h{times}{where}.")
+    print(f"\nEach requests {device}{request.memory(whole_memory)} and {request.hours:.1f} h{times}{where}.")
     if array.after:
         jobs = f"{len(array.after)} jobs have" if len(array.after) > 1 else "1 job has"
-        print(f"They begin once {jobs} chosen learning rates that they need.")
+        print(f"They start once {jobs} chosen the learning rates that they need.")
 
 
 def _status(asked: argparse.Namespace) -> int:
@@ -299,7 +304,7 @@ def _cancel(asked: argparse.Namespace) -> int:
         stopped = [id for one in selection.each(asked) for id in _cancel_table(one, set(asked.sources))]
         over = collect.cancel(asked.results, () if _variant(asked) else asked.sources, stopped)
     if over:
-        print(f"{', '.join(over)}: cancelled, too, as it would have collected what they make", file=sys.stderr)
+        print(f"{', '.join(over)}: also cancelled, as it would have collected their results", file=sys.stderr)
     return 0
 
 
@@ -312,10 +317,10 @@ def _cancel_table(one: argparse.Namespace, named: set[str]) -> list[str]:
     alive = [job for job in jobs if ids is None or ids & set(job.sent.cells)]
     others = {job.sent.id: state.wanting(job) - named for job in alive}
     stopped = state.cancel([job for job in alive if not others[job.sent.id]])
-    told = f"{one.table}: jobs cancelled: {len(stopped)}; what they had finished is kept"
+    told = f"{one.table}: jobs cancelled: {len(stopped)}; finished cells are kept"
     if on := len(alive) - len(stopped):
         wanted = ", ".join(sorted(set().union(*others.values())))
-        told += f"; {on} go on, in which there are cells for {wanted}; name all tables to stop them, too"
+        told += f"; {on} continue, as they have cells for {wanted}; name all these tables to cancel them as well"
     print(told, file=sys.stderr)
     return stopped
 

@@ -1,4 +1,4 @@
-"""Learning rates that cells of several jobs need: the first of these jobs chooses, and the others begin after it.
+"""Learning rates that cells of several jobs need: one job chooses, and the others start after it.
 
 Else they would wait for its choice with a card in hand.
 """

@@ -1,4 +1,4 @@
-"""A last job that writes down what the others have made: tables, figures, claims and report."""
+"""A last job that collects the results of the others: tables, figures, claims and report."""
 
 from __future__ import annotations
 
@@ -53,16 +53,16 @@ def _results(words: Sequence[str]) -> str:
 
 def _message(status: int, unwritten: Path, results: str) -> str:
     """What was not written and why, in one sentence; empty where everything was."""
-    logs = f"`python -m slurm logs collect --results {shlex.quote(results)}` shows all that was said"
+    logs = f"`python -m slurm logs collect --results {shlex.quote(results)}` shows the whole log"
     if not unwritten.exists():
-        return f"not all could be written, as the command ended early (exit status {status}); {logs}"
+        return f"not everything was written, as the command ended early (exit status {status}); {logs}"
     reasons: dict[str, str] = json.loads(unwritten.read_text(encoding="utf-8"))
     if not reasons:
         return ""
     parts = list(reasons)
     shown = [*parts[:NAMED], f"{len(parts) - NAMED} more"] if len(parts) > NAMED else parts
     named = " and ".join(filter(None, [", ".join(shown[:-1]), shown[-1]]))
-    return f"written but for {named} ({parts[-1]}: {reasons[parts[-1]].rstrip('.')}); {logs}"
+    return f"written, except {named} ({parts[-1]}: {reasons[parts[-1]].rstrip('.')}); {logs}"
 
 
 def send(plan: Work, cells: Collection[str], profile: Profile, executor: str) -> str:
@@ -85,10 +85,10 @@ def send(plan: Work, cells: Collection[str], profile: Profile, executor: str) ->
         ]
         for job in waiting:
             if set(tables) == set(job.entry.collected) and set(alive) <= set(job.entry.after):
-                return f"{job.sent.id}: {WHAT}, sent before"
+                return f"{job.sent.id}: {WHAT}, submitted before"
         id = _send(plan, profile, executor, tables, same, alive)
         replaced = state.cancel(waiting)
-    return ", in place of ".join([f"{id}: {WHAT}", *([" and ".join(replaced)] if replaced else [])])
+    return ", replacing ".join([f"{id}: {WHAT}", *([" and ".join(replaced)] if replaced else [])])
 
 
 def _send(

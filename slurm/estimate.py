@@ -1,4 +1,4 @@
-"""What a job asks for, from the model's size and the work of its cells; rough, and on the safe side.
+"""What a job requests, from the model's size and the work of its cells; rough, and on the safe side.
 
     cards    the fewest on which its cells fit; twice as many while it would need more time than the profile allows and
              so many save a quarter of it
@@ -52,7 +52,7 @@ class Request:
 
     def memory(self, whole: bool) -> str:
         """In words; `whole` is all that a node has."""
-        return "all memory of its node" if whole else f"{self.memory_gb:g} GB of memory"
+        return "all memory of a node" if whole else f"{self.memory_gb:g} GB of memory"
 
     @property
     def minutes(self) -> int:
@@ -187,15 +187,15 @@ def _weights_gb(run: Run) -> float:
 
 def _check(model: str, device_gb: float, memory_gb: float, profile: Profile, cards: int) -> None:
     if profile.gpu_memory_gb and device_gb > profile.gpu_memory_gb:
-        where = f"each of {cards} accelerators" if cards > 1 else "one accelerator"
+        where = f"each of {cards} GPUs" if cards > 1 else "one GPU"
+        otherwise = ", or leave out --weights device" if profile.weights == "device" else ""
         raise TooLargeError(
-            f"{model} needs about {device_gb:.0f} GB on {where} and this profile's hold "
-            f"{profile.gpu_memory_gb:g} GB; take a profile with larger ones, or one without gres"
-            f"{', or leave out --weights device' if profile.weights == 'device' else ''}."
+            f"{model} needs about {device_gb:.0f} GB on {where}, but this profile's GPUs have "
+            f"{profile.gpu_memory_gb:g} GB; use a profile with larger ones, or one without gres{otherwise}."
         )
     if profile.memory_gb and memory_gb > profile.memory_gb:
         on = f"A job of {cards} processes" if cards > 1 else "A job"
         raise TooLargeError(
-            f"{on} on {model} needs about {memory_gb:.0f} GB of memory and this profile allows {profile.memory_gb:g}; "
-            "take another profile, or say --memory-gb if you know better."
+            f"{on} on {model} needs about {memory_gb:.0f} GB of memory, and this profile allows "
+            f"{profile.memory_gb:g}; use another profile, or override the estimate with --memory-gb."
         )

@@ -1,4 +1,4 @@
-"""Sends what is missing: cells without a record that no job has, as arrays to Slurm or one by one on this machine.
+"""Submits missing cells, those without a record or a job: as arrays to Slurm, or one by one on this machine.
 
 The order of steps is what makes a killed launcher harmless: the entry is stored, the cluster is asked, the entry is
 completed.  An entry that stayed incomplete names jobs that may lack their payload; the next launch cancels them and

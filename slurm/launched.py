@@ -1,4 +1,4 @@
-"""A job on several cards: a process of `slurm.rank` on each, started as torchrun does, and why one of them failed."""
+"""A job on several GPUs: starts a process of `slurm.rank` on each, and says why one of them failed."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def run(count: int, payload: Mapping[str, Any], log: Events, said: str) -> None:
     except ChildFailedError as error:
         statuses = {rank: failure.exitcode for rank, failure in error.failures.items()}
         if set(statuses.values()) == {-signal.SIGTERM}:  # as where all processes of a job are told that it will end
-            raise ProcessFailedError("All processes were told to stop.") from None
+            raise ProcessFailedError("All processes received a signal to stop.") from None
         message = _why(count, statuses, log.path, before)
         log.write("job failed", message=message)
         raise ProcessFailedError(message) from None
@@ -50,13 +50,13 @@ def _why(count: int, statuses: Mapping[int, int], events: Path, before: int) -> 
     """A process that was killed says nothing; of those that say why they end, one that met no lost process."""
     for rank, status in sorted(statuses.items()):
         if status < 0 and -status != signal.SIGTERM:
-            why = ", most often for its memory" if -status == signal.SIGKILL else ""
+            why = ", usually for running out of memory" if -status == signal.SIGKILL else ""
             return (
-                f"Process {rank} of {count} was killed ({signal.Signals(-status).name}){why}; submit again, and what "
-                "was finished is kept."
+                f"Process {rank} of {count} was killed ({signal.Signals(-status).name}){why}; submit again; "
+                "finished cells are kept."
             )
     failed = [event for event in callbacks.read(events)[before:] if event["event"] == "rank failed"]
     for event in sorted(failed, key=lambda event: event["lost"]):
         return f"Process {event['rank']} of {count}: {event['message']}"
     told = ", ".join(f"{status} of process {rank}" for rank, status in sorted(statuses.items()))
-    return f"One of {count} processes ended early (exit status {told}); `logs` shows what it said."
+    return f"One of {count} processes ended early (exit status {told}); see `logs` for its output."

@@ -1,4 +1,4 @@
-"""What was sent where: one small sealed JSON file a submission, results/.cache/slurm/<tables>/<name>/entry.json.
+"""Which jobs were submitted: one small JSON file per submission, results/.cache/slurm/<tables>/<name>/entry.json.
 
 An entry is written before the cluster hears of the jobs and completed after: one that was never completed belongs to
 a launcher that was killed in between.  Beside it lie the jobs' logs and events.
@@ -159,4 +159,4 @@ def launching(root: Path) -> Iterator[None]:
         with lock(folder / "launching.lock", timeout=10):
             yield
     except Timeout:
-        raise TimeoutError("Another process is submitting cells right now; wait for it, then ask again.") from None
+        raise TimeoutError("Another process is submitting cells; wait for it, then try again.") from None

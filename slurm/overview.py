@@ -1,4 +1,4 @@
-"""How everything stands, at one glance: every table that was begun, what runs, what waits and why, and what failed."""
+"""Overview of all started tables: what runs, what waits and why, and what failed."""
 
 from __future__ import annotations
 
@@ -65,7 +65,9 @@ def look(asked: argparse.Namespace) -> tuple[list[Standing], list[Job]]:
 def text(found: Sequence[Standing], jobs: Sequence[Job], detail: bool = True) -> str:
     """For a reader: one line a table, or with `detail` one a cell; then what runs, what waits, and what failed."""
     if not found:
-        return "\n\n".join(["Nothing was begun yet: python -m slurm submit TABLE, or --all.", *_collecting(jobs)])
+        return "\n\n".join(
+            ["Nothing has been submitted yet; use python -m slurm submit TABLE, or --all.", *_collecting(jobs)]
+        )
     parts = [_of_cells(one) for one in found] if detail else [_of_tables(found)]
     parts += [part for part in (_running(found, detail), _waiting(found, detail), *_collecting(jobs)) if part]
     parts += [part for one in found for part in _failures(one, detail)]

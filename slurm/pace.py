@@ -1,4 +1,4 @@
-"""What cells really take, as records tell: seconds measured against seconds estimated, by kind of cell, on one card.
+"""Time that cells really take, from records: measured over estimated seconds, by kind of cell, on one GPU type.
 
 A profile that names its `card` asks for MARGIN times the median of ENOUGH records or more of the same kind of cell,
 whatever their table and model; for other kinds for `estimate.SAFETY` times the estimate.
@@ -36,7 +36,8 @@ def measured(profile: Profile, root: Path) -> tuple[Profile, list[str]]:
             ratios[estimate.kind(cell)].append(record.cost.seconds["total"] / expected)
     times = {kind: MARGIN * median(found) for kind, found in ratios.items() if len(found) >= ENOUGH}
     lines = [
-        f"Hours for {kind}: {times[kind]:.2g} times the estimate, {MARGIN} x the median of {len(ratios[kind])} records "
+        f"Time limit for {kind}: {times[kind]:.2g} times the estimate, {MARGIN} x the median of "
+        f"{len(ratios[kind])} records "
         f"on {profile.card}."
         for kind in sorted(times)
     ]

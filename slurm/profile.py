@@ -1,4 +1,4 @@
-"""What one cluster wants to hear: a TOML file under slurm/profiles, or anywhere."""
+"""The profile of one cluster or partition: a TOML file under slurm/profiles, or anywhere."""
 
 from __future__ import annotations
 
@@ -70,7 +70,8 @@ class Profile(BaseModel):
     gpu_memory_gb: Number | None = Field(None, gt=0)
     teraflops: Number = Field(
         gt=0,
-        description="what one card sustains in 16-bit formats, e.g. teraflops = 60 for an A100, or 0.1 for 8 cores",
+        description="the throughput that one GPU sustains in 16-bit formats, e.g. teraflops = 60 for an A100, or 0.1 "
+        "for 8 cores",
     )
     cpus: Count = Field(8, ge=1)
     memory_gb: Number | None = Field(None, gt=0)
@@ -91,13 +92,13 @@ class Profile(BaseModel):
     def _gpu_memory_is_known(self) -> Profile:
         if (self.gres is None) != (self.gpu_memory_gb is None):
             lacking = (
-                'gres = "gpu:1", how the site names one card'
+                'gres = "gpu:1", the name of one GPU at the site'
                 if self.gres is None
-                else ("gpu_memory_gb = 80, what one card holds in GB")
+                else "gpu_memory_gb = 80, the memory of one GPU in GB"
             )
             raise ValueError(
-                "gres and gpu_memory_gb belong together: name both for accelerators, neither without; "
-                f"add e.g. {lacking}, or leave out the other."
+                f"gres and gpu_memory_gb belong together: set both for GPUs, or neither; add e.g. {lacking}, "
+                "or leave out the other."
             )
         return self
 
@@ -105,7 +106,7 @@ class Profile(BaseModel):
     def _one_card_is_named(self) -> Profile:
         if self.cards > 1 and self.gres is not None and len(re.findall(ONE_CARD, self.gres)) != 1:
             raise ValueError(
-                f'gres: {self.gres!r} does not name one card, as "gpu:a100:1" does; cards says how many a node has.'
+                f'gres: {self.gres!r} does not name one GPU, as "gpu:a100:1" does; cards counts the GPUs of a node.'
             )
         return self
 
@@ -145,7 +146,7 @@ class Profile(BaseModel):
     @classmethod
     def _leave_ours_alone(cls, options: dict[str, str | int | bool]) -> dict[str, str | int | bool]:
         if taken := OURS & {name.replace("_", "-") for name in options}:
-            raise ValueError(f"{', '.join(sorted(taken))} is set from the job itself; leave it out of options.")
+            raise ValueError(f"{', '.join(sorted(taken))} is set by the job itself; leave it out of options.")
         return options
 
     @model_validator(mode="after")
@@ -153,10 +154,12 @@ class Profile(BaseModel):
         """What stands in a line of the script must not end it; an empty word would ask for nothing."""
         for name in self.environment:
             if not VARIABLE.fullmatch(name):
-                raise ValueError(f"environment: {name!r} is no name of a variable (letters, digits and _).")
+                raise ValueError(f"environment: {name!r} is not a valid variable name (letters, digits and _).")
         for name in self.options:
             if not OPTION.fullmatch(name):
-                raise ValueError(f"options: {name!r} is no option of sbatch (letters, digits and -, without the --).")
+                raise ValueError(
+                    f"options: {name!r} is not an option of sbatch (letters, digits and -, without the --)."
+                )
         for name, text in self._words():
             if any(unicodedata.category(letter) == "Cc" for letter in text):
                 raise ValueError(f"{name} holds a line break or another control character; give it in one line.")
@@ -173,8 +176,8 @@ class Profile(BaseModel):
         for line in lines:
             if found := secrets.found(line):
                 raise ValueError(
-                    f"{found} looks like a secret, and profiles and batch scripts are files that others may read; "
-                    "export it in the shell you submit from, which jobs inherit."
+                    f"{found} looks like a secret, and others may read profiles and batch scripts; export it "
+                    "in the shell you submit from, which jobs inherit."
                 )
         return self
 
@@ -200,13 +203,13 @@ def load(name: str) -> Profile:
     if not path.is_file():
         path = Path(name)
     if not path.is_file():
-        raise UsageError(f"{unknown('profile', name, names())} The path of a TOML file would do, too.")
+        raise UsageError(f"{unknown('profile', name, names())} The path of a TOML file works as well.")
     try:
         return Profile.model_validate(tomllib.loads(path.read_bytes().decode("utf-8-sig")))
     except OSError as error:
         raise ProfileError(f"{path} cannot be read ({error.strerror}).") from error
     except UnicodeDecodeError as error:
-        raise ProfileError(f"{path} is no UTF-8 text (byte {error.start + 1}); save it as UTF-8.") from error
+        raise ProfileError(f"{path} is not UTF-8 text (byte {error.start + 1}); save it as UTF-8.") from error
     except RecursionError:
         raise ProfileError(f"{path} is nested too deeply to be a profile.") from None
     except tomllib.TOMLDecodeError as error:
@@ -221,6 +224,6 @@ def _first(error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         return unknown("key", key, Profile.model_fields)
     if first["type"] == "missing":
-        return f"{key} is missing; say {Profile.model_fields[key].description}."
+        return f"{key} is missing; set {Profile.model_fields[key].description}."
     message = first["msg"].removeprefix("Value error, ")
     return f"{key}: {message}" if key else message

@@ -1,4 +1,4 @@
-"""What Slurm says of our jobs, through its own commands; whatever they complain about is passed on."""
+"""Reads Slurm's queue through its own commands; their error messages are passed on."""
 
 from __future__ import annotations
 
@@ -79,7 +79,8 @@ def check() -> None:
     """Raises SlurmError where there is no Slurm to talk to."""
     if missing := [program for program in ("sbatch", "srun", "squeue", "scancel") if not shutil.which(program)]:
         raise SlurmError(
-            f"{missing[0]} is not on the path, so this is no machine to submit from: log in to one, or run the same "
+            f"{missing[0]} is not on the path, so jobs cannot be submitted from this machine: log in to one "
+            "that can, or run the same "
             "jobs here with --executor local."
         )
 

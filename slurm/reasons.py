@@ -1,4 +1,4 @@
-"""Why a job waits, in words: what Slurm's own short reasons mean where waiting alone may not help."""
+"""Why a job waits: explains Slurm's short reasons where waiting alone may not help."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ import re
 
 MEANINGS = {
     r"PartitionConfig|PartitionNodeLimit|BadConstraints": (
-        "asks for more than the nodes of its partition have or allow{asks}; see the profile, and sinfo for the nodes"
+        "requests more than the nodes of its partition have or allow{asks}; see the profile, and sinfo for the nodes"
     ),
-    r"PartitionTimeLimit": "asks for more hours than its partition allows{asks}; lower hours in the profile",
+    r"PartitionTimeLimit": "requests more hours than its partition allows{asks}; lower hours in the profile",
     r"PartitionDown|PartitionInactive": (
-        "its partition is out of service; wait until sinfo shows it up, or name another partition in the profile"
+        "its partition is down; wait until sinfo shows it as up, or set another partition in the profile"
     ),
     r"ReqNodeNotAvail|NodeDown|Nodes.required.for.job.are.DOWN": (
-        "the nodes that it needs are down, drained or reserved; sinfo -R says why, and if they stay so, cancel "
-        "and take another profile"
+        "the nodes that it needs are down, drained or reserved; sinfo -R says why; if this does not change, "
+        "cancel and use another profile"
     ),
     r"NotAllowed|InvalidQOS|InvalidAccount": (
         "its account or QOS may not be used there; see account, qos and partition in the profile"
     ),
     r"^(QOS|Assoc|MaxCpuPerAccount|MaxMemPerAccount)": (
-        "a limit of its account or QOS is reached{asks}; it starts once other jobs leave room, or never if this "
-        "alone is more than the limit: then ask for less in the profile"
+        "a limit of its account or QOS is reached{asks}; it starts once other jobs end, or never if it alone "
+        "exceeds the limit: then request less in the profile"
     ),
-    r"Reservation": "the reservation that it asks for is not there now; see options in the profile",
+    r"Reservation": "the reservation that it requests is not active; see options in the profile",
     r"Licenses": "waits for licences; see options in the profile",
-    r"DependencyNeverSatisfied": "waits for a job that can no longer end as it must; cancel it and submit again",
-    r"JobHeld|JobHold|held": "is held; scontrol release, by its number, lets it go",
+    r"DependencyNeverSatisfied": "waits for a job that can no longer end as required; cancel it and submit again",
+    r"JobHeld|JobHold|held": "is held; release it with scontrol release and its job id",
 }
 
 

@@ -1,4 +1,4 @@
-"""What in a line of a batch script is a secret: a file that others may read must not hold any."""
+"""Finds secrets in the lines of a batch script, which others may read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a table stands: the jobs of its submissions, and its cells."""
+"""State of a table: the jobs of its submissions, and its cells."""
 
 from __future__ import annotations
 
@@ -25,29 +25,28 @@ from slurm.ledger import Entry, Sent
 from slurm.queue import Queued
 
 LAST_LINES = 8
-CANCELLED = "Cancelled; submit again to go on."
+CANCELLED = "Cancelled; submit again to continue."
 ALL_MEMORY = (
-    "Out of memory, most likely, although all memory of its node was asked for: take nodes with more, or a smaller "
+    "Probably out of memory, although all memory of a node was requested: use nodes with more, or a smaller "
     "--batch-size."
 )
-CHOSEN_FIRST = "after the job that chooses its learning rate"
+CHOSEN_FIRST = "waits for the job that chooses its learning rate"
 COLLECT = "collect"  # what jobs that write everything down are called
-NEVER_BEGUN = "It left the queue before it began, as a cancelled job does; submit again."
+NEVER_BEGUN = "It left the queue before it started, as a cancelled job does; submit again."
 DEATHS = {
     r"exceeded (job )?memory limit|oom.?kill|out of memory|out_of_memory|MemoryError": (
         "Out of memory in a job of {memory_gb:.0f} GB: submit again with --memory-gb {more_gb:.0f}, or a smaller "
         "--batch-size."
     ),
     r"DUE TO TIME LIMIT|TIMEOUT": (
-        "Stopped at its time limit before it could put itself back into the queue; give the profile more "
-        "warning_seconds."
+        "Stopped at its time limit before it could requeue itself; increase warning_seconds in the profile."
     ),
     r"DUE TO NODE FAILURE|NODE_FAIL": "Its node failed; submit again.",
     r"CANCELLED(?!.*DUE TO JOB REQUEUE)|KeyboardInterrupt": CANCELLED,
-    r"User defined signal": "Told to stop before it had begun; submit again.",
+    r"User defined signal": "Stopped before it had started; submit again.",
     r"task 0: Killed|exit code 137": (
-        "Killed from outside, most often for its memory ({memory_gb:.0f} GB were asked for); submit again, with "
-        "--memory-gb {more_gb:.0f} if so."
+        "Killed from outside, usually for running out of memory ({memory_gb:.0f} GB were requested); submit "
+        "again, with --memory-gb {more_gb:.0f} if so."
     ),
 }
 
@@ -137,7 +136,7 @@ class Job:
                 if not self.entry.memory_gb and "memory_gb" in sentence:
                     return ALL_MEMORY
                 return sentence.format(memory_gb=self.entry.memory_gb, more_gb=2 * self.entry.memory_gb)
-        return f"The job ended early{state and f' ({state})'}; `logs` shows what it said."
+        return f"The job ended early{state and f' ({state})'}; see `logs` for its output."
 
 
 @dataclass(frozen=True)
@@ -196,7 +195,9 @@ def _cell(id: str, label: str, record: Record | None, failure: Failure | None, j
             return CellState(id, label, "queued", name, CHOSEN_FIRST if chosen else job.reason)
         if job.current == id:
             return CellState(id, label, "running", name, **job.pace)
-        return CellState(id, label, "queued", name, "after others of its job" if job.events else "its job is starting")
+        return CellState(
+            id, label, "queued", name, "after other cells of its job" if job.events else "its job is starting"
+        )
     if failure:  # later than a record, which would have removed it
         return CellState(id, label, "failed", name, failure.message, tuple(failure.traceback))
     if job and not record and job.is_cancelled:
@@ -247,7 +248,7 @@ def find(root: Path, cell: str) -> list[Job]:
         or (entry.collects and cell == COLLECT)
     ]
     if not found:
-        raise UsageError(f"No job was ever sent with a cell {cell!r}; `status TABLE` lists ids and labels.")
+        raise UsageError(f"No job was ever submitted with a cell {cell!r}; `status TABLE` lists ids and labels.")
     return found
 
 

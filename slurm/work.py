@@ -1,4 +1,4 @@
-"""What a job runs.  submitit carries it there as a pickle of this class by name and of plain values, nothing else.
+"""What a job runs.
 
 Whatever takes seconds to import is imported once the job runs: until submitit has read the pickle, a warning that the
 time limit is near would end the job for good.
@@ -78,8 +78,8 @@ class Work:
         stalled = 0 if finished > self.finished else self.stalled + 1
         if stalled > self.requeues:
             message = (
-                f"{self.requeues + 1} times in a row the time limit came before a cell was finished; "
-                "take a profile with more hours."
+                f"{self.requeues + 1} times in a row the time limit was reached before a cell was finished; "
+                "use a profile with more hours."
             )
             self.log().write("job gave up", message=message)
             raise SystemExit(message)

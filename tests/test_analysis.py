@@ -70,7 +70,7 @@ def test_several_results_folders_fill_one_table_the_first_goes_first(tmp_path, c
         (told,) = [line.getMessage() for line in caplog.records if "differs between" in line.getMessage()]
         assert f"{first}, which is shown" in told
         caplog.clear()
-    with pytest.raises(ValueError, match="No results folder is given"):
+    with pytest.raises(ValueError, match="No results folder was given"):
         rows.rows(table(), [])
     with pytest.raises(rows.NoRecordsError, match=r"ours.* or .*theirs.*--results \S+ours`"):
         rows.rows(table(models=("llama-7b",)), [ours, theirs])
@@ -141,13 +141,16 @@ def test_the_same_key_on_other_tokens_is_refused(tmp_path):
     dense, magnitude, *_ = table().runs()
     store(tmp_path, dense, token_sha256="a" * 64)
     store(tmp_path, magnitude, token_sha256="b" * 64)
-    with pytest.raises(ValueError, match=r"Magnitude 50 % was measured on other tokens .* \(bbbbbbbbbbbb and aaaa"):
+    with pytest.raises(
+        ValueError,
+        match=r"Magnitude 50 % and the rows above it were measured on different tokens .* \(bbbbbbbbbbbb and aaaa",
+    ):
         frames.columns(rows.rows(table(), tmp_path))
 
 
 def test_records_of_another_protocol_are_named_and_not_shown(tmp_path):
     store(tmp_path, table(measures=(Perplexity("ptb/test", window=128),)).runs()[0])
-    with pytest.raises(LookupError, match=r"at ptb/test@64\[:4\] .*records there are of .*float32 at ptb/test@128\."):
+    with pytest.raises(LookupError, match=r"at ptb/test@64\[:4\] .*Records there are of .*float32 at ptb/test@128\."):
         rows.rows(table(), tmp_path)
 
 
@@ -177,7 +180,7 @@ def test_folders_of_one_name_are_told_apart_by_what_is_in_them(tmp_path):
     for run in made:
         (row, *_) = rows.rows(table(models=(run.model,)), tmp_path)
         assert row.record.spec["model"]["fingerprint"] == fingerprint(Path(run.model))
-    with pytest.raises(ValueError, match="are of 2 models that are called model; say which by its folder"):
+    with pytest.raises(ValueError, match="are of 2 different models named model; choose one by its folder"):
         rows.rows(table(models=("/elsewhere/model",)), tmp_path)
 
 
@@ -205,7 +208,7 @@ def test_sweeps_over_weights_away_from_the_device_are_noted(tmp_path):
 def test_partial_data_is_noted(tmp_path):
     run = table().runs()[0]
     records.write(small.record(run, data={"ptb/test": {"complete": False}}), tmp_path)
-    assert "ptb/test was only a part of the data set." in markdown.markdown(table(), rows.rows(table(), tmp_path))
+    assert "Only a part of ptb/test was available." in markdown.markdown(table(), rows.rows(table(), tmp_path))
 
 
 def test_all_files_are_written(made, tmp_path):

@@ -42,8 +42,8 @@ def test_a_file_that_was_edited_is_told(root, capsys):
     ("change", "said"),
     [
         ({"perplexity": 0.5}, "a perplexity of 0.5; it is 1 or more"),
-        ({"perplexity": 40.0, "nll_per_window": [1.0, 1.0]}, "and 2.7183 by its own windows"),
-        ({"score": 1.5}, "an accuracy of 1.5, which is no share"),
+        ({"perplexity": 40.0, "nll_per_window": [1.0, 1.0]}, "but its own windows give 2.7183"),
+        ({"score": 1.5}, "an accuracy of 1.5, which is not between 0 and 1"),
     ],
 )
 def test_values_that_cannot_be_are_told(root, change, said):

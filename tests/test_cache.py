@@ -63,7 +63,7 @@ def test_files_that_were_swapped_are_noticed(tmp_path, caplog):
     (tmp_path / "aside").rename(two)
     found = cache.statistics(tmp_path, {"name": "a"}, lambda: {"x": torch.zeros(3)})
     assert found["x"].equal(torch.zeros(3))
-    assert "it belongs to another place" in caplog.text
+    assert "it was written for another file" in caplog.text
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-1] + bytes([b[-1] ^ 1]), lambda b: b[:50], lambda b: b""])
@@ -145,7 +145,7 @@ def test_a_full_disk_is_one_sentence_leaves_nothing_and_costs_no_cell(tmp_path, 
 def test_a_lock_that_cannot_be_made_costs_no_cell(tmp_path, caplog):
     (tmp_path / ".cache").write_text("a file where the folder should be")
     assert cache.statistics(tmp_path, KEY, Counted())
-    assert "Statistics are not kept" in caplog.text
+    assert "Statistics are not cached" in caplog.text
 
 
 @pytest.mark.parametrize("name", [".tmpAbC123", ".{name}.abc.tmp", ".0123456789.safetensors.abc.tmp"])

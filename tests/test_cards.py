@@ -28,9 +28,9 @@ def test_so_many_cards_are_there_or_the_way_out_is_told(monkeypatch, capsys):
     assert not cards.wanted(1, None)
     assert cards.wanted(2, "cpu")
     assert main(["run", "embedded.demo", "--cards", "2"]) == 2
-    assert "--cards 2 was asked and this machine has 1 GPU; ask for fewer" in capsys.readouterr().err
+    assert "--cards 2 was given and this machine has 1 GPU; use fewer" in capsys.readouterr().err
     assert main(["run", "embedded.demo", "--cards", "2", "--device", "cuda:1"]) == 2
-    assert "--device cuda:1 names one; drop either" in capsys.readouterr().err
+    assert "--device cuda:1 names one; drop one" in capsys.readouterr().err
 
 
 def test_cells_are_chosen_before_cards_are_looked_for(monkeypatch, capsys):
@@ -42,7 +42,7 @@ def test_cells_are_chosen_before_cards_are_looked_for(monkeypatch, capsys):
 def test_in_a_launch_no_other_is_begun(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert not cards.wanted(2, "cpu")
-    with pytest.raises(ValueError, match="--cards 3 is asked of a process that is one of 2"):
+    with pytest.raises(ValueError, match="--cards 3 was given to one of 2 launched processes"):
         cards.wanted(3, "cpu")
 
 

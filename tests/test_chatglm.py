@@ -288,9 +288,9 @@ def test_what_does_not_fit_is_refused():
         ({"quantization_bit": 4}, "unquantised weights"),
         ({"pre_seq_len": 128}, "P-tuning prefix"),
         ({"position_encoding_2d": False}, "position_encoding_2d false"),
-        ({"num_attention_heads": 7}, "cannot be shared by 7 heads"),
+        ({"num_attention_heads": 7}, "is not divisible by num_attention_heads 7"),
         ({"num_attention_heads": 6}, "needs a multiple of 4"),
-        ({"num_attention_heads": 0}, "cannot be shared by 0 heads"),
+        ({"num_attention_heads": 0}, "is not divisible by num_attention_heads 0"),
     ],
 )
 def test_another_architecture_of_the_name_is_refused(changes, told):

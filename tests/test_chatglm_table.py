@@ -78,12 +78,12 @@ def test_dialogues_are_prompt_marks_answer_and_padding(tokenizer, data):
 def test_dialogues_that_cannot_be_had_are_refused_in_a_sentence(tokenizer, data):
     llama = AutoTokenizer.from_pretrained(DATA / "tokenizers/llama")
     asked = Windows("dailydialog/train", 2, 24, sampling="dialogues")
-    with pytest.raises(ValueError, match=r"takes a model that knows these marks \(ChatGLM\) .* has 0 marks"):
+    with pytest.raises(ValueError, match=r"needs a model with these special tokens \(ChatGLM\) .* has 0 of them"):
         corpora.calibration(asked, llama, data)
-    with pytest.raises(ValueError, match="dailydialog/train has 2 dialogues; 3 were asked"):
+    with pytest.raises(ValueError, match="dailydialog/train has 2 dialogues; 3 were requested"):
         corpora.calibration(Windows("dailydialog/train", 3, 24, sampling="dialogues"), tokenizer, data)
     (data / "dailydialog/dailydialog_train.jsonl").write_text('{"dialog": ["alone"]}')
-    with pytest.raises(ValueError, match="record 1 is no dialogue of two turns or more"):
+    with pytest.raises(ValueError, match="record 1 is not a dialogue of two or more text turns"):
         corpora.calibration(asked, tokenizer, data)
 
 
@@ -95,7 +95,7 @@ def test_plain_text_has_the_marks_in_front_and_nowhere_else(tokenizer):
         drawn = corpora.calibration(Windows("ptb/test", 3, 16, sampling=sampling), tokenizer, DATA)
         assert drawn.shape == (3, 16)
         assert (drawn[:, :2] == torch.tensor([5, 8])).all()
-    with pytest.raises(ValueError, match="Windows of 2 tokens have no room for text behind the 2 marks"):
+    with pytest.raises(ValueError, match="Windows of 2 tokens leave no room for text after the 2 special tokens"):
         corpora.calibration(Windows("ptb/test", 3, 2, sampling="first"), tokenizer, DATA)
 
 

@@ -71,7 +71,7 @@ def test_other_models_are_asked_as_before(tokenizer):
     tokens = torch.arange(6).view(2, 3)
     assert prefixed(model, tokens) is tokens
     assert begun(model, tokens) is tokens
-    with pytest.raises(ValueError, match="asked of ChatGLM alone, and this is a LlamaForCausalLM"):
+    with pytest.raises(ValueError, match="protocol for ChatGLM only, and this is a LlamaForCausalLM"):
         chatglm.scorer(model, tokenizer, released=True)
 
 
@@ -84,7 +84,7 @@ def test_perplexity_puts_the_marks_before_every_window():
         logits = model(torch.cat([torch.tensor([5, 8]), row])[None]).logits[0, 2:-1]
         assert loss == pytest.approx(float(F.cross_entropy(logits, row[1:])), abs=1e-5)
     assert found.tokens == 48
-    with pytest.raises(ValueError, match="longer than the model's 62 positions"):
+    with pytest.raises(ValueError, match="longer than the model's context length, 62"):
         perplexity(model, torch.full((80,), 20), 63)
 
 

@@ -352,7 +352,7 @@ def test_paths_are_what_a_shell_makes_of_them(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "empty")
     checkpoint.save(tiny("opt"), None, ".")
     assert sorted(os.listdir(".")) == ["config.json", "generation_config.json", "model.safetensors"]
-    with pytest.raises(FileExistsError, match="empty is there already and not empty"):
+    with pytest.raises(FileExistsError, match="empty already exists and is not empty"):
         checkpoint.save(tiny("opt"), None, ".")
 
 
@@ -409,7 +409,7 @@ def test_a_model_that_cannot_be_saved_is_refused_before_anything_is_done(tmp_pat
     classifier = LlamaForSequenceClassification(CONFIGS["llama multi-head"])
     cases = [
         (head, ValueError, "3 tensors that LlamaForCausalLM does not know, e.g. lm_head.*Merge adapters first"),
-        (beams, ValueError, "num_return_sequences.*Mend model.generation_config first"),
+        (beams, ValueError, "num_return_sequences.*Correct model.generation_config first"),
         (old, ValueError, "config holds temperature, which transformers saves in generation_config only"),
         (classifier, ValueError, "1 tensors that LlamaForCausalLM does not know, e.g. score.weight"),
         (get_peft_model(tiny("opt"), LoraConfig()), TypeError, "merge_and_unload"),

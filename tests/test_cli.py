@@ -90,7 +90,7 @@ def test_show_says_where_weights_are_on_a_card_and_which_cells_do_not_fit_on_it(
     words = ["show", "flap.perplexity", "--results", str(tmp_path), "--data-dir", str(tmp_path)]
     assert main(words) == 0
     shown = capsys.readouterr().out
-    away = "of them with their weights in CPU memory or on the disk."
+    away = "of them with weights in CPU memory or on disk."
     assert f"0 of 60 cells are done; the others take about 15.0 hours on one A100, 13 {away}" in shown
     assert [line.count("host or disk") for line in shown.splitlines()[2:62]] == [
         int("llama-65b" in line) for line in shown.splitlines()[2:62]
@@ -103,7 +103,8 @@ def test_show_says_where_weights_are_on_a_card_and_which_cells_do_not_fit_on_it(
     assert main(words) == 0
     shown = capsys.readouterr().out
     assert (
-        "4 cells need more than one 24 GB card, as training all weights needs all weights in place: opt-2.7b" in shown
+        "4 cells need more than one 24 GB card, as training all weights needs all weights on the device: "
+        "opt-2.7b" in shown
     )
     assert sum("too large" in line for line in shown.splitlines()) == 4
 
@@ -133,10 +134,10 @@ def test_an_hour_estimate_is_never_nought(tiny, tmp_path, capsys):
 def test_a_data_folder_that_is_not_there_is_refused_once(command, tmp_path, capsys, monkeypatch):
     words, absent = [command, "embedded.demo", "--results", str(tmp_path)], str(tmp_path / "absent")
     assert main([*words, "--data-dir", absent]) == 2
-    assert capsys.readouterr().err.startswith(f"--data-dir {absent} is no folder;")
+    assert capsys.readouterr().err.startswith(f"--data-dir {absent} is not a folder;")
     monkeypatch.setenv("PRUNING_DATA_DIR", absent)
     assert main(words) == 2
-    assert capsys.readouterr().err.startswith(f"PRUNING_DATA_DIR {absent} is no folder;")
+    assert capsys.readouterr().err.startswith(f"PRUNING_DATA_DIR {absent} is not a folder;")
     assert not list(tmp_path.iterdir())
 
 
@@ -233,7 +234,7 @@ def test_ctrl_c_says_that_the_same_command_continues(tiny, tmp_path, capsys, mon
 
     monkeypatch.setattr("experiments.batch.run_table", interrupt)
     assert main(["run", "embedded.demo", "--results", str(tmp_path)]) == 130
-    assert "the same command continues" in capsys.readouterr().err
+    assert "the same command runs the rest" in capsys.readouterr().err
 
 
 def test_sigterm_says_so_too_and_is_left_alone_afterwards(tmp_path, capsys, monkeypatch):
@@ -241,7 +242,7 @@ def test_sigterm_says_so_too_and_is_left_alone_afterwards(tmp_path, capsys, monk
     monkeypatch.setattr("experiments.batch.run_table", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM)
     assert main(["run", "embedded.demo", "--results", str(tmp_path)]) == 143
-    assert "the same command continues" in capsys.readouterr().err
+    assert "the same command runs the rest" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is before
 
 
@@ -257,7 +258,7 @@ def test_analysis_makes_no_results_folder_for_a_misspelt_one(words, tmp_path, ca
     with pytest.raises(SystemExit) as stopped:
         analysis.main([*words, "--results", str(tmp_path / "typo")])
     assert stopped.value.code == 2
-    assert f"{tmp_path / 'typo'} is no folder" in capsys.readouterr().err
+    assert f"{tmp_path / 'typo'} is not a folder" in capsys.readouterr().err
     assert not (tmp_path / "typo").exists()
 
 
@@ -267,7 +268,7 @@ def test_a_limit_is_a_whole_number_from_1_on(main, command, limit, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([command, "embedded.demo", "--limit", limit])
     assert stopped.value.code == 2
-    assert f"argument --limit: '{limit}' is no whole number from 1 on" in capsys.readouterr().err
+    assert f"argument --limit: '{limit}' is not a whole number from 1" in capsys.readouterr().err
 
 
 def documented() -> list[tuple[str, str]]:

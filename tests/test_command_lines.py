@@ -12,7 +12,7 @@ import slurm.__main__ as slurm
 from experiments import __main__ as experiments
 
 MAINS = {"experiments": experiments.main, "analysis": analysis.main, "slurm": slurm.main}
-EMPTY = "it is empty (an unset variable?)"
+EMPTY = "empty value (an unset variable?)"
 TABLE = "embedded.demo"
 SELECTING = ("experiments show", "experiments run", "slurm submit", "analysis table")
 HUGE = "9" * 5000
@@ -24,7 +24,7 @@ CASES = [
         for option in ("--model", "--tasks", "--results")
     ),
     *((f"{command} {TABLE} --dtype ''", "argument --dtype: invalid choice: ''") for command in SELECTING),
-    *((f"{command} {TABLE} --limit ''", "'' is no whole number from 1 on") for command in SELECTING),
+    *((f"{command} {TABLE} --limit ''", "'' is not a whole number from 1") for command in SELECTING),
     *((f"{command} ''", f"argument TABLE: {EMPTY}") for command in SELECTING),
     *(
         (f"{command} {TABLE} {option} ''", f"argument {option}: {EMPTY}")
@@ -48,11 +48,11 @@ CASES = [
         )
     ),
     *(
-        (f"experiments show {TABLE} --limit {limit}", "is no whole number from 1 on")
+        (f"experiments show {TABLE} --limit {limit}", "is not a whole number from 1")
         for limit in ("0", "-1", "1e3", "nan", "inf", "2.0", "9" * 30, HUGE, "²")
     ),
     *(
-        (f"slurm submit {TABLE} --memory-gb={asked}", "is no number of gigabytes above 0")
+        (f"slurm submit {TABLE} --memory-gb={asked}", "is not a number of gigabytes above 0")
         for asked in ("0", "-1", "nan", "inf", "-inf", "1e400", "''", "many", "0.0", "-0")
     ),
     (f"slurm submit {TABLE} --profile ''", f"argument --profile: {EMPTY}"),
@@ -60,7 +60,7 @@ CASES = [
     (f"slurm submit {TABLE} --executor cloud", "argument --executor: invalid choice"),
     (f"slurm retry {TABLE}", "the following arguments are required: --failed"),
     ("slurm logs ''", f"argument CELL: {EMPTY}"),
-    ("slurm logs nobody", "No job was ever sent with a cell 'nobody'"),
+    ("slurm logs nobody", "No job was ever submitted with a cell 'nobody'"),
     ("slurm status embeded.demo", "Did you mean embedded.demo"),
     ("slurm cancel embeded.demo", "Did you mean embedded.demo"),
     ("slurm submit embeded.demo", "Did you mean embedded.demo"),
@@ -72,13 +72,13 @@ CASES = [
     (f"experiments show {TABLE} --tasks piqaa", "has no task 'piqaa'"),
     (f"analysis table {TABLE} --tasks piqaa", "has no task 'piqaa'"),
     (f"experiments show {TABLE} --method wnda", "Did you mean wanda"),
-    (f"experiments show {TABLE} --method wanda --only 'Magnitude 50 %'", "No cell of wanda is called magnitude 50 %"),
+    (f"experiments show {TABLE} --method wanda --only 'Magnitude 50 %'", "No cell of wanda matches magnitude 50 %"),
     (f"experiments show {TABLE} --model nobody", "Unknown model 'nobody'"),
     (f"experiments show {TABLE} --model a\0b", "control character"),
     (f"experiments show {TABLE} --results a\0b", "control character"),
     (f"experiments show {TABLE} --dtype float9", "argument --dtype: invalid choice: 'float9'"),
-    ("experiments show perp.magnitude --limit 5", "has no zero-shot task whose documents --limit could cut"),
-    (f"experiments show {TABLE} --data-dir /nowhere", "--data-dir /nowhere is no folder"),
+    ("experiments show perp.magnitude --limit 5", "has no zero-shot tasks, to which --limit applies"),
+    (f"experiments show {TABLE} --data-dir /nowhere", "--data-dir /nowhere is not a folder"),
     (f"experiments list {TABLE}", "unrecognized arguments"),
     (f"experiments run {TABLE} --colour red", "unrecognized arguments: --colour red"),
     (f"experiments show {TABLE} --device cpu", "unrecognized arguments: --device cpu"),
@@ -90,7 +90,7 @@ CASES = [
     ("analysis figure embedded.flap --measure nobody", "Unknown protocol key 'nobody'"),
     (f"analysis compare {TABLE} --baseline ''", f"argument --baseline: {EMPTY}"),
     ("analysis compare embedded.flap --baseline nobody", "Unknown baseline 'nobody'"),
-    (f"analysis table {TABLE} --results /nowhere", "/nowhere is no folder"),
+    (f"analysis table {TABLE} --results /nowhere", "/nowhere is not a folder"),
     ("analysis frame --out x.xls", "x.xls ends in .xls"),
     ("analysis frame --out ''", f"argument --out: {EMPTY}"),
     ("analysis claims --results ''", f"argument --results: {EMPTY}"),

@@ -63,7 +63,7 @@ def test_a_flipped_bit_of_any_file_is_noticed_and_the_model_converted_again(conv
     for place in places:
         (gguf.converted(PACKAGE) / name).write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
         assert (gguf.converted(PACKAGE) / name).read_bytes() == whole
-        assert "is damaged and is converted again" in capsys.readouterr().err
+        assert "is damaged and is being converted again" in capsys.readouterr().err
     assert len(conversions) == 1 + len(places)
 
 
@@ -85,7 +85,7 @@ def test_other_damage_is_noticed_too(conversions, capsys, damage):
         "config.json", "model.safetensors", gguf.SUMS,
     ]  # fmt: skip
     assert (gguf.converted(PACKAGE) / "model.safetensors").read_text() == "weights"
-    assert "is damaged and is converted again" in capsys.readouterr().err
+    assert "is damaged and is being converted again" in capsys.readouterr().err
     assert len(conversions) == 2
 
 

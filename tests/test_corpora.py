@@ -166,7 +166,7 @@ def test_the_seed_alone_decides_which_windows_are_drawn(sampling, llama):
         ("first", 8, 100, r"need 800 tokens; ptb/validation has 524\."),
         ("stream", 1, 600, r"need 601 tokens; ptb/validation has 495\."),
         ("documents", 1, 31, r"no text of 32 tokens or more: 10,000 draws found 31 tokens at most"),
-        ("sentences", 5, 29, r"no text of 29 tokens or more besides the 3 taken already: .* found 28 tokens"),
+        ("sentences", 5, 29, r"no text of 29 tokens or more besides the 3 already used: .* found 28 tokens"),
         ("document", 1, 8, "Unknown sampling 'document'. Did you mean documents"),
     ],
 )
@@ -191,7 +191,7 @@ def test_what_the_data_folder_lacks_is_named_and_not_fetched_elsewhere(tmp_path,
     ("text", "complaint"),
     [
         ('{"sentence": "a"}\n{"sent', "damaged after record 1"),
-        ('{"text": "a"}', "without 'sentence'"),
+        ('{"text": "a"}', "has no 'sentence'"),
         ("", "is empty"),
     ],
 )
@@ -210,15 +210,15 @@ READ = [
     b'{"sentence": "a b c", "n": null}\n',
 ]
 WRONG = [
-    (b'{"sentence": null}\n', "record 1 has no text, being without 'sentence'"),
+    (b'{"sentence": null}\n', "record 1 has no 'sentence'"),
     (b'{"sentence": "a"}\n\n{"sentence": 5}\n', "record 2 has no text: its 'sentence' is a number"),
     (b'{"sentence": ["a"]}\n', "record 1 has no text: its 'sentence' is a list"),
     (b'{"sentence": true}\n', "record 1 has no text: its 'sentence' is true or false"),
-    (b'["a"]\n', "record 1 is no object but a list"),
-    (b'"a"\n', "record 1 is no object but a text"),
-    (b'{"sentence": "a"}\nnull\n', "record 2 is no object but null"),
+    (b'["a"]\n', "record 1 is not an object but a list"),
+    (b'"a"\n', "record 1 is not an object but a text"),
+    (b'{"sentence": "a"}\nnull\n', "record 2 is not an object but null"),
     (b'{"sentence": "a\\ud800"}\n', "record 1 has half of a surrogate pair (\\ud800)"),
-    (b'{"sentence": "gr\xf6\xdfer"}\n', "is no UTF-8 text after record 0; save it as UTF-8"),
+    (b'{"sentence": "gr\xf6\xdfer"}\n', "is not UTF-8 text after record 0; save it as UTF-8"),
     (b'{"sentence": "a"}\n' + 100_000 * b"[", "record 2 is nested too deeply"),
     (b'{"sentence": "a"}\n{"sent', "damaged after record 1 (Unterminated string"),
 ]
@@ -258,11 +258,11 @@ def test_a_damaged_archive_is_named(tmp_path, damage):
 @pytest.mark.parametrize(
     ("record", "said"),
     [
-        ({"instruction": "Say 1.", "input": ""}, "record 1 has no text, being without 'output'"),
-        ({"instruction": "Say 1.", "input": "", "output": None}, "record 1 has no text, being without 'output'"),
+        ({"instruction": "Say 1.", "input": ""}, "record 1 has no 'output'"),
+        ({"instruction": "Say 1.", "input": "", "output": None}, "record 1 has no 'output'"),
         ({"instruction": 1, "input": "", "output": "1"}, "record 1 has no text: its 'instruction' is a number"),
         ({"instruction": "a", "input": 5, "output": "1"}, "record 1 has no text: its 'input' is a number"),
-        (["Say 1."], "record 1 is no object but a list"),
+        (["Say 1."], "record 1 is not an object but a list"),
     ],
 )
 def test_an_instruction_without_text_is_named(tmp_path, record, said):
@@ -350,7 +350,7 @@ def test_instructions_of_another_layout_have_an_empty_input(tmp_path, monkeypatc
 
 def test_an_instruction_without_its_answer_is_named(tmp_path):
     write(tmp_path / "lamini/lamini_instruction.jsonl", [{"instruction": "Say 1.", "output": "1"}])
-    with pytest.raises(ValueError, match=r"lamini_instruction\.jsonl: record 1 has no text, being without 'response'"):
+    with pytest.raises(ValueError, match=r"lamini_instruction\.jsonl: record 1 has no 'response'"):
         corpora.instructions("lamini/train", tmp_path)
 
 

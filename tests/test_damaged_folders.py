@@ -164,7 +164,7 @@ def written(name, content):
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        *((written("config.json", text), "must hold an object") for text in (b"[]", b"null", b"3", b'"x"')),
+        *((written("config.json", text), "JSON object") for text in (b"[]", b"null", b"3", b'"x"')),
         *(
             (written("config.json", text), "config.json cannot be read as JSON")
             for text in (b"", b"{", b"[" * 100_000, b"\xff")

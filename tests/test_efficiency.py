@@ -178,7 +178,9 @@ def test_decoding_sees_one_token_at_a_time(monkeypatch):
 
 
 def test_a_prompt_longer_than_the_models_positions_is_refused():
-    with pytest.raises(ValueError, match="250 tokens and 16 new ones are longer than the model's 256 positions"):
+    with pytest.raises(
+        ValueError, match="250 tokens and 16 new tokens are longer than the model's context length, 256"
+    ):
         efficiency(llama(), lengths=(250,), new_tokens=16)
 
 

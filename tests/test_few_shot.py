@@ -192,7 +192,7 @@ def test_a_folder_without_documents_for_examples_is_refused(tmp_path):
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks/piqa_validation.jsonl").write_text('{"goal": "", "sol1": "", "sol2": "", "label": 0}\n')
     assert eval_tasks.changes("piqa", tmp_path)
-    with pytest.raises(FileNotFoundError, match="no file of a data folder is known for the examples"):
+    with pytest.raises(FileNotFoundError, match="its few-shot examples have no known file in a data folder"):
         eval_tasks.changes("piqa", tmp_path, examples=5)
 
 

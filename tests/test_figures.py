@@ -69,9 +69,7 @@ def test_the_dense_model_alone_is_drawn_without_a_warning(tmp_path, recwarn):
 def test_the_bars_are_told_apart_in_words(tmp_path):
     (legend,) = perplexity.perplexity(table(), fill(table(), tmp_path)).legends
     told = legend.get_title().get_text().replace("\n", " ")
-    assert told == (
-        "several seeds: mean and its 95 % interval, each seed below it; one run: ± 1 standard error over windows"
-    )
+    assert told == ("several seeds: mean, its 95 % interval, and each seed; one run: ± 1 standard error over windows")
 
 
 def test_an_interval_that_reaches_below_zero_does_not_stretch_a_logarithmic_axis(tmp_path):

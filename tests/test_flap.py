@@ -203,7 +203,7 @@ def test_the_bias_makes_up_for_the_mean_on_the_calibration_tokens(kind, windows)
         ({"metric": "WIFW"}, "Did you mean WIFV"),
         ({"structure": "AL-UM"}, "Unknown structure 'AL-UM'"),
         ({"structure": "AL-MM"}, "AL-MM needs heads_removed"),
-        ({"heads_removed": 3}, "AL-AM decides on heads itself"),
+        ({"heads_removed": 3}, "AL-AM chooses the number of heads itself"),
         ({"reference": True, "target_parameters": 0.2}, "give a ratio"),
     ],
 )
@@ -216,11 +216,11 @@ def test_fields_that_contradict_each_other(fields, said):
     ("kind", "fields", "said"),
     [
         ("opt", {"structure": "AL-MM", "heads_removed": 9}, "9 of 8 KV heads"),
-        ("opt", {"structure": "AL-MM", "heads_removed": 8, "ratio": 0.1}, "-161 of 128 channels go"),
-        ("opt", {"structure": "AL-MM", "heads_removed": 0, "ratio": 0.9}, "choose heads_removed so that both exist"),
+        ("opt", {"structure": "AL-MM", "heads_removed": 8, "ratio": 0.1}, "-161 of 128 channels are removed"),
+        ("opt", {"structure": "AL-MM", "heads_removed": 0, "ratio": 0.9}, "so that both numbers are possible"),
         ("opt", {"structure": "UL-MM", "heads_removed": 3}, "a multiple of 2 here"),
         ("llama grouped-query", {"structure": "AL-MM", "heads_removed": 3}, "2 query heads for a KV head"),
-        ("llama grouped-query", {"reference": True}, "knows no grouped queries"),
+        ("llama grouped-query", {"reference": True}, "does not support grouped-query attention"),
     ],
 )
 def test_what_a_model_cannot_give_is_refused_and_nothing_moves(kind, fields, said, windows):

@@ -173,7 +173,7 @@ def test_a_folder_that_tells_no_context_length_is_asked_for_it_where_it_is_neede
     (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": int(1e30)}))
     for asked in (wanda_sparsegpt.windows, wanda_sparsegpt.read, protocols.length):
         with pytest.raises(
-            ValueError, match=r"tells no context length.*set max_position_embeddings in its config\.json"
+            ValueError, match=r"gives no context length.*set max_position_embeddings in its config\.json"
         ):
             asked(str(folder))
     assert len(flap.perplexity.runs(str(folder))) == 17
@@ -182,12 +182,12 @@ def test_a_folder_that_tells_no_context_length_is_asked_for_it_where_it_is_neede
 @needs_shared
 @pytest.mark.parametrize(
     ("text", "complaint"),
-    [("[]", "must hold an object and holds []"), ("null", "holds null"), ("3", "holds 3"), ('"x"', 'holds "x"'),
+    [("[]", "must hold a JSON object and holds []"), ("null", "holds null"), ("3", "holds 3"), ('"x"', 'holds "x"'),
      ("{", "cannot be read (Expecting property name"), ("[" * 200_000, "cannot be read (maximum recursion depth")],
     ids=["list", "null", "number", "text", "broken", "deep"],
 )  # fmt: skip
 def test_a_configuration_that_is_no_object_is_refused_in_a_sentence(copy, text, complaint):
-    with pytest.raises(ValueError, match="is no model folder") as refusal:
+    with pytest.raises(ValueError, match="is not a model folder") as refusal:
         models.find(copy(text=text))
     assert complaint in str(refusal.value)
     assert "\n" not in str(refusal.value)
@@ -196,15 +196,15 @@ def test_a_configuration_that_is_no_object_is_refused_in_a_sentence(copy, text, 
 @needs_shared
 @pytest.mark.parametrize(
     ("changes", "complaint"),
-    [({"max_position_embeddings": None}, "max_position_embeddings as a whole number from 1 on; got null"),
+    [({"max_position_embeddings": None}, "max_position_embeddings as a positive integer; got null"),
      ({"max_position_embeddings": "512"}, 'got "512"'), ({"max_position_embeddings": -1}, "got -1"),
      ({"max_position_embeddings": True}, "got true"),
      ({"num_attention_heads": 7}, "not a multiple of the number of attention heads (7)"),
      ({"num_hidden_layers": "five"}, "expected int, got str"), ({"num_hidden_layers": 0}, "without decoder blocks"),
      ({"dtype": "float9"}, 'gives dtype as "float9"; use one of float32'), ({"dtype": 3}, "gives dtype as 3"),
-     ({"model_type": "nothing"}, "`nothing`"), ({"model_type": "t5"}, "no language model"),
-     ({"model_type": "nothing", "auto_map": {"AutoConfig": "x.Y"}}, "asks for code of its own to be run (auto_map)"),
-     ({"vocab_size": -1}, "no language model"), ({"rope_parameters": "x"}, "no language model")],
+     ({"model_type": "nothing"}, "`nothing`"), ({"model_type": "t5"}, "does not describe a language model"),
+     ({"model_type": "nothing", "auto_map": {"AutoConfig": "x.Y"}}, "needs custom code (auto_map)"),
+     ({"vocab_size": -1}, "describe a language model"), ({"rope_parameters": "x"}, "describe a language model")],
     ids=str,
 )  # fmt: skip
 def test_a_configuration_of_no_model_is_refused_in_a_sentence(copy, changes, complaint):
@@ -343,7 +343,7 @@ def test_two_folders_that_are_one_model_are_told_apart_by_their_folder(tmp_path,
     table, folder = papers.find("gblm.perplexity"), published_shape("llama-7b")
     for print, value in (("a" * 64, 5.0), ("b" * 64, 6.0)):
         made(table, f"llama-7b={folder}", tmp_path / "r", {"fingerprint": print, "catalogue": "llama-7b"}, value)
-    with pytest.raises(ValueError, match=r"2 models that are called llama-7b; say which .*--model llama-7b=FOLDER"):
+    with pytest.raises(ValueError, match=r"2 different models named llama-7b; choose one .*--model llama-7b=FOLDER"):
         rows.rows(table, tmp_path / "r")
 
 
@@ -358,7 +358,7 @@ def test_commands_take_a_named_folder(toy, tmp_path, monkeypatch, capsys):
     (record,) = records.load(tmp_path / "r", "tiny").values()
     assert (record.spec["model"]["name"], record.spec["model"]["catalogue"]) == ("toy", "toy")
     assert main(["run", "tiny", "--model", f"toy={tmp_path}", "--results", str(tmp_path / "r")]) == 2
-    assert "is no model folder" in capsys.readouterr().err
+    assert "is not a model folder" in capsys.readouterr().err
 
 
 @needs_shared

@@ -53,8 +53,10 @@ def test_other_texts_give_their_own_numbers(tmp_path, data, methods, name, capsy
     capsys.readouterr()
     again = small.run(root, other, methods)
     assert (len(again.done), again.found) == (len(methods), [])
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if "made again" in line]
-    assert line.startswith(f"{'ptb/test' if name == PTB else 'c4/train'} ({name}) is not what the record of ")
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "rerunning" in line]
+    assert line.startswith(
+        f"{'ptb/test' if name == PTB else 'c4/train'} ({name}) differs from the text that the record of "
+    )
     small.run(tmp_path / "fresh", other, methods)
     assert values(root) == values(tmp_path / "fresh")
     assert all(first[method] != value for method, value in values(root).items())
@@ -109,7 +111,10 @@ def test_other_documents_of_a_task_count_as_other_texts(tmp_path, data, capsys):
     documents.write_text("".join(json.dumps({**row, "label": 0}) + "\n" for row in PIQA))
     capsys.readouterr()
     assert run() == ["Dense"]
-    assert "piqa (piqa_validation.jsonl) is not what the record of Dense was made from" in capsys.readouterr().err
+    assert (
+        "piqa (piqa_validation.jsonl) differs from the text that the record of Dense was made from"
+        in capsys.readouterr().err
+    )
     (after,) = records.load(tmp_path / "r", "tiny").values()
     assert before.measures["piqa.acc@0shot"]["documents_sha256"] != after.measures["piqa.acc@0shot"]["documents_sha256"]
 
@@ -155,8 +160,8 @@ def test_other_and_unknown_code_is_told_and_made_again_on_demand(tmp_path, data,
     records.write(dense.model_copy(update={"code": {}}), tmp_path)
     main(words)
     said = capsys.readouterr().err
-    assert "Of the records found, 1 made by other code of their method or measures than is here and 1 made" in said
-    assert "before records kept the code of their method and measures: --again makes them again." in said
+    assert "Of the records found, 1 made by a different version of their method's or measures' code and 1 made" in said
+    assert "before records stored the version of this code: --again reruns them." in said
     assert "0 done now, 2 before" in said
     main([*words, "--again"])
     assert "2 done now, 0 before" in capsys.readouterr().err
@@ -199,7 +204,8 @@ def test_a_table_marks_what_other_code_made(tmp_path, data, capsys, tiny_table):
     assert "Magnitude †" in text
     assert "Dense †" not in text
     assert (
-        "† made by other code of the method or measures than is here: Magnitude 50 %; python -m experiments run" in text
+        "† made by a different version of the method's or measures' code: Magnitude 50 %; python -m "
+        "experiments run" in text
     )
     with (tmp_path / "tiny.csv").open() as file:
         assert [row["code"] for row in csv.DictReader(file)] == ["same", "other"]
@@ -218,7 +224,7 @@ def test_a_table_withholds_numbers_of_other_texts_where_it_is_told_which(
     assert number in shown(tmp_path, capsys, "--data-dir", str(data))
     text = shown(tmp_path, capsys, "--data-dir", str(other))
     assert number not in text
-    assert f"made from another ptb/test ({PTB}) than lies there: Dense, Magnitude 50 %." in text
+    assert f"made from a different ptb/test ({PTB}) than the one in --data-dir: Dense, Magnitude 50 %." in text
     assert f"--data-dir {other}" in text.strip().splitlines()[-1]  # the command that makes them
     monkeypatch.setenv("PRUNING_DATA_DIR", str(other))
     assert number not in shown(tmp_path, capsys)

@@ -85,7 +85,7 @@ def test_a_key_says_which_perplexity_is_meant(key):
 
 
 def test_a_key_of_another_form_is_refused():
-    with pytest.raises(ValueError, match=r"'mean\.wanda@0shot' is no protocol key of a perplexity"):
+    with pytest.raises(ValueError, match=r"'mean\.wanda@0shot' is not a protocol key of a perplexity"):
         Perplexity.of("mean.wanda@0shot")
 
 

@@ -67,7 +67,7 @@ def test_a_page_holds_both_models_side_by_side(pair):
 @needs_model
 @pytest.mark.parametrize(
     ("prompts", "new_tokens", "message"),
-    [((), 4, "at least one"), ((" ",), 4, "empty"), (PROMPTS, 600, "512 positions")],
+    [((), 4, "at least one"), ((" ",), 4, "empty"), (PROMPTS, 600, "context length, 512")],
 )
 def test_prompts_that_cannot_be_continued_are_refused(pair, prompts, new_tokens, message):
     with pytest.raises(ValueError, match=message):

@@ -31,7 +31,7 @@ def test_a_model_on_the_disk_computes_what_it_computes_in_memory(family, tmp_pat
     dtype = torch.bfloat16
     plain, tokens = saved(family, tmp_path, dtype), families.windows(family)
     if family in families.EXPERTS:
-        with pytest.raises(ValueError, match=r"put together from several tensors .* keep this model's weights on"):
+        with pytest.raises(ValueError, match=r"assembled from several tensors .* keep this model's weights on"):
             opening.open_folder(tmp_path)
         return
     model = opening.open_folder(tmp_path)

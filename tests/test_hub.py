@@ -92,7 +92,7 @@ def test_weights_that_moved_get_their_own_records(offline, tmp_path):
 def test_a_model_of_no_known_commit_is_refused_in_one_sentence(tmp_path):
     assert models.identity(NAME) == {"hub": REPOSITORY, "revision": "main"}
     assert models.commit(NAME) is None
-    with pytest.raises(OSError, match=r"^tiny-on-the-hub stands for made-up/tiny at main, and which commit that is"):
+    with pytest.raises(OSError, match=r"^tiny-on-the-hub means made-up/tiny at main, and its commit is unknown"):
         models.load(NAME)
 
 

@@ -62,7 +62,7 @@ def test_a_quantised_model_computes_nearly_the_same_and_counts_the_same(kind):
     model, whole = tiny(kind), tiny(kind)
     before = counts(whole)
     if kind == "falcon":
-        with pytest.raises(ValueError, match=r"is no torch\.nn\.Linear, which LLM\.int8 replaces"):
+        with pytest.raises(ValueError, match=r"is not a torch\.nn\.Linear, which LLM\.int8 replaces"):
             int8.quantise(model)
         return
     int8.quantise(model)

@@ -253,7 +253,7 @@ def test_hyperparameters_out_of_range(fields, said):
 @pytest.mark.parametrize("blocks", [(4, 30), (-1, 2), (2, 1), (0, 3)])
 @pytest.mark.parametrize("name", ["attention_blocks", "mlp_blocks"])
 def test_ranges_outside_the_model_are_refused(kind, windows, name, blocks):
-    with pytest.raises(ValueError, match=rf"{name}=\({blocks[0]}, {blocks[1]}\) is no half-open range .* 2 blocks"):
+    with pytest.raises(ValueError, match=rf"{name}=\({blocks[0]}, {blocks[1]}\) is not a half-open range .* 2 blocks"):
         pruners.prune(tiny(kind), pruners.LLMPruner(**{**BLOCKS, name: blocks}), windows)
 
 

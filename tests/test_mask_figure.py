@@ -80,7 +80,7 @@ def test_a_matrix_that_nothing_is_left_of_has_no_map(tmp_path, monkeypatch):
     assert [axes.get_title() for axes in panels[:2]] == ["fc1", "fc2"]
     assert [np.isnan(axes.images[0].get_array().filled(np.nan)).all() for axes in panels] == [True] * 4 + [False] * 2
     cut[0.4] = cut[0.5]
-    with pytest.raises(ValueError, match="Nothing is left of that block"):
+    with pytest.raises(ValueError, match="That block is empty in every model"):
         masks.masks(table(), fill(tmp_path / "again"))
 
 
@@ -97,7 +97,7 @@ def test_without_masks_there_is_nothing_to_draw(tmp_path):
     plain = small.table((None, pruners.Magnitude(sparsity=0.5)))
     for run in plain.runs("opt-125m"):
         records.write(small.record(run), tmp_path)
-    with pytest.raises(ValueError, match="No maps in any record"):
+    with pytest.raises(ValueError, match="No record has maps"):
         masks.masks(plain, rows.rows(plain, tmp_path, "opt-125m"))
 
 

@@ -170,7 +170,7 @@ def test_pickled_weights_are_refused(copy):
 
 
 def test_a_folder_without_a_configuration_is_no_model(tmp_path):
-    with pytest.raises(ValueError, match="is no model folder"):
+    with pytest.raises(ValueError, match="is not a model folder"):
         models.find(tmp_path)
 
 

@@ -84,7 +84,7 @@ def test_what_is_written_behind_the_next_question_counts_for_nothing(monkeypatch
 def test_answers_agree_up_to_the_first_token_that_differs():
     one, other = [[1, 2, 3], [4, 5, 6], [7]], [[1, 2, 3], [4, 9, 6], [7, 8]]
     assert agreement(one, other) == Agreement(1 / 3, (3 + 1 + 1) / 3, 3, [3, 1, 1])
-    with pytest.raises(ValueError, match="as many; got 3 and 2"):
+    with pytest.raises(ValueError, match="equally long; got 3 and 2"):
         agreement(one, other[:2])
 
 

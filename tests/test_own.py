@@ -120,7 +120,7 @@ def test_what_is_kept_is_never_written_over_and_a_finished_cell_is_kept_later(wh
     assert (tmp_path / "kept/config.json").is_file()
     capsys.readouterr()
     assert prune(asked, where) == 2
-    assert "is there already and not empty" in capsys.readouterr().err
+    assert "already exists and is not empty" in capsys.readouterr().err
 
 
 @needs_model
@@ -139,7 +139,7 @@ def test_what_cannot_be_kept_is_refused_before_any_work(tmp_path):
     beside = Retraining(Trainable(adapters=LoRA()), Windows("c4/train", 2, 8), 1, 1e-3)
     with pytest.raises(ValueError, match="LoRA that stays beside"):
         saved.check(Run("m", None, None, (), recovery=beside), tmp_path / "new")
-    with pytest.raises(ValueError, match=r"LLM\.int8 is a way to run"):
+    with pytest.raises(ValueError, match=r"LLM\.int8 models cannot be saved"):
         saved.check(Run("m", None, None, (), quantised=True), tmp_path / "new")
 
 
@@ -176,12 +176,12 @@ def test_methods_and_recovery_are_told_by_their_own_options(method, recovery, wh
         ("--method wanda --sparsity abc", "--sparsity"),
         ("--method wanda --sparsity 1.5", "sparsity is the share removed"),
         ("--method wanda --sparsity 0.5 --pattern 2:4 --steps 3", "'--steps'"),
-        ("--method wanda --sparsity 0.5 stray", "'stray' belongs to no option"),
-        ("--method magnitude --sparsity 0.5 --nsamples 3", "reads no calibration text"),
+        ("--method wanda --sparsity 0.5 stray", "'stray' does not belong to any option"),
+        ("--method magnitude --sparsity 0.5 --nsamples 3", "uses no calibration text"),
         ("--method wanda --sparsity 0.5 --recover nothing", "Unknown choice of what to train (--recover) 'nothing'"),
-        ("--method wanda --sparsity 0.5 --recover norms --reconstruct norms", "ask for one"),
-        ("--method wanda --sparsity 0.5 --measure ppl", "is no protocol key"),
-        ("--method wanda --sparsity 0.5 --limit 3", "--limit cuts the documents of --tasks"),
+        ("--method wanda --sparsity 0.5 --recover norms --reconstruct norms", "give one of the two"),
+        ("--method wanda --sparsity 0.5 --measure ppl", "is not a protocol key"),
+        ("--method wanda --sparsity 0.5 --limit 3", "--limit applies to the documents of --tasks"),
         ("--method wanda --sparsity 0.5 --calibration nowhere/train", "nowhere/train"),
         ("--method wanda --sparsity 0.5 --calibration wikitext2/train", "the Hub does not answer: wikitext2/train"),
         ("--sparsity 0.5", "prune needs a MODEL and a --method NAME"),
@@ -266,12 +266,12 @@ def test_a_method_that_is_plugged_twice_is_one_and_two_of_one_name_are_refused(r
         ("import nowhere_at_all\n", r"line 1 \(import nowhere_at_all\): ModuleNotFoundError"),
         ("x = 1\ny = x +\n", r"line 2 \(y = x \+\): invalid syntax"),
         ("x = 1\n", "declares no method"),
-        (METHOD.replace("@dataclass(frozen=True)\n", ""), "no frozen dataclass"),
+        (METHOD.replace("@dataclass(frozen=True)\n", ""), "not a frozen dataclass"),
         (METHOD.replace("frozen=True", "frozen=False"), "cannot inherit non-frozen"),
         ("raise SystemExit(3)\n", "SystemExit: 3"),
         (
             METHOD.replace("def score", "def scores"),
-            r"RIA in .* give it a method `score\(self, name, weight, x, dense\)`",
+            r"RIA in .* add a method `score\(self, name, weight, x, dense\)`",
         ),
     ],
 )
@@ -290,7 +290,7 @@ def test_a_table_of_a_file_is_taken_by_every_command(mine, where, tmp_path, caps
     assert main(["run", *words, "--method", "dense", "magnitude"]) == 0
     assert f"python -m analysis table {mine}" in capsys.readouterr().err
     assert slurm(["submit", f"{mine}:mine", *where, "--executor", "debug"]) == 0
-    assert "cells sent: 2" in capsys.readouterr().err
+    assert "cells submitted: 2" in capsys.readouterr().err
     assert slurm(["submit", *words, "--executor", "local"]) == 0
     assert len(records.load(tmp_path / "results", "mine")) == 5
     assert slurm(["status", str(mine), *where[:2]]) == 0
@@ -313,9 +313,9 @@ def test_a_job_of_a_table_and_method_of_one_s_own_finds_both_in_its_own_process(
     [
         ("x = 1\n", "", "declares no table"),
         (TABLE, ":nobody", "Unknown table in"),
-        (TABLE + "other = Table('other', '', (), (), cell)\n", "", "declares 2 tables; say which"),
-        (TABLE.replace('"mine"', '"../up"'), "", "names a folder of records"),
-        (TABLE.replace('"mine"', '"flap.perplexity"'), "", "as a paper's table here is called"),
+        (TABLE + "other = Table('other', '', (), (), cell)\n", "", "declares 2 tables; choose one"),
+        (TABLE.replace('"mine"', '"../up"'), "", "needs a name that can be a folder"),
+        (TABLE.replace('"mine"', '"flap.perplexity"'), "", "like one of the papers' tables"),
     ],
 )
 def test_a_file_that_leaves_the_table_open_says_so(text, name, said, tmp_path):
@@ -327,7 +327,7 @@ def test_a_file_that_leaves_the_table_open_says_so(text, name, said, tmp_path):
 
 def test_a_file_that_is_not_there_is_said_to_be_absent(capsys):
     assert main(["show", "nowhere.py"]) == 2
-    assert "nowhere.py is no file" in capsys.readouterr().err
+    assert "nowhere.py is not a file" in capsys.readouterr().err
 
 
 @needs_model
@@ -350,13 +350,13 @@ def test_methods_are_compared_without_a_file(ria, where, tmp_path, capsys):
     assert "| RIA " in text
     capsys.readouterr()
     assert main(["compare", str(small.MODEL), *shlex.split(words.replace("0.3", "0.4")), *where]) == 2
-    assert "declares another comparison" in capsys.readouterr().err
+    assert "declares a different comparison" in capsys.readouterr().err
 
 
 def test_a_comparison_of_nonsense_is_refused(tmp_path, capsys):
     where = ["--results", str(tmp_path)]
     assert main(["compare", "llama-7b", "--methods", "wanda", "--settings", "half", *where]) == 2
-    assert "'half' is no setting" in capsys.readouterr().err
+    assert "'half' is not a setting" in capsys.readouterr().err
     assert main(["compare", "llama-7b", "--methods", "wnda", "--settings", "0.5", *where]) == 2
     assert "Unknown method 'wnda'" in capsys.readouterr().err
 

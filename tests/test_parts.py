@@ -48,12 +48,12 @@ def test_parts_are_joined_in_order_and_gone_afterwards(parts):
 def test_parts_that_make_another_file_are_refused(parts):
     parts(b"one file", digest="0" * 64)
     with (
-        pytest.raises(ValueError, match="The parts of cut make another file than is known; run `make gemma` again"),
+        pytest.raises(ValueError, match="The parts of cut do not make up the expected file; run `make gemma` again"),
         wheels.whole("cut", ".gguf"),
     ):
         pass
     parts(b"one file", versions=("1.0", "1.1"))
-    with pytest.raises(ModuleNotFoundError, match=r"of versions 1\.0, 1\.1, which belong to no one file"):
+    with pytest.raises(ModuleNotFoundError, match=r"of versions 1\.0, 1\.1, which do not belong together"):
         wheels.version("cut")
 
 

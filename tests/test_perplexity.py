@@ -74,7 +74,7 @@ def test_progress_counts_windows(tokens):
     [
         (64, 63, "at least one window"),
         (1, 50, "two or more tokens"),
-        (65, 200, "64 positions"),
+        (65, 200, "context length, 64"),
         (16, 0, "got 0 tokens"),
     ],
 )
@@ -114,5 +114,5 @@ def scaled(output):
 def test_a_model_that_does_not_run_its_decoder_is_refused(tokens):
     model, other = tiny("llama multi-head"), tiny("llama multi-head")
     model.get_decoder = lambda: other.model
-    with pytest.raises(ValueError, match=r"does not run what its get_decoder\(\) gives"):
+    with pytest.raises(ValueError, match=r"does not call the module that its get_decoder\(\) returns"):
         perplexity(model, tokens, 16)

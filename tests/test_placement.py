@@ -171,7 +171,7 @@ def test_what_needs_all_weights_is_refused_away_from_the_device(monkeypatch, wha
     for home in ("host", "disk"):
         with pytest.raises(ValueError, match=f"{said}; leave out --weights {home}"):
             chosen(monkeypatch, WHOLE[what], 80, 80, weights=home)
-    with pytest.raises(ValueError, match=f"{said}, and cuda:0 has 12.0 GB free; take a larger one"):
+    with pytest.raises(ValueError, match=f"{said}, and cuda:0 has 12.0 GB free; use a larger one"):
         chosen(monkeypatch, WHOLE[what], 12, 200)
     assert chosen(monkeypatch, WHOLE[what], 200, 200).home == "device"
 
@@ -197,7 +197,7 @@ def test_a_shard_that_changes_or_goes_under_way_is_named(tmp_path, windows):
     with pytest.raises(ValueError, match=rf"{file} changed while its weights were being read"):
         model(tokens)
     file.unlink()
-    with pytest.raises(FileNotFoundError, match="a file of weights is gone"):
+    with pytest.raises(FileNotFoundError, match="a weight file is missing"):
         model(tokens)
     with pytest.raises(FileNotFoundError, match=r"has no weights as model\.safetensors"):
         opening.open_folder(folder)
@@ -223,7 +223,7 @@ def test_an_error_leaves_a_model_on_the_disk_as_it_was(windows):
 @needs_model
 def test_homes_that_cannot_serve_are_refused(windows, tmp_path):
     model = opening.open_folder(small.MODEL)
-    with pytest.raises(ValueError, match="needs all weights in place at once, on cpu, and they are away from home"):
+    with pytest.raises(ValueError, match="needs all weights at once on cpu, and they are offloaded"):
         pruners.prune(model, pruners.LLMPruner(0.2, granularity="channel"), windows)
     with pytest.raises(TypeError, match="cannot be copied"):
         copy.deepcopy(model)

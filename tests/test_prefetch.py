@@ -104,7 +104,7 @@ def test_what_was_fetched_runs_without_a_network(served, tmp_path, monkeypatch, 
     assert "Not on this machine: tiny-on-the-hub (made-up/tiny); ptb/test (made-up/texts)." in capsys.readouterr().out
     assert main(["prefetch", *words]) == 0
     told = capsys.readouterr()
-    assert told.out == "Nothing is lacking here.\n"
+    assert told.out == "Nothing is missing.\n"
     assert told.err == "Fetched tiny-on-the-hub.\nFetched ptb/test.\n"
     before = list(served.downloads)
     assert {"config.json", "model.safetensors", "tokenizer.json", "test.jsonl"} <= set(before)
@@ -114,7 +114,7 @@ def test_what_was_fetched_runs_without_a_network(served, tmp_path, monkeypatch, 
     for remembered in (hub._asked_weights, hub._asked_data, _read):
         remembered.cache_clear()
     assert main(["prefetch", *words]) == 0
-    assert capsys.readouterr() == ("Nothing is lacking here.\n", "")
+    assert capsys.readouterr() == ("Nothing is missing.\n", "")
     assert hub.model_commit(REPOSITORY) == PULL
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", _cached(served))
     assert main(["run", *words, "--device", "cpu"]) == 0
@@ -157,14 +157,14 @@ def test_what_cannot_be_had_is_lacking_with_its_reason(served, tmp_path, monkeyp
     served.gated = True
     assert main(words) == 1
     told = capsys.readouterr().out.splitlines()
-    assert told[0].startswith("Lacking: tiny-on-the-hub (made-up/tiny): ")
+    assert told[0].startswith("Missing: tiny-on-the-hub (made-up/tiny): ")
     assert "You must accept the licence." in told[0]
-    assert told[1].startswith("Lacking: ptb/test (made-up/texts): ")
+    assert told[1].startswith("Missing: ptb/test (made-up/texts): ")
     assert len(told) == 2
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert main(words) == 1
     first = capsys.readouterr().out.splitlines()[0]
-    assert first == "Lacking: tiny-on-the-hub (made-up/tiny): the Hub does not answer, or HF_HUB_OFFLINE is set."
+    assert first == "Missing: tiny-on-the-hub (made-up/tiny): the Hub does not answer, or HF_HUB_OFFLINE is set."
 
 
 def test_files_of_a_data_folder_are_looked_for_and_no_others_fetched(served, tmp_path, capsys):
@@ -174,7 +174,7 @@ def test_files_of_a_data_folder_are_looked_for_and_no_others_fetched(served, tmp
     (empty := tmp_path / "none").mkdir()
     capsys.readouterr()
     assert main([*words, str(empty)]) == 1
-    assert capsys.readouterr().out == f"Lacking: ptb/test (not in {empty}).\n"
+    assert capsys.readouterr().out == f"Missing: ptb/test (not in {empty}).\n"
 
 
 def test_documents_are_read_as_a_measure_reads_them(served, tmp_path, monkeypatch, capsys):
@@ -190,9 +190,9 @@ def test_documents_are_read_as_a_measure_reads_them(served, tmp_path, monkeypatc
     assert main(["prefetch", "tiny", "--results", str(tmp_path / "results")]) == 1
     assert asked == [({"piqa": {}, "boolq": {}}, 0)]
     told = capsys.readouterr()
-    assert told.out == "Lacking: documents of boolq: its documents cannot be read: no route.\n"
-    assert told.err.splitlines()[-1] == "Documents are here of piqa."
+    assert told.out == "Missing: documents of boolq: its documents cannot be read: no route.\n"
+    assert told.err.splitlines()[-1] == "Task documents found: piqa."
     monkeypatch.setattr(eval_tasks, "hub_reachable", lambda: False)
     assert main(["prefetch", "tiny", "--results", str(tmp_path / "results")]) == 1
-    assert capsys.readouterr().out == "Lacking: documents of piqa, boolq (the Hub cannot be reached).\n"
+    assert capsys.readouterr().out == "Missing: documents of piqa, boolq (the Hub cannot be reached).\n"
     assert zero_shot.documents(["piqa"], None)[1]

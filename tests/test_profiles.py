@@ -37,16 +37,16 @@ def test_the_two_examples_and_the_default_are_there():
         ("cpus = true", "cpus: Input should be a valid integer"),
         ("parallel = 0", "parallel: Input should be greater than or equal to 1"),
         ('gres = "gpu:1"', "gres and gpu_memory_gb belong together"),
-        ('gres = "gpu:1"', "add e.g. gpu_memory_gb = 80, what one card holds in GB"),
-        ("gpu_memory_gb = 80", 'add e.g. gres = "gpu:1", how the site names one card'),
+        ('gres = "gpu:1"', "add e.g. gpu_memory_gb = 80, the memory of one GPU in GB"),
+        ("gpu_memory_gb = 80", 'add e.g. gres = "gpu:1", the name of one GPU at the site'),
         ("setup = [", "is not TOML"),
         ("setup = " + 20_000 * "[", "is nested too deeply"),
-        ('options = {time = "1:00"}', "time is set from the job itself"),
+        ('options = {time = "1:00"}', "time is set by the job itself"),
         ('options = {comment = "a\\n#SBATCH --time=1"}', "options.comment holds a line break"),
-        ('options = {"comment=x\\nrm" = "a"}', "is no option of sbatch"),
-        ('options = {"--comment" = "a"}', "is no option of sbatch"),
-        ('environment = {"A=1;rm -r x;B" = "a"}', "is no name of a variable"),
-        ('environment = {"A B" = "a"}', "is no name of a variable"),
+        ('options = {"comment=x\\nrm" = "a"}', "is not an option of sbatch"),
+        ('options = {"--comment" = "a"}', "is not an option of sbatch"),
+        ('environment = {"A=1;rm -r x;B" = "a"}', "is not a valid variable name"),
+        ('environment = {"A B" = "a"}', "is not a valid variable name"),
         ('partition = "gpu\\n#SBATCH -t 1"', "partition holds a line break"),
         ('python = "python\\nrm"', "python holds a line break"),
         ('account = ""', "account is empty"),
@@ -72,7 +72,8 @@ def test_every_key_that_must_be_there_says_what_to_put(tmp_path):
     with pytest.raises(ProfileError) as error:
         profile.load(str(path))
     assert str(error.value) == (
-        f"{path}: teraflops is missing; say what one card sustains in 16-bit formats, e.g. teraflops = 60 for an A100, "
+        f"{path}: teraflops is missing; set the throughput that one GPU sustains in 16-bit formats, e.g. "
+        "teraflops = 60 for an A100, "
         "or 0.1 for 8 cores."
     )
 
@@ -192,7 +193,7 @@ def test_an_unknown_profile_names_the_nearest():
 def test_a_profile_in_another_encoding_is_named(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_bytes("# größer\nteraflops = 1\n".encode("latin-1"))
-    with pytest.raises(ProfileError, match=r"mine\.toml is no UTF-8 text \(byte 5\)"):
+    with pytest.raises(ProfileError, match=r"mine\.toml is not UTF-8 text \(byte 5\)"):
         profile.load(str(path))
 
 

@@ -58,7 +58,7 @@ def test_unknown_names_get_the_nearest():
         protocols.perplexity("llm-pruner")
     with pytest.raises(ValueError, match="wanda"):
         protocols.zero_shot("wanda_sp")
-    with pytest.raises(ValueError, match="give the model's positions"):
+    with pytest.raises(ValueError, match="give its positions"):
         protocols.perplexity("wanda")
 
 

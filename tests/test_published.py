@@ -85,13 +85,13 @@ def test_a_cell_printed_twice_is_refused(tmp_path):
 
 def test_a_tidy_table_that_was_edited_is_refused(tmp_path):
     tidy(tmp_path, {}).assign(extra=1).to_csv(tmp_path / "odd.csv", index=False)
-    with pytest.raises(ValueError, match=r"other columns .*\(extra\)"):
+    with pytest.raises(ValueError, match=r"wrong columns .*\(extra\)"):
         published.read("odd", tmp_path)
 
 
 @pytest.mark.parametrize(
     ("column", "value", "said"), [("value", "abc", "value must be a number or empty; got 'abc'"),
-                                  ("paper", "garbage", "is no cell of odd"), ("metric", "", "is no cell of odd")],
+                                  ("paper", "garbage", "is not a cell of odd"), ("metric", "", "is not a cell of odd")],
 )  # fmt: skip
 def test_a_broken_line_is_named(tmp_path, column, value, said):
     frame = tidy(tmp_path, {}, {"dataset": "another"}).astype(object).assign(paper="odd")

@@ -49,7 +49,7 @@ def test_the_rate_that_a_recovery_names_counts_for_nothing_and_the_grid_does():
 
 
 def test_what_is_no_grid_or_has_nothing_to_tune_is_refused():
-    with pytest.raises(ValueError, match="none of them twice"):
+    with pytest.raises(ValueError, match="none twice"):
         RateGrid((1e-3, 1e-3), GRID.text)
     with pytest.raises(TypeError, match="the Windows on which losses are taken"):
         RateGrid((1e-3,), "c4/validation")
@@ -101,7 +101,7 @@ def test_a_table_says_which_rate_each_row_took_and_which_lies_at_the_edge(tmp_pa
     told = [note for note in notes(table, declared(table, tmp_path, table.runs())) if "earning rate" in note]
     (record,) = records.load(tmp_path, "tiny.rates").values()
     rate = record.measures[GRID.key]["learning_rate"]
-    assert f"of 0.0001, 0.01, 0.1 by the loss on 4 x 32 tokens of c4/train: {rate:g} for" in told[0]
+    assert f"from 0.0001, 0.01, 0.1 by the loss on 4 x 32 tokens of c4/train: {rate:g} for" in told[0]
     assert "Magnitude + norms 40 %" in told[0]
 
 

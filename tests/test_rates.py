@@ -126,8 +126,8 @@ def test_an_attempt_that_fails_leaves_the_model_as_it_was(windows):
 @pytest.mark.parametrize(
     ("rates", "error", "says"),
     [
-        ((), ValueError, "one rate or more, none of them twice"),
-        ((1e-3, 1e-3), ValueError, "one rate or more, none of them twice"),
+        ((), ValueError, "at least one rate, and none twice"),
+        ((1e-3, 1e-3), ValueError, "at least one rate, and none twice"),
         ((1e-3, -1.0), ValueError, "a tuple of learning rates, each positive and finite"),
         (1e-3, TypeError, "a tuple of learning rates, each positive and finite"),
         ((math.nan,), ValueError, "a tuple of learning rates"),

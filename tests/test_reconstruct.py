@@ -98,8 +98,8 @@ def test_an_error_that_is_not_finite_stops(windows):
 @pytest.mark.parametrize(
     ("what", "says"),
     [
-        (Trainable(head=True), "holds no head"),
-        (Trainable(adapters=LoRA()), "adapters that merge"),
+        (Trainable(head=True), "have no head"),
+        (Trainable(adapters=LoRA()), "adapters that can be merged"),
         (Trainable(biases=True), "selects nothing"),
     ],
 )

@@ -75,7 +75,7 @@ def test_a_record_under_another_name_is_not_trusted(path, tmp_path):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_number_that_is_not_finite_is_refused_by_name(tmp_path, value):
-    with pytest.raises(ValueError, match=r"measures\.x\.perplexity is not finite"):
+    with pytest.raises(ValueError, match=r"measures\.x\.perplexity is NaN or infinite"):
         records.write(small.record(RUN, measures={"x": {"perplexity": value}}), tmp_path)
     assert not list(tmp_path.rglob("*.json"))
 

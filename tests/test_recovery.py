@@ -216,7 +216,7 @@ def test_documents_come_whole_or_cut(tokenizer):
 def test_a_corpus_that_cannot_give_what_is_asked_is_refused(tokenizer, alpaca):
     with pytest.raises(ValueError, match=f"{FEW} records here, of which {FEW} are held out"):
         examples(replace(POST_TRAINING.text, held_out=FEW), tokenizer, alpaca)
-    with pytest.raises(ValueError, match=r"holds texts, not instructions"):
+    with pytest.raises(ValueError, match=r"holds plain texts, not instructions"):
         examples(Instructions("c4/train"), tokenizer, SHARED / "data")
     with pytest.raises(ValueError, match="has 800 documents"):
         examples(Documents("c4/train", 801, 16), tokenizer, SHARED / "data")

@@ -92,7 +92,7 @@ def unchanged(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
         ({"folder": ""}, r"folder is .*path of a folder"),
         ({"folder": __file__}, r"folder is .*path of a folder"),
         ({"folder": "a\0b"}, r"folder is .*path of a folder"),
-        ({"folder": "anywhere"}, "folder= keeps the blocks of a reconstruction, and there is no reconstruct="),
+        ({"folder": "anywhere"}, "folder= stores the blocks of a reconstruction; drop it"),
         ({"keeper": "x"}, "keeper is a .*Keeper; got 'x'"),
     ],
     ids=str,
@@ -120,7 +120,7 @@ def test_arguments_of_prune(name, windows, keywords, said):
         (lambda w: w[:, :0], r"LongTensor \[count, length\]"),
         (lambda w: w - 98, "Token -9[0-9] is outside the model's vocabulary of 96"),
         (lambda w: torch.full((1, 8), 96), "Token 96 is outside the model's vocabulary of 96"),
-        (lambda w: torch.zeros(1, 65, dtype=torch.long), "65 tokens are longer than the model's 64 positions"),
+        (lambda w: torch.zeros(1, 65, dtype=torch.long), "65 tokens are longer than the model's context length, 64"),
     ],
 )
 def test_windows(name, windows, change, said):
@@ -224,7 +224,7 @@ def test_inference_mode(name, windows):
     model = tiny(KIND)
     before = copy.deepcopy(model.state_dict())
     with torch.inference_mode():
-        refused(r"torch\.inference_mode\(\); leave it", lambda: pruners.prune(model, METHODS[name], windows))
+        refused(r"torch\.inference_mode\(\); use torch\.no_grad", lambda: pruners.prune(model, METHODS[name], windows))
     unchanged(model, before)
 
 
@@ -239,7 +239,7 @@ def test_weights_that_are_not_finite_are_refused_before_any_is_pruned(name, wind
 def test_another_device_for_what_needs_all_weights_at_once(monkeypatch, windows):
     monkeypatch.setattr(pruners.run.inputs, "usable_device", lambda device: torch.device(device))
     refused(
-        "needs all weights in place at once, on cpu, and not block by block on cuda; load the model whole",
+        "needs all weights at once on cpu, not block by block on cuda; load the model whole",
         lambda: pruners.prune(tiny(KIND), pruners.LLMPruner(0.2, granularity="channel"), windows, device="cuda"),
     )
 
@@ -254,13 +254,13 @@ def test_statistics_of_another_method_or_model(windows, mine, other):
         (pruners.gather(tiny(KIND), METHODS[other], windows), "These statistics have no"),
         (pruners.gather(tiny("opt"), method, windows), "These statistics have no"),
         (lacking, f"These statistics have no '{key[:20]}"),
-        ({**found, "more": found[key]}, "These statistics have a superfluous 'more'"),
+        ({**found, "more": found[key]}, "These statistics have an unexpected 'more'"),
         ({**found, key: found[key][:-1]}, "These statistics are not of shape"),
         ({**found, key: found[key].tolist()}, "These statistics are not of shape"),
         ({**found, key: found[key] * torch.nan}, "These statistics hold NaN or inf"),
         ({**found, key: found[key].half()}, "These statistics are not of float32"),
         ({**found, key: found[key] > 0}, "These statistics are not of float32"),
-        ({**found, key: found[key].to("meta")}, "These statistics are without values"),
+        ({**found, key: found[key].to("meta")}, "These statistics have no values for"),
     ):
         refused(said, lambda wrong=wrong: pruners.prune(tiny(KIND), method, windows, statistics=wrong))
 
@@ -375,7 +375,7 @@ def test_weights_of_two_number_formats_are_refused(name, windows, part):
     model = tiny(KIND)
     model.get_submodule(part).half()
     before = copy.deepcopy(model.state_dict())
-    refused("several number formats: .* is torch.float32 and .*torch.float16", lambda: pruners.prune(
+    refused("several dtypes: .* is torch.float32 and .*torch.float16", lambda: pruners.prune(
         model, METHODS[name], windows))  # fmt: skip
     unchanged(model, before)
 
@@ -383,14 +383,14 @@ def test_weights_of_two_number_formats_are_refused(name, windows, part):
 @pytest.mark.parametrize(
     ("trainable", "said"),
     [
-        (lambda: Trainable(head=True), "holds no head and no embeddings"),
-        (lambda: Trainable(embeddings=True), "holds no head and no embeddings"),
-        (lambda: Trainable(adapters=LoRA()), "need adapters that merge"),
+        (lambda: Trainable(head=True), "have no head and no embeddings"),
+        (lambda: Trainable(embeddings=True), "have no head and no embeddings"),
+        (lambda: Trainable(adapters=LoRA()), "needs adapters that can be merged"),
         (lambda: Trainable(adapters=MaskLoRA(rank=1000)), "Rank 1000 is larger than"),
         (lambda: Trainable(adapters=MaskLoRA(rank=4, targets=("fc1",))), "Unknown projection 'fc1'"),
         (lambda: Trainable(biases=True), "selects nothing in model.layers.0"),
         (lambda: Trainable(), "selects nothing in model.layers.0"),
-        (lambda: Trainable(adapters=MaskLoRA(targets=())), "names no projection"),
+        (lambda: Trainable(adapters=MaskLoRA(targets=())), "selects no projection"),
     ],
 )
 @pytest.mark.parametrize("name", ["wanda", "magnitude", "gblm"])

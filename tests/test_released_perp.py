@@ -183,22 +183,22 @@ def test_a_state_of_other_arithmetic_is_refused(windows, tmp_path, resume):
 def test_micro_batches_that_are_no_whole_step_are_refused_before_anything_is_done(windows):
     asked = {"steps": 2, "learning_rate": 1e-3, "batch_size": 5, "micro_batch_size": 2}
     model = tiny("opt")
-    with pytest.raises(ValueError, match="batch_size of 5 is no multiple of the micro_batch_size of 2"):
+    with pytest.raises(ValueError, match="batch_size of 5 is not a multiple of the micro_batch_size of 2"):
         finetune(model, Trainable(norms=True), windows, reference=True, **asked)
-    with pytest.raises(ValueError, match="batch_size of 5 is no multiple"):
+    with pytest.raises(ValueError, match="batch_size of 5 is not a multiple"):
         Retraining(Trainable(norms=True), Windows("c4/train", 4, 8), reference=True, **asked)
     assert all(linear.weight.all() for block in anatomy.blocks(model) for linear in block.linears().values())
     finetune(model, Trainable(norms=True), windows, **asked)
 
 
 def test_micro_batches_that_processes_cannot_share_are_refused():
-    with pytest.raises(ValueError, match="A batch of 4 cannot be shared evenly by 2 processes in micro-batches of 4"):
+    with pytest.raises(ValueError, match="A batch of 4 cannot be split evenly among 2 processes in micro-batches of 4"):
         Ranks(0, 2).share([[1, 2, 3, 4]], 4)
     recovery = Retraining(
         Trainable(norms=True), Windows("c4/train", 12, 8), 2, 1e-3, 12, micro_batch_size=4, reference=True
     )
     cell = Cell(Run("smollm2-135m", None, None, (), recovery=recovery), "0", "the row")
-    with pytest.raises(ValueError, match="a batch of 12 in micro-batches of 4 evenly, as the row would"):
+    with pytest.raises(ValueError, match="a batch of 12 in micro-batches of 4 evenly, which the row would"):
         refuse_unshared([cell], 2)
     halves = replace(cell, run=replace(cell.run, recovery=replace(recovery, micro_batch_size=2)))
     refuse_unshared([halves], 2)

@@ -152,7 +152,7 @@ def test_a_figure_of_one_point_is_refused(draw, tmp_path):
     run = gblm.perplexity.runs()[0]
     records.write(small.record(run).model_copy(update={"table": "gblm.perplexity"}), tmp_path)
     made = rows.rows(gblm.perplexity, tmp_path)
-    with pytest.raises(ValueError, match=r"needs two .* at least and there (is 1|are 0); run more"):
+    with pytest.raises(ValueError, match=r"needs at least two .* and there (is 1|are 0); run more"):
         draw(gblm.perplexity, made)
 
 
@@ -162,7 +162,7 @@ def test_one_sparsity_that_methods_reach_more_or_less_is_no_sweep(tmp_path):
         record.achieved["sparsity"] = 0.5 + 0.001 * index
         records.write(record, tmp_path)
     table = replace(gblm.zero_shot, run=lambda *column: replace(gblm.zero_shot.run(*column), measures=gblm.PPL))
-    with pytest.raises(ValueError, match="needs two sparsities at least and there is 1"):
+    with pytest.raises(ValueError, match="needs at least two sparsities and there is 1"):
         sweeps.by_sparsity(table, rows.rows(table, tmp_path))
 
 
@@ -205,7 +205,7 @@ def test_perplexity_by_step_has_a_line_a_corpus(tmp_path):
         record = small.record(run, measures=measured).model_copy(update={"table": table.name})
         records.write(record, tmp_path)
         if step == 0:
-            with pytest.raises(ValueError, match="two steps of retraining at least and there are 0"):
+            with pytest.raises(ValueError, match="at least two steps of retraining and there are 0"):
                 training.steps(table, rows.rows(table, tmp_path))
     (axes,) = training.steps(table, rows.rows(table, tmp_path)).axes
     wikitext, ptb = axes.lines
@@ -238,7 +238,7 @@ def test_a_line_of_steps_is_of_one_sparsity_one_schedule_and_one_seed(tmp_path):
 
 def test_two_cells_at_one_step_are_no_line(tmp_path):
     table, made = stopped(tmp_path, (0.5,), (None, replace(SCHEDULE, stop=4), replace(SCHEDULE, stop=8), SCHEDULE))
-    with pytest.raises(style.UndrawableError, match="Several cells of tiny stand at step 8"):
+    with pytest.raises(style.UndrawableError, match="Several cells of tiny are at step 8"):
         training.steps(table, made)
 
 

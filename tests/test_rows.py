@@ -95,7 +95,7 @@ def test_a_model_that_drops_the_mask_or_the_positions_is_found_out(dtype, droppe
     scorer = Scorer(model, tokenizer)
     scorer._loglikelihood_tokens(documents(1))
     assert scorer.apart == (dropped and "its logits in one row are not those of each alone")
-    assert ("Every request is computed by itself" in caplog.text) == bool(dropped)
+    assert ("Every request is computed separately" in caplog.text) == bool(dropped)
 
 
 def test_what_is_not_known_to_take_a_mask_is_asked_apart():

@@ -162,7 +162,7 @@ def test_a_failed_cell_is_tried_again(tmp_path, data, monkeypatch):
 @needs_model
 @pytest.mark.parametrize(
     ("windows", "reason"),
-    [(Perplexity("ptb/test", 64, 10**6), "asks for 64,000,000 tokens"), (Perplexity("ptb/tset", 64), "ptb/test")],
+    [(Perplexity("ptb/test", 64, 10**6), "needs 64,000,000 tokens"), (Perplexity("ptb/tset", 64), "ptb/test")],
 )
 def test_a_measure_that_cannot_be_taken_is_one_sentence(tmp_path, data, windows, reason):
     runs = small.table((None,), measures=(windows,)).runs()

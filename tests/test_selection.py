@@ -66,7 +66,7 @@ def test_cells_are_chosen_by_model_seed_and_setting():
         (["seed=3"], "Unknown seed of this table '3'"),
         (["setting=60 %"], "Unknown setting"),
         (["Wanda 60 %"], "Did you mean wanda 50 %"),
-        (["Dense", "seed=1"], "No cell is called dense and seed=1"),
+        (["Dense", "seed=1"], "No cell matches dense and seed=1"),
     ],
 )
 def test_a_term_that_no_cell_answers_is_one_sentence(only, said):
@@ -99,7 +99,7 @@ def ids(root, table: str) -> set[str]:
 def test_a_cell_of_two_tables_is_made_once(two, tmp_path, capsys):
     assert experiments.main(["run", *two]) == 0
     said = capsys.readouterr().err
-    assert "Taken over from other tables: 2 of 3 cells." in said
+    assert "Reused from other tables: 2 of 3 cells." in said
     assert "one: 2 done now, 0 before, 0 failed" in said
     assert "two: 1 done now, 2 before, 0 failed" in said
     assert ids(tmp_path, "one") < ids(tmp_path, "two")
@@ -147,7 +147,7 @@ def test_what_a_card_cannot_take_is_listed_and_left_and_the_rest_goes(two, tmp_p
     assert experiments.main(words) == 0
     said = capsys.readouterr().err
     assert "both: left out: Wanda + all weights 50 %: llama-65b needs about" in said
-    assert "training all weights needs all weights in place" in said
+    assert "training all weights needs all weights on the device" in said
     assert "both: 1 done now, 0 before, 0 failed, 1 left out" in said
     assert experiments.main([*words, "--strict"]) == 1
 
@@ -156,7 +156,7 @@ def test_one_submission_of_two_tables_sends_every_cell_once_and_all_have_their_r
     assert slurm.main(["submit", *two, "--executor", "debug"]) == 0
     told = capsys.readouterr()
     assert told.out == "debug: Dense, Magnitude 50 %, Wanda 50 %\n"
-    assert "2 tables: cells sent: 5, done or queued already: 0" in told.err
+    assert "2 tables: cells submitted: 5, done or queued already: 0" in told.err
     (entry,) = ledger.load(tmp_path)
     assert entry.table == "one+1"
     assert ids(tmp_path, "one") == set(entry.of("one"))
@@ -240,7 +240,7 @@ def test_when_a_running_cell_will_be_done_is_said_by_its_own_pace(tmp_path, monk
     running, waiting = state.cells(tmp_path, "t", {"aa": "A", "bb": "B"})
     assert (running.state, running.stage, running.share) == ("running", "pruning", 0.25)
     assert datetime.fromisoformat(running.end) > datetime.fromisoformat(line["at"]) + timedelta(minutes=58)
-    assert (waiting.state, waiting.note) == ("queued", "after others of its job")
+    assert (waiting.state, waiting.note) == ("queued", "after other cells of its job")
     assert slurm.main(["status", "--results", str(tmp_path)]) == 0
 
 

@@ -98,28 +98,24 @@ def test_losing_a_rank_is_one_sentence_on_the_others(answers):
     *others, lost = answers[4]
     assert "lost" not in lost
     for told in others:
-        assert told["lost"].startswith("RankLostError: A process that was to work along has ended or does not answer (")
-        assert told["lost"].endswith("The same command goes on from the last state that was kept.")
+        assert told["lost"].startswith("RankLostError: Another process of this launch has ended or does not answer (")
+        assert told["lost"].endswith("The same command resumes from the last saved state.")
 
 
 def test_a_rank_that_does_not_come_is_waited_for_as_long_as_said(folder):
     told = torch.load(folder / "hung.0.pt")["hung"]
-    assert told.startswith(
-        "RankLostError: A process that was to work along has ended or does not answer (Timed out wait"
-    )
+    assert told.startswith("RankLostError: Another process of this launch has ended or does not answer (Timed out wait")
 
 
 @needs_shared
 def test_every_rank_of_a_table_that_waits_for_one_in_vain_says_so_and_fails(folder):
     first, hung, last = (torch.load(folder / f"hung_table.{rank}.pt") for rank in range(3))
     assert (first["status"], last["status"]) == (1, 1)
-    sentence = "A process that was to work along has ended or does not answer ("
+    sentence = "Another process of this launch has ended or does not answer ("
     for told, start in ((first, sentence), (last, f"Process 2: {sentence}")):
         (said,) = [line for line in told["said"] if sentence in line]
         assert said.startswith(start)
-        assert said.endswith(
-            "; see what it said in the.log. The same command goes on from the last state that was kept."
-        )
+        assert said.endswith("; see its output in the.log. The same command resumes from the last saved state.")
     assert any("Timed out" in line for told in (first, last) for line in told["said"])
     assert hung["status"] == 1
     assert [path.name for path in (folder / "results/runs/tiny").glob("*.error.json")] == []
@@ -172,6 +168,8 @@ def test_ranks_choose_the_rate_that_one_process_chooses(answers):
 
 def test_what_ranks_cannot_share_or_do_not_agree_on_is_refused(answers):
     for told in answers[2]:
-        assert told["uneven"].startswith("ValueError: A batch of 3 cannot be shared evenly by 2 processes; use a ")
+        assert told["uneven"].startswith("ValueError: A batch of 3 cannot be split evenly among 2 processes; use a ")
         assert "retrain.safetensors belongs to another run" in told["foreign"]
-        assert told["other"].startswith("ValueError: The 2 processes do not run the same: model, examples, settings or")
+        assert told["other"].startswith(
+            "ValueError: The 2 processes do not run the same work: model, examples, settings or"
+        )

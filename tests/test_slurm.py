@@ -97,7 +97,7 @@ def test_a_job_that_takes_longer_than_allowed_asks_for_what_is_allowed():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"gpu_memory_gb": 4}, "needs about .* GB on one accelerator and this profile's hold 4"),
+        ({"gpu_memory_gb": 4}, "needs about .* GB on one GPU, but this profile's GPUs have 4"),
         ({"gpu_memory_gb": 24, "memory_gb": 4}, "allows 4"),
     ],
 )
@@ -145,7 +145,7 @@ def test_the_payload_is_plain_values(tmp_path):
 def test_the_same_jobs_run_here_as_subprocesses_and_in_the_process(tiny, tmp_path, capsys):
     assert main(["submit", *tiny, "--executor", "debug", "--method", "dense"]) == 0
     assert main(["submit", *tiny, "--executor", "local", "--method", "dense", "magnitude", "--only", "dense"]) == 0
-    assert "cells sent: 0" in capsys.readouterr().err
+    assert "cells submitted: 0" in capsys.readouterr().err
     assert status(tiny) == 0
     assert "1 done" in capsys.readouterr().out
 
@@ -196,7 +196,7 @@ def test_a_plan_of_months_is_warned_of_with_the_profiles_that_have_accelerators(
     assert main(words) == 0
     (warning,) = capsys.readouterr().err.splitlines()
     assert "10 of 60 cells would take more than 30 days each with the profile cpu, up to 703;" in warning
-    assert "gpu_partition (80 GB); these cells need up to 142 GB on one." in warning
+    assert "gpu_partition (80 GB); these cells need up to 142 GB per GPU." in warning
     assert main([*words, "--method", "dense", "--model", "llama-7b"]) == 0
     assert capsys.readouterr().err == ""
 
@@ -233,7 +233,7 @@ def test_records_of_earlier_work_are_no_progress_of_a_job(tmp_path):
 def test_cells_of_other_texts_and_on_demand_of_other_code_are_sent_again(tiny, tmp_path, capsys):
     def sent(*words: str) -> int:
         assert main(["submit", *tiny, "--method", "dense", "--executor", "debug", *words]) == 0
-        return int(capsys.readouterr().err.rpartition("cells sent: ")[2].partition(",")[0])
+        return int(capsys.readouterr().err.rpartition("cells submitted: ")[2].partition(",")[0])
 
     assert [sent(), sent(), sent("--again")] == [1, 0, 0]
     (record,) = records.load(tmp_path / "results", "tiny").values()
@@ -256,8 +256,8 @@ def test_a_job_that_makes_a_record_again_is_asked_for_until_it_has(tiny, tmp_pat
     monkeypatch.setattr(queue, "jobs", lambda names: {"0": pending} if names else {})
     words = ["submit", *tiny, "--method", "dense", "--again"]
     assert main(words) == main(words) == 0
-    assert [line for line in capsys.readouterr().err.splitlines() if "cells sent" in line][-1].startswith(
-        "tiny: cells sent: 0, done or queued already: 1"
+    assert [line for line in capsys.readouterr().err.splitlines() if "cells submitted" in line][-1].startswith(
+        "tiny: cells submitted: 0, done or queued already: 1"
     )
     assert status(tiny) == 0
     assert "1 queued" in capsys.readouterr().out
@@ -269,7 +269,7 @@ def test_what_only_a_cluster_heeds_is_refused_elsewhere(options, executor, tmp_p
     words = ["submit", "flap.perplexity", "--results", str(tmp_path), "--executor", executor, *options]
     assert main(words) == 2
     (said,) = capsys.readouterr().err.splitlines()
-    assert said.startswith(f"{options[0]} means nothing without a cluster")
+    assert said.startswith(f"{options[0]} has no effect without a cluster")
     assert f"--executor {executor}" in said
 
 
@@ -364,9 +364,9 @@ def interrupted(*_: object) -> int:
     [
         (["status", "--watch"], "Stopped. The jobs are as they were."),
         (["cancel"], "Stopped. Some jobs may be cancelled by now; the same command cancels the rest."),
-        (["submit"], "Stopped. What was sent is in the queue; the same command sends the rest."),
-        (["submit", "--dry-run"], "Stopped. Nothing was sent."),
-        (["submit", "--executor", "local"], "Stopped. What was finished is kept; the same command goes on."),
+        (["submit"], "Stopped. Submitted jobs stay in the queue; the same command submits the rest."),
+        (["submit", "--dry-run"], "Stopped. Nothing was submitted."),
+        (["submit", "--executor", "local"], "Stopped. Finished cells are kept; the same command runs the rest."),
     ],
 )
 def test_a_command_that_is_interrupted_says_what_is_so_then(words, said, tmp_path, monkeypatch, capsys):

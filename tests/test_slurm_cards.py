@@ -41,7 +41,7 @@ def test_training_all_weights_takes_the_fewest_cards_that_hold_it(model, card_gb
 
 
 def test_a_node_of_fewer_cards_refuses_what_takes_more():
-    with pytest.raises(estimate.TooLargeError, match=r"needs about .* GB on each of 2 accelerators"):
+    with pytest.raises(estimate.TooLargeError, match=r"needs about .* GB on each of 2 GPUs"):
         jobs.arrays(trained("opt-13b"), with_changes(cards=2))
     found, left = jobs.assigned(trained("opt-13b"), {"two": with_changes(cards=2), "four": with_changes(cards=4)})
     assert (list(found), left) == (["four"], {})
@@ -109,8 +109,8 @@ def test_the_name_of_one_card_becomes_that_of_several(gres, four):
         ("cards = 2.5", "cards: Input should be a valid integer"),
         ("cards = true", "cards: Input should be a valid integer"),
         ('cards = "8"', "cards: Input should be a valid integer"),
-        ('cards = 8\ngres = "gpu:a100:2"\ngpu_memory_gb = 80', "gres: 'gpu:a100:2' does not name one card, as"),
-        ('cards = 8\ngres = "tpu:1"\ngpu_memory_gb = 80', "gres: 'tpu:1' does not name one card, as"),
+        ('cards = 8\ngres = "gpu:a100:2"\ngpu_memory_gb = 80', "gres: 'gpu:a100:2' does not name one GPU, as"),
+        ('cards = 8\ngres = "tpu:1"\ngpu_memory_gb = 80', "gres: 'tpu:1' does not name one GPU, as"),
     ],
 )
 def test_no_other_number_of_cards(tmp_path, lines, said):
@@ -126,10 +126,10 @@ def test_the_dry_run_says_the_cards_of_its_jobs(tmp_path, capsys):
     words = ["submit", "perp.cost", "--dry-run", "--profile", str(path), "--results", str(tmp_path)]
     assert main([*words, "--only", "Magnitude + all weights 50 %"]) == 0
     told, left = capsys.readouterr()
-    assert "Each asks for 4 accelerators, each with 66.5 GB in use," in told
+    assert "Each requests 4 GPUs, each with 66.5 GB in use," in told
     assert "3 cells in 3 jobs (1 on 1, 1 on 2, 1 on 4 cards), about" in told
     assert "opt-30b needs about" in left
-    assert "GB on each of 4 accelerators" in left
+    assert "GB on each of 4 GPUs" in left
 
 
 def test_a_card_that_is_named_is_the_only_one(tmp_path, capsys):
@@ -156,7 +156,9 @@ def test_show_says_the_fewest_cards(tmp_path, capsys):
     assert [line.split()[9:11] for line in told.splitlines() if "opt-" in line and "missing" in line] == [
         ["1", "device"], ["2", "device"], ["4", "device"], ["8", "too"],
     ]  # fmt: skip
-    assert "1 cell needs more than 8 cards of 80 GB hold, as training all weights needs all weights in place" in told
+    assert (
+        "1 cell needs more than 8 cards of 80 GB hold, as training all weights needs all weights on the device" in told
+    )
 
 
 def test_status_says_the_cards_of_a_job(tmp_path):
@@ -173,15 +175,15 @@ def test_status_says_the_cards_of_a_job(tmp_path):
 @pytest.mark.parametrize(
     ("statuses", "events", "said"),
     [
-        ({0: 1, 1: -signal.SIGKILL}, [(0, True, "It has ended.")], "Process 1 of 2 was killed (SIGKILL), most often"),
-        ({0: -signal.SIGTERM, 1: -signal.SIGSEGV}, [], "Process 1 of 2 was killed (SIGSEGV); submit again,"),
+        ({0: 1, 1: -signal.SIGKILL}, [(0, True, "It has ended.")], "Process 1 of 2 was killed (SIGKILL), usually"),
+        ({0: -signal.SIGTERM, 1: -signal.SIGSEGV}, [], "Process 1 of 2 was killed (SIGSEGV); submit again;"),
         (
             {0: 1, 1: 1},
             [(0, True, "It is lost."), (1, False, "The disk is full.")],
             "Process 1 of 2: The disk is full.",
         ),
         ({0: 1}, [(0, True, "It does not answer.")], "Process 0 of 2: It does not answer."),
-        ({1: 3}, [], "One of 2 processes ended early (exit status 3 of process 1); `logs` shows what it said."),
+        ({1: 3}, [], "One of 2 processes ended early (exit status 3 of process 1); see `logs` for its output."),
     ],
 )
 def test_why_a_launch_failed_is_one_sentence(tmp_path, statuses, events, said):
@@ -200,7 +202,7 @@ def test_processes_that_slurm_stopped_leave_it_to_slurm_to_say_why(tmp_path, mon
 
     log = callbacks.Events(tmp_path / "0.events.jsonl")
     monkeypatch.setattr(cards, "start", stopped)
-    with pytest.raises(launched.ProcessFailedError, match="All processes were told to stop"):
+    with pytest.raises(launched.ProcessFailedError, match="All processes received a signal to stop"):
         launched.run(2, {"cells": {}}, log, "")
     assert callbacks.read(log.path) == []
 
@@ -212,7 +214,7 @@ def test_estimates_go_by_where_the_weights_are_asked_to_be():
     assert all(one.gpu_memory_gb < 12 for one in asked.values())
     assert asked["disk"].memory_gb < 20 < 130 < asked["host"].memory_gb
     assert asked["disk"].needed_hours > asked["host"].needed_hours
-    with pytest.raises(estimate.TooLargeError, match=r"holds? 80 GB; .* or leave out --weights device"):
+    with pytest.raises(estimate.TooLargeError, match=r"have 80 GB; .* or leave out --weights device"):
         estimate.request([dense], profile.with_weights("device"))
     with pytest.raises(estimate.TooLargeError, match=r"all weights of opt-1\.3b on .*; leave out --weights host"):
         estimate.request(trained("opt-1.3b"), profile.with_weights("host"))

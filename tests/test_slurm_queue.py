@@ -95,7 +95,7 @@ def test_jobs_that_need_a_rate_begin_after_the_one_that_chooses_it(tmp_path, sen
     assert [list(entry.cells) for entry in (maker, waits)] == [[cell.id] for cell in some[:2]]
     pending = state.Job(waits, 0, queue.Queued("PENDING", "", "", "Dependency"))
     (cell,) = state.cells(tmp_path / "results", "perp.magnitude", waits.cells, [pending])
-    assert (cell.state, cell.note) == ("queued", "after the job that chooses its learning rate")
+    assert (cell.state, cell.note) == ("queued", "waits for the job that chooses its learning rate")
     (choice,) = maker.jobs[0].choices
     rate = next(cell for cell in cells.cells(papers.find("perp.rates").runs()) if cell.id == choice)
     assert submit(tmp_path, "perp.magnitude", "perp.rates", "--only", some[2].id, rate.id) == 0
@@ -147,8 +147,8 @@ def test_a_job_that_another_table_wants_goes_on(tmp_path, sent, monkeypatch, cap
     monkeypatch.setattr(queue, "cancel", cancelled.extend)
     assert main(["cancel", "perp.magnitude", "--results", str(tmp_path)]) == 0
     assert cancelled == ["1_1"]
-    said = "perp.magnitude: jobs cancelled: 1; what they had finished is kept; 1 go on, in which there are cells for"
-    assert capsys.readouterr().err == f"{said} perp.cost; name all tables to stop them, too\n"
+    said = "perp.magnitude: jobs cancelled: 1; finished cells are kept; 1 continue, as they have cells for"
+    assert capsys.readouterr().err == f"{said} perp.cost; name all these tables to cancel them as well\n"
     recorded(tmp_path, some[0].run, "perp.cost")
     assert state.wanting(state.jobs(tmp_path)[0]) == {"perp.magnitude"}  # the other has its record
     cancelled.clear()
@@ -166,7 +166,7 @@ def test_hours_are_asked_for_as_records_of_such_cells_on_that_card_tell(tmp_path
         device = "NVIDIA A100-SXM4-80GB" if number < 3 else "NVIDIA H100"
         recorded(tmp_path, cell.run, "flap.perplexity", taken, device)
     told, (line,) = pace.measured(asked, tmp_path)
-    assert line == "Hours for flap, no tasks: 0.3 times the estimate, 1.5 x the median of 3 records on a100."
+    assert line == "Time limit for flap, no tasks: 0.3 times the estimate, 1.5 x the median of 3 records on a100."
     assert estimate.needed_hours(some[:1], told) == pytest.approx(estimate.needed_hours(some[:1], asked) / 10)
     others = found()[:1]
     assert estimate.needed_hours(others, told) == estimate.needed_hours(others, asked)
@@ -185,9 +185,9 @@ def test_all_memory_of_a_node(tmp_path, capsys):
     assert submit(tmp_path, *words, whole_memory=True) == 0
     told = capsys.readouterr().out
     assert "#SBATCH --mem=0\n" in told
-    assert "in use, all memory of its node and" in told
+    assert "in use, all memory of a node and" in told
     assert submit(tmp_path, *words, "--memory-gb", "8", whole_memory=True) == 2
-    assert "asks for all memory of a node (whole_memory); leave out --memory-gb." in capsys.readouterr().err
+    assert "requests all memory of a node (whole_memory); leave out --memory-gb." in capsys.readouterr().err
     (path := tmp_path / "q.toml").write_text('teraflops = 1\nwhole_memory = "yes"\n')
     with pytest.raises(profile.ProfileError, match="whole_memory: Input should be a valid boolean"):
         profile.load(str(path))
@@ -199,14 +199,14 @@ def test_a_job_that_had_all_memory_is_not_told_to_ask_for_more(tmp_path, sent):
     job = state.Job(entry, 0, replace(RUNNING, state="OUT_OF_MEMORY"))
     job.logs[1].parent.mkdir(parents=True, exist_ok=True)
     job.logs[1].write_text("slurmstepd: error: Detected 1 oom-kill event(s) in step 7.0\n")
-    assert job.death.startswith("Out of memory, most likely, although all memory of its node was asked for")
+    assert job.death.startswith("Probably out of memory, although all memory of a node was requested")
 
 
 def test_a_results_folder_whose_logs_would_lie_elsewhere_is_refused(tmp_path, capsys):
     words = ["submit", "embedded.demo", "--dry-run", "--results", str(tmp_path / "of %j")]
     assert main(words) == 2
     (said,) = capsys.readouterr().err.splitlines()
-    assert said.endswith("is replaced by the job's number and the like; take a results folder without %.")
+    assert said.endswith("replaces % in the names of logs; use a results folder without % in its path.")
 
 
 def test_a_key_that_the_site_checks_is_an_option(tmp_path, capsys):
@@ -246,17 +246,17 @@ def test_a_table_has_one_waiting_job_that_collects_and_cancel_stops_it(tmp_path,
     words = ("embedded.demo", "--collect", "--only", "Dense")
     assert submit(tmp_path, *words) == submit(tmp_path, *words) == 0
     assert waiting() == ["1_0", "2_0"]
-    assert "2_0: tables, figures, claims and report, sent before\n" in capsys.readouterr().out
+    assert "2_0: tables, figures, claims and report, submitted before\n" in capsys.readouterr().out
     assert submit(tmp_path, *words, "Wanda 50 %") == 0  # one more job, which it must wait for
     assert waiting() == ["1_0", "3_0", "4_0"]
-    assert "4_0: tables, figures, claims and report, in place of 2_0\n" in capsys.readouterr().out
+    assert "4_0: tables, figures, claims and report, replacing 2_0\n" in capsys.readouterr().out
     assert set(sent[-1][1].split(":")) == {"afterany", "1_0", "3_0"}
     assert submit(tmp_path, "flap.perplexity", "--collect", "--only", "Dense", "model=llama-7b") == 0
     assert waiting() == ["1_0", "3_0", "4_0", "5_0", "6_0"]
     capsys.readouterr()
     assert main(["cancel", "embedded.demo", "--results", str(tmp_path / "results")]) == 0
     assert waiting() == ["5_0", "6_0"]
-    assert capsys.readouterr().err.splitlines()[1].startswith("4_0: cancelled, too, as it would have collected")
+    assert capsys.readouterr().err.splitlines()[1].startswith("4_0: also cancelled, as it would have collected")
     assert main(["cancel", "--all", "--results", str(tmp_path / "results")]) == 0
     assert waiting() == []
 
@@ -320,7 +320,7 @@ def test_status_says_what_a_reason_of_slurm_means(tmp_path, sent, waiting, monke
     told = capsys.readouterr().out
     asked = sent[0][0].asks
     assert asked.startswith("8 CPUs, ")
-    said = "asks for more than the nodes of its partition have or allow"
+    said = "requests more than the nodes of its partition have or allow"
     assert f"{said}: {asked}; see the profile, and sinfo for the nodes (PartitionConfig)" in told
     assert f"report: waits ({said}: {sent[1][0].asks}; see" in told
     depends = queue.Queued("PENDING", "", "", "Dependency")
@@ -333,8 +333,8 @@ def test_status_says_what_a_reason_of_slurm_means(tmp_path, sent, waiting, monke
 @pytest.mark.parametrize(
     ("reason", "said"),
     [
-        ("PartitionNodeLimit", "asks for more than the nodes of its partition have or allow: 8 CPUs;"),
-        ("PartitionTimeLimit", "asks for more hours than its partition allows: 8 CPUs; lower hours"),
+        ("PartitionNodeLimit", "requests more than the nodes of its partition have or allow: 8 CPUs;"),
+        ("PartitionTimeLimit", "requests more hours than its partition allows: 8 CPUs; lower hours"),
         ("ReqNodeNotAvail, UnavailableNodes:n1", "are down, drained or reserved"),
         ("QOSMaxCpuPerUserLimit", "a limit of its account or QOS is reached: 8 CPUs;"),
         ("AssocGrpGRES", "a limit of its account or QOS is reached: 8 CPUs;"),
@@ -387,7 +387,7 @@ def test_what_collects_a_table_of_a_file_on_another_model_reports_it_and_status_
     capsys.readouterr()
     main(["status", str(file), "--results", str(root)])
     assert (
-        "Tables, figures, claims and report: written but for claims (claims: KeyError: claims"
+        "Tables, figures, claims and report: written, except claims (claims: KeyError: claims"
         in capsys.readouterr().out
     )
     (root / "runs/mine").rename(root / "gone")
@@ -395,6 +395,6 @@ def test_what_collects_a_table_of_a_file_on_another_model_reports_it_and_status_
     capsys.readouterr()
     main(["status", "--results", str(root)])
     told = capsys.readouterr().out
-    said = "written but for table of mine, figures of mine, claims and report (report: No record of any table under"
+    said = "written, except table of mine, figures of mine, claims and report (report: No record of any table under"
     assert said in told
-    assert f"`python -m slurm logs collect --results '{root}'` shows all" in told
+    assert f"`python -m slurm logs collect --results '{root}'` shows the whole log" in told

@@ -114,7 +114,7 @@ def test_a_dense_value_in_another_place_is_noticed(tmp_path, caplog):
     path.rename(target)
     with pytest.raises(Recomputed):
         dense_gate.dense(tmp_path, other, recompute)
-    assert "belongs to another place" in caplog.text
+    assert "was written for another file" in caplog.text
 
 
 def test_a_record_of_another_table_is_not_trusted(tmp_path, caplog):
@@ -181,7 +181,7 @@ def test_files_keep_the_mode_of_the_umask_while_threads_write(tmp_path):
 def test_sealed_numbers_are_finite(number):
     content = json.loads(f'{{"a": {number}}}')
     text = json.dumps({**content, "sha256": checksummed_json.seal(content)}, indent=1) + "\n"
-    with pytest.raises(ValueError, match=r"it holds -?(NaN|Infinity), which is no result"):
+    with pytest.raises(ValueError, match=r"it holds -?(NaN|Infinity), which is not a valid value"):
         checksummed_json.loads(text)
 
 

@@ -140,7 +140,7 @@ def test_all_weights_away_from_home_are_refused_with_the_figure(tmp_path):
     model = opening.open_folder(tmp_path)
     before = weights_of(model)
     with pytest.raises(
-        ValueError, match=r"Training all weights needs them, .* on the device, 0\.0 GB, and they are away"
+        ValueError, match=r"Training all weights needs them, .* on the device, 0\.0 GB, and they are offloaded"
     ):
         finetune(model, Trainable.full(), families.windows("llama", 4), steps=1, learning_rate=1e-3)
     assert all(torch.equal(before[name], p) for name, p in weights_of(model).items())

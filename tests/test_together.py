@@ -131,14 +131,16 @@ def test_a_rank_that_is_lost_ends_all_with_its_sentence_and_fewer_go_on(data, tm
 
 def test_what_ranks_cannot_share_is_refused_before_any_work(monkeypatch, tmp_path):
     asked = cells.cells(launched.table().runs())
-    with pytest.raises(ValueError, match=r"3 processes cannot share a batch of 4 evenly, as .* and 2 more cells would"):
+    with pytest.raises(
+        ValueError, match=r"3 processes cannot share a batch of 4 evenly, which .* and 2 more cells would"
+    ):
         batch.refuse_unshared(asked, 3)
     batch.refuse_unshared(asked, 4)
     batch.refuse_unshared(asked, 8)
     rebuilding = Reconstruction(Trainable(norms=True), steps=2)
     (cell,) = cells.cells([replace(asked[0].run, recovery=rebuilding)])
     with pytest.raises(
-        ValueError, match=r"Blocks are reconstructed by one process, and 2 would do .*; run these alone"
+        ValueError, match=r"Block-wise reconstruction runs in one process, and 2 were launched for .*; run these cells"
     ):
         batch.refuse_unshared([cell], 2)
 
@@ -148,7 +150,7 @@ def test_what_ranks_cannot_share_is_refused_before_any_work(monkeypatch, tmp_pat
     [
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2 but RANK, MASTER_ADDR, MASTER_PORT are not set; start all of them with"),
         ({"WORLD_SIZE": "abc"}, "WORLD_SIZE is 'abc', not a number from 1 on; start all of them with torchrun"),
-        ({"WORLD_SIZE": "2", "RANK": "x", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}, "do not meet .* unset"),
+        ({"WORLD_SIZE": "2", "RANK": "x", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}, "cannot connect .* unset"),
         ({"LOCAL_RANK": "-1"}, "LOCAL_RANK is '-1', not a number from 0 on"),
     ],
 )
@@ -172,7 +174,9 @@ def test_a_port_that_is_taken_is_one_sentence(monkeypatch):
         }
         for name, value in meeting.items():
             monkeypatch.setenv(name, value)
-        with pytest.raises(ConnectionError, match=r"The 2 processes of WORLD_SIZE do not meet .*; start all of them"):
+        with pytest.raises(
+            ConnectionError, match=r"The 2 processes of WORLD_SIZE cannot connect to each other .*; start all of them"
+        ):
             ranks.here()
 
 
@@ -181,8 +185,8 @@ def test_each_process_takes_its_own_gpu(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert Settings().device == Settings(device="cuda").device == "cuda:1"
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(ValueError, match=r"no device 'cuda:2' here; .* Launch one process for each GPU at most"):
+    with pytest.raises(ValueError, match=r"no device 'cuda:2' here; .* Launch at most one process per GPU"):
         Settings()
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="2 processes cannot work together on cuda:0; leave --device out"):
+    with pytest.raises(ValueError, match="2 processes cannot share cuda:0; leave --device out"):
         Settings(device="cuda:0")

@@ -59,7 +59,8 @@ def test_a_tracker_that_cannot_start_fails_no_cell(tmp_path, data, monkeypatch, 
     monkeypatch.setattr(wandb, "init", lambda **_: (_ for _ in ()).throw(wandb.errors.UsageError("no API key")))
     assert len(run(tmp_path, data, Wandb("demo", "tiny", tmp_path), methods=METHODS[:2]).done) == 2
     assert [record.message for record in caplog.records] == [
-        "Wandb is out of service, cells go on: Weights & Biases did not start (no API key); run `wandb login`, set "
+        "Wandb failed and is switched off; cells continue: Weights & Biases did not start (no API key); run "
+        "`wandb login`, set "
         "WANDB_API_KEY, or keep its runs on this disk with WANDB_MODE=offline."
     ]
 

@@ -99,8 +99,8 @@ def test_trained_tensors_are_float32_for_as_long_as_they_are_trained(kind):
         (lambda: Trainable(), "selects nothing"),
         (lambda: Trainable(adapters=MaskLoRA(targets=("q_porj",))), "Did you mean q_proj"),
         (lambda: Trainable(adapters=MaskLoRA(rank=64)), "Rank 64 is larger than model.layers.0.self_attn.q_proj"),
-        (lambda: Trainable(adapters=MaskLoRA(rank=0)), "at least 1"),
-        (lambda: Trainable(weights=True, adapters=MaskLoRA()), "nothing for adapters to add"),
+        (lambda: Trainable(adapters=MaskLoRA(rank=0)), "a positive integer"),
+        (lambda: Trainable(weights=True, adapters=MaskLoRA()), "already trains everything"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(make, says):

@@ -73,7 +73,7 @@ def test_partial_data_cannot_be_compared(tmp_path):
         tmp_path, gblm.perplexity, {("llama-7b", "Dense", ""): 5.68}, data={"wikitext2/test": {"complete": False}}
     )
     verdict = found["llama-7b", "Dense", "", "mean"].verdict
-    assert verdict == "not comparable: wikitext2/test was only a part of the data set"
+    assert verdict == "not comparable: only a part of wikitext2/test was available"
 
 
 def test_a_caveat_of_the_paper_is_the_reason(tmp_path):

@@ -76,7 +76,7 @@ def test_batching_moves_no_answer(stories, seven):
     for sample, other in zip(sorted(packed, key=str), sorted(one_by_one.samples, key=str), strict=True):
         assert sample["answers"] == pytest.approx(other["answers"], abs=1e-4)
         assert {**sample, "answers": None} == {**other, "answers": None}
-    assert one_by_one.apart == "batches of 1 were asked for"
+    assert one_by_one.apart == "a batch size of 1 was requested"
     assert seven.apart is None
 
 
@@ -160,14 +160,14 @@ def test_a_byte_order_mark_and_blank_lines_are_read_over(stories, tmp_path, monk
 @pytest.mark.parametrize(
     ("records", "said"),
     [
-        ([QUESTION, QUESTION | {"goal": None}], "record 2 has no text, being without 'goal'"),
+        ([QUESTION, QUESTION | {"goal": None}], "record 2 has no 'goal'"),
         ([QUESTION | {"sol1": 5}], "record 1 has no text: its 'sol1' is a number"),
         ([QUESTION | {"sol1": ["a"]}], "record 1 has no text: its 'sol1' is a list"),
         ([QUESTION | {"goal": "\ud800"}], "record 1 has half of a surrogate pair"),
         ([QUESTION | {"label": None}], "record 1 has null as 'label', where a number or a text must be"),
         ([QUESTION | {"label": 0.5}], "record 1 has 0.5 as 'label', where a number or a text must be"),
         ([QUESTION, QUESTION | {"label": "zz"}], "record 2 has \"zz\" as 'label', and record 1 has a number"),
-        ([["a"]], "record 1 is no object but a list"),
+        ([["a"]], "record 1 is not an object but a list"),
         ([], "holds no record"),
     ],
 )
@@ -187,7 +187,7 @@ def test_a_task_file_of_something_else_is_named(tmp_path, content):
 def test_an_answer_that_is_none_of_the_choices_is_no_wrong_answer(stories, tmp_path, label):
     first = QUESTION if isinstance(label, int) else QUESTION | {"label": "dog"}
     asked = piqa(tmp_path, lines(first, QUESTION | {"label": label}))
-    told = f"its document 2 has the answer {label!r}, which is none of its 2 choices"
+    told = f"its document 2 has the answer {label!r}, which is not one of its 2 choices"
     assert zs.zero_shot(*stories, asked).missing == {"piqa": told}
     assert zs.zero_shot(*stories, asked, limit=1).missing == {}
 
@@ -259,7 +259,7 @@ def test_a_model_that_gives_nan_is_refused():
     folder = DATA / "models/stories260K/hf"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     model.model.norm.weight.data[0] = float("nan")
-    with pytest.raises(FloatingPointError, match="not a number"):
+    with pytest.raises(FloatingPointError, match="log-likelihoods are NaN"):
         zs.zero_shot(model, tokenizer, sources("piqa"), limit=1)
 
 

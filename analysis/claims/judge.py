@@ -1,4 +1,4 @@
-"""What numbers say about a claim: the paper's, ours, and ours with their noise.
+"""Judges a claim by numbers: the paper's, ours, and ours with their noise.
 
 A claim is a list of comparisons "left is better than factor * right" between cells of a table, for every model and
 number that it speaks of.  Better is lower for perplexities, counts and shares, and higher for accuracies and speed.

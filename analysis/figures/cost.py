@@ -1,4 +1,4 @@
-"""What pruning takes: time by method, and memory on accelerators."""
+"""Cost of pruning: time by method, and memory on GPUs."""
 
 from __future__ import annotations
 

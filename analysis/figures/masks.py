@@ -1,4 +1,4 @@
-"""A figure of masks: which weights of each matrix of one block stay, method by method.
+"""Mask maps: which weights of each matrix of one block are kept, method by method.
 
 GBLM-Pruner's paper shows that its masks have structure, whole rows and columns that stay or go (Das et al. 2023,
 arXiv:2311.04902).  Under each map stands the overdispersion of rows and columns, which is about 1 without structure.
@@ -37,7 +37,7 @@ def masks(table: Table, rows: Sequence[Row], key: str | None = None) -> Figure:
     known = dict.fromkeys(matrix for found in told.values() for matrix in found["matrices"])
     matrices = [matrix for matrix in known if any(matrix in found for found in maps.values())]
     if not matrices:
-        raise UndrawableError("Nothing is left of that block in any model, so it has no masks; measure another one.")
+        raise UndrawableError("That block is empty in every model, so it has no masks; measure another block.")
     low, high = np.percentile(np.concatenate([one.ravel() for found in maps.values() for one in found.values()]), EDGES)
     with matplotlib.rc_context(STYLE):
         width = max(6.4, 2.3 + SIDE * len(matrices))
@@ -61,7 +61,9 @@ def grey(lines: Sequence[str]) -> np.ndarray:
     if len({len(line) for line in lines}) != 1 or not all(
         len(cell) == 2 and cell.isdecimal() for line in cells for cell in line
     ):
-        raise ValueError("A map of a mask is lines of equally many two-digit percentages; this record holds another.")
+        raise ValueError(
+            "A mask map must be lines of equally many two-digit percentages; this record has something else."
+        )
     return np.array(cells, dtype=float)
 
 
@@ -73,9 +75,7 @@ def _told(rows: Sequence[Row], key: str) -> dict[Name, dict[str, Any]]:
         if measured and not row.is_dense:
             told.setdefault((row.run.model_name, row.method, row.setting), measured)
     if not told:
-        raise UndrawableError(
-            "Masks were recorded of the dense model alone, where nothing is removed; run a pruned cell."
-        )
+        raise UndrawableError("Masks were recorded for the dense model only, which has none; run a pruned cell.")
     return told
 
 

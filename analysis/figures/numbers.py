@@ -1,4 +1,4 @@
-"""Sizes, speed and what else a cell's numbers are, as bars: a panel a quantity, a bar a cell."""
+"""Bar charts of sizes, speed and other numbers of cells: one panel per quantity, one bar per cell."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def numbers(table: Table, rows: Sequence[Row]) -> Figure:
     """Every quantity but perplexities and accuracies, a mean over seeds; UndrawableError where there is none."""
     columns = [column for column in shown(rows) if column.quantity.name not in ELSEWHERE]
     if not columns:
-        raise UndrawableError(f"No record of {table.name} holds a number that has a figure.")
+        raise UndrawableError(f"No record of {table.name} has a number that can be drawn.")
     several = len({row.run.model for row in rows}) > 1
     groups = {
         f"{some[0].label}, {some[0].run.model_name}" if several else some[0].label: some for some in repeats(rows)

@@ -1,4 +1,4 @@
-"""Perplexity or accuracy by method, as one figure."""
+"""Perplexity or accuracy by method."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def _point(name: tuple[str, str, str], measured: Sequence[dict[str, Any]], what:
 
 def _bars(points: Sequence[Point], what: Quantity) -> str:
     kinds = {
-        "several seeds: mean and its 95 % interval, each seed below it": any(len(p.values) > 1 for p in points),
+        "several seeds: mean, its 95 % interval, and each seed": any(len(p.values) > 1 for p in points),
         f"one run: ± 1 standard error over {what.units}": any(len(p.values) == 1 and p.half_width for p in points),
     }
     return "; ".join(kind for kind, there in kinds.items() if there)

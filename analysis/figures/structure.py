@@ -1,4 +1,4 @@
-"""Figures of what pruning left inside: heads and channels by block, retraining curves, accuracy by parameters."""
+"""Heads and channels kept in each block, and accuracy by parameters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all figures share: colours, panels, legends, scales, and how a figure becomes files."""
+"""What all figures share: colours, panels, legends, scales, and writing the files."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def one_key(rows: Sequence[Row], key: str | None, quantity: str) -> str:
     """The protocol key to show; ValueError where none was measured or one must be chosen, UsageError if unknown."""
     known = [k for k in keys(rows) if any(quantity in (row.measure(k) or {}) for row in rows)]
     if not known:
-        raise UndrawableError(f"No {quantity} in any record, so there is nothing to draw.")
+        raise UndrawableError(f"No record has {quantity}, so there is nothing to draw.")
     if key is not None and key not in known:
         raise UsageError(unknown("protocol key", key, known))
     if key is None and len(known) > 1:
@@ -125,7 +125,7 @@ def canvas(title: str, size: tuple[float, float] = (6.4, 4.0)) -> tuple[Figure, 
 def refuse_few(count: int, what: str, table: Table) -> None:
     if count < 2:
         raise UndrawableError(
-            f"A figure of {table.name} needs two {what} at least and there {'is' if count == 1 else 'are'} {count}; "
+            f"A figure of {table.name} needs at least two {what} and there {'is' if count == 1 else 'are'} {count}; "
             "run more of its cells."
         )
 

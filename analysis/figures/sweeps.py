@@ -1,4 +1,4 @@
-"""Figures beyond perplexity by method: by sparsity, ours against the paper's, and what methods cost."""
+"""Perplexity by sparsity, and our numbers against the paper's."""
 
 from __future__ import annotations
 

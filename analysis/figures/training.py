@@ -1,4 +1,4 @@
-"""Retraining over its steps: the loss, and the perplexity where it was left."""
+"""Retraining by step: the loss, and the perplexity where the schedule was stopped."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def steps(table: Table, rows: Sequence[Row]) -> Figure:
     counted = Counter(map(_step, done))
     refuse_few(sum(step > 0 for step in counted), "steps of retraining", table)
     if twice := [step for step, count in counted.items() if count > 1]:
-        raise UndrawableError(f"Several cells of {table.name} stand at step {twice[0]}; a line has one value a step.")
+        raise UndrawableError(f"Several cells of {table.name} are at step {twice[0]}; a line has one value per step.")
     figure, axes = canvas(f"{table.title}: {done[0].run.model_name}")
     keys = [key for key, value in (done[0].record.measures if done[0].record else {}).items() if "perplexity" in value]
     for index, key in enumerate(keys):

@@ -1,4 +1,4 @@
-"""Every cell of a table against one of them, on the same documents and windows, so that noise is not read as a gap.
+"""Compares every cell of a table with a baseline on the same documents and windows, so that noise is not read as a gap.
 
 Means and perplexities: the difference with a paired bootstrap interval.  Tasks: how many documents only one of the two
 models gets right, and McNemar's exact test, its p-values corrected by Holm's method for all tests of the table.
@@ -141,7 +141,7 @@ def _said(table: Table, pairs: Sequence[Pair]) -> list[str]:
     """Where a baseline is not the table's own dense model."""
     bases = {base.run.model_name: base for _, base in pairs}
     lines = [
-        f"The dense {model} is that of `{base.record.table}`."
+        f"The dense {model} is taken from `{base.record.table}`."
         for model, base in bases.items()
         if base.is_dense and base.record and base.record.table != table.name
     ]
@@ -178,7 +178,7 @@ def _scores(table: Table, what: ZeroShot, row: Row) -> dict[str, list[float]]:
     path = folder / measured["samples"]["file"]
     if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != measured["samples"]["sha256"]:
         raise ValueError(
-            f"{path}, the answers of {row.label}, is missing or was changed since; delete its record and run it again."
+            f"{path}, the answers of {row.label}, is missing or was changed; delete its record and rerun the cell."
         )
     metrics = dict(what.metrics)
     scores: dict[str, list[float]] = {}
@@ -212,7 +212,7 @@ def _tests_frame(tests: Sequence[TaskTest]) -> pd.DataFrame:
             "Cell": [test.label for test in tests],
             "Task": [test.key for test in tests],
             "Points": [f"{100 * test.difference:+.1f}" for test in tests],
-            "Only here right": [str(test.only_here) for test in tests],
+            "Only this cell right": [str(test.only_here) for test in tests],
             "Only baseline right": [str(test.only_baseline) for test in tests],
             "p (Holm)": [f"{test.p:.3g}" for test in tests],
         }

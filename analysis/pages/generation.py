@@ -1,4 +1,4 @@
-"""The qualitative page: what the dense and the pruned models write, side by side, from the records alone."""
+"""Generated text of the dense and the pruned models, side by side, from the records alone."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def continuations(rows: Sequence[Row]) -> dict[str, list[dict[str, Any]]]:
         if isinstance(what, Generation) and (measured := row.measure(what.key))
     }
     if not found:
-        raise UsageError("No cell of this table was asked to write; `Generation()` among a run's measures does so.")
+        raise UsageError("No cell of this table generated text; add `Generation()` to a run's measures.")
     return found
 
 
@@ -36,8 +36,8 @@ def page(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     asked = {name: [(row["prompt"], row["decoding"]) for row in rows] for name, rows in models.items()}
     first = next(iter(asked.values()), [])
     if not first or any(prompts != first for prompts in asked.values()):
-        raise ValueError("Continuations stand beside each other only for the same prompts, in the same order.")
-    parts = ["# What the models write", _means(models).to_markdown(floatfmt=".3f")]
+        raise ValueError("Continuations can be compared only for the same prompts in the same order.")
+    parts = ["# Generated text", _means(models).to_markdown(floatfmt=".3f")]
     for at, (prompt, decoding) in enumerate(first):
         texts = pd.DataFrame({name: [_cell(rows[at]["text"])] for name, rows in models.items()})
         parts += [f"## {html.escape(prompt)} ({decoding})", texts.to_markdown(index=False)]

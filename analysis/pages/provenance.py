@@ -1,4 +1,4 @@
-"""Where a number comes from: everything of a record that a reader needs to judge it or make it again, in words."""
+"""Provenance of a number: everything in a record that a reader needs to judge or repeat it."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def _done(row: Row, record: Record) -> dict[str, Any]:
     return {
         "cell": _named(row),
         "Measured": {key: _short(measured) for key, measured in record.measures.items()},
-        "Asked for": _asked(record.spec),
-        "Share removed": {"asked": record.achieved.get("asked"), "reached": record.achieved.get("sparsity")},
+        "Specification": _asked(record.spec),
+        "Sparsity": {"requested": record.achieved.get("asked"), "achieved": record.achieved.get("sparsity")},
         "Texts": {name: _flat(source) for name, source in record.data.items()},
         "Made by": _maker(record.made_by),
         "Cost": {**{f"{stage}, s": taken for stage, taken in record.cost.seconds.items()}, **_memory(record)},
@@ -66,7 +66,7 @@ def _failed(row: Row) -> dict[str, Any]:
     return {
         "cell": _named(row),
         "Failed": {"reason": failure.message, "at": failure.at},
-        "Asked for": _asked(failure.spec),
+        "Specification": _asked(failure.spec),
         "Record": {"file": f"results/runs/{failure.table}/{failure.id}.error.json"},
     }
 
@@ -74,7 +74,7 @@ def _failed(row: Row) -> dict[str, Any]:
 def _asked(spec: dict[str, Any]) -> dict[str, Any]:
     """The stages of the run, each with its settings on one line."""
     named = {"model": spec["model"], "method": spec["method"] or "none: the dense model"}
-    named |= {"calibration": spec["windows"] or "none: reads no text", "number format": spec["dtype"]}
+    named |= {"calibration": spec["windows"] or "none: uses no text", "dtype": spec["dtype"]}
     if "recovery" in spec:
         named["recovery"] = spec["recovery"]
     return {name: _line(value) for name, value in named.items()}

@@ -1,4 +1,4 @@
-"""README's results, with the report and the figures that they point to, from the records that the repository keeps.
+"""Generates the README's results, report and figures from the records that the repository keeps.
 
 Only those: whatever else was run in this checkout moves nothing, so a test can say whether README still tells what the
 records do.
@@ -36,15 +36,16 @@ WORDS = {"holds": "hold", "holds so far": "hold so far", "fails": "fail", "undec
 READING = (
     "Mean perplexity on SmolLM2-135M-Instruct (4-bit GGUF weights, widened; here in bfloat16, where `prune` and "
     "`compare` take its own format, float32), small enough for two CPU cores; lower is better. ± is half the 95 % "
-    "interval of the mean over three calibration seeds; without ± it is one run, as the method draws "
-    "nothing or one seed was asked. Bold: better than every other method by a 95 % interval of the paired difference, "
-    "the dense model apart. The papers' models are 20 to 500 times as large and lose less: compare directions, not "
+    "interval of the mean over three calibration seeds; without ± it is one run, because the method is "
+    "deterministic or only one seed was run. Bold: better than every other method by a 95 % interval of the "
+    "paired difference, "
+    "except the dense model. The papers' models are 20 to 500 times as large and lose less: compare directions, not "
     "values."
 )
-REPORT = "[The report]({}), one HTML page to download and open, tells the protocol and the origin of every number."
+REPORT = "[The report]({}), one HTML page to download and open, shows the protocol and provenance of every number."
 HEAD = "**{}:** {} (`{}`)"
 NONE = "{}: no records yet; `python -m experiments run {}` makes them."
-CLAIMS = """**{count} claims of the papers** (`python -m analysis claims`; the report has each with its verdicts). By
+CLAIMS = """**{count} claims of the papers** (`python -m analysis claims`; the report lists each with its verdicts). By
 the papers' own numbers: {printed}. By ours, where a comparison counts only if its
 95 % interval leaves no doubt: {noisy}."""
 
@@ -90,7 +91,9 @@ def replaced(readme: Path, told: str, tables: str) -> str:
     text = readme.read_text(encoding="utf-8")
     for begin, end, new in ((BEGIN, END, told), (TABLES_BEGIN, TABLES_END, f"{tables}\n")):
         if [text.count(mark) for mark in (begin, end)] != [1, 1]:
-            raise ValueError(f"{readme} must have each of these lines once, around what is renewed: {begin} and {end}")
+            raise ValueError(
+                f"{readme} must have each of these lines once, around the generated parts: {begin} and {end}"
+            )
         before, _, rest = text.partition(begin)
         text = f"{before}{begin}\n\n{new}\n{end}{rest.partition(end)[2]}"
     return text

@@ -1,4 +1,4 @@
-"""All results as one HTML page that needs nothing else: tables, verdicts, figures, claims, origin of every number."""
+"""All results as one self-contained HTML page: tables, verdicts, figures, claims, provenance of every number."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every shape that a table was timed at: prefill and decode apart, with quartiles, against the bound."""
+"""Timings of a table: prefill and decode for every shape, with quartiles, against the bandwidth lower bound."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def page(table: Table, rows: Sequence[Row], again: str = "") -> str:
     """
     lines = [line for row in rows for line in _lines(row)]
     if not lines:
-        raise UsageError(f"No cell of {table.name} was timed; `Efficiency()` among a run's measures does so.")
+        raise UsageError(f"No cell of {table.name} was timed; add `Efficiency()` to a run's measures.")
     frame = pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True)
     return "\n\n".join([f"**{title(table, rows)}** (`{table.name}`)", frame, _listed(rows, again or table.name)]) + "\n"
 
@@ -40,7 +40,7 @@ def _line(row: Row, timing: dict[str, Any], run: dict[str, Any]) -> dict[str, st
         "Prefill, tokens/s": f"{run['prefill_tokens_per_s']:,.0f}",
         "Decode, ms/step": _spread(run["decode_s"]),
         "Bandwidth lower bound, ms/step": f"{1000 * timing['decode_bound_s']:,.1f}",
-        "Decode, times the bound of its moment": _to_bound(run),
+        "Decode / bandwidth bound at that time": _to_bound(run),
         "Decode, tokens/s": f"{run['decode_tokens_per_s']:,.1f}",
         "Peak memory, GB": "—" if run["peak_bytes"] is None else f"{run['peak_bytes'] / 1e9:,.2f}",
     }

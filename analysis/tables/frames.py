@@ -44,12 +44,12 @@ QUANTITIES = (
     Quantity(
         "decode_to_bound",
         digits=2,
-        title="decode, times the bound of its moment",
+        title="decode / bandwidth bound at that time",
         quartiles=("decode_to_bound_q1", "decode_to_bound_q3"),
     ),
     Quantity("column_dispersion", digits=1, title="column overdispersion"),
-    Quantity("exact_share", digits=1, title="answers as dense, %", scale=100),
-    Quantity("first_difference", digits=1, title="tokens before they part"),
+    Quantity("exact_share", digits=1, title="answers equal to dense, %", scale=100),
+    Quantity("first_difference", digits=1, title="tokens before first difference"),
     Quantity("learning_rate", digits=5, title="learning rate"),
     Quantity("pruning_s", digits=1, title="pruning, s"),
     Quantity("training_tokens_per_second", digits=0, title="retraining, tokens/s"),
@@ -189,6 +189,6 @@ def _refuse_mixed_texts(rows: Sequence[Row], key: str) -> None:
         before = seen.setdefault((row.run.model, key), found)
         if before != found:
             raise ValueError(
-                f"{row.label} was measured on other {what} than the rows above it although both say {key} "
-                f"({found[:12]} and {before[:12]}); run the table again with one --data-dir."
+                f"{row.label} and the rows above it were measured on different {what} under the same key "
+                f"{key} ({found[:12]} and {before[:12]}); rerun the table with a single --data-dir."
             )

@@ -1,4 +1,4 @@
-"""A table as its paper would print it: methods downwards, settings to the right, means over the seeds."""
+"""A table in its paper's layout: methods as rows, settings as columns, means over seeds."""
 
 from __future__ import annotations
 

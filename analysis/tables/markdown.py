@@ -17,8 +17,8 @@ from experiments.spec import Table
 from experiments.store import atomic
 
 GRID = (
-    "Methods by settings: ours, a mean over seeds with half its 95 % interval where there are several, and behind a "
-    "stroke the paper's value where it has one."
+    "Methods by settings: our value (with several seeds, the mean ± half its 95 % interval), then after a "
+    "slash the paper's value if it has one."
 )
 WORDS = ("Method", "Model", "Setting", "Measured", "Verdict")
 LONG = 30  # lines that a reader can still compare

@@ -1,4 +1,4 @@
-"""What stands below a table about accuracy and speed: tasks, missing ones, shapes, device, and what zeros bring."""
+"""Notes below a table on accuracy and speed: tasks, missing ones, shapes, device, and what zeros bring."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _solved(what: OpenAnswers, row: Row) -> list[str]:
     documents = (row.measure(what.key) or {})["documents"]
     return [
         f"{what.key}: {documents:,} problems of GSM8K, right by the last number of a greedy answer of at most "
-        f"{what.new_tokens} tokens; the first {what.examples} of its train split stand solved in the prompt; ± one "
+        f"{what.new_tokens} tokens; the first {what.examples} of its train split are the few-shot examples; ± one "
         "standard error over problems."
     ]
 
@@ -62,8 +62,8 @@ def _solved(what: OpenAnswers, row: Row) -> list[str]:
 def _as_dense(what: DenseAnswers, row: Row) -> list[str]:
     prompts = (row.measure(what.key) or {})["prompts"]
     return [
-        f"{what.key}: greedy answers of {what.new_tokens} tokens to {prompts} fixed prompts, beside those of the model "
-        "before it was pruned."
+        f"{what.key}: greedy answers of {what.new_tokens} tokens to {prompts} fixed prompts, compared with "
+        "the dense model's."
     ]
 
 
@@ -79,8 +79,12 @@ def _timed(what: Efficiency, row: Row) -> list[str]:
     return [
         f"Times: median [quartiles] of {first['decode_s']['repetitions']}, {timing['dtype'].removeprefix('torch.')}, "
         f"{timing['device']}, {timing['threads']} threads; decode in the table at batch {first['batch']} after "
-        f"{first['length']} tokens; bound: the bytes of weights that one step reads over the bandwidth of a copy."
-        + (" Copies before and after each step tell the bound of its moment." if "decode_to_bound" in first else "")
+        f"{first['length']} tokens; bound: bytes of weights read per step, divided by the measured bandwidth of a copy."
+        + (
+            " The bound at that time is measured by copies before and after each step."
+            if "decode_to_bound" in first
+            else ""
+        )
     ]
 
 
@@ -97,7 +101,7 @@ def _semi_structured(what: Efficiency, row: Row) -> list[str]:
         return [f"2:4 kernels were not timed: {probed['skipped']}."]
     timed = {name: times for name, times in probed.items() if "speed_up" in times}
     faster = ", ".join(f"{name} {times['speed_up']:.2f} times" for name, times in timed.items())
-    return [f"2:4 kernels, speed of dense ones: {faster}."] if timed else []
+    return [f"2:4 kernels, speed-up over dense ones: {faster}."] if timed else []
 
 
 def _zeros(what: Efficiency, row: Row) -> list[str]:

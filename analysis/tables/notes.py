@@ -1,4 +1,4 @@
-"""What stands below a table: protocol, calibration, where the numbers were made, failures and what is missing."""
+"""Notes below a table: protocol, calibration, provenance, failures and missing cells."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def notes(table: Table, rows: Sequence[Row], again: str = "") -> list[str]:
         *_distinct(_trained(record) for record in done),
         *_distinct(_origin(record) for record in done),
         *_away(rows),
-        *_distinct(f"{name} was only a part of the data set." for row in rows for name in row.partial),
+        *_distinct(f"Only a part of {name} was available." for row in rows for name in row.partial),
         *(f"{row.label} failed: {row.failure.message}" for row in rows if row.failure and not row.record),
         *_withheld(rows),
         *_of_other_code(rows, again),
@@ -83,7 +83,7 @@ def _trained(record: Record) -> str | None:
     steps = f"{recovery['steps']:,} steps" if recovery["steps"] > 1 else "1 step"
     chosen = "rate_choice" in record.achieved or recovery.get("learning_rate") is None
     rate = "" if chosen else f", learning rate {recovery['learning_rate']:g}"
-    stop = f", left after {recovery['stop']:,}" if recovery.get("stop") else ""
+    stop = f", stopped after {recovery['stop']:,}" if recovery.get("stop") else ""
     return f"{recovery['name'].capitalize()}: {steps} of {recovery['batch_size']}{on}{rate}{stop}."
 
 
@@ -94,15 +94,15 @@ def _rates(rows: Sequence[Row]) -> Iterator[str]:
     for row in rows:
         if row.record and (about := row.record.achieved.get("rate_choice")):
             text, tried = about["text"], ", ".join(f"{rate:g}" for rate in about["rates"])
-            grid = f"of {tried} by the loss on {text['count']} x {text['length']:,} tokens of {text['corpus']}"
+            grid = f"from {tried} by the loss on {text['count']} x {text['length']:,} tokens of {text['corpus']}"
             name = f"{row.run.model_name} {row.label}"
             taken.setdefault(grid, {}).setdefault(about["learning_rate"], {})[name] = None
             edges |= {name: None} if about["at_edge"] else {}
     for grid, rates in taken.items():
         told = "; ".join(f"{rate:g} for {', '.join(names)}" for rate, names in sorted(rates.items()))
-        yield f"Learning rates, {grid}: {told}."
+        yield f"Learning rates chosen {grid}: {told}."
     if edges:
-        yield f"Not tuned, for the best rate is at the edge of the grid: {', '.join(edges)}."
+        yield f"Not tuned, as the best learning rate is at the edge of the grid: {', '.join(edges)}."
 
 
 def _origin(record: Record) -> str:
@@ -117,14 +117,14 @@ def _origin(record: Record) -> str:
 def _withheld(rows: Sequence[Row]) -> Iterator[str]:
     for text in dict.fromkeys(text for row in rows for text in row.withheld):
         labels = ", ".join(dict.fromkeys(row.label for row in rows if text in row.withheld))
-        yield f"Not shown, for their records were made from another {text} than lies there: {labels}."
+        yield f"Not shown, as their records were made from a different {text} than the one in --data-dir: {labels}."
 
 
 def _of_other_code(rows: Sequence[Row], again: str) -> Iterator[str]:
     if labels := list(dict.fromkeys(row.label for row in rows if row.code == "other")):
         yield (
-            f"{OTHER_CODE} made by other code of the method or measures than is here: {', '.join(labels)}; "
-            f"python -m experiments run {again} --again makes them again."
+            f"{OTHER_CODE} made by a different version of the method's or measures' code: {', '.join(labels)}; "
+            f"python -m experiments run {again} --again reruns them."
         )
 
 

@@ -1,4 +1,4 @@
-"""What `python -m experiments run` can be told, for every command line that runs cells; and what was meant by it."""
+"""Options, exit statuses and signals that the command lines share."""
 
 from experiments.cli.asked import (
     declared,

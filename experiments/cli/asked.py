@@ -1,4 +1,4 @@
-"""What was meant by a command line, and the words that mean it again."""
+"""Turns parsed options into tables, cells and settings, and back into the arguments of another command."""
 
 from __future__ import annotations
 
@@ -77,7 +77,9 @@ def _named(asked: argparse.Namespace) -> list[str]:
         return []  # means those that were begun
     if bool(asked.tables) == asked.all:
         raise UsageError(
-            "--all is every table, so name none besides." if asked.all else "Name a table, several, or --all of them."
+            "--all means every table; leave out the table names."
+            if asked.all
+            else "Name one or several tables, or give --all."
         )
     return list(papers.TABLES) if asked.all else list(asked.tables)
 
@@ -168,7 +170,9 @@ def refuse_absent(data_dir: Path | None) -> None:
     folder = zero_shot.folder(data_dir)
     if folder and not folder.is_dir():
         name = "--data-dir" if data_dir else sources.DATA_DIR
-        raise UsageError(f"{name} {folder} is no folder; name one that is, or leave it out to read from the Hub.")
+        raise UsageError(
+            f"{name} {folder} is not a folder; name an existing one, or leave it out to read from the Hub."
+        )
 
 
 def refuse_unknown(tasks: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""How a command runs and ends: its exit status, signals, and which of several ranks is heard."""
+"""How a command runs and ends: its exit status, signals, and which of several ranks prints."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Parser(argparse.ArgumentParser):
     """Complains in one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_USAGE, f"{self.prog}: {' '.join(message.split())}; --help lists what there is.\n")
+        self.exit(EXIT_USAGE, f"{self.prog}: {' '.join(message.split())}; see --help.\n")
 
 
 def carry_out(asked: argparse.Namespace, stopped: str) -> int:

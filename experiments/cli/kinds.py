@@ -1,4 +1,4 @@
-"""What a word on a command line may be."""
+"""Types of command line arguments."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ LARGEST = 10**9  # documents or windows: more than any data set has
 def word(text: str) -> str:
     """A name that asks for something; an unset variable of a shell leaves it empty."""
     if not text.strip():
-        raise argparse.ArgumentTypeError("it is empty (an unset variable?); give a name, or leave the option out")
+        raise argparse.ArgumentTypeError("empty value (an unset variable?); give one or leave the option out")
     if not text.isprintable():
-        raise argparse.ArgumentTypeError(f"{text!r} holds a control character, which no name has")
+        raise argparse.ArgumentTypeError(f"{text!r} contains a control character, which names cannot have")
     return text
 
 
@@ -28,7 +28,7 @@ def path(text: str) -> Path:
 def device(text: str) -> str:
     """By its form alone: a job's machine may have what this one has not."""
     if not re.fullmatch(r"cpu|cuda(:\d{1,4})?", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no device; cpu, cuda and cuda:1 are some")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a device; use for example cpu, cuda or cuda:1")
     return text
 
 
@@ -44,7 +44,7 @@ def number(text: str) -> int:
 
 def _whole(text: str, least: int) -> int:
     if not text.isdecimal() or len(text) > len(str(LARGEST)) or not least <= int(text) <= LARGEST:
-        raise argparse.ArgumentTypeError(f"{shorten(text)} is no whole number from {least} on (to {LARGEST:,})")
+        raise argparse.ArgumentTypeError(f"{shorten(text)} is not a whole number from {least} to {LARGEST:,}")
     return int(text)
 
 
@@ -59,5 +59,7 @@ def gigabytes(text: str) -> float:
     except ValueError:
         found = math.nan
     if not 0 < found <= LARGEST_GB:
-        raise argparse.ArgumentTypeError(f"{shorten(text)} is no number of gigabytes above 0 (to {LARGEST_GB:,})")
+        raise argparse.ArgumentTypeError(
+            f"{shorten(text)} is not a number of gigabytes above 0 and up to {LARGEST_GB:,}"
+        )
     return found

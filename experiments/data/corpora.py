@@ -58,7 +58,7 @@ def instructions(name: str, data_dir: Folder = None) -> Sequence[Mapping[str, st
     """The records of an instruction corpus: `instruction`, `input` and `output`.  ValueError for any other corpus."""
     source = find(name)
     if source.column or source.package:
-        raise ValueError(f"{name} holds texts, not instructions; alpaca/train does.")
+        raise ValueError(f"{name} holds plain texts, not instructions; use for example alpaca/train.")
     records = _records(name, data_dir).rows
     if source.turns:
         return [_turns(name, row, record.get(source.turns)) for row, record in enumerate(records, start=1)]
@@ -68,7 +68,7 @@ def instructions(name: str, data_dir: Folder = None) -> Sequence[Mapping[str, st
 def _turns(name: str, row: int, turns: Any) -> dict[str, str]:
     """The first turn of a dialogue as an instruction and the second as its answer, without blanks around them."""
     if not isinstance(turns, list) or len(turns) < 2 or not all(isinstance(turn, str) for turn in turns[:2]):
-        raise ValueError(f"{name}: record {row:,} is no dialogue of two turns or more, each a text; fetch it again.")
+        raise ValueError(f"{name}: record {row:,} is not a dialogue of two or more text turns; fetch it again.")
     return {"instruction": turns[0].strip(), "input": "", "output": turns[1].strip()}
 
 
@@ -109,8 +109,8 @@ def calibration(windows: Windows, tokenizer: Any, data_dir: Folder = None) -> In
         return drawn
     if windows.length <= len(marks):
         raise ValueError(
-            f"Windows of {windows.length} tokens have no room for text behind the {len(marks)} marks that this model "
-            "needs in front; ask for longer ones."
+            f"Windows of {windows.length} tokens leave no room for text after the {len(marks)} special tokens "
+            "that this model needs in front; use longer ones."
         )
     return torch.cat([torch.tensor(marks).expand(len(drawn), -1), drawn[:, : -len(marks)]], 1)
 
@@ -148,10 +148,10 @@ def _long_row(
         if row not in barred and length(row) >= shortest:
             return row
         longest = max(longest, 0 if row in barred else length(row))
-    besides = f" besides the {len(barred)} taken already" if barred else ""
+    besides = f" besides the {len(barred)} already used" if barred else ""
     raise ValueError(
         f"{windows.corpus} has no text of {shortest:,} tokens or more{besides}: {MOST_DRAWS:,} draws found {longest:,} "
-        f"tokens at most. Ask for shorter windows than {windows.length:,}, for fewer, or for another corpus."
+        f"tokens at most. Use windows shorter than {windows.length:,}, fewer windows, or another corpus."
     )
 
 
@@ -178,13 +178,13 @@ def _dialogues(windows: Windows, tokenizer: Any, data_dir: Folder) -> Tensor:
     marks, source = _marks(tokenizer), windows.length // 2
     if not marks or windows.length < 2 * len(marks) + 2:
         raise ValueError(
-            "Dialogues are asked as `prompt [gMASK] <sop> answer <eop>`, which takes a model that knows these marks "
-            f"(ChatGLM) and windows of {2 * len(marks) + 2} tokens or more; this model has {len(marks)} marks and the "
-            f"windows have {windows.length} tokens. Use another sampling."
+            "Dialogues are formatted as `prompt [gMASK] <sop> answer <eop>`, which needs a model with these "
+            f"special tokens (ChatGLM) and windows of {2 * len(marks) + 2} tokens or more; this model has "
+            f"{len(marks)} of them and the windows have {windows.length} tokens. Use another sampling."
         )
     records = instructions(windows.corpus, data_dir)
     if len(records) < windows.count:
-        raise ValueError(f"{windows.corpus} has {len(records):,} dialogues; {windows.count:,} were asked.")
+        raise ValueError(f"{windows.corpus} has {len(records):,} dialogues; {windows.count:,} were requested.")
     rows = torch.full((windows.count, windows.length), tokenizer.pad_token_id)
     for row, record in zip(rows, records[: windows.count], strict=True):
         asked, answer = (tokenizer.encode(record[part], add_special_tokens=False) for part in ("instruction", "output"))
@@ -207,7 +207,7 @@ def _need(windows: Windows, found: int, needed: int) -> None:
     if found < needed:
         raise ValueError(
             f"{windows.count} windows of {windows.length} tokens ({windows.sampling}) need {needed:,} tokens; "
-            f"{windows.corpus} has {found:,}. Ask for fewer or shorter windows, or another corpus."
+            f"{windows.corpus} has {found:,}. Use fewer or shorter windows, or another corpus."
         )
 
 

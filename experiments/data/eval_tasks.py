@@ -85,8 +85,7 @@ def changes(task: str, data_dir: Path | None, part: str = "", examples: int = 0)
     files = {split: str(path) for split, path in _files(task, data_dir, part).items()}
     if examples and not SOURCES[task].examples:
         raise FileNotFoundError(
-            "no file of a data folder is known for the examples in its prompts; leave out --data-dir to read them from "
-            "the Hub"
+            "its few-shot examples have no known file in a data folder; leave out --data-dir to read them from the Hub"
         )
     # lm-eval loads the training split for few-shot prompts even where there are none
     return {
@@ -122,7 +121,8 @@ def hub_reachable() -> bool:
 def _files(task: str, data_dir: Path, part: str) -> dict[str, Path]:
     if task not in SOURCES:
         raise FileNotFoundError(
-            f"no layout is known for it in a data folder (only for {', '.join(SOURCES)}); leave out --data-dir to read "
+            f"it has no known files in a data folder (only these tasks have: {', '.join(SOURCES)}); leave out "
+            "--data-dir to read "
             "it from the Hub"
         )
     splits = SOURCES[task].splits.items()

@@ -1,4 +1,4 @@
-"""Files that ride in installed packages. The packages are read as files and never imported."""
+"""Data files in installed packages. The packages are read as files and never imported."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def version(package: str) -> str:
         found = {version(part) for part in _parts(package)}
         if len(found) > 1:
             raise ModuleNotFoundError(
-                f"The parts of {package} are of versions {', '.join(sorted(found))}, which belong to no one file; run "
+                f"The parts of {package} are of versions {', '.join(sorted(found))}, which do not belong together; run "
                 f"`{INSTALL_PARTS}`."
             )
         return found.pop()
@@ -46,9 +46,7 @@ def file(package: str, ending: str) -> Path:
     found = version(package)
     paths = [Path(str(path.locate())) for path in distribution(package).files or [] if str(path).endswith(ending)]
     if not paths or not paths[0].is_file():
-        raise FileNotFoundError(
-            f"{package} {found} holds no file *{ending}; install it anew with `{_install(package)}`."
-        )
+        raise FileNotFoundError(f"{package} {found} holds no file *{ending}; reinstall it with `{_install(package)}`.")
     return paths[0]
 
 
@@ -69,7 +67,7 @@ def whole(package: str, ending: str) -> Iterator[Path]:
                 digest.update(content)
                 joined.write(content)
         if digest.hexdigest() != PARTS[package][1]:
-            raise ValueError(f"The parts of {package} make another file than is known; run `{INSTALL_PARTS}` again.")
+            raise ValueError(f"The parts of {package} do not make up the expected file; run `{INSTALL_PARTS}` again.")
         yield path
 
 

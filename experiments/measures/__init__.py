@@ -100,7 +100,7 @@ def _head(stream: Tensor, what: spec.Perplexity) -> Tensor:
     wanted = what.limit * what.window
     if len(stream) < wanted:
         raise ValueError(
-            f"{what.key} asks for {wanted:,} tokens and {what.corpus} has {len(stream):,}; ask for at most "
+            f"{what.key} needs {wanted:,} tokens and {what.corpus} has {len(stream):,}; use at most "
             f"{len(stream) // what.window} windows."
         )
     return stream[:wanted]
@@ -164,7 +164,9 @@ def _open_answers_work(what: asked.OpenAnswers) -> int:
 
 
 def _unmeasured(what: Any, subject: Subject, progress: Progress | None) -> Values:
-    raise TypeError(f"{what.key} is no measure of a model as it is; experiments.run takes it while it makes the cell.")
+    raise TypeError(
+        f"{what.key} cannot be measured on a finished model; experiments.run measures it while it makes the cell."
+    )
 
 
 def _mean(rows: list[dict[str, Any]], name: str) -> float | None:
@@ -226,4 +228,4 @@ def _kind(what: Any) -> Kind:
     try:
         return KINDS[type(what)]
     except KeyError:
-        raise TypeError(f"{what!r} is no measure; known are {[kind.__name__ for kind in KINDS]}.") from None
+        raise TypeError(f"{what!r} is not a measure; known are {[kind.__name__ for kind in KINDS]}.") from None

@@ -13,7 +13,7 @@ from pruners.interface.checks import Count, Number
 class OpenAnswers:
     """Problems of GSM8K that are solved, by the last number that is written greedily, in per cent.
 
-    The first `examples` of its train split stand solved in the prompt; `limit` keeps the first so many problems.
+    The first `examples` of its train split are the few-shot examples; `limit` keeps the first so many problems.
     """
 
     examples: Number = 5

@@ -45,7 +45,7 @@ def check_readable(what: Perplexity, model: Model, provenance: Callable[[], Any]
     except (OSError, ValueError, LookupError) as error:
         raise DenseGateError(
             f"The dense gate of {model.name} measures {what.key}, and {what.corpus} cannot be read: "
-            f"{errors.sentence(error).rstrip('.')}. Provide it, or run with --no-dense-gate, which the record keeps."
+            f"{errors.sentence(error).rstrip('.')}. Provide it, or run with --no-dense-gate, which the record notes."
         ) from error
 
 
@@ -54,10 +54,11 @@ def check(what: Perplexity, model: Model, values: Values) -> dict[str, float]:
     expected, found = model.dense[what.key], values[what.key]["perplexity"]
     if not abs(found - expected) <= model.tolerance * expected:
         raise DenseGateError(
-            f"The dense {model.name} has perplexity {found:.2f} at {what.key}; {expected:.2f} is published, more than "
-            f"{100 * model.tolerance:g} % away. Likely causes: another split or join of {what.corpus}, a tokenizer or "
-            "checkpoint other than the published one, another window. Put that right, or run with --no-dense-gate, "
-            "which the record keeps."
+            f"The dense {model.name} has perplexity {found:.2f} at {what.key}; {expected:.2f} is published, "
+            f"and they differ by more than {100 * model.tolerance:g} %. Likely causes: a different split of, "
+            f"or way of joining, {what.corpus}, a tokenizer or "
+            "checkpoint other than the published one, another window length. Correct this, or run with "
+            "--no-dense-gate, which the record notes."
         )
     return {"expected": expected, "found": found, "tolerance": model.tolerance}
 
@@ -92,11 +93,11 @@ def _read(path: Path, key: dict[str, Any]) -> Values | None:
     try:
         content = checksummed_json.loads(atomic.read(path))
         if content["key"] != json.loads(json.dumps(key)):
-            raise ValueError("it belongs to another place")
+            raise ValueError("it was written for another file")
         values: Values = content["values"]
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError) as error:
-        logger.warning("Evaluating again what %s held: %s.", path, error)
+        logger.warning("Evaluating again, as %s cannot be used: %s.", path, error)
         return None
     return values

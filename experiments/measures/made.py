@@ -1,4 +1,4 @@
-"""Measures that need more than the finished model: what the dense one said, and what making the cell has cost."""
+"""Measures that need more than the finished model: the dense model's answers, and the cost of making the cell."""
 
 from __future__ import annotations
 

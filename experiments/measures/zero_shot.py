@@ -1,4 +1,4 @@
-"""How a ZeroShot measure is taken: documents found, tasks run, every document's answer kept beside the record."""
+"""Takes a ZeroShot measure: finds documents, runs tasks, stores every document's answer beside the record."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a model is found by name or folder, told apart from others, and loaded.
+"""Finds a model by name or folder, identifies it, and loads it.
 
 Weights come as safetensors only and no code of a model repository ever runs.
 """
@@ -59,7 +59,7 @@ def _of_hub(repository: str) -> Model:
     revision = hub.model_commit(repository)
     if revision is None:
         raise ValueError(
-            f"{repository} is no folder here, and as a model of the Hub {hub.refusal(repository)}; "
+            f"{repository} is not a folder here, and as a model of the Hub {hub.refusal(repository)}; "
             "check its name and the connection, or name a local folder."
         )
     place = hub.configuration(repository, revision)
@@ -91,10 +91,10 @@ def _nowhere(name: str, known: str | None, place: str) -> str:
         return f"{name!r} names {lacking}; give {known}=FOLDER."
     left, equals, right = name.partition("=")
     if equals and Path(right).expanduser().is_dir():
-        return f"{unknown('catalogue model', left, CATALOGUE)} NAME=FOLDER says which of them a folder is."
+        return f"{unknown('catalogue model', left, CATALOGUE)} NAME=FOLDER says which catalogue model the folder holds."
     return (
-        f"{unknown('model', name, CATALOGUE)} A local folder would do, too, and there is none there; so would an id of "
-        "the Hub, OWNER/NAME."
+        f"{unknown('model', name, CATALOGUE)} There is no local folder of this name either; a Hub id, "
+        "OWNER/NAME, works as well."
     )
 
 
@@ -103,8 +103,8 @@ def _check_shape(model: Model, found: folders.Shape, folder: Path) -> None:
         wanted, there = getattr(model, what), getattr(found, what)
         if wanted is not None and wanted != there:
             raise ValueError(
-                f"{folder} is not {model.name}: it has {there:,} {what} and {model.name} has {wanted:,}; name the "
-                f"model that it is, or --model {folder} to take it as one of its own."
+                f"{folder} is not {model.name}: it has {there:,} {what} and {model.name} has {wanted:,}; name "
+                f"the model that it holds, or give --model {folder} to run it as a model of its own."
             )
 
 
@@ -113,7 +113,7 @@ def positions(name: str | Path) -> int:
     model = find(name)
     if model.positions is None:
         raise UsageError(
-            f"{name} tells no context length, which windows as long as the model takes need; set "
+            f"{name} gives no context length, which windows of the full context length need; set "
             "max_position_embeddings in its config.json."
         )
     return model.positions
@@ -194,8 +194,8 @@ def load(
 def _tokenizer(model: Model, source: str | Path, options: dict[str, Any]) -> Any:
     if model.folder and not any(path for pattern in TOKENIZER_FILES for path in model.folder.glob(pattern)):
         raise ValueError(  # transformers would take an empty one for some families
-            f"{model.folder} has no tokenizer (e.g. tokenizer.json or tokenizer.model); save that of its model there, "
-            "too: AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER)."
+            f"{model.folder} has no tokenizer (e.g. tokenizer.json or tokenizer.model); save its model's "
+            "tokenizer there: AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER)."
         )
     from transformers import AutoTokenizer
 
@@ -214,8 +214,8 @@ def _commit_to_load(model: Model) -> str:
     if (known := commit(model.name)) is not None:
         return known
     raise OSError(
-        f"{model.name} stands for {model.hub} at {model.revision or MAIN}, and which commit that is cannot be told: it "
-        "was never downloaded and the Hub does not answer. Check the connection, or name a local folder with "
+        f"{model.name} means {model.hub} at {model.revision or MAIN}, and its commit is unknown: it was never "
+        "downloaded and the Hub does not answer. Check the connection, or name a local folder with "
         "safetensors weights instead."
     )
 
@@ -236,7 +236,7 @@ def _check_complete(model: Model, info: dict[str, Any]) -> None:
         if keys:
             raise ValueError(
                 f"{model.name} does not fit its own config.json: {len(keys)} weights are {verdict}, e.g. "
-                f"{min(keys)}; it was cut (a structurally pruned model), edited or not saved to the end."
+                f"{min(keys)}; it was structurally pruned, edited, or not saved completely."
             )
 
 
@@ -245,7 +245,9 @@ def _refused(model: Model, error: OSError) -> str:
         return f"{model.name} could not be loaded: {error}"
     reason = shorten(str(error) or type(error).__name__, 200)
     return (
-        f"{model.name} ({model.hub}) did not come from the Hub: {reason} Check the connection, accept the licence on "
-        f"the model's page if it asks ({model.licence}) and run `hf auth login`, or name a local folder with "
+        f"{model.name} ({model.hub}) could not be downloaded from the Hub: {reason} Check the connection, "
+        "accept the licence on "
+        f"the model's page if it has to be accepted ({model.licence}) and run `hf auth login`, or name a "
+        "local folder with "
         "safetensors weights instead."
     )

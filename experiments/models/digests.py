@@ -56,7 +56,7 @@ def folder() -> Path:
 
 def _computed(path: Path, state: dict[str, Any]) -> str:
     if state["size"] > TOLD_BYTES:
-        logger.warning("Reading %s once (%.1f GB) to tell it from any other.", path, state["size"] / 1e9)
+        logger.warning("Reading %s once (%.1f GB) to identify the model.", path, state["size"] / 1e9)
     begun = time.time_ns()
     total = hashlib.sha256()
     with path.open("rb") as file:
@@ -75,7 +75,7 @@ def _state(path: Path) -> dict[str, Any]:
     """
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):
-        raise OSError(f"{path} is no regular file")
+        raise OSError(f"{path} is not a regular file")
     return {
         "path": str(path),
         "size": found.st_size,

@@ -1,4 +1,4 @@
-"""What tells the model in a folder from any other: every byte of its weights, and of the small files beside them."""
+"""The identity of a model in a folder: digests of all its weights and of the small files beside them."""
 
 from __future__ import annotations
 

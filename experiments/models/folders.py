@@ -1,4 +1,4 @@
-"""What a model folder says of its own model: depth, heads, context length and parameters, from its config.json."""
+"""Depth, heads, context length and parameters of a model folder, from its config.json."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _bytes(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise ValueError(
-            f"{path.parent} is no model folder: its config.json cannot be read ({error.strerror or error})."
+            f"{path.parent} is not a model folder: its config.json cannot be read ({error.strerror or error})."
         ) from error
 
 
@@ -78,12 +78,13 @@ def _shape(folder: Path, config: bytes, tokenizer: bytes) -> Shape:
             empty = AutoModelForCausalLM.from_config(known, trust_remote_code=False)
     except Exception as error:  # whatever transformers or huggingface_hub raise over a configuration
         raise ValueError(
-            f"The config.json of {folder} describes no language model that transformers can build: {reason(error)}."
+            f"The config.json of {folder} does not describe a language model that transformers can build: "
+            f"{reason(error)}."
         ) from error
     text = known.get_text_config()
     if text.num_hidden_layers < 1:
         raise ValueError(
-            f"The config.json of {folder} describes a model without decoder blocks; there is none to prune."
+            f"The config.json of {folder} describes a model without decoder blocks; there is nothing to prune."
         )
     marks = bool(getattr(known, "text_prefix", ()))
     return Shape(text.num_hidden_layers, text.num_attention_heads, positions, empty.num_parameters(), marks)
@@ -93,10 +94,13 @@ def _object(folder: Path, config: bytes) -> dict[str, Any]:
     try:
         told = json.loads(config)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{folder} is no model folder: its config.json cannot be read ({reason(error)}).") from error
+        raise ValueError(
+            f"{folder} is not a model folder: its config.json cannot be read ({reason(error)})."
+        ) from error
     if not isinstance(told, dict):
         raise ValueError(
-            f"{folder} is no model folder: its config.json must hold an object and holds {json.dumps(told)[:40]}."
+            f"{folder} is not a model folder: its config.json must hold a JSON object and holds "
+            f"{json.dumps(told)[:40]}."
         )
     return told
 
@@ -106,7 +110,7 @@ def _positions(folder: Path, told: dict[str, Any], tokenizer: bytes) -> int | No
         if name in told:
             if not isinstance(told[name], int) or isinstance(told[name], bool) or told[name] < 1:
                 raise ValueError(
-                    f"The config.json of {folder} must give {name} as a whole number from 1 on; got "
+                    f"The config.json of {folder} must give {name} as a positive integer; got "
                     f"{json.dumps(told[name])[:40]}."
                 )
             return int(told[name])
@@ -131,8 +135,9 @@ def _check_architecture(folder: Path, told: dict[str, Any]) -> None:
 
     if told.get("auto_map") and told.get("model_type") not in CONFIG_MAPPING:
         raise ValueError(
-            f"The config.json of {folder} asks for code of its own to be run (auto_map), and "
-            f"{told.get('model_type')!r} is no architecture of transformers; no such code runs here, so save the "
+            f"The config.json of {folder} needs custom code (auto_map), and "
+            f"{told.get('model_type')!r} is not an architecture of transformers; such code is never run here, "
+            "so save the "
             "model as an architecture that transformers has."
         )
 

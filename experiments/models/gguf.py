@@ -55,7 +55,7 @@ def _sums(files: list[Path]) -> dict[str, str]:
 
 
 def _replace(target: Path, gguf: Path, key: dict[str, Any]) -> None:
-    state = "is damaged and is converted again" if target.exists() else "is converted to safetensors once"
+    state = "is damaged and is being converted again" if target.exists() else "is being converted to safetensors, once"
     print(f"The embedded model {gguf.stem} {state} (about 20 s), into {target}", file=sys.stderr)
     for stale in (target, *storage.leftovers(target.parent, target.name)):  # of killed processes: the lock is ours
         storage.remove(stale)

@@ -62,7 +62,7 @@ def configuration(repository: str, revision: str) -> Path:
     try:
         path = hf_hub_download(repository, "config.json", revision=revision)
     except (httpx.HTTPError, OSError) as error:
-        raise ValueError(f"The configuration of {repository} did not come from the Hub: {error}") from error
+        raise ValueError(f"The configuration of {repository} could not be downloaded from the Hub: {error}") from error
     return Path(path).parent
 
 
@@ -133,7 +133,7 @@ def fetch(repository: str, revision: str) -> None:
     downloaded(repository, name)
     snapshot_download(repository, revision=name, allow_patterns=list(TOKENIZER))
     if lacking := absent(repository, revision):
-        raise OSError(f"it has no {' and no '.join(lacking)} that could be read here")
+        raise OSError(f"it has no readable {' and no '.join(lacking)}")
 
 
 def reachable() -> bool:

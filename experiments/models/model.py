@@ -1,4 +1,4 @@
-"""What is known of one model of the catalogue."""
+"""One model of the catalogue: what is known of it."""
 
 from __future__ import annotations
 

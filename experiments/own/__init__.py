@@ -1,1 +1,1 @@
-"""A bench of one's own: models, methods and tables from outside the repository."""
+"""Your own models, methods and tables, from outside the repository."""

@@ -1,4 +1,4 @@
-"""What `experiments prune` can be told besides the options of methods and recovery, which their classes make."""
+"""Options of `experiments prune` and `compare`, besides those that methods and recovery define themselves."""
 
 from __future__ import annotations
 
@@ -10,35 +10,72 @@ from experiments.spec import DTYPES, SAMPLING
 
 def add_prune(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "model", type=cli.word, nargs="?", metavar="MODEL", help="of the catalogue, a Hub id, a folder"
+        "model",
+        type=cli.word,
+        nargs="?",
+        metavar="MODEL",
+        help="name in the catalogue (see: experiments list), Hub id or local folder",
     )
-    command.add_argument("--method", type=cli.word, metavar="NAME", help="--help NAME tells its options")
+    command.add_argument(
+        "--method",
+        type=cli.word,
+        metavar="NAME",
+        help="pruning method (see: experiments list); --help NAME explains its options",
+    )
     _add_calibration(command)
-    command.add_argument("--sampling", choices=SAMPLING, help="how windows are drawn")
-    command.add_argument("--seed", type=cli.number, default=0, metavar="N", help="of all that is drawn (default: 0)")
-    command.add_argument("--recover", type=cli.word, metavar="WHAT", help="retrain this afterwards (--help retraining)")
+    command.add_argument(
+        "--sampling", choices=SAMPLING, help="how calibration windows are drawn (default: as in the method's paper)"
+    )
+    command.add_argument(
+        "--seed",
+        type=cli.number,
+        default=0,
+        metavar="N",
+        help="seed of calibration windows, method and retraining (default: 0)",
+    )
+    command.add_argument(
+        "--recover",
+        type=cli.word,
+        metavar="WHAT",
+        help="retrain these parameters after pruning, e.g. masklora (see --help retraining)",
+    )
     command.add_argument(
         "--reconstruct",
         type=cli.word,
         metavar="WHAT",
-        help="train this block by block while pruning (--help reconstruction)",
+        help="train these parameters block by block while pruning (see --help reconstruction)",
     )
     _add_measures(command)
-    command.add_argument("--save", type=cli.path, metavar="FOLDER", help="keep the pruned model there")
-    command.add_argument("-h", "--help", nargs="?", const="", metavar="METHOD", help="this, or the options of a method")
+    command.add_argument("--save", type=cli.path, metavar="FOLDER", help="save the pruned model there")
+    command.add_argument(
+        "-h", "--help", nargs="?", const="", metavar="METHOD", help="show this message, or the options of a method"
+    )
     cli.add_plugin(command)
     cli.add_results(command)
     cli.add_running(command)
 
 
 def add_compare(command: argparse.ArgumentParser) -> None:
-    command.add_argument("models", type=cli.word, nargs="+", metavar="MODEL", help="of the catalogue, Hub ids, folders")
+    command.add_argument(
+        "models",
+        type=cli.word,
+        nargs="+",
+        metavar="MODEL",
+        help="names in the catalogue (see: experiments list), Hub ids or local folders",
+    )
     command.add_argument("--methods", type=cli.word, nargs="+", required=True, metavar="NAME")
     command.add_argument(
-        "--settings", type=cli.word, nargs="+", required=True, metavar="SETTING", help="shares removed, or n:m patterns"
+        "--settings",
+        type=cli.word,
+        nargs="+",
+        required=True,
+        metavar="SETTING",
+        help="sparsities (shares removed, e.g. 0.5) or n:m patterns (e.g. 2:4)",
     )
-    command.add_argument("--seeds", type=cli.positive, default=1, metavar="N", help="draws of the text (default: 1)")
-    command.add_argument("--name", type=cli.word, default="compare", help="of the table (default: compare)")
+    command.add_argument(
+        "--seeds", type=cli.positive, default=1, metavar="N", help="number of calibration seeds (default: 1)"
+    )
+    command.add_argument("--name", type=cli.word, default="compare", help="name of the table (default: compare)")
     _add_calibration(command)
     _add_measures(command)
     cli.add_plugin(command)
@@ -47,9 +84,21 @@ def add_compare(command: argparse.ArgumentParser) -> None:
 
 
 def _add_calibration(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--calibration", type=cli.word, metavar="CORPUS", help="default: that of the method's paper")
-    command.add_argument("--nsamples", type=cli.positive, metavar="N", help="calibration windows")
-    command.add_argument("--seqlen", type=cli.positive, metavar="TOKENS", help="tokens of a calibration window")
+    command.add_argument(
+        "--calibration", type=cli.word, metavar="CORPUS", help="calibration corpus (default: as in the method's paper)"
+    )
+    command.add_argument(
+        "--nsamples",
+        type=cli.positive,
+        metavar="N",
+        help="number of calibration windows (default: as in the method's paper)",
+    )
+    command.add_argument(
+        "--seqlen",
+        type=cli.positive,
+        metavar="TOKENS",
+        help="tokens per calibration window (default: as in the method's paper)",
+    )
 
 
 def _add_measures(command: argparse.ArgumentParser) -> None:
@@ -60,8 +109,17 @@ def _add_measures(command: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="KEY",
-        help="perplexities, e.g. wikitext2/test@2048",
+        help="perplexities to measure, as corpus/split@tokens, e.g. wikitext2/test@2048",
     )
-    command.add_argument("--tasks", type=cli.word, nargs="+", default=[], metavar="NAME", help="zero-shot tasks")
-    command.add_argument("--limit", type=cli.positive, metavar="N", help="only each task's first N documents")
+    command.add_argument(
+        "--tasks",
+        type=cli.word,
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="zero-shot tasks to measure: one task set, or tasks of lm-eval",
+    )
+    command.add_argument(
+        "--limit", type=cli.positive, metavar="N", help="only the first N documents of each task (default: all)"
+    )
     command.add_argument("--dtype", choices=DTYPES, help="dtype of the model (default: its own)")

@@ -1,4 +1,4 @@
-"""Methods beside each other on one's own models, at several settings and seeds: a table without a file.
+"""Compares methods on your own models, at several settings and seeds: a table without a file.
 
 python -m experiments compare MODEL... --methods wanda sparsegpt gblm --settings 0.5 2:4 --seeds 3
 """
@@ -85,7 +85,9 @@ def _setting(text: str) -> dict[str, Any]:
             return {"pattern": text}
         return {"sparsity": float(text)}
     except ValueError as error:
-        raise UsageError(f"{text!r} is no setting: a share removed such as 0.5, or a pattern such as 2:4.") from error
+        raise UsageError(
+            f"{text!r} is not a setting: a share removed such as 0.5, or a pattern such as 2:4."
+        ) from error
 
 
 def _made(method: str, model: str, setting: str, seed: int) -> Any:
@@ -111,7 +113,7 @@ def file(asked: argparse.Namespace) -> Path:
     text = FILE.format(plugins=plugins, arguments=f"{arguments}\n")
     path: Path = asked.results / f"{asked.name}.py"
     if path.exists() and path.read_text(encoding="utf-8") != text:
-        raise UsageError(f"{path} declares another comparison; give this one another --name.")
+        raise UsageError(f"{path} declares a different comparison; choose another --name for this one.")
     atomic.write(path, text)
     return path
 

@@ -1,4 +1,4 @@
-"""What a bare `experiments prune MODEL --method NAME` takes over from the papers."""
+"""Defaults of `experiments prune MODEL --method NAME`, taken from the papers."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def refuse(rest: Sequence[str], known: Mapping[str, Sequence[str]]) -> None:
         return
     asked, every = rest[0].partition("=")[0], {f"--{name}": what for what, names in known.items() for name in names}
     if not asked.startswith("--"):
-        raise UsageError(f"{rest[0]!r} belongs to no option; --help lists what there is.")
+        raise UsageError(f"{rest[0]!r} does not belong to any option; see --help.")
     raise UsageError(unknown(f"option of {' or '.join(known)}", asked, every))
 
 

@@ -1,4 +1,4 @@
-"""One model, one method, one number beside the dense model's, and the pruned model to keep.
+"""Prunes one model with one method, compares it with the dense model, and saves it.
 
 python -m experiments prune Qwen/Qwen2.5-0.5B --method wanda --sparsity 0.5 --save pruned/qwen-wanda
 """
@@ -52,7 +52,7 @@ def run(asked: argparse.Namespace) -> int:
         print(explained(asked.help) if asked.help else asked.parser.format_help())
         return 0
     if asked.model is None or asked.method is None:
-        raise UsageError("prune needs a MODEL and a --method NAME; --help lists what there is.")
+        raise UsageError("prune needs a MODEL and a --method NAME; see --help.")
     runs = declared(asked)
     found = cells.cells(runs)
     _refuse_lacking(runs, asked.data_dir)
@@ -79,9 +79,9 @@ def declared(asked: argparse.Namespace) -> list[Run]:
         if (name := getattr(asked, option)) and name not in defaults.TRAINABLE:
             raise UsageError(unknown(f"choice of what to train (--{option})", name, defaults.TRAINABLE))
     if asked.limit and not asked.tasks:
-        raise UsageError("--limit cuts the documents of --tasks; ask for tasks, or leave it out.")
+        raise UsageError("--limit applies to the documents of --tasks; give --tasks, or leave --limit out.")
     if asked.recover and asked.reconstruct:
-        raise UsageError("--recover retrains the pruned model and --reconstruct its blocks one by one; ask for one.")
+        raise UsageError("--recover and --reconstruct exclude each other; give one of the two.")
     models.check(asked.model)
     cli.refuse_absent(asked.data_dir)
     cli.refuse_unknown(asked.tasks)
@@ -145,7 +145,7 @@ def _made(kind: type[Any], trainable: Any, given: dict[str, Any], seed: int, win
 def _refuse_unread(asked: argparse.Namespace) -> None:
     told = {"--calibration": asked.calibration, "--nsamples": asked.nsamples, "--seqlen": asked.seqlen}
     if given := [name for name, value in told.items() if value]:
-        raise UsageError(f"--method {asked.method} reads no calibration text; leave {', '.join(given)} out.")
+        raise UsageError(f"--method {asked.method} uses no calibration text; leave out {', '.join(given)}.")
 
 
 def _refuse_lacking(runs: Sequence[Run], data_dir: Path | None) -> None:
@@ -159,8 +159,9 @@ def _refuse_lacking(runs: Sequence[Run], data_dir: Path | None) -> None:
         raise UsageError(str(error)) from error
     if lacking and not hub.reachable():
         raise UsageError(
-            f"This is not here, and the Hub does not answer: {'; '.join(lacking)}. Fetch it on a machine with a "
-            "network, or name a folder that has it (--data-dir for texts; CONTRIBUTING.md says under which names)."
+            f"Missing on this machine, and the Hub does not answer: {'; '.join(lacking)}. Download it on a "
+            "machine with network access, or name a folder that has it (--data-dir for texts; "
+            "CONTRIBUTING.md says under which names)."
         )
 
 
@@ -190,7 +191,7 @@ def beside(found: Sequence[Cell], known: dict[str, Record]) -> str:
     names = [full(label) for label in labels([cell.run for cell in found])]
     shown = [key for key, value in pruned.measures.items() if saved.shown(value)]
     lines = [(key, saved.shown(dense.measures[key]), saved.shown(pruned.measures[key])) for key in shown]
-    lines.append(("sparsity of what was pruned", "", f"{pruned.achieved['sparsity']:.4f}"))
+    lines.append(("sparsity of the pruned weights", "", f"{pruned.achieved['sparsity']:.4f}"))
     lines.append(("cost", _cost(dense), _cost(pruned)))
     return tabulate(lines, ("", *names), disable_numparse=True)
 

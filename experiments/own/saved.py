@@ -1,4 +1,4 @@
-"""A pruned model that is kept: a folder that transformers opens, with a model card of what was done and measured."""
+"""Saves a pruned model: a folder that transformers opens, with a model card of what was done and measured."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("{folder}")
 tokenizer = AutoTokenizer.from_pretrained("{folder}")
 ```"""
-OWN = """Its blocks have widths of their own. With this project installed, `import pruners` and then
+OWN = """Its blocks have different widths. With this project on the path, `import pruners` and then
 
 {stock}
 
-or without it, by the two modules that lie in this folder: `from_pretrained("{folder}", trust_remote_code=True)`."""
+or without it, through the two modules in this folder: `from_pretrained("{folder}", trust_remote_code=True)`."""
 
 
 def places(cells: list[Cell], folder: Path, table: str) -> dict[str, Path]:
@@ -58,9 +58,9 @@ def places(cells: list[Cell], folder: Path, table: str) -> dict[str, Path]:
 def check(run: Run, folder: Path) -> None:
     """ValueError, before any work, for what `write` could not keep."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is there already and not empty; name another folder for the model, or empty it.")
+        raise ValueError(f"{folder} already exists and is not empty; name another folder for the model, or empty it.")
     if run.quantised:
-        raise ValueError("LLM.int8 is a way to run a model and not to save one; keep the model of the cell without it.")
+        raise ValueError("LLM.int8 models cannot be saved; save the model of the cell without it.")
     adapters = getattr(getattr(run.recovery, "trainable", None), "adapters", None)
     if isinstance(adapters, LoRA) and not adapters.merge:
         raise ValueError("LoRA that stays beside its matrices is not saved with the model; train it with merge=True.")
@@ -98,7 +98,7 @@ def card(run: Run, record: Record, folder: Path, name: str, root: Path) -> str:
         device=made.device,
         commit=made.commit or "unknown",
         packages=", ".join(f"{name} {version}" for name, version in made.packages.items()),
-        licence=f" The weights stand under the licence of their model: {known.licence}." if known.licence else "",
+        licence=f" The weights are under the licence of the original model: {known.licence}." if known.licence else "",
     )
 
 
@@ -108,7 +108,8 @@ def _front(hub: str | None, method: str) -> str:
 
 
 def _removed(record: Record) -> str:
-    return f"Sparsity of what was pruned: {record.achieved['sparsity']:.4f} (asked: {record.achieved['asked']:.4f})."
+    reached, requested = record.achieved["sparsity"], record.achieved["asked"]
+    return f"Sparsity of the pruned weights: {reached:.4f} (requested: {requested:.4f})."
 
 
 def _values(measured: dict[str, dict[str, Any]], dense: dict[str, dict[str, Any]]) -> Iterator[str]:

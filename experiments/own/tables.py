@@ -1,4 +1,4 @@
-"""Tables from a file of one's own, or from an installed package.
+"""Tables from your own files, or from an installed package.
 
 A table is a `Table` of experiments.spec at the top of a file, with methods beside it where it wants.  An installed
 package offers its own by the entry point group `llm_pruning.tables`.
@@ -64,21 +64,21 @@ def _chosen(declared: dict[str, Table], variables: dict[str, Table], name: str, 
             raise UsageError(unknown(f"table in {file}", name, known))
         return known[name]
     if len(declared) > 1:
-        raise UsageError(f"{file} declares {len(declared)} tables; say which: {file}:{' or '.join(declared)}.")
+        raise UsageError(f"{file} declares {len(declared)} tables; choose one: {file}:{' or '.join(declared)}.")
     return next(iter(declared.values()))
 
 
 def _check_name(found: Table, file: Path) -> None:
     if not NAME.fullmatch(found.name):
         raise UsageError(
-            f"The table {found.name!r} in {file} names a folder of records: letters, digits, '.', '-' and '_'."
+            f"The table {found.name!r} in {file} needs a name that can be a folder: letters, digits, '.', '-' and '_'."
         )
     other = papers.TABLES.get(found.name)
     if other is not None and found.name in papers.PAPERS:
-        raise UsageError(f"{file} calls its table {found.name}, as a paper's table here is called; give it another.")
+        raise UsageError(f"{file} names its table {found.name}, like one of the papers' tables; choose another name.")
 
 
 def _of_its_kind(thing: Any, what: str) -> Table:
     if not isinstance(thing, Table):
-        raise UsageError(f"{what} is no Table of experiments.spec but {type(thing).__name__}.")
+        raise UsageError(f"{what} is not a Table of experiments.spec but {type(thing).__name__}.")
     return thing

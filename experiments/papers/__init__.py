@@ -50,7 +50,7 @@ def runs(
         models.check(model)
     asked = table.runs(model)
     if limit and not tasks and not any(isinstance(what, ZeroShot) for run in asked for what in run.measures):
-        raise UsageError(f"{table.name} has no zero-shot task whose documents --limit could cut; leave it out.")
+        raise UsageError(f"{table.name} has no zero-shot tasks, to which --limit applies; leave it out.")
     if dtype:
         asked = [replace(run, dtype=dtype) for run in asked]
     if tasks:

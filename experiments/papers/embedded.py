@@ -91,7 +91,7 @@ HALVED = (None, pruners.Magnitude(sparsity=0.5), pruners.Wanda(sparsity=0.5), pr
 
 generation = Table(
     name="embedded.generation",
-    title="What pruned models write",
+    title="Generated text of pruned models",
     rows=HALVED,
     columns=((MODEL,),),
     run=lambda method, model: Run(model, method, WINDOWS, (Generation(),)),
@@ -109,7 +109,7 @@ tasks = Table(
 
 open_answers = Table(
     name="embedded.open_answers",
-    title="Greedy answers beside the dense model's, and problems of GSM8K solved",
+    title="Agreement of greedy answers with the dense model, and GSM8K accuracy",
     rows=HALVED,
     columns=((MODEL,),),
     run=lambda method, model: Run(

@@ -63,7 +63,9 @@ def heads_removed(structure: str, model: str) -> int | None:
         return None
     found = models.find(model)
     if found.blocks is None or found.heads is None:
-        raise UsageError(f"How many heads {model} has is not known, and with it how many {structure} removes.")
+        raise UsageError(
+            f"The number of heads of {model} is unknown, so the number that {structure} removes is as well."
+        )
     parts = found.blocks if structure.startswith("UL") else 1
     return parts * round(removed / HEADS * found.blocks * found.heads / parts)
 
@@ -152,7 +154,7 @@ vicuna = Table(
 
 on_c4 = Table(
     name="flap.c4",
-    title="FLAP calibrated on C4, as the name of the authors' own checkpoint says, beside WikiText-2",
+    title="FLAP calibrated on C4 (as the name of the authors' checkpoint says) and on WikiText-2",
     rows=(C4_STREAM, WIKITEXT),
     columns=tuple(product(MODELS[:2], RATIOS)),
     run=lambda windows, model, ratio: Run(model, flap(ratio), windows, PPL, "float16"),

@@ -73,7 +73,8 @@ def _sharing(method: Any, model: str, share: float) -> Any:
 # By `ratio` 0.2 FLAP removes 20 % of the parameters and the others 15 %: no fifth of three KV groups can go.
 flap = Table(
     name="embedded.flap",
-    title="Structured pruning without retraining: the same parameters removed, the same calibration windows",
+    title="Structured pruning without retraining, with the same share of parameters removed and the same "
+    "calibration windows",
     rows=(
         None,
         MagnitudeSP,
@@ -167,7 +168,7 @@ def recovered(row: tuple[Any, Any], model: str, sparsity: float, seed: int) -> R
 
 perp = Table(
     name="embedded.perp",
-    title="What a small share of the parameters recovers",
+    title="Recovery by training a small share of the parameters",
     rows=(
         (None, None),
         (Magnitude, None),

@@ -133,7 +133,7 @@ dependency = with_dense(dependency)
 
 layer_skipping = Table(
     name="llm_pruner.layer_skipping",
-    title="Half of the parameters, tuned (table 8)",
+    title="Half of the parameters removed, then tuned (table 8)",
     rows=("Element^1 (Block)" + TUNED,),
     columns=(("llama-7b", 0.5),),
     run=partial(pruned, measures=(*MEASURES, Efficiency((), ()))),
@@ -231,7 +231,7 @@ REDUCTIONS = {"sum": "Summation", "max": "Max", "prod": "Production", "last": "L
 
 aggregation = Table(
     name="llm_pruner.aggregation",
-    title="How a group's scores are combined (table 7), at 20 %, which the paper does not say",
+    title="Aggregation of a group's scores (table 7), at 20 %, which the paper does not state",
     rows=tuple(REDUCTIONS),
     columns=(("llama-7b", 0.2),),
     run=lambda reduction, model, share: pruned("Element^1 (Block)", model, share, reduction=reduction),
@@ -243,7 +243,7 @@ aggregation = with_dense(aggregation)
 
 global_local = Table(
     name="llm_pruner.global_local",
-    title="Ranked in each block or over all of them (table 14)",
+    title="Groups ranked within each block or over all blocks (table 14)",
     rows=("local", "global"),
     columns=(("llama-7b", 0.2),),
     run=lambda scope, model, share: pruned("Element^1 (Block)", model, share, scope=scope),
@@ -256,7 +256,7 @@ WINDOWS_BOTH = tuple(Perplexity(what.corpus, window) for window in (128, 2048) f
 
 more_models = Table(
     name="llm_pruner.more_models",
-    title="Grouped-query models, 25 % of the groups (the repository's more results)",
+    title="Grouped-query models, 25 % of the groups (further results of the repository)",
     rows=("Dense", "L2", "Element^1 (Block)"),
     columns=tuple(
         product(
@@ -325,7 +325,7 @@ quantised = Table(
 
 generation = Table(
     name="llm_pruner.generation",
-    title="What pruned models write (tables 11 and 18 to 21, whose texts are not compared)",
+    title="Generated text of pruned models (tables 11 and 18 to 21, whose texts are not compared)",
     rows=("Dense", "Element^1 (Block)", "Element^1 (Block)" + TUNED),
     columns=tuple(product(("llama-7b", "vicuna-7b"), (0.2,))),
     run=partial(pruned, measures=(Generation(new_tokens=128),)),

@@ -49,7 +49,7 @@ def label_at_10(run: Run) -> tuple[str, str]:
 
 chatglm_6b = Table(
     name="llm_pruner.chatglm_6b",
-    title="ChatGLM-6B at 10 % (table 5): MLPs as released; heads, which no released code prunes, are ours",
+    title="ChatGLM-6B at 10 % (table 5): MLPs as in the released code; heads, which it does not prune, are ours",
     rows=("Dense", *OF_CHATGLM, "Vector" + TUNED),
     columns=(("chatglm-6b",),),
     run=at_10,

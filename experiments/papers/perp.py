@@ -96,7 +96,7 @@ def words(run: Run) -> tuple[str, str]:
 
 magnitude = Table(
     name="perp.magnitude",
-    title="Magnitude pruning, then retraining of what each row names",
+    title="Magnitude pruning, then retraining of the parameters that each row names",
     rows=(DENSE, None, *SUBSETS),
     columns=tuple(product(OPT, SETTINGS)),
     run=retrained,
@@ -142,7 +142,7 @@ llama_reconstruction = Table(
 # Its experts lie in stacked parameters, beside which no adapter stands.
 mixtral = Table(
     name="perp.mixtral",
-    title="Mixtral: retraining and reconstruction by its norms, on the masks of magnitude and Wanda",
+    title="Mixtral: retraining and reconstruction of its norms, on the masks of magnitude and Wanda",
     rows=(DENSE, None, OF_LLAMA[0], rebuilding(OF_LLAMA[0])),
     columns=tuple(product(("mixtral-8x7b",), (HALF, MORE, {"pattern": "2:4"}), MASKS[:2])),
     run=retrained,
@@ -204,7 +204,7 @@ def _choice(row: Any, model: str, kind: int, at: dict[str, Any], method: Any) ->
 
 rates = Table(
     name="perp.rates",
-    title="Learning rates of PERP's tables, by the loss on text that is not trained on",
+    title="Learning rates of PERP's tables, chosen by the loss on held-out text",
     rows=(*SUBSETS, OF_LLAMA[1], *(rebuilt for *_, rebuilt in KINDS)),
     columns=_kinds((HALF, MORE), MASKS),
     run=_choice,

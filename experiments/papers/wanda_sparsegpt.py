@@ -82,7 +82,7 @@ zero_shot = Table(
 
 comparison_group = Table(
     name="baselines.comparison_group",
-    title="Among whom weights compete, at 50 % (Wanda, table 7)",
+    title="Comparison group of the weights, at 50 % (Wanda, table 7)",
     rows=(pruners.Magnitude, partial(pruners.SparseGPT, update=False), pruners.Wanda),
     columns=tuple(product(("llama-7b",), ({"sparsity": 0.5, "group": group} for group in GROUPS))),
     run=pruned,
@@ -212,7 +212,7 @@ sparsegpt_seeds = with_dense(sparsegpt_seeds)
 
 pruning_time = Table(
     name="baselines.pruning_time",
-    title="Seconds of pruning and peak memory at 50 % on the machine at hand (Wanda, table 4: of an A6000)",
+    title="Pruning time and peak memory at 50 %, on this machine (Wanda, table 4: on an A6000)",
     rows=METHODS[1:],
     columns=tuple(product(LLAMA, PATTERNS[:1])),
     run=lambda method, model, how: Run(model, method(**how), windows(model), (Costs(),), "float16"),
@@ -221,7 +221,7 @@ pruning_time = Table(
 
 open_answers = Table(
     name="baselines.open_answers",
-    title="Problems of GSM8K solved, and greedy answers beside the dense model's (in no paper)",
+    title="GSM8K accuracy, and agreement of greedy answers with the dense model (in no paper)",
     rows=METHODS,
     columns=tuple(product(LLAMA_2[:2], (PATTERNS[0], PATTERNS[2]))),
     run=lambda method, model, how: Run(
@@ -239,7 +239,7 @@ FINE_TUNED = {None: "Wanda + fine-tuning: none", TUNED: "Wanda + fine-tuning: Lo
 
 fine_tuning = Table(
     name="baselines.fine_tuning",
-    title="LoRA after Wanda, left beside its matrices (Wanda, table 6)",
+    title="LoRA after Wanda, not merged (Wanda, table 6)",
     rows=tuple(FINE_TUNED),
     columns=tuple(product(LLAMA[:1], PATTERNS)),
     run=lambda recovery, model, how: Run(

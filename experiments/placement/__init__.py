@@ -1,4 +1,4 @@
-"""Where a cell's weights are: on the device, in CPU memory, or on the disk; chosen by the room that there is.
+"""Where a cell's weights are kept: on the device, in CPU memory or on disk, chosen by the free memory.
 
 No choice moves a number.  What must have all weights in place (training all of them, speed, channels of the residual
 stream) is told before any work where it is asked elsewhere.
@@ -83,7 +83,7 @@ def check_disk(run: Run, folder: Path, copies: int = 1) -> None:
     if free < needed:
         raise storage.StorageError(
             f"The pruned copy of {run.model_name} takes {needed / 1e9:.1f} GB and the disk of {place} has "
-            f"{free / 1e9:.1f} GB left; free some, or choose another folder with --results."
+            f"{free / 1e9:.1f} GB left; free some space, or choose another folder with --results."
         )
 
 
@@ -107,7 +107,7 @@ def _by_room(run: Run, device: str, batch: int, whole: str | None, copies: int) 
         if least > free:
             raise ValueError(
                 f"{whole} needs all weights of {run.model_name} on the device, {least:.1f} GB, and "
-                f"{device} has {free:.1f} GB free; take a larger one."
+                f"{device} has {free:.1f} GB free; use a larger one."
             )
         return Placement("device", f"{there}, and {whole} needs all weights there")
     host = memory.free_bytes() / 1e9 / copies

@@ -67,8 +67,8 @@ def too_large(run: Run, card_gb: float, cards: int = 1) -> str | None:
     if home is not None:
         return None
     whole = needs_all_weights(run)
-    why = f", as {whole} needs all weights in place" if whole else ""
-    where = "one accelerator and this one holds" if cards == 1 else f"each of {cards} accelerators, which hold"
+    why = f", as {whole} needs all weights on the device" if whole else ""
+    where = "one GPU, which has" if cards == 1 else f"each of {cards} GPUs, which have"
     return f"{run.model_name} needs about {needed:.0f} GB on {where} {card_gb:g} GB{why}."
 
 

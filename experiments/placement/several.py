@@ -1,4 +1,4 @@
-"""On how many cards of a node a cell runs: 1, 2, 4 or 8 that share it, as far as it can be shared."""
+"""How many GPUs of a node share a cell: 1, 2, 4 or 8."""
 
 from __future__ import annotations
 

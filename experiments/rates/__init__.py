@@ -1,4 +1,4 @@
-"""Learning rates that are chosen: of a grid, the one with the lowest loss on text that is not trained on.
+"""Learning rates chosen from a grid: the one with the lowest loss on held-out text.
 
 A run whose rate is chosen has a `Tuning`.  The choice is a cell of its own with a record of its own, made at the
 pruning that the Tuning names; every run of that model, recovery and text whose Tuning is the same takes its rate.
@@ -28,7 +28,9 @@ class RateGrid:
     def __post_init__(self) -> None:
         checks.fields(self)
         if not self.rates or len(set(self.rates)) < len(self.rates):
-            raise ValueError(f"A grid has one rate or more, none of them twice; got {checks.shown(self.rates)}.")
+            raise ValueError(
+                f"A grid of learning rates has at least one rate, and none twice; got {checks.shown(self.rates)}."
+            )
 
     @property
     def key(self) -> str:

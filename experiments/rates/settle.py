@@ -1,4 +1,4 @@
-"""What a run's learning rate was chosen to be, or the choice made now."""
+"""Looks up a run's chosen learning rate, or makes the choice now."""
 
 from __future__ import annotations
 

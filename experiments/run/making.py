@@ -1,4 +1,4 @@
-"""Prunes a cell's model, retrains and quantises it: whatever makes it the model that is measured."""
+"""Makes the model that is measured: prunes, retrains and quantises a cell's model."""
 
 from __future__ import annotations
 

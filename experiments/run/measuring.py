@@ -1,4 +1,4 @@
-"""Measures a cell's model, and before it is pruned the dense one, which has to meet what is published of it."""
+"""Measures a cell's model, and before pruning the dense one, which must reach its published perplexity."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One cell on its way: its model loaded, from the cell before or anew, and where its files go."""
+"""The session of one cell: its model, loaded or handed over by the previous cell, and where its files go."""
 
 from __future__ import annotations
 

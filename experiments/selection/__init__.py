@@ -1,4 +1,4 @@
-"""Which cells of which tables a command is about: `TABLE...` or `--all`, `--method`, and the terms of `--only`."""
+"""The cells that a command applies to: `TABLE...` or `--all`, `--method`, and the terms of `--only`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,12 @@ def add(command: argparse.ArgumentParser) -> None:
     add_tables(command)
     cli.add_variant(command)
     command.add_argument(
-        "--method", nargs="+", type=cli.word, default=[], metavar="NAME", help="only these methods (or: dense)"
+        "--method",
+        nargs="+",
+        type=cli.word,
+        default=[],
+        metavar="NAME",
+        help="only these methods; dense is the unpruned model",
     )
     command.add_argument(
         "--only",
@@ -27,16 +32,20 @@ def add(command: argparse.ArgumentParser) -> None:
         type=cli.word,
         default=[],
         metavar="CELL",
-        help="only these cells: ids, labels and settings, and model=NAME, seed=N, setting=SHARE|PATTERN",
+        help="only cells with these ids, labels or settings, or model=NAME, seed=N, setting=SPARSITY|PATTERN",
     )
     cli.add_results(command)
 
 
 def add_tables(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "tables", nargs="*", type=cli.word, metavar="TABLE", help="of papers, or FILE.py or FILE.py:NAME of your own"
+        "tables",
+        nargs="*",
+        type=cli.word,
+        metavar="TABLE",
+        help="names of tables (see: experiments list), or FILE.py or FILE.py:NAME of your own",
     )
-    command.add_argument("--all", action="store_true", help="every declared table")
+    command.add_argument("--all", action="store_true", help="all tables")
     cli.add_plugin(command)
 
 
@@ -58,7 +67,7 @@ def each(asked: argparse.Namespace) -> list[argparse.Namespace]:
         runs = papers.find(one.table).runs()
         one.limit = asked.limit if any(isinstance(what, ZeroShot) for run in runs for what in run.measures) else None
     if not any(one.limit for one in found):
-        raise UsageError("None of these tables has a zero-shot task whose documents --limit could cut; leave it out.")
+        raise UsageError("None of these tables has zero-shot tasks, to which --limit applies; leave it out.")
     return found
 
 

@@ -1,4 +1,4 @@
-"""The words that choose cells: ids, labels, settings, and `model=`, `seed=` and `setting=`, the same everywhere."""
+"""The terms that select cells: ids, labels, settings, and `model=`, `seed=` and `setting=`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def choose(
     }
     if every and not any(kept.values()):
         of = f" of {', '.join(names)}" if names else ""
-        raise UsageError(f"No cell{of} is called {' and '.join(only).lower()}; ask for less at once.")
+        raise UsageError(f"No cell{of} matches {' and '.join(only).lower()}; use fewer conditions.")
     return kept
 
 

@@ -1,1 +1,1 @@
-"""What is kept on disk, whole or absent: records, caches, locks, unfinished work."""
+"""Files on disk, written atomically: records, caches, locks, unfinished work."""

@@ -1,4 +1,4 @@
-"""Files under the results folder: whole or absent, regular when read, and one sentence where a disk refuses."""
+"""Atomic files under the results folder, and one sentence where writing to a disk fails."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def write(path: Path, text: str) -> None:
 def read(path: Path) -> str:
     """The text of a regular file; OSError for anything else, such as a pipe, at which reading would wait for ever."""
     if path.exists() and not path.is_file():
-        raise OSError(f"{path} is no regular file")
+        raise OSError(f"{path} is not a regular file")
     return path.read_bytes().decode()  # a carriage return stays what it is
 
 

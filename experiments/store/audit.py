@@ -1,4 +1,4 @@
-"""Whether the records of a results folder, a colleague's for instance, can be believed, and which cells they fill.
+"""Checks that the records of a results folder, a colleague's for instance, are valid, and which cells they fill.
 
 python -m experiments check-records DIR
 """
@@ -44,13 +44,13 @@ def audit(root: Path) -> Audit:
 def faults(record: Record) -> Iterator[str]:
     """What cannot be in a record that this program made, a sentence each."""
     if not 0 <= record.achieved.get("sparsity", 0.0) <= 1:
-        yield f"a sparsity of {record.achieved['sparsity']}, which is no share."
+        yield f"a sparsity of {record.achieved['sparsity']}, which is not between 0 and 1."
     for key, measured in record.measures.items():
         yield from (f"{key}: {fault}" for fault in _impossible(measured))
     if not record.measures:
         yield "nothing was measured."
     if record.made_by.commit is None:
-        yield "made by code of which no commit is known."
+        yield "made by code without a known commit."
 
 
 def _impossible(measured: Mapping[str, Any]) -> Iterator[str]:
@@ -60,9 +60,9 @@ def _impossible(measured: Mapping[str, Any]) -> Iterator[str]:
     elif value is not None and (windows := measured.get("nll_per_window")):
         mean = math.exp(sum(windows) / len(windows))
         if not math.isclose(mean, value, rel_tol=1e-3):
-            yield f"a perplexity of {value:.4f}, and {mean:.4f} by its own windows."
+            yield f"a perplexity of {value:.4f}, but its own windows give {mean:.4f}."
     if (score := measured.get("score")) is not None and not 0 <= score <= 1:
-        yield f"an accuracy of {score}, which is no share."
+        yield f"an accuracy of {score}, which is not between 0 and 1."
 
 
 def _paths(folder: Path) -> list[Path]:

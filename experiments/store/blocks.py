@@ -1,4 +1,4 @@
-"""Finished blocks of a pruning that is still going on, so that a killed run goes on at the block after them.
+"""Finished blocks of a pruning in progress, so that an interrupted run resumes at the next block.
 
 They are written every half minute at most: a quick pruning writes nothing.
 """
@@ -70,18 +70,18 @@ class PrunedBlocks(Keeper):
         size, limit = sum(tensor.nbytes for tensor in tensors.values()), cache.limit_bytes()
         self.bytes += size
         if self.bytes > limit:
-            self._refuse(f"Pruned blocks beyond {limit / 1e9:.1f} GB", f"set {cache.LIMIT_VARIABLE} to raise that.")
+            self._refuse(f"Finished blocks beyond {limit / 1e9:.1f} GB", f"set {cache.LIMIT_VARIABLE} to raise that.")
             return
         if self.root:
             room.make_room(self.root, size)
         try:
             cache.write(self._path(block), tensors, self._key(block))
         except atomic.StorageError as error:
-            self._refuse("Further pruned blocks", str(error))
+            self._refuse("Further finished blocks", str(error))
 
     def _refuse(self, what: str, why: str) -> None:
         self.refused = True
-        logger.warning("%s are not kept for a run that is killed; %s", what, why)
+        logger.warning("%s are not saved for resuming; %s", what, why)
 
     def _path(self, block: Block) -> Path:
         return self.folder / f"{block.index:03}.safetensors"
@@ -107,7 +107,10 @@ class Together(Keeper):
 
     def _read_along(self, block: Block) -> bool:
         if self.together.rank and not self.kept.restore(block):
-            raise ValueError(f"{block.name} of a killed run is read by rank 0 and by no other; use one results folder.")
+            raise ValueError(
+                f"{block.name} of an interrupted run is readable by rank 0 only; all ranks need the same "
+                "results folder."
+            )
         return True
 
 

@@ -79,12 +79,12 @@ def _trusted(path: Path, key: str, look: Callable[[Path], tuple[T, dict[str, Any
     try:
         found, about = look(path)
         if about.get("key") != key:
-            raise storage.DamagedError("it belongs to another place")
+            raise storage.DamagedError("it was written for another file")
         os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))  # of another time it would be another file
     except FileNotFoundError:
         return None
     except storage.DamagedError as error:
-        logger.warning("Computing again what %s held: %s.", path, error)
+        logger.warning("Computing again, as %s cannot be used: %s.", path, error)
         return None
     except OSError as error:  # of a disk that can only be read
         logger.debug("%s is not marked as used: %s", path, error)
@@ -173,7 +173,7 @@ def _has_room(root: Path, size: int, limit: int) -> bool:
     """Whether the cache may hold so much more, for which it makes room then."""
     if size > limit:
         logger.warning(
-            "Statistics of %.1f GB are not kept: the cache holds %.1f GB; set %s to raise that.",
+            "Statistics of %.1f GB are not cached: the cache is limited to %.1f GB; set %s to raise the limit.",
             size / 1e9, limit / 1e9, LIMIT_VARIABLE,
         )  # fmt: skip
         return False
@@ -182,4 +182,8 @@ def _has_room(root: Path, size: int, limit: int) -> bool:
 
 
 def _not_kept(error: atomic.StorageError) -> None:
-    logger.warning("%s Statistics are not kept and cells compute their own; %s=0 keeps none.", error, LIMIT_VARIABLE)
+    logger.warning(
+        "%s Statistics are not cached, and every cell computes its own; %s=0 switches the cache off.",
+        error,
+        LIMIT_VARIABLE,
+    )

@@ -16,7 +16,7 @@ def dumps(content: dict[str, Any]) -> str:
     """`content` as JSON with its seal under `sha256`, without secrets; ValueError for a number that is not finite."""
     where = next(_not_finite(content), None)
     if where is not None:
-        raise ValueError(f"{where} is not finite and cannot be recorded; the model no longer computes.")
+        raise ValueError(f"{where} is NaN or infinite and cannot be recorded; the model's outputs overflow.")
     plain = json.loads(json.dumps({key: _open(key, value) for key, value in content.items()}))
     return _text({**plain, "sha256": seal(plain)})
 
@@ -39,7 +39,7 @@ def loads(text: str) -> dict[str, Any]:
         if content.get("sha256") != seal(content) or _text(content) != text:
             raise ValueError("its checksum does not match, so it was edited or damaged")
     except (json.JSONDecodeError, RecursionError) as error:  # the latter of text that is nested without end
-        raise ValueError("it is not whole JSON, so it was truncated or damaged") from error
+        raise ValueError("it is not complete JSON, so it was truncated or damaged") from error
     return content
 
 
@@ -51,7 +51,7 @@ def seal(content: dict[str, Any]) -> str:
 
 
 def _refuse(constant: str) -> None:
-    raise ValueError(f"it holds {constant}, which is no result")
+    raise ValueError(f"it holds {constant}, which is not a valid value")
 
 
 def _text(content: dict[str, Any]) -> str:

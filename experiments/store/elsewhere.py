@@ -1,4 +1,4 @@
-"""A cell that another table has, too: its record is taken over instead of being made again.
+"""Reuses the record of a cell that another table has, too.
 
 The id says that the cell is the same; the texts and the code must be those that the run at hand would read and use.
 """

@@ -1,4 +1,4 @@
-"""Whether a record is the number that the run at hand would make: of the same texts, by the same code."""
+"""Whether a stored record still counts for a run: made from the same texts, by the same code."""
 
 from __future__ import annotations
 
@@ -51,16 +51,16 @@ def lines(recorded: Sequence[tuple[Cell, Record]], data_dir: Path | None, again:
 
 
 def _from_other(text: str, labels: Sequence[str]) -> str:
-    return f"{text} is not what the record of {_some(labels)} was made from: made again."
+    return f"{text} differs from the text that the record of {_some(labels)} was made from; rerunning."
 
 
 def _by_other(makers: Mapping[str, int], again: bool) -> list[str]:
     told = {
-        "other": "by other code of their method or measures than is here",
-        "unknown": "before records kept the code of their method and measures",
+        "other": "by a different version of their method's or measures' code",
+        "unknown": "before records stored the version of this code",
     }
     made = [f"{makers[kind]} made {words}" for kind, words in told.items() if makers[kind]]
-    way = "made again" if again else "--again makes them again"
+    way = "rerunning" if again else "--again reruns them"
     return [f"Of the records found, {' and '.join(made)}: {way}."] if made else []
 
 

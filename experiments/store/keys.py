@@ -1,4 +1,4 @@
-"""Which declared cell a record is of, whatever machine made it."""
+"""Which declared cell a record belongs to, whatever machine made it."""
 
 from __future__ import annotations
 

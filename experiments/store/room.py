@@ -1,4 +1,4 @@
-"""What lies under results/.cache: what of it nobody needs any more, and what goes when there is more than the limit.
+"""Cleans up results/.cache: what nobody needs any more, and what is evicted above the size limit.
 
 Nothing goes while a process holds its lock.  Statistics and pruned weights have a lock beside them, what a cell resumes
 from has the cell's.

@@ -66,8 +66,8 @@ class ChatGLMConfig(PreTrainedConfig):
         if self.head_dim is None:
             if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
                 raise ValueError(
-                    f"hidden_size {self.hidden_size} cannot be shared by {self.num_attention_heads} heads; config.json "
-                    "was edited or belongs to another model."
+                    f"hidden_size {self.hidden_size} is not divisible by num_attention_heads "
+                    f"{self.num_attention_heads}; config.json was edited or belongs to another model."
                 )
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.head_dim < 4 or self.head_dim % 4:

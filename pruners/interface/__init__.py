@@ -1,1 +1,1 @@
-"""What comes from outside, looked at before any work: values, names, methods and model folders of one's own."""
+"""User input, checked before any work: values, names, methods and model folders of your own."""

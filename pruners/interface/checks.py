@@ -1,4 +1,4 @@
-"""What public functions and settings accept, said in their annotations; one sentence for a value that is none of it.
+"""What public functions and settings accept, declared in their annotations; a wrong value gets one sentence.
 
 A parameter or field says it with a type below, `batch_size: Count`.  `arguments` checks a function's whenever it is
 called, `fields` a dataclass's from its `__post_init__`.  A number of numpy's is taken for Python's own.

@@ -1,4 +1,4 @@
-"""What every method promises, tried on a tiny model of each family: for methods of one's own.
+"""The contract of every method, checked on a tiny model of each family: for methods of your own.
 
     python -m pruners check my_method.py
 
@@ -119,10 +119,10 @@ def _sparsity(kind: type[Any], family: str) -> str:
     model, report = _pruned(kind, family, sparsity=ASKED)
     found = torch.cat([(weight == 0).flatten() for weight in _matrices(model).values()]).double().mean().item()
     if abs(found - ASKED) > GRAIN:
-        return f"{ASKED} of the weights were to go and {found:.4f} went."
-    return (
-        "" if abs(report.achieved - found) < 1e-9 else f"the report says {report.achieved:.4f} and it is {found:.4f}."
-    )
+        return f"{ASKED} of the weights were to be removed and {found:.4f} were."
+    if abs(report.achieved - found) < 1e-9:
+        return ""
+    return f"the report says {report.achieved:.4f} but the sparsity is {found:.4f}."
 
 
 def _pattern(kind: type[Any], family: str) -> str:
@@ -144,11 +144,11 @@ def _batches(kind: type[Any], family: str) -> str:
     if (shapes := {n: t.shape for n, t in one.state_dict().items()}) != {
         n: t.shape for n, t in four.state_dict().items()
     }:
-        return f"with one window a batch other units are left than with four ({len(shapes)} tensors)."
+        return f"different units are left with batch size 1 than with batch size 4 ({len(shapes)} tensors)."
     for name, tensor in one.state_dict().items():
         other = four.state_dict()[name]
         if not torch.equal(tensor == 0, other == 0):
-            return f"{name}: with one window a batch other weights go than with four."
+            return f"{name}: different weights are removed with batch size 1 than with batch size 4."
     return ""
 
 
@@ -160,7 +160,7 @@ def _same(one: nn.Module, other: nn.Module, how: str) -> str:
     found = other.state_dict()
     for name, tensor in one.state_dict().items():
         if not torch.equal(tensor, found[name]):
-            return f"{name} has other bits when {how}."
+            return f"{name} is not bit-identical when {how}."
     return ""
 
 
@@ -169,7 +169,7 @@ def _others(kind: type[Any], family: str) -> str:
     before, pruned = tiny(family).state_dict(), set(map(_storage, _matrices(model).values()))
     for name, tensor in model.state_dict().items():
         if _storage(tensor) not in pruned and not torch.equal(tensor, before[name]):
-            return f"{name} was changed and is no matrix of a block."
+            return f"{name} was changed and is not a matrix of a block."
     return ""
 
 
@@ -190,7 +190,7 @@ def _reopened(kind: type[Any], family: str) -> str:
         text = windows(family)[:1]
         with torch.no_grad():
             same = torch.allclose(model(text).logits, opened(text).logits, atol=1e-5)
-    return "" if same else "the saved folder opens as another model."
+    return "" if same else "the saved model differs after loading."
 
 
 Promise = Callable[[type[Any], str], str]

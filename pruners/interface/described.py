@@ -1,5 +1,4 @@
-"""What a model folder says of itself, looked at before anything of it is loaded: one sentence for what no loader could
-use."""
+"""Checks of a model folder before anything of it is loaded: one sentence for what no loader could use."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ def check(folder: Path) -> None:
     _check_generation(folder)
     if (path := folder / "adapter_config.json").exists():
         raise ValueError(
-            f"{folder} holds adapters ({path.name}), which are no part of its weights; merge them (peft: "
+            f"{folder} holds adapters ({path.name}) beside the weights; merge them (peft: "
             "merge_and_unload) and save the model into another folder."
         )
 
@@ -38,7 +37,7 @@ def brief(error: Exception) -> str:
 def _check_config(folder: Path) -> None:
     path = folder / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} is no model folder: it has no config.json.")
+        raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json.")
     told = _object(path)
     if str(told.get("model_type")) not in CONFIG_MAPPING:
         raise ValueError(
@@ -66,11 +65,11 @@ def _check_generation(folder: Path) -> None:
 
 def _object(path: Path) -> dict[str, Any]:
     if not path.is_file():  # a pipe would be waited for
-        raise ValueError(f"{path} is no regular file; save or fetch it again.")
+        raise ValueError(f"{path} is not a regular file; save or fetch it again.")
     try:
         told = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON ({brief(error)}); save or fetch it again.") from error
     if not isinstance(told, dict):
-        raise ValueError(f"{path} holds {checks.shown(told)} and must hold an object; save or fetch it again.")
+        raise ValueError(f"{path} holds {checks.shown(told)} instead of a JSON object; save or fetch it again.")
     return told

@@ -1,4 +1,4 @@
-"""Methods from a file of one's own, or from an installed package.
+"""Methods from your own files, or from an installed package.
 
 A method is a frozen dataclass on `pruners.unstructured.Unstructured` or `pruners.structured.Structured`.  It is known
 by the name of its class in small letters (`MyMethod`: my_method).  An installed package offers its own by the entry
@@ -64,18 +64,18 @@ def register(kind: type[Any], name: str | None = None) -> str:
 
 
 def methods(made: ModuleType) -> list[type[Any]]:
-    """The methods that a module declares itself; UsageError for one that is no frozen dataclass."""
+    """The methods that a module declares itself; UsageError for one that is not a frozen dataclass."""
     own = [thing for thing in vars(made).values() if inspect.isclass(thing) and thing.__module__ == made.__name__]
     found = [kind for kind in own if issubclass(kind, Unstructured | Structured)]
     for kind in found:
         about = vars(kind).get("__dataclass_params__")
         if about is None or not about.frozen:
             raise UsageError(
-                f"{kind.__name__} in {made.__file__} is no frozen dataclass, so its hyperparameters have no record; "
+                f"{kind.__name__} in {made.__file__} is not a frozen dataclass, so its hyperparameters have no record; "
                 "put @dataclass(frozen=True) above it."
             )
         if not any(issubclass(other, kind) for other in found if other is not kind) and (lacking := _lacking(kind)):
-            raise UsageError(f"{kind.__name__} in {made.__file__} says nowhere what is to go; give it {lacking}.")
+            raise UsageError(f"{kind.__name__} in {made.__file__} defines no criterion; add {lacking}.")
     return found
 
 
@@ -111,7 +111,7 @@ def module(file: str | Path) -> ModuleType:
     """The file, imported once a process; UsageError, with the line, where that fails."""
     path = Path(file).expanduser()
     if not path.is_file():
-        raise UsageError(f"{file} is no file; name a Python file.")
+        raise UsageError(f"{file} is not a file; name a Python file.")
     return _imported(path.resolve())
 
 

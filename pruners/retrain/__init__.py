@@ -1,4 +1,4 @@
-"""Recovering quality after pruning, with the sparsity kept."""
+"""Recovering quality after pruning while keeping the sparsity."""
 
 from __future__ import annotations
 

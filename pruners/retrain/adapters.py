@@ -1,4 +1,4 @@
-"""Low-rank adapters for pruned matrices: what is trained besides W, and what is left of it once merged.
+"""Low-rank adapters for pruned matrices: what is trained beside W, and what remains of it once merged.
 
     M = 1[W survives]     B: out x rank     A: rank x inp     s = alpha / rank
 
@@ -71,10 +71,10 @@ class LowRank:
     def __post_init__(self) -> None:
         checks.fields(self)
         if self.rank < 1:
-            raise ValueError(f"An adapter's rank is at least 1; got {self.rank}.")
+            raise ValueError(f"rank is a positive integer; got {self.rank}.")
         if self.targets == ():
             raise ValueError(
-                "targets=() names no projection to adapt; leave adapters out, or targets= for all of them."
+                "targets=() selects no projection; leave adapters= out, or leave targets= out for all projections."
             )
 
     def attach(self, name: str, linear: nn.Linear, mask: BitMask, seed: int) -> Adapter:

@@ -1,4 +1,4 @@
-"""Examples in the order in which they are trained on, and as padded batches."""
+"""Examples in training order, and as padded batches."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Batches:
     """Examples of tokens and labels, shuffled anew by `seed` every time they have all been seen, or as they come.
 
     `examples` are windows [count, length], or records with `input_ids` and, where not every token is to be predicted,
-    `labels` (-100: no loss); they are read once, one by one.  Raises TypeError for what are no examples, ValueError for
+    `labels` (-100: no loss); they are read once, one by one.  Raises TypeError for other types, ValueError for
     examples that are absent, too short or not the model's.
     """
 
@@ -56,7 +56,7 @@ class Batches:
             _check(index, tokens, labels, config)
             self.examples.append(tokens, labels)
         if not len(self.examples):
-            raise ValueError("Retraining needs text; got no example.")
+            raise ValueError("Retraining needs at least one example; got none.")
         self._epoch, self._order = -1, torch.empty(0)
 
     def indices(self, step: int) -> list[int]:
@@ -127,13 +127,15 @@ def _row(what: str, value: Any) -> Tensor:
 
 def _check(index: int, tokens: Tensor, labels: Tensor, config: Any) -> None:
     if len(tokens) != len(labels):
-        raise ValueError(f"Example {index} has {len(tokens)} tokens and {len(labels)} labels; they go together.")
+        raise ValueError(
+            f"Example {index} has {len(tokens)} tokens and {len(labels)} labels; their numbers must be equal."
+        )
     if len(tokens) < 2 or (labels[1:] == IGNORED).all():
-        raise ValueError(f"Example {index} is too short: in its {len(tokens)} tokens there is nothing to predict.")
+        raise ValueError(f"Example {index} is too short: none of its {len(tokens)} tokens is predicted.")
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and len(tokens) > positions:
         raise ValueError(
-            f"Example {index} of {len(tokens)} tokens is longer than the model's {positions} positions; cut it."
+            f"Example {index} of {len(tokens)} tokens is longer than the model's context length, {positions}; cut it."
         )
     for part, whose in ((tokens, "example"), (labels[labels != IGNORED], "the labels of example")):
         cause = "it was made with another model's tokenizer"

@@ -245,8 +245,8 @@ class _Loop:
         self.attached.merge()
         raise Diverged(
             f"Retraining diverged at step {step + 1} of {self.schedule.steps}: loss {loss:.4g} after {losses[0]:.4g} "
-            f"at the start, gradient norm {norm:.4g}, learning rate {self.schedule.learning_rate:g}. The model is left "
-            f"as it was after step {step_kept}; use a lower learning rate or a longer warm-up."
+            f"at the start, gradient norm {norm:.4g}, learning rate {self.schedule.learning_rate:g}. The "
+            f"model is restored to its state after step {step_kept}; use a lower learning rate or a longer warm-up."
         )
 
     def _keep(self, step: int) -> None:
@@ -305,6 +305,6 @@ def refuse_away(model: PreTrainedModel, trainable: Trainable) -> None:
     if trainable.weights and homes.of(model) is not None:
         size = 1e-9 * sum(p.numel() for p in model.parameters())
         raise ValueError(
-            f"Training all weights needs them, their gradients and moments on the device, {16 * size:.1f} GB, and they "
-            "are away from home; load the model whole, or train norms, biases or adapters."
+            f"Training all weights needs them, their gradients and moments on the device, {16 * size:.1f} GB, "
+            "and they are offloaded; load the model whole, or train norms, biases or adapters."
         )

@@ -1,4 +1,4 @@
-"""The loss on text that was kept back from training."""
+"""The loss on text held out from training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the weights of a model lie while ranks train it together: whole on every rank, or each rank a part (FSDP2).
+"""Where weights are while several ranks train a model: whole on every rank, or sharded (FSDP2).
 
 Every rank takes its part of each batch, and gradients are summed; since losses are divided by the whole batch's tokens,
 the sum is the whole batch's gradient.  A model in place is sharded block by block by torch.distributed.fsdp: a rank

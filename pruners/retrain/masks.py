@@ -1,4 +1,4 @@
-"""Which weights survive, one bit each: taken once when retraining starts, and kept.
+"""Which weights survive, one bit each: recorded once when retraining starts, and kept.
 
 Inferring it later from `weight != 0` would turn every survivor that a step or a rounding sets to exactly zero into a
 pruned weight.
@@ -14,7 +14,7 @@ from pruners.lazy import Bool, Float, Tensor, torch
 def refuse_back(name: str, back: int) -> None:
     """Raises AssertionError unless none of the pruned weights are back."""
     if back:
-        raise AssertionError(f"{name}: {back:,} pruned weights came back during retraining.")
+        raise AssertionError(f"{name}: {back:,} pruned weights became nonzero during retraining.")
 
 
 class BitMask:

@@ -196,8 +196,8 @@ class Passes:
             hidden, arguments = reaching(self.model, asked, self._returned)
         if any(isinstance(value, Tensor) and value.requires_grad for told in arguments for value in told.values()):
             raise ValueError(
-                f"Blocks of {type(self.model).__name__} are called with more than hidden states that is trained, so "
-                "they cannot be trained one by one; keep all weights on the device."
+                f"Blocks of {type(self.model).__name__} have trained inputs besides hidden states, so they "
+                "cannot be trained block by block; keep all weights on the device."
             )
         return Way(micro, batch, hidden, arguments)
 

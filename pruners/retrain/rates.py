@@ -1,4 +1,4 @@
-"""Which learning rate: each of a grid is tried on the same model and judged by text that was not trained on.
+"""Choosing a learning rate: each rate of a grid is tried on the same model and judged by held-out text.
 
 Rows of a table that train different things need rates of their own: one rate for all of them favours whatever it suits.
 """
@@ -78,7 +78,7 @@ def choose_rate(
     """
     model, grid = inputs.language_model(model), tuple(sorted(rates))
     if not grid or len(set(grid)) < len(grid):
-        raise ValueError(f"A grid has one rate or more, none of them twice; got {checks.shown(rates)}.")
+        raise ValueError(f"A grid of learning rates has at least one rate, and none twice; got {checks.shown(rates)}.")
     before, _ = held_out_loss(model, held_out, batch_size=batch_size)
     losses: list[float | None] = []
     for rate in grid:

@@ -1,4 +1,4 @@
-"""How long and how fast is trained, in which number format, and by which draws."""
+"""Steps, learning rate, precision and random draws of a training."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ class Schedule:
         size = asked or self.batch_size
         if reference and self.batch_size % size:
             raise ValueError(
-                f"With reference=True a step is whole micro-batches; a batch_size of {self.batch_size} is no multiple "
+                f"With reference=True a step is whole micro-batches; a batch_size of {self.batch_size} is not "
+                "a multiple "
                 f"of the micro_batch_size of {size}."
             )
         return size

@@ -1,4 +1,4 @@
-"""Where a retraining stands, as a safetensors file: trained tensors, AdamW's moments, step and losses.
+"""The state of a retraining as a safetensors file: trained tensors, AdamW's moments, step and losses.
 
 Ranks that share the tensors leave files of rows beside it, one each, which it names; any number of ranks goes on from
 them.  (torch.distributed.checkpoint would keep what is where in a pickle, and no checksum.)
@@ -89,7 +89,7 @@ def _written(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]
             storage.remove(leftover)
         storage.write_tensors(path, tensors, {**about, "name": path.name})
     except storage.StorageError as error:
-        logger.warning("%s What a killed run would go on from is not kept.", error)
+        logger.warning("%s The state for resuming is not saved.", error)
         return False
     return True
 
@@ -121,7 +121,7 @@ def load(
     try:
         found = _read(path, rows or Rows())
     except (storage.DamagedError, OSError) as error:
-        logger.warning("Beginning again what %s held: %s.", path, error)
+        logger.warning("Starting over, as %s cannot be used: %s.", path, error)
     if ranks.any(found is None):
         if ranks.rank == 0:
             with suppress(OSError):  # what it says of its step would keep the new state from taking its place
@@ -154,7 +154,7 @@ def _joined(path: Path, about: Mapping[str, Any], rows: Rows) -> dict[str, Tenso
         file = path.with_name(name)
         told = storage.read_about(file)
         if (told["fingerprint"], told["step"]) != (about["fingerprint"], about["step"]):
-            raise storage.DamagedError(f"{name} is of another state")
+            raise storage.DamagedError(f"{name} belongs to another state")
         theirs = Rows(told["part"], told["parts"])
         wanted = {key: (*theirs.span(length), *rows.span(length)) for key, length in told["lengths"].items()}
         if pieces and all(min(end, until) <= max(start, at) for start, end, at, until in wanted.values()):
@@ -184,8 +184,8 @@ def refuse_other_at(path: Path, mark: str) -> None:
 def _refuse_other(path: Path, about: Mapping[str, Any], mark: str) -> None:
     if about.get("fingerprint") != mark:
         raise OtherRunError(
-            f"{path} belongs to another run: its model, data or settings differ from this one's. Choose another "
-            "folder, or delete it to begin again."
+            f"{path} belongs to another run: its model, data or settings differ from this one's. Choose "
+            "another folder, or delete it to start over."
         )
 
 

@@ -46,7 +46,7 @@ class Trainable:
     def __post_init__(self) -> None:
         checks.fields(self)
         if self.weights and (self.adapters or self.head):
-            raise ValueError("With weights=True there is nothing for adapters to add; drop adapters= and head=.")
+            raise ValueError("weights=True already trains everything; drop adapters= and head=.")
 
     @classmethod
     def full(cls) -> Trainable:
@@ -81,9 +81,9 @@ class Trainable:
     def check_within_blocks(self) -> None:
         """ValueError for what no decoder block holds, or cannot take in."""
         if self.head or self.embeddings:
-            raise ValueError("A decoder block holds no head and no embeddings; drop head= and embeddings= here.")
+            raise ValueError("Decoder blocks have no head and no embeddings; drop head= and embeddings= here.")
         if isinstance(self.adapters, LoRA) and not self.adapters.merge:
-            raise ValueError("Blocks are reconstructed one by one and need adapters that merge, e.g. MaskLoRA.")
+            raise ValueError("Block-wise reconstruction needs adapters that can be merged, e.g. MaskLoRA.")
 
     def check_block(self, block: Block) -> None:
         """ValueError for a block that `attach_to_block` would refuse; no value of its weights is read."""
@@ -297,7 +297,7 @@ def _plain(name: str, linear: Matrix) -> nn.Linear:
     if isinstance(linear, nn.Linear):
         return linear
     raise ValueError(
-        f"{name} is no torch.nn.Linear, which adapters stand beside; train biases, norms or all weights instead."
+        f"{name} is not a torch.nn.Linear, which adapters need; train biases, norms or all weights instead."
     )
 
 

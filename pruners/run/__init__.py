@@ -1,1 +1,1 @@
-"""What a pruning run needs and leaves: inputs, states between blocks, statistics, matrices, ranks, its report."""
+"""Parts of a pruning run: inputs, states between blocks, statistics, matrices, ranks, the report."""

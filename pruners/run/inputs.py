@@ -1,4 +1,4 @@
-"""What a model, its calibration windows and a device must be before anything is done, and the state torch is put in."""
+"""Checks of a model, its calibration windows and a device before any work, and the state torch is put in."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def plain_torch() -> Iterator[None]:
     """
     if torch.is_inference_mode_enabled():
         raise ValueError(
-            "Weights cannot be pruned or trained within torch.inference_mode(); leave it (torch.no_grad() will do)."
+            "Weights cannot be pruned or trained within torch.inference_mode(); use torch.no_grad() instead."
         )
     before = torch.get_default_dtype()
     with ExitStack() as stack:
@@ -58,13 +58,15 @@ def plain_torch() -> Iterator[None]:
 def language_model(model: Any, reads_weights: bool = True) -> PreTrainedModel:
     """The model itself, out of torch.compile's wrapper.
 
-    Raises TypeError for what is no model of transformers with a head, ValueError for one without blocks or usable
+    Raises TypeError for anything but a transformers model with a head, ValueError for one without blocks or usable
     weights; weights on the meta device pass where the values do not matter.
     """
     model = _with_head(model)
     anatomy.family(model)
     if not anatomy.blocks(model):
-        raise ValueError(f"This {type(model).__name__} has no decoder blocks (num_hidden_layers is 0): nothing to do.")
+        raise ValueError(
+            f"This {type(model).__name__} has no decoder blocks (num_hidden_layers is 0), so there is nothing to prune."
+        )
     for name, weight in model.named_parameters():
         _check_weight(model, name, weight, reads_weights)
     _check_one_format(model)
@@ -82,7 +84,7 @@ def _check_one_format(model: PreTrainedModel) -> None:
     if len(first) > 1:
         (one, name), (other, stranger), *_ = first.items()
         raise ValueError(
-            f"The model's weights are of several number formats: {name} is {one} and {stranger} {other}. Bring them "
+            f"The model's weights have several dtypes: {name} is {one} and {stranger} {other}. Convert them "
             f"to one, e.g. model.to({one})."
         )
 
@@ -98,9 +100,7 @@ def refuse_non_finite(model: PreTrainedModel) -> None:
     for held in homes.each(model):
         for name, weight in held.items():
             if name not in matrices and not weight.is_meta and not is_finite(weight):
-                raise ValueError(
-                    f"{name} holds NaN or inf; nothing sound can be made of such a model. Check the checkpoint."
-                )
+                raise ValueError(f"{name} holds NaN or inf, so the model cannot be pruned. Check the checkpoint.")
 
 
 def predicting_model(model: Any) -> PreTrainedModel:
@@ -134,7 +134,7 @@ def described(model: Any) -> str:
     if hasattr(model, "merge_and_unload"):
         return f"a {kind.__module__}.{kind.__qualname__} with adapters. Merge them first: model.merge_and_unload()."
     if isinstance(getattr(model, "module", None), nn.Module):
-        return f"a {kind.__module__}.{kind.__qualname__} around one. Give what it wraps: model.module."
+        return f"a {kind.__module__}.{kind.__qualname__} around one. Use the wrapped model: model.module."
     return f"a {kind.__module__}.{kind.__qualname__}. Load one with transformers.AutoModelForCausalLM."
 
 
@@ -163,7 +163,7 @@ def _check_weight(model: nn.Module, name: str, weight: Tensor, read: bool) -> No
 def calibration(model: PreTrainedModel, windows: Any) -> Tensor:
     """Windows that fit the model; TypeError or ValueError for others."""
     if not isinstance(windows, Tensor):
-        raise TypeError(f"{WINDOWS}; got {typed(windows)}. Make them one: torch.tensor(windows, dtype=torch.long).")
+        raise TypeError(f"{WINDOWS}; got {typed(windows)}. Convert: torch.tensor(windows, dtype=torch.long).")
     if windows.ndim != 2 or windows.dtype != torch.long or windows.is_meta or not windows.numel():
         raise ValueError(
             f"{WINDOWS}; got {windows.dtype} {list(windows.shape)}{' without values' * windows.is_meta}. For other "
@@ -173,7 +173,8 @@ def calibration(model: PreTrainedModel, windows: Any) -> Tensor:
     positions = getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", None))  # BLOOM has no limit
     if positions is not None and windows.shape[1] > positions:
         raise ValueError(
-            f"Windows of {windows.shape[1]} tokens are longer than the model's {positions} positions; use shorter ones."
+            f"Windows of {windows.shape[1]} tokens are longer than the model's context length, {positions}; "
+            "use shorter ones."
         )
     in_vocabulary(windows, model.config.vocab_size, "the windows were made with another model's tokenizer")
     return windows.clone() if windows.is_inference() else windows

@@ -82,7 +82,7 @@ def matrix(module: nn.Module, name: str) -> Matrix:
     computed = {"weight", "bias"} - module._parameters.keys() if plain else set()
     if computed or nn.utils.parametrize.is_parametrized(module):
         raise TypeError(
-            f"{name} computes its {min(computed, default='weight')} anew in every forward pass, which would undo "
+            f"{name} recomputes its {min(computed, default='weight')} in every forward pass, which would undo "
             "pruning; make it permanent first, with torch.nn.utils.prune.remove, "
             "torch.nn.utils.parametrize.remove_parametrizations or remove_weight_norm."
         )

@@ -1,4 +1,4 @@
-"""The processes of one launch that run the same program: one alone, or the ranks that `torchrun` started.
+"""The ranks of one launch, which run the same program: one process alone, or those that `torchrun` started.
 
 Rank 0 takes the decisions that depend on the disk, the clock or a lock, and every rank hears them (`first`).  Work is
 shared by dealing it out in turns; what the ranks made of it is summed.  A rank that is lost ends the others with one
@@ -49,7 +49,7 @@ class Ranks:
         """
         if len(batch) % self.count:
             raise ValueError(
-                f"A batch of {len(batch) * each} cannot be shared evenly by {self.count} processes"
+                f"A batch of {len(batch) * each} cannot be split evenly among {self.count} processes"
                 f"{f' in micro-batches of {each}' if each > 1 else ''}; "
                 f"use a batch_size that is a multiple of {self.count * each}."
             )
@@ -66,8 +66,8 @@ class Ranks:
             torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX)
         if not torch.equal(lowest, highest):
             raise ValueError(
-                f"The {self.count} processes do not run the same: model, examples, settings or checkpoint differ "
-                "between them. Start them all with the same command on the same files."
+                f"The {self.count} processes do not run the same work: model, examples, settings or "
+                "checkpoint differ. Start all of them with the same command on the same files."
             )
 
     def first(self, work: Callable[[], T]) -> T:
@@ -257,7 +257,9 @@ def _join(device: torch.device, patience: timedelta) -> None:
         )
     except (RuntimeError, ValueError) as error:
         first = str(error).partition("\n")[0]
-        raise ConnectionError(f"The {launched()} processes of WORLD_SIZE do not meet ({first}); {WAY_OUT}.") from error
+        raise ConnectionError(
+            f"The {launched()} processes of WORLD_SIZE cannot connect to each other ({first}); {WAY_OUT}."
+        ) from error
     _STORE[:] = [torch.distributed.PrefixStore("ranks", store)]
 
 
@@ -279,8 +281,8 @@ def explained() -> Iterator[None]:
         log = os.environ.get(LOG)
         said = re.sub(r"^\[\S*\] ", "", str(error).partition("\n")[0]).partition(". ")[0]  # without gloo's place
         raise RankLostError(
-            f"A process that was to work along has ended or does not answer ({said}); see what it said"
-            f"{f' in {log}' if log else ''}. The same command goes on from the last state that was kept."
+            f"Another process of this launch has ended or does not answer ({said}); see its output"
+            f"{f' in {log}' if log else ''}. The same command resumes from the last saved state."
         ) from error
 
 

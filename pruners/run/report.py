@@ -105,10 +105,10 @@ class Structure:
     def __str__(self) -> str:
         asked, achieved = self.asked_shares, self.achieved_shares
         told = f"{self.setting}: {self.before.size.model:,} parameters to {self.after.size.model:,}; " + ", ".join(
-            f"{achieved[of]:.2%} of the {name} (asked {asked[of]:.2%})"
+            f"{achieved[of]:.2%} of the {name} (requested {asked[of]:.2%})"
             for of, name in (("decoder", "decoder blocks"), ("model", "model"))
         )
-        return told + (f"; {self.rounding:,} kept for round widths" if self.rounding else "")
+        return told + (f"; {self.rounding:,} kept to round widths" if self.rounding else "")
 
 
 @dataclass
@@ -146,7 +146,7 @@ class Report:
         seconds = ", ".join(f"{stage} {value:.1f} s" for stage, value in self.seconds.items())
         if self.structure:
             return f"{self.method}: {self.structure}; {seconds}"
-        told = f"{self.method}: sparsity {self.achieved:.4f} (asked {self.asked:.4f}); {seconds}"
+        told = f"{self.method}: sparsity {self.achieved:.4f} (requested {self.asked:.4f}); {seconds}"
         if not self.without_tokens:
             return told
         count, first = len(self.without_tokens), self.without_tokens[0]

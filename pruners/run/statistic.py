@@ -1,4 +1,4 @@
-"""What is kept of a projection's inputs over all calibration tokens."""
+"""Statistics of a projection's inputs over all calibration tokens."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class Hessian(Statistic):
     def taken(self) -> Float[Tensor, "inp inp"]:
         """The same in the memory of the sum, which is used up by it: once."""
         if not len(self.sum):
-            raise ValueError("This Hessian was taken before; gather it again, or use its `matrix` in the first place.")
+            raise ValueError("This Hessian was already consumed; gather it again, or use its `matrix` instead.")
         matrix, self.sum = self.sum, self.sum.new_empty(0, 0)
         return _symmetric(matrix).mul_(2 / self.windows)
 

@@ -132,8 +132,9 @@ class Stream:
             shared.all_done()
         if silent:
             raise ValueError(
-                f"{block.name}.{min(silent)[0]} was not called while its block ran, so what it reads is not known; its "
-                "block multiplies by its weight in another way, and methods that read inputs cannot prune it."
+                f"{block.name}.{min(silent)[0]} was not called while its block ran, so its inputs are "
+                "unknown; the block uses its weight in another way, and methods that need input statistics "
+                "cannot prune it."
             )
         idle = set(block.expert_groups) - reached
         return {name: None if names in idle else made[names] for names in groups for name in names}

@@ -1,1 +1,1 @@
-"""Where a model's weights are while nobody uses them, and how they come and go part by part."""
+"""Offloaded weights: where a model's weights are kept while not in use, and how they are loaded part by part."""

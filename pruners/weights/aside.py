@@ -1,4 +1,4 @@
-"""What a method gathers of a model, kept where the model's weights are at home: the device, memory or the disk."""
+"""What a method gathers of a model, stored where the model's weights are: on the device, in CPU memory or on disk."""
 
 from __future__ import annotations
 

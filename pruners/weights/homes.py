@@ -1,4 +1,4 @@
-"""Where a model's weights are while nobody uses them: in place, in CPU memory, or on the disk.
+"""Where a model's weights are kept while not in use (their home): on the device, in CPU memory, or on disk.
 
 A model away from home has a placeholder for every weight: the right shape, type and device, one NaN in memory.  Its
 parts (each decoder block, each other layer that holds weights) come to the device when they run and go again; `held`
@@ -94,7 +94,7 @@ class Home:
         return [part for part in self._all if id(part.module) in there]
 
     def __deepcopy__(self, memo: Any) -> Home:
-        raise TypeError("A model whose weights are away from home cannot be copied; open its folder once more.")
+        raise TypeError("A model with offloaded weights cannot be copied; open its folder again.")
 
     @property
     def sweeps(self) -> int:
@@ -229,7 +229,7 @@ class Home:
         if tensor.shape != parameter.shape:
             raise ValueError(
                 f"{name} is {list(tensor.shape)} where its weights are kept and {list(parameter.shape)} in the model; "
-                "the files changed under way. Run again."
+                "the files changed during the run. Run again."
             )
         if self.device.type != "cuda" or tensor.device.type != "cpu":
             return tensor.to(self.device, parameter.dtype)
@@ -359,7 +359,7 @@ def same(one: torch.device, other: torch.device) -> bool:
 
 def _refuse_saving(*_: Any, **__: Any) -> None:
     raise ValueError(
-        "This model's weights are away from home, and transformers would save their placeholders; use "
+        "This model's weights are offloaded, and transformers would save placeholders; use "
         "pruners.checkpoint.save(model, tokenizer, folder)."
     )
 

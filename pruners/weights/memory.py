@@ -1,4 +1,4 @@
-"""How much memory there is, and tensors that lie on the disk where it does not suffice."""
+"""How much memory is free, and tensors stored on disk where it does not suffice."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def roomy(shape: tuple[int, ...], dtype: torch.dtype, folder: Path | None = None
     place.mkdir(parents=True, exist_ok=True)
     if size > (room := shutil.disk_usage(place).free):
         raise ValueError(
-            f"{size / 1e9:.1f} GB are to be kept aside, and there are {free / 1e9:.1f} GB of memory and "
+            f"{size / 1e9:.1f} GB have to be stored, and there are {free / 1e9:.1f} GB of memory and "
             f"{room / 1e9:.1f} GB on the disk of {place}; free some, or take fewer or shorter calibration windows."
         )
     with tempfile.NamedTemporaryFile(dir=place, prefix=".aside-") as file:

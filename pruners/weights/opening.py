@@ -98,8 +98,8 @@ def _built(config: Any, shards: Shards, dtype: Any, folder: Path) -> tuple[Any, 
             made.append(name)
     if made:
         raise ValueError(
-            f"{made[0]} of {folder} is put together from several tensors while it is loaded, so it cannot be read part "
-            "by part; keep this model's weights on the device or in CPU memory."
+            f"{made[0]} of {folder} is assembled from several tensors during loading, so it cannot be read "
+            "block by block; keep this model's weights on the device or in CPU memory."
         )
     return model, info, names
 

@@ -1,4 +1,4 @@
-"""Tensors by name in safetensors files, each read from the disk when it is asked for and not before."""
+"""Tensors by name in safetensors files, each read from disk only when requested."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Shards(Mapping[str, Tensor]):
         path = self._places[name]
         if _state(path) != self._states[path]:
             raise ValueError(
-                f"{path} changed while its weights were being read; put back the file that was there, and run again."
+                f"{path} changed while its weights were being read; restore the original file, and run again."
             )
         with _explained(path), self._lock:
             tensor: Tensor = self._open[path].get_tensor(name)
@@ -73,7 +73,7 @@ def _state(path: Path) -> tuple[int, ...]:
     except FileNotFoundError:
         raise FileNotFoundError(
             errno.ENOENT,
-            f"{os.strerror(errno.ENOENT)}: a file of weights is gone; put it back, and run again",
+            f"{os.strerror(errno.ENOENT)}: a weight file is missing; restore it, and run again",
             str(path),
         ) from None
     return found.st_size, found.st_mtime_ns, found.st_ino

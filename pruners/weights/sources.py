@@ -1,4 +1,4 @@
-"""Where tensors are kept by their names in a model: CPU memory, or a checkpoint's files and what was changed since."""
+"""Storage of tensors by their names in a model: CPU memory, or a checkpoint's files and what was changed since."""
 
 from __future__ import annotations
 

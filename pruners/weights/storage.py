@@ -1,4 +1,4 @@
-"""Files that are whole or absent, tensors with a checksum, and one sentence where a disk refuses.
+"""Atomic files, tensors with a checksum, and one sentence where writing to a disk fails.
 
 Whatever is written goes into a hidden folder beside its place, is flushed to the disk and then renamed.  The folder
 carries the name of what it is for, so that what a killed writer leaves behind, temporary files of its libraries
@@ -110,7 +110,7 @@ def filling(folder: Path, otherwise: str = OTHERWISE) -> Iterator[Path]:
                     remove(path)
             used = os.path.exists(folder) and (place is not folder or any(folder.iterdir()))
         if used:
-            raise FileExistsError(f"{folder} is there already and not empty; choose another folder or empty this one.")
+            raise FileExistsError(f"{folder} already exists and is not empty; choose another folder or empty this one.")
         with explained(folder, otherwise):
             beside = place / f"{mine}{os.getpid()}.tmp"
             beside.mkdir()
@@ -236,7 +236,7 @@ def _header(path: Path) -> tuple[dict[str, Any], str, str | None]:
     if not path.exists():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     if not path.is_file():  # a pipe would be waited at for ever
-        raise DamagedError("it is no regular file")
+        raise DamagedError("it is not a regular file")
     try:
         with safe_open(path, framework="pt") as file:
             told = file.metadata() or {}
@@ -244,7 +244,7 @@ def _header(path: Path) -> tuple[dict[str, Any], str, str | None]:
     except (SafetensorError, OSError, KeyError, ValueError, RecursionError) as error:
         raise DamagedError(f"it cannot be read ({error})") from error
     if not isinstance(about, dict):
-        raise DamagedError("it does not say what it holds")
+        raise DamagedError("it has no description of its contents")
     return about, told["about"], told.get("sha256")
 
 
