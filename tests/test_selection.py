@@ -259,7 +259,7 @@ def test_a_cell_that_a_job_has_is_for_a_later_submission_too(two, tmp_path, monk
     assert [len(entry.cells) for entry in (first, second)] == [2, 1]
     assert set(first.of("two")) == set(first.of("one")) == set(first.cells)
     assert slurm.main(["cancel", "one", *two[2:]]) == 0
-    assert "1 go on, in which there are cells for two" in capsys.readouterr().err
+    assert "1 continue, as they have cells for two" in capsys.readouterr().err
     sent[0]()
     assert ids(tmp_path, "one") == ids(tmp_path, "two") == set(first.cells)
     assert slurm.main(["status", "--json", "--results", str(tmp_path)]) == 0
@@ -280,4 +280,4 @@ def test_cancel_leaves_jobs_of_its_submission_that_have_no_cell_of_its_table(two
     monkeypatch.setattr(queue, "jobs", lambda _: {f"1_{n}": queue.Queued("RUNNING", "n", "", "") for n in range(2)})
     assert slurm.main(["cancel", "one", *two[2:]]) == 0
     assert stopped == ["1_0"]
-    assert "one: jobs cancelled: 1; what they had finished is kept\n" in capsys.readouterr().err
+    assert "one: jobs cancelled: 1; finished cells are kept\n" in capsys.readouterr().err

@@ -275,13 +275,13 @@ def test_status_tells_every_collecting_job_and_fails_with_one_that_died(tmp_path
     assert ended == 0
     assert told.count("of embedded.demo: being written.") == 1
     assert told.count("of embedded.demo on llama-7b: being written.") == 1
-    Events(collectors[0].events(0)).write("job finished", status=0, message="written but for figures of a (too few)")
+    Events(collectors[0].events(0)).write("job finished", status=0, message="written, except figures of a (too few)")
     Events(collectors[1].events(0)).write("job started")
     queued |= {entry.jobs[0].id: over for entry in collectors}
     ended, told = status()
     assert ended == 1
-    assert "of embedded.demo: written but for figures of a (too few).\n" in told
-    assert "of embedded.demo on llama-7b: The job ended early (FAILED); `logs` shows what it said.\n" in told
+    assert "of embedded.demo: written, except figures of a (too few).\n" in told
+    assert "of embedded.demo on llama-7b: The job ended early (FAILED); see `logs` for its output.\n" in told
     assert collect_one("embedded.demo", "--model", "llama-7b") == 0  # in its place
     Events(sent[-1][0].events(0)).write("job finished", status=0, message="")
     monkeypatch.setattr(ledger, "load", lambda *_: entries[::-1])  # as of one second, by names

@@ -23,7 +23,7 @@ class Method:
 
     @property
     def needs_all_weights(self) -> bool:
-        """Whether all weights of the model must be in place at once, so that none can be away from home."""
+        """Whether all weights of the model must be on the device at once, so that none can be offloaded."""
         return False
 
     @property
