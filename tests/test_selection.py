@@ -254,7 +254,7 @@ def test_a_cell_that_a_job_has_is_for_a_later_submission_too(two, tmp_path, monk
     monkeypatch.setitem(launch.SENDERS, "slurm", send)
     for name in names:
         assert slurm.main(["submit", name, *two[2:]]) == 0
-    assert "two: cells sent: 1, done or queued already: 2" in capsys.readouterr().err
+    assert "two: cells submitted: 1, done or queued already: 2" in capsys.readouterr().err
     first, second = ledger.load(tmp_path)
     assert [len(entry.cells) for entry in (first, second)] == [2, 1]
     assert set(first.of("two")) == set(first.of("one")) == set(first.cells)
