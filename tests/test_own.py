@@ -222,7 +222,9 @@ def test_help_tells_the_default_that_is_meant(capsys):
         about = " ".join(capsys.readouterr().out.split()).rpartition(f" --{option} ")[2].partition(" --")[0]
         assert f"(default: {default}" in about
     assert main(["prune", "--help", "retraining"]) == 0
-    assert "(required)" not in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "(required)" not in told
+    assert told.endswith(f"WHAT: {', '.join(defaults.TRAINABLE)}\n")
 
 
 def test_the_defaults_are_the_papers():

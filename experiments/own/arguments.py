@@ -109,7 +109,8 @@ def _add_measures(command: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="KEY",
-        help="perplexities to measure, as corpus/split@tokens, e.g. wikitext2/test@2048",
+        help="perplexities to measure, as corpus/split@tokens (default: wikitext2/test at 2048, or the model's context "
+        "length where that is shorter)",
     )
     command.add_argument(
         "--tasks",

@@ -43,7 +43,8 @@ def explained(name: str) -> str:
         return options.help_of(kinds[name], f"prune --method {name}", skip=SEED)
     option, otherwise = ("recover", OTHERWISE) if name == "retraining" else ("reconstruct", {})
     what = f"prune --{option} WHAT"
-    return options.help_of(kinds[name], what, skip=BETWEEN, names=TRAINED, otherwise=otherwise)
+    told = options.help_of(kinds[name], what, skip=BETWEEN, names=TRAINED, otherwise=otherwise)
+    return f"{told.rstrip()}\n\nWHAT: {', '.join(defaults.TRAINABLE)}"
 
 
 def run(asked: argparse.Namespace) -> int:
