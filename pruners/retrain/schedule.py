@@ -57,7 +57,8 @@ class Schedule:
         return self.learning_rate * min(1.0, rising if step < warm else falling)
 
     def optimizer(self, tensors: dict[str, nn.Parameter]) -> torch.optim.AdamW:
-        return torch.optim.AdamW(tensors.values(), lr=self.learning_rate, weight_decay=0.0)
+        # one tensor after the other on a GPU, too: together, a step would hold another copy of all that is trained
+        return torch.optim.AdamW(tensors.values(), lr=self.learning_rate, weight_decay=0.0, foreach=False)
 
     def step(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Take a step at its rate and drop the gradients."""
