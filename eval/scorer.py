@@ -22,10 +22,10 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eval import rows, sharing
 from eval.answers import Answer, AnswerStore
 from eval.checks import Progress, check_tokenizer
 from eval.marks import prefixed
+from eval.requests import rows, sharing
 from pruners.run import ranks
 from pruners.weights import homes, sweep
 

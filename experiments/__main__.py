@@ -221,9 +221,9 @@ def _run(asked: argparse.Namespace) -> int:
     chosen = selection.chosen(asked)
     if cards.wanted(asked.cards, asked.device):
         return cards.run(asked.cards, asked.words)
-    from experiments import running
+    from experiments import tables
 
-    return running.run(chosen)
+    return tables.run(chosen)
 
 
 def _prefetch(asked: argparse.Namespace) -> int:

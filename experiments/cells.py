@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any, TypeVar
 
 from experiments import measures, models, rates, recovery
@@ -74,30 +74,17 @@ def ordered(found: Sequence[Cell]) -> list[Cell]:
 
 
 def in_turns(tables: Sequence[tuple[T, Sequence[Cell]]]) -> Iterator[tuple[T, list[Cell]]]:
-    """Tables one after the other, each with its cells, in order; but what measures the model that a cell of an earlier
-    table makes comes right after that cell.  Every table has a last turn of its own, in which nothing may be left."""
-    every = [(table, ordered(found)) for table, found in tables]
-    keys = {cell.id: made(cell.run) if hands_over(cell.run) else None for _, own in every for cell in own}
-    alike: dict[str | None, list[tuple[int, Cell]]] = {}
-    for number, (_, own) in enumerate(every):
-        for cell in own:
-            alike.setdefault(keys[cell.id], []).append((number, cell))
-    early: set[tuple[int, str]] = set()
-    for number, (table, own) in enumerate(every):
-        turn: list[Cell] = []
-        left = [cell for cell in own if (number, cell.id) not in early]
-        for key, some in groupby(left, key=lambda cell: keys[cell.id]):
-            turn += some
-            here = {cell.id for cell in turn}  # whose records other tables take over
-            others = [(later, cell) for later, cell in alike[key] if key and later > number and cell.id not in here]
-            others = [(later, cell) for later, cell in others if (later, cell.id) not in early]
-            early |= {(later, cell.id) for later, cell in others}
-            for later, same in groupby(others, key=lambda other: other[0]):
-                if turn:
-                    yield table, turn
-                    turn = []
-                yield every[later][0], [cell for _, cell in same]
-        yield table, turn
+    """Tables one after the other, each with its cells in order (or none); but what measures the model that a cell of
+    an earlier table makes comes right after that cell, unless it is the very same cell, whose record is taken over."""
+    places: dict[Any, list[tuple[int, Cell]]] = {}
+    for number, (_, found) in enumerate(tables):
+        for cell in ordered(found):
+            model = made(cell.run) if hands_over(cell.run) else None
+            apart = model is None or cell.id in {other.id for _, other in places.get(model, ())}
+            places.setdefault((number, cell.id) if apart else model, []).append((number, cell))
+    for number, some in groupby(chain.from_iterable(places.values()), key=lambda placed: placed[0]):
+        yield tables[number][0], [cell for _, cell in some]
+    yield from ((table, []) for table, found in tables if not found)
 
 
 def sharing(cell: Cell) -> str:

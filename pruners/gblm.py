@@ -18,13 +18,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pruners import anatomy, gradients
+from pruners import anatomy
 from pruners.anatomy import Block
 from pruners.calibrate import PLAIN, Execution, InputNorm, Progress
 from pruners.interface import checks
 from pruners.interface.checks import Finite
 from pruners.lazy import Float, Int, Tensor, nn, torch
-from pruners.run import matrices, ranks
+from pruners.run import gradients, matrices, ranks
 from pruners.unstructured import Unstructured
 from pruners.weights.aside import Aside
 

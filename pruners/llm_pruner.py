@@ -35,14 +35,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-from pruners import anatomy, apply, gradients, select
+from pruners import anatomy, apply, select
 from pruners.anatomy import Block
 from pruners.apply import KINDS, Kept
 from pruners.calibrate import PLAIN, Execution, Progress
 from pruners.interface import checks
 from pruners.interface.checks import Count, Rule, Seed
 from pruners.lazy import Float, Int, Tensor, nn, torch
-from pruners.run import matrices
+from pruners.run import gradients, matrices
 from pruners.run.report import Report, Size, State, Structure
 from pruners.structured import Scores, Structured
 from pruners.weights import aside, homes

@@ -67,7 +67,7 @@ def our_zero_shot(model: Any, tokenizer: Any, sources: dict[str, Any], documents
 
 
 def zero_shot_apart(*asked: Any) -> Answers:
-    with mock.patch("eval.sharing.why_apart", return_value="as before"):
+    with mock.patch("eval.requests.sharing.why_apart", return_value="as before"):
         return our_zero_shot(*asked)
 
 

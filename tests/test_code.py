@@ -94,7 +94,9 @@ def test_an_edit_moves_what_is_made_of_it_and_nothing_else(tree, file, old, new,
 def test_a_package_that_forgets_a_module_would_be_noticed(tree):
     reached = {name for what in MEASURES for name in code._reached(measures.code_of(what))}
     assert {name for name in reached if name.startswith("eval.")} == {
-        f"eval.{path.stem}" for path in (tree / "eval").glob("*.py") if path.stem != "__init__"
+        ".".join(path.relative_to(tree).with_suffix("").parts)
+        for path in (tree / "eval").rglob("*.py")
+        if path.stem != "__init__"
     }
     of_methods = {name for method in METHODS.values() for name in code._classes(type(method))}
     rooms = ("", "interface", "run", "weights")

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 import pruners
 from eval.perplexity import perplexity
-from pruners import anatomy, checkpoint, gradients
+from pruners import anatomy, checkpoint
+from pruners.run import gradients
 from pruners.weights import homes, opening, sources, sweep
 from tests import families
 

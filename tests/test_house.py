@@ -57,8 +57,7 @@ def test_no_module_imports_itself_by_a_detour():
 
 
 def test_no_folder_has_more_than_twenty_modules():
-    inner = [path for path in modules().values() if path.stem != "__init__"]
-    halls = {folder: n for folder, n in Counter(path.parent for path in inner).items() if n > 20}
+    halls = {folder: n for folder, n in Counter(path.parent for path in modules().values()).items() if n > 20}
     assert not halls
 
 

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from eval import rows, sharing
+from eval.requests import rows, sharing
 from eval.scorer import Scorer
 from tests.families import TINY, WINDOW, tiny
 

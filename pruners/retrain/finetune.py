@@ -27,7 +27,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from pruners import gradients
 from pruners.calibrate import Progress
 from pruners.interface import checks
 from pruners.interface.checks import Count, Finite, Flag, Folder, Positive, Seed, Text, Whole
@@ -38,7 +37,7 @@ from pruners.retrain.layouts import Replicated, Sharded, laid_out
 from pruners.retrain.passes import Micro, Passes, dealt, share
 from pruners.retrain.schedule import Schedule, precision_for
 from pruners.retrain.trainable import Attached, Trainable
-from pruners.run import inputs, ranks
+from pruners.run import gradients, inputs, ranks
 from pruners.run.ranks import Ranks
 from pruners.weights import homes
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from eval.marks import text_prefix
-from eval.rows import Row, row
+from eval.requests.rows import Row, row
 from pruners import anatomy
 from pruners.weights import sweep
 
