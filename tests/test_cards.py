@@ -9,7 +9,7 @@ import small_table as small
 import torch
 from test_own import TABLE
 
-from experiments import cards, papers
+from experiments import cards
 from experiments.__main__ import main
 from experiments.store import records
 
@@ -20,7 +20,6 @@ def alone(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     for name in ("PYTHONPATH", "OMP_NUM_THREADS"):
         monkeypatch.setenv(name, os.environ.get(name, ""))
-    monkeypatch.setattr(papers, "TABLES", dict(papers.TABLES))
 
 
 def test_so_many_cards_are_there_or_the_way_out_is_told(monkeypatch, capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -14,16 +15,15 @@ from transformers import AutoModelForCausalLM
 
 import pruners
 from analysis.__main__ import main as analysis
-from experiments import papers
 from experiments.__main__ import main
-from experiments.own import defaults, options, saved, tables
+from experiments.own import defaults, meanings, options, saved, tables
 from experiments.recovery import Retraining
 from experiments.spec import Run, Windows
 from experiments.store import records
 from pruners.__main__ import main as pruners_main
 from pruners.interface import plugin
 from pruners.interface.suggest import UsageError
-from pruners.retrain import LoRA, Trainable
+from pruners.retrain import LoRA, Reconstruction, Trainable
 from slurm.__main__ import main as slurm
 
 needs_model = pytest.mark.skipif(not small.MODEL.is_dir(), reason=f"{small.MODEL} is absent")
@@ -59,13 +59,6 @@ def cell(method, model, sparsity):
 mine = Table("mine", "Mine", (None, Magnitude, Wanda), tuple(({model!r}, share) for share in (0.3, 0.5)), cell)
 """
 SHORT = "--calibration c4/train --nsamples 2 --seqlen 32 --measure ptb/test@64[:4]"
-
-
-@pytest.fixture(autouse=True)
-def no_trace(monkeypatch):
-    """Methods and tables that a test makes known are forgotten after it."""
-    monkeypatch.setattr(pruners, "METHODS", dict(pruners.METHODS))
-    monkeypatch.setattr(papers, "TABLES", dict(papers.TABLES))
 
 
 @pytest.fixture
@@ -184,6 +177,7 @@ def test_methods_and_recovery_are_told_by_their_own_options(method, recovery, wh
         ("--method wanda --sparsity 0.5 --limit 3", "--limit applies to the documents of --tasks"),
         ("--method wanda --sparsity 0.5 --calibration nowhere/train", "nowhere/train"),
         ("--method wanda --sparsity 0.5 --calibration wikitext2/train", "the Hub does not answer: wikitext2/train"),
+        ("--method wanda --sparsity 0.5 --plugin README.md", "README.md is not a Python file"),
         ("--sparsity 0.5", "prune needs a MODEL and a --method NAME"),
     ],
 )
@@ -197,6 +191,37 @@ def test_what_does_not_fit_is_refused_before_any_work(words, said, where, capsys
     assert said in err
     assert len(err.splitlines()) == 1
     assert not (tmp_path / "results/runs").exists()
+
+
+@needs_model
+def test_what_fails_on_the_dense_model_is_not_tried_on_the_pruned_one(where, tmp_path, capsys):
+    words = SHORT.replace("ptb/test@64[:4]", "ptb/test@64[:999999]")
+    assert prune(f"--method wanda --sparsity 0.5 {words}", where) == 1
+    assert capsys.readouterr().err.count("failed:") == 1
+    (failure,) = records.load_failures(tmp_path / "results", "adhoc").values()
+    assert failure.spec["method"] is None
+
+
+@needs_model
+def test_a_place_that_cannot_be_written_is_refused_before_any_work(where, tmp_path, capsys):
+    assert prune(f"--method wanda --sparsity 0.5 {SHORT} --save /proc/nowhere/model", where) == 1
+    assert "Cannot write /proc/nowhere" in capsys.readouterr().err
+    assert not (tmp_path / "results/runs").exists()
+
+
+@pytest.mark.parametrize("command", ["show", "run"])
+def test_a_results_folder_that_is_a_file_is_refused(command, tmp_path, capsys):
+    (file := tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as ended:
+        main([command, "flap.perplexity", "--results", str(file)])
+    assert ended.value.code == 2
+    assert f"{file} is not a folder" in capsys.readouterr().err
+
+
+def test_every_hyperparameter_has_a_meaning():
+    kinds = [*pruners.METHODS.values(), Retraining, Reconstruction]
+    silent = [(kind, f.name) for kind in kinds for f in fields(kind) if not meanings.of(kind, f.name)]
+    assert {name for _, name in silent} <= {"seed", "trainable", "text"}  # options of their own
 
 
 def test_every_method_and_recovery_explains_its_options(capsys):

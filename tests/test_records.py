@@ -37,6 +37,12 @@ def test_a_truncated_record_is_reported_and_ignored(path, tmp_path, caplog, shar
     assert "truncated" in caplog.text
 
 
+def test_a_record_that_is_no_text_is_reported_and_ignored(path, tmp_path, caplog):
+    path.write_bytes(b"\xa8" + path.read_bytes())
+    assert records.load(tmp_path, "tiny") == {}
+    assert "it is not text, so it was damaged" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("old", "new", "reason"),
     [

@@ -19,11 +19,6 @@ from tests.conftest import needs_shared
 TABLE = "gblm.perplexity"
 
 
-@pytest.fixture(autouse=True)
-def tables_of_this_test_alone(monkeypatch):
-    monkeypatch.setattr(papers, "TABLES", dict(papers.TABLES))
-
-
 @pytest.mark.parametrize("name", sorted(papers.PAPERS))
 def test_every_table_rehearses_each_of_its_kinds_at_toy_scale(name):
     real, toy = papers.find(name), rehearsal.rehearsed(papers.find(name))

@@ -372,7 +372,6 @@ def test_what_collects_a_table_of_a_file_on_another_model_reports_it_and_status_
     monkeypatch.setattr("analysis.claims.statements.frame", lambda *_, **__: {}["claims"])
     monkeypatch.setattr("experiments.cli.ending.forget", lambda: None)
     monkeypatch.setattr(collect, "subprocess", SimpleNamespace(run=ended))
-    monkeypatch.setattr(papers, "TABLES", dict(papers.TABLES))
     (file := tmp_path / "mine.py").write_text(OWN.format(tests=str(Path(__file__).parent)))
     root = tmp_path / "my results"
     root.mkdir()

@@ -48,7 +48,12 @@ def add_prune(command: argparse.ArgumentParser) -> None:
     _add_measures(command)
     command.add_argument("--save", type=cli.path, metavar="FOLDER", help="save the pruned model there")
     command.add_argument(
-        "-h", "--help", nargs="?", const="", metavar="METHOD", help="show this message, or the options of a method"
+        "-h",
+        "--help",
+        nargs="?",
+        const="",
+        metavar="METHOD",
+        help="show this message, or the options of a method, of retraining or reconstruction",
     )
     cli.add_plugin(command)
     cli.add_results(command)

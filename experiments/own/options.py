@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from experiments.own import meanings
 from pruners.interface.checks import Rule
 from pruners.interface.suggest import UsageError, unknown
 
@@ -95,17 +96,19 @@ def _form(kind: type[Any], skip: Collection[str], names: Mapping[str, str], othe
     made: Any = make_dataclass(
         kind.__name__,
         [
-            (name, _option(hints[name], names.get(name), filled_in.get(name)), _default(defaults[name]))
+            (name, _option(kind, name, hints[name], names.get(name), filled_in.get(name)), _default(defaults[name]))
             for name in sorted(defaults, key=lambda name: defaults[name] is not MISSING)
         ],
     )
-    said = (sys.modules[kind.__module__].__doc__, kind.__doc__ if _is_said(kind) else None)
+    own = (sys.modules[kind.__module__].__doc__, kind.__doc__ if _is_said(kind) else None)
+    said = [meanings.ABOUT[kind]] if kind in meanings.ABOUT else own
     made.__doc__ = "\n\n".join(inspect.cleandoc(text) for text in said if text)
     return made
 
 
-def _option(hint: Any, name: str | None, default: str | None) -> Any:
-    return Annotated[_plain(hint), tyro.conf.arg(name=name, help=_words(hint), help_behavior_hint=default)]
+def _option(kind: type[Any], field_name: str, hint: Any, name: str | None, default: str | None) -> Any:
+    about = meanings.of(kind, field_name) or _words(hint)
+    return Annotated[_plain(hint), tyro.conf.arg(name=name, help=about, help_behavior_hint=default)]
 
 
 def _is_said(kind: type[Any]) -> bool:

@@ -10,15 +10,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
 import pruners
 from experiments import cells, cli, models, recovery
-from experiments.batch import Outcome, run_table
 from experiments.cells import Cell
 from experiments.labels import calibration, full, labels
+from experiments.models import kept
 from experiments.own import defaults, options, saved
 from experiments.recovery import Documents, Retraining
 from experiments.spec import Run, Windows
@@ -26,6 +26,9 @@ from experiments.store import records
 from experiments.store.records import Record
 from pruners.interface.suggest import UsageError, unknown
 from pruners.retrain import Reconstruction
+
+if TYPE_CHECKING:
+    from experiments.batch import Outcome
 
 TABLE = "adhoc"
 SEED = ("seed",)  # one --seed for the windows, the method and the recovery
@@ -40,9 +43,9 @@ def explained(name: str) -> str:
     if name not in kinds:
         raise UsageError(unknown("method", name, kinds))
     if name in pruners.METHODS:
-        return options.help_of(kinds[name], f"prune --method {name}", skip=SEED)
+        return options.help_of(kinds[name], f"python -m experiments prune MODEL --method {name}", skip=SEED)
     option, otherwise = ("recover", OTHERWISE) if name == "retraining" else ("reconstruct", {})
-    what = f"prune --{option} WHAT"
+    what = f"python -m experiments prune MODEL --method METHOD --{option} WHAT"
     told = options.help_of(kinds[name], what, skip=BETWEEN, names=TRAINED, otherwise=otherwise)
     return f"{told.rstrip()}\n\nWHAT: {', '.join(defaults.TRAINABLE)}"
 
@@ -52,6 +55,8 @@ def run(asked: argparse.Namespace) -> int:
     if asked.help is not None:
         print(explained(asked.help) if asked.help else asked.parser.format_help())
         return 0
+    from experiments.batch import run_table
+
     if asked.model is None or asked.method is None:
         raise UsageError("prune needs a MODEL and a --method NAME; see --help.")
     runs = declared(asked)
@@ -64,7 +69,11 @@ def run(asked: argparse.Namespace) -> int:
     settings = cli.settings(asked)
     if asked.save:
         settings = replace(settings, save={found[-1].id: asked.save})
-    outcome = run_table(TABLE, found, settings, cli.watchers(asked))
+    watchers = cli.watchers(asked)
+    with kept.lasting():
+        outcome = run_table(TABLE, found[:1], settings, watchers)
+        if not outcome.failed:  # what fails on the dense model would fail on the pruned one
+            outcome.add(run_table(TABLE, found[1:], settings, watchers))
     known = records.load(asked.results, TABLE)
     if all(cell.id in known for cell in found):
         print(beside(found, known))

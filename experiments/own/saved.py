@@ -13,7 +13,7 @@ from experiments.cells import Cell
 from experiments.labels import calibration
 from experiments.models.gguf import quiet
 from experiments.spec import Run
-from experiments.store import records
+from experiments.store import atomic, records
 from experiments.store.records import Record
 from pruners.retrain import LoRA
 from pruners.weights import storage
@@ -56,7 +56,7 @@ def places(cells: list[Cell], folder: Path, table: str) -> dict[str, Path]:
 
 
 def check(run: Run, folder: Path) -> None:
-    """ValueError, before any work, for what `write` could not keep."""
+    """ValueError, before any work, for what `write` could not keep, StorageError where the disk refuses."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} already exists and is not empty; name another folder for the model, or empty it.")
     if run.quantised:
@@ -64,6 +64,7 @@ def check(run: Run, folder: Path) -> None:
     adapters = getattr(getattr(run.recovery, "trainable", None), "adapters", None)
     if isinstance(adapters, LoRA) and not adapters.merge:
         raise ValueError("LoRA that stays beside its matrices is not saved with the model; train it with merge=True.")
+    atomic.check_writable(folder.absolute().parent)
 
 
 def write(model: Any, tokenizer: Any, run: Run, record: Record, folder: Path, root: Path) -> None:

@@ -34,10 +34,14 @@ def write(path: Path, text: str) -> None:
 
 
 def read(path: Path) -> str:
-    """The text of a regular file; OSError for anything else, such as a pipe, at which reading would wait for ever."""
+    """The text of a regular file; OSError for anything else, such as a pipe, at which reading would wait for ever, and
+    ValueError for bytes that are no text."""
     if path.exists() and not path.is_file():
         raise OSError(f"{path} is not a regular file")
-    return path.read_bytes().decode()  # a carriage return stays what it is
+    try:
+        return path.read_bytes().decode()  # a carriage return stays what it is
+    except UnicodeDecodeError as error:
+        raise ValueError("it is not text, so it was damaged") from error
 
 
 def check_writable(folder: Path) -> None:

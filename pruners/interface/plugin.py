@@ -112,6 +112,8 @@ def module(file: str | Path) -> ModuleType:
     path = Path(file).expanduser()
     if not path.is_file():
         raise UsageError(f"{file} is not a file; name a Python file.")
+    if path.suffix != ".py":
+        raise UsageError(f"{file} is not a Python file, whose name ends in .py.")
     return _imported(path.resolve())
 
 
