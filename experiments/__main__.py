@@ -154,8 +154,12 @@ def _shown(asked: argparse.Namespace, chosen: Sequence[Cell]) -> str:
     heads = ("cell", "id", "state", "model", *place, "calibration", "measures")
     finished = [cell for cell in chosen if states[cell] == "done"]
     summary = _summary(chosen, finished, asked.data_dir, asked.card, asked.cards)
+    lacking = sum(state == "incomplete" for state in states.values())
+    partly = [
+        f"Incomplete: {lacking} cells have a record that lacks tasks; `run` adds them once their documents are here."
+    ]
     heading = [f"{asked.table}:"] if asked.several else []
-    return "\n".join([*heading, tabulate(rows, heads, disable_numparse=True), summary])
+    return "\n".join([*heading, tabulate(rows, heads, disable_numparse=True), summary, *partly * bool(lacking)])
 
 
 def _state(cell: Cell, record: Record | None, failed: bool, data_dir: Path | None) -> str:

@@ -127,7 +127,9 @@ def test_a_cell_without_a_task_is_incomplete_and_says_so(scored, data, capsys, m
     assert ", 2 incomplete;" in said[-1]
     assert main(["run", *words, "--allow-missing-tasks"]) == 0
     assert main(["show", *words]) == 0
-    assert capsys.readouterr().out.count(" incomplete ") == 2
+    shown = capsys.readouterr().out
+    assert shown.count(" incomplete ") == 2
+    assert "Incomplete: 2 cells have a record that lacks tasks" in shown
 
 
 def test_without_the_hub_and_a_folder_the_table_says_how_to_get_accuracy(tmp_path, data, monkeypatch):
