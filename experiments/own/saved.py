@@ -64,7 +64,7 @@ def check(run: Run, folder: Path) -> None:
     adapters = getattr(getattr(run.recovery, "trainable", None), "adapters", None)
     if isinstance(adapters, LoRA) and not adapters.merge:
         raise ValueError("LoRA that stays beside its matrices is not saved with the model; train it with merge=True.")
-    atomic.check_writable(folder.absolute().parent)
+    atomic.check_writable(folder.absolute().parent, storage.OTHERWISE)
 
 
 def write(model: Any, tokenizer: Any, run: Run, record: Record, folder: Path, root: Path) -> None:

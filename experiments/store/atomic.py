@@ -44,12 +44,12 @@ def read(path: Path) -> str:
         raise ValueError("it is not text, so it was damaged") from error
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: Path, otherwise: str = OTHERWISE) -> None:
     """Raises StorageError now rather than after the work is done: a MiB is written there, flushed and removed.
 
     The bytes are random, for some file systems keep a MiB of zeros in no space at all.
     """
-    with explained(folder):
+    with storage.explained(folder, otherwise):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(os.urandom(PROBE_BYTES))
