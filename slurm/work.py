@@ -7,6 +7,7 @@ time limit is near would end the job for good.
 from __future__ import annotations
 
 import os
+import signal
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -84,6 +85,8 @@ class Work:
             self.log().write("job gave up", message=message)
             raise SystemExit(message)
         self.log().write("job requeued", stalled=stalled)
+        if "SUBMITIT_EXECUTOR" in os.environ:  # `scontrol requeue` inherits that, for a late warning comes with the end
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         return DelayedSubmission(replace(self, finished=finished, stalled=stalled))
 
     @property

@@ -211,15 +211,6 @@ def test_a_place_that_cannot_be_written_is_refused_before_any_work(where, tmp_pa
     assert not (tmp_path / "results/runs").exists()
 
 
-@pytest.mark.parametrize("command", ["show", "run"])
-def test_a_results_folder_that_is_a_file_is_refused(command, tmp_path, capsys):
-    (file := tmp_path / "file").write_text("")
-    with pytest.raises(SystemExit) as ended:
-        main([command, "flap.perplexity", "--results", str(file)])
-    assert ended.value.code == 2
-    assert f"{file} is not a folder" in capsys.readouterr().err
-
-
 def test_every_hyperparameter_has_a_meaning():
     kinds = [*pruners.METHODS.values(), Retraining, Reconstruction]
     silent = [(kind, f.name) for kind in kinds for f in fields(kind) if not meanings.of(kind, f.name)]

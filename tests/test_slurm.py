@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -221,6 +222,19 @@ def test_a_job_gives_up_after_it_went_back_too_often_without_a_finished_cell(tmp
     assert [event["event"] for event in callbacks.read(tmp_path / "e.jsonl")] == [
         "job requeued", "job gave up", "finished", "job requeued",
     ]  # fmt: skip
+
+
+def test_the_end_that_comes_with_the_warning_does_not_stop_the_requeue(tmp_path, monkeypatch):
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    job = replace(work(tmp_path), cells=("ab",), events=str(tmp_path / "e.jsonl"), requeues=1)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        job.checkpoint()
+        told = subprocess.run(["sh", "-c", "kill -TERM $$; echo on"], capture_output=True, text=True, check=True)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert told.stdout == "on\n"
 
 
 def test_records_of_earlier_work_are_no_progress_of_a_job(tmp_path):

@@ -25,14 +25,6 @@ def path(text: str) -> Path:
     return Path(word(text))
 
 
-def folder(text: str) -> Path:
-    """A folder, which need not be there yet."""
-    place = path(text)
-    if place.exists() and not place.is_dir():
-        raise argparse.ArgumentTypeError(f"{text} is not a folder; name one, or one that is yet to be made")
-    return place
-
-
 def device(text: str) -> str:
     """By its form alone: a job's machine may have what this one has not."""
     if not re.fullmatch(r"cpu|cuda(:\d{1,4})?", text):

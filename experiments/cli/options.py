@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from experiments.cli.kinds import device, folder, path, positive, word
+from experiments.cli.kinds import device, path, positive, word
 
 RESULTS = Path("results")
 
 
 def add_results(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--results", type=folder, default=RESULTS, metavar="DIR", help="results folder (default: results)"
+        "--results", type=path, default=RESULTS, metavar="DIR", help="results folder (default: results)"
     )
 
 
