@@ -88,8 +88,8 @@ def packages() -> dict[str, str]:
 
 @cache  # of what this process runs on, whatever is installed meanwhile
 def version(package: str) -> str:
-    """As installed; PackageNotFoundError where it is not."""
-    return metadata.version(package)
+    """As installed, torch with the build that it is; PackageNotFoundError where it is not."""
+    return str(torch.__version__) if package == "torch" else metadata.version(package)
 
 
 @cache  # likewise

@@ -24,6 +24,8 @@ from experiments.__main__ import main
 from experiments.batch import run_table
 from experiments.settings import Settings
 from experiments.store import records
+from pruners import select
+from pruners.calibrate import Hessian
 from pruners.retrain import MaskLoRA, Reconstruction, Trainable, finetune
 from pruners.weights import homes, opening, sources
 from tests import families
@@ -143,6 +145,24 @@ def test_semi_structured_kernels_are_timed():
     model = LlamaForCausalLM(config).half().to("cuda").eval()
     pruners.prune(model, pruners.Magnitude(pattern="2:4"))
     assert all(told["speed_up"] > 0 for told in probe(model, 256, 3).values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_hessian_is_as_exact_as_float32(dtype):
+    x = torch.randn(3, 500, 96, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found = Hessian(96, torch.device("cuda"))
+    found.add(x.to("cuda"))
+    wide = x.double().flatten(0, 1)
+    expected = wide.T @ wide * 2 / 3
+    assert float((found.matrix.cpu() - expected).norm() / expected.norm()) < 1e-6
+
+
+@pytest.mark.parametrize("size", [2**10, 2**23])
+def test_the_lowest_are_those_of_a_cpu(size):
+    score = torch.randn(size, generator=torch.Generator().manual_seed(0)).abs()
+    for count in (1, size // 2, size):
+        found = select._kth_lowest(score.to("cuda"), count)
+        assert torch.equal(found.cpu(), select._kth_lowest(score, count))
 
 
 @pytest.mark.skipif(not small.MODEL.is_dir(), reason=f"needs the trained model in {small.MODEL}")
