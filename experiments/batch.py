@@ -19,7 +19,6 @@ from experiments.placement import several
 from experiments.progress import Board, duration
 from experiments.recovery import Retraining
 from experiments.resume import unfinished
-from experiments.run import execute
 from experiments.settings import Settings
 from experiments.store import atomic, elsewhere, found, records
 from experiments.store.locks import lock
@@ -112,8 +111,16 @@ def refuse_unshared(chosen: Sequence[Cell], processes: int) -> None:
         )
 
 
+def finished(chosen: Sequence[Cell], known: Mapping[str, Record], settings: Settings) -> dict[str, Record]:
+    """Of these cells, by id, the records that are to be kept and whose model is where it was asked for."""
+    standing = found.finished(chosen, known, settings.data_dir, settings.again)
+    return {id: record for id, record in standing.items() if _is_kept(id, settings)}
+
+
 def _run_along(table: str, chosen: Sequence[Cell], settings: Settings, together: Ranks) -> None:
     """Of the other ranks: every cell that rank 0 names, until it lets them go."""
+    from experiments.run import execute
+
     cells = {cell.id: cell for cell in chosen}
     while told := together.first(lambda: None):
         if told["cell"] is None:  # rank 0 waits for another process
@@ -132,16 +139,15 @@ def _run_table(
 ) -> Outcome:
     known = records.load(settings.root, table)
     recorded = [(cell, known[cell.id]) for cell in chosen if cell.id in known]
-    finished = found.finished(chosen, known, settings.data_dir, settings.again)
-    finished = {id: record for id, record in finished.items() if _is_kept(id, settings)}
-    if any(cell.id not in finished for cell in chosen):
+    standing = finished(chosen, known, settings)
+    if any(cell.id not in standing for cell in chosen):
         atomic.check_writable(records.folder(settings.root, table))
-    unmade = [cell for cell in chosen if cell.id not in finished and _is_kept(cell.id, settings)]
+    unmade = [cell for cell in chosen if cell.id not in standing and _is_kept(cell.id, settings)]
     taken = elsewhere.adopt_all(settings.root, table, unmade, settings.data_dir)
-    finished |= taken
-    todo = ordered([cell for cell in chosen if cell.id not in finished])
-    outcome, watcher = Outcome([cell.label for cell in chosen if cell.id in finished]), Watchers(watchers)
-    with Board([cell.work for cell in todo], _pace(chosen, finished), watcher) as board:
+    standing |= taken
+    todo = ordered([cell for cell in chosen if cell.id not in standing])
+    outcome, watcher = Outcome([cell.label for cell in chosen if cell.id in standing]), Watchers(watchers)
+    with Board([cell.work for cell in todo], _pace(chosen, standing), watcher) as board:
         for line in found.lines(
             [pair for pair in recorded if pair[0].id not in taken], settings.data_dir, settings.again
         ):
@@ -195,6 +201,8 @@ class _Worker:
         return elsewhere.adopt(root, self.table, cell, data_dir) is not None
 
     def _run(self, cell: Cell, resumed: int) -> None:
+        from experiments.run import execute  # with the libraries, which nobody waits for where all is done
+
         started, place = time.monotonic(), f"failed/{next(_PLACES)}"
         self.board.begin(cell.label)
         self.watcher.started(cell, resumed)

@@ -70,5 +70,5 @@ def _shared(whole: Run, identity: dict[str, Any]) -> str:
 def _origin(made_by: dict[str, Any], corpora_read: Sequence[str], settings: Settings) -> str:
     """What could make the finished part of a broken-off cell differ from the rest, beside the cell itself."""
     data = {name: corpora.provenance(name, settings.data_dir) for name in corpora_read}
-    device = provenance.device_name(torch.device(settings.device or "cpu"))
+    device = provenance.device_name(torch.device(settings.place))
     return digest({"data": data, "code": made_by, "device": device, "packages": code.packages()})

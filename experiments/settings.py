@@ -17,11 +17,11 @@ WEIGHTS = ("device", "host", "disk", "auto")
 class Settings:
     """Where and how cells run; nothing here moves a number.
 
-    `root` is the results folder; `device` None is CUDA where there is some, of several processes launched together each
-    its own.  ValueError for a device that is not there.  `again` makes records again that other code of their
-    method or measures made, or that do not tell.  `save` says, by the ids of cells, in which new folder a cell's model
-    is to be kept; a cell whose folder is not there yet is run, whether or not it has a record.  `weights` is where they
-    are while they are not used: device, host (CPU memory), disk, or auto by the room that there is.
+    `root` is the results folder; `device` None is CUDA where there is some (`place` says), of several processes
+    launched together each its own.  ValueError for a device that is not there.  `again` makes records again that other
+    code of their method or measures made, or that do not tell.  `save` says, by the ids of cells, in which new folder a
+    cell's model is to be kept; a cell whose folder is not there yet is run, whether or not it has a record.  `weights`
+    is where they are while they are not used: device, host (CPU memory), disk, or auto by the room that there is.
     """
 
     root: AnyPath = Path("results")
@@ -39,7 +39,13 @@ class Settings:
         checks.choice("weights", self.weights, WEIGHTS)
         object.__setattr__(self, "root", Path(self.root))
         object.__setattr__(self, "data_dir", None if self.data_dir is None else Path(self.data_dir))
-        object.__setattr__(self, "device", _device(self.device))
+        if self.device is not None or ranks.launched() > 1:
+            object.__setattr__(self, "device", _device(self.device))
+
+    @property
+    def place(self) -> str:
+        """The device by torch's name; not looked for before a cell is to run, as it takes torch to do so."""
+        return self.device or _device(None)
 
 
 def _device(asked: str | None) -> str:

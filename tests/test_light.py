@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -17,6 +18,7 @@ SHOW = "from experiments.__main__ import main; main(['show', 'embedded.demo'])"
 STATUS = "from slurm.__main__ import main; main(['status', 'embedded.demo'])"
 OLD_PANDAS = int(version("pandas").partition(".")[0]) < 3  # which loads matplotlib to write LaTeX
 OF_TABLE = ("scipy.stats",) if OLD_PANDAS else ("matplotlib", "scipy.stats")
+RUN = "from experiments.__main__ import main; main(['run', 'embedded.flap', '--results', RESULTS])"  # all are finished
 TABLE = "from analysis.__main__ import main; main(['table', 'embedded.flap', '--results', RESULTS])"
 
 
@@ -28,13 +30,13 @@ TABLE = "from analysis.__main__ import main; main(['table', 'embedded.flap', '--
         (LIST, ("pandas", "matplotlib", "scipy.stats")),
         (SHOW, ("pandas", "matplotlib", "scipy.stats")),
         (STATUS, ("pandas", "matplotlib", "scipy.stats")),
+        (RUN, ("pandas", "matplotlib", "scipy.stats")),
         (TABLE, OF_TABLE),
     ],
-    ids=["pruners", "analysis", "list", "show", "status", "table"],
+    ids=["pruners", "analysis", "list", "show", "status", "run", "table"],
 )
 def test_nothing_heavy_is_loaded(code, also, tmp_path):
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs/embedded.flap").symlink_to(ROOT / "results/runs/embedded.flap")
+    shutil.copytree(ROOT / "results/runs/embedded.flap", tmp_path / "runs/embedded.flap")
     check = f"import sys; print([name for name in {(*HEAVY, *also)} if name in sys.modules], file=sys.stderr)"
     told = subprocess.run(
         [sys.executable, "-c", f"RESULTS = {str(tmp_path)!r}\n{code}\n{check}"],

@@ -183,10 +183,10 @@ def test_a_port_that_is_taken_is_one_sentence(monkeypatch):
 def test_each_process_takes_its_own_gpu(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert Settings().device == Settings(device="cuda").device == "cuda:1"
+    assert Settings().place == Settings(device="cuda").place == "cuda:1"
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ValueError, match=r"no device 'cuda:2' here; .* Launch at most one process per GPU"):
-        Settings()
+        Settings().place
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="2 processes cannot share cuda:0; leave --device out"):
         Settings(device="cuda:0")

@@ -47,7 +47,7 @@ def choose(run: Run, settings: Settings, copies: int = 1) -> Placement:
     the cell cannot run with its weights there."""
     whole = needs.needs_all_weights(run)
     if settings.weights == "auto":
-        return _by_room(run, str(settings.device), settings.batch_size, whole, copies)
+        return _by_room(run, settings.place, settings.batch_size, whole, copies)
     if settings.weights != "device" and whole:
         raise ValueError(
             f"{whole} needs all weights of {run.model_name} on the device, {needs.all_weights_gb(run):.1f} GB; leave "
@@ -61,7 +61,7 @@ def too_large(run: Run, settings: Settings, card_gb: float | None = None, cards:
     None for one that they take, and where the weights' place was asked for."""
     if settings.weights != "auto":
         return None
-    device = str(settings.device)
+    device = settings.place
     if card_gb is None and device.startswith("cuda"):
         card_gb = memory.total_bytes(device) / 1e9
     if card_gb is not None:

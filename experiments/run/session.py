@@ -85,9 +85,9 @@ def _load(
     if together.count > 1 and placed.home == "disk":
         work = begun / f"weights_{together.rank}"
         storage.remove(work)
-    load = partial(models.load, run.model, run.dtype, settings.device, placed.home, work, mark=id)
+    load = partial(models.load, run.model, run.dtype, settings.place, placed.home, work, mark=id)
     if placed.home == "device" and not any(isinstance(what, Costs | Efficiency) for what in run.measures):
-        what = {"model": run.model, "identity": identity, "dtype": run.dtype, "device": str(settings.device)}
+        what = {"model": run.model, "identity": identity, "dtype": run.dtype, "device": settings.place}
         loaded = kept.load(what, load)
     else:
         kept.forget()
@@ -106,7 +106,7 @@ def making_key(run: Run, identity: Any, settings: Settings) -> str:
         "data": {name: corpora.provenance(name, settings.data_dir) for name in texts},
         "place": [
             settings.weights,
-            str(settings.device),
+            settings.place,
             settings.batch_size,
             str(settings.data_dir),
             str(settings.root),
