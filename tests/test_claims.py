@@ -179,4 +179,4 @@ def test_the_frame_has_the_three_answers(tmp_path):
     found = statements.frame(tmp_path).set_index("Claim")
     assert found.loc["pruner-keeps", "Paper's numbers"] == "holds (1 of 1)"
     assert found.loc["flap-accuracy-wanda", "Paper's numbers"].startswith("fails (1 of 2")
-    assert set(found["Ours"]) == set(found["Ours with noise"]) == {"no numbers"}
+    assert set(found["Ours"]) == set(found["Ours beyond noise"]) == {"no numbers"}

@@ -189,7 +189,7 @@ def frame(root: Folders, claims: Sequence[Claim] = CLAIMS, data_dir: Path | None
                 "Statement": claim.sentence,
                 "Paper's numbers": str(on_paper(claim)),
                 "Ours": str(on_ours(claim, ours)),
-                "Ours with noise": str(on_ours(claim, ours, noise=True)),
+                "Ours beyond noise": str(on_ours(claim, ours, noise=True)),
             }
             for claim in claims
         ]
