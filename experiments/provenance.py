@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pruners.lazy import torch
 
-PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "safetensors", "accelerate", "lm-eval")
+PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "safetensors", "accelerate", "lm-eval", "triton")
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 

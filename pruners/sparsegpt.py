@@ -10,6 +10,8 @@ share H and its factorisation and are solved stacked; each still picks its own m
 
 Options for the ablations in Wanda's tables 7 and 8: another cost (`metric`), a mask chosen once from the dense weights
 within a comparison `group`, where `obs` is W^2 / diag(H^-1), and no `update` of what remains.
+
+On CUDA with Triton the columns of a block are one launch (`pruners.kernels.sweep`): same order, same masks.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from pruners import select
 from pruners.calibrate import Hessian
 from pruners.interface import checks
 from pruners.interface.checks import Count, Flag, Rule, Text
+from pruners.kernels import choice
 from pruners.lazy import Bool, Float, Tensor, torch
 from pruners.run.matrices import Matrix
 from pruners.select import Pattern
@@ -127,8 +130,17 @@ class SparseGPT(Unstructured):
 
     def _sweep(self, block: Float[Tensor, "columns out"], upper: Tensor, gone: Tensor | None, norm: Tensor) -> Tensor:
         """Column by column: zero what goes and spread its error over the columns to the right; returns the errors."""
-        errors = torch.zeros_like(block)
         pattern = Pattern.parse(self.pattern) if self.pattern and gone is None else None
+        if choice.sweeps(block):
+            from pruners.kernels.sweep import sweep
+
+            return sweep(block, upper, gone, norm, pattern, self.metric)
+        return self._plain_sweep(block, upper, gone, norm, pattern)
+
+    def _plain_sweep(
+        self, block: Tensor, upper: Tensor, gone: Tensor | None, norm: Tensor, pattern: Pattern | None
+    ) -> Tensor:
+        errors = torch.zeros_like(block)
         for column in range(len(block)):
             if pattern and column % pattern.m == 0:
                 these = slice(column, column + pattern.m)

@@ -99,7 +99,7 @@ def test_a_package_that_forgets_a_module_would_be_noticed(tree):
         if path.stem != "__init__"
     }
     of_methods = {name for method in METHODS.values() for name in code._classes(type(method))}
-    rooms = ("", "interface", "run", "weights")
+    rooms = ("", "interface", "kernels", "run", "weights")
     expected = {
         ".".join(filter(None, ("pruners", room, path.stem)))
         for room in rooms
