@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,10 @@ from typing import Any
 import pytest
 import torch
 from jaxtyping import install_import_hook
+
+if not torch.cuda.is_available():  # Triton reads it when transformers loads it: its kernels run on a CPU, in numpy
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,

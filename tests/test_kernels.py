@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import sys
 
 import pytest
 import torch
@@ -19,14 +18,10 @@ DEVICE = torch.device("cuda" if GPU else "cpu")
 
 
 @pytest.fixture
-def sweep(monkeypatch):
-    """The kernel, as it runs here."""
+def sweep():
+    """The kernel, as it runs here (tests/conftest.py)."""
     pytest.importorskip("triton", reason="Triton, which PyTorch's builds for CUDA bring, is not installed")
-    if not GPU:
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
-    sys.modules.pop("pruners.kernels.sweep", None)
-    yield importlib.import_module("pruners.kernels.sweep").sweep
-    sys.modules.pop("pruners.kernels.sweep", None)
+    return importlib.import_module("pruners.kernels.sweep").sweep
 
 
 def case(columns: int, outputs: int, seed: int = 0):

@@ -1,9 +1,9 @@
 """SparseGPT's walk through the columns of a block in one launch.
 
 Rows of a matrix (its outputs) do not depend on each other once it is known what goes, so a program holds some of them
-in its registers, [columns, rows], and walks through all columns.  It does what `SparseGPT._plain_sweep` does, operation for
-operation: IEEE division, product and sum rounded once (as torch.addr on a GPU), and among equal costs of a group of m
-the lower index first (as torch.topk on a GPU).
+in its registers, [columns, rows], and walks through all columns.  It does what `SparseGPT._plain_sweep` does, step for
+step: IEEE division, product and sum rounded once, and among equal costs of a group of m the lower index first, as
+torch.topk has it on a GPU.
 """
 
 from __future__ import annotations
