@@ -159,7 +159,7 @@ def _continue(model: PreTrainedModel, ids: torch.Tensor, config: GenerationConfi
         torch.manual_seed(seed)
         generator: Any = model  # the class's own annotation hides that `generate` is a method
         output = generator.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
-    return [int(token) for token in output[0, ids.shape[1] :]]
+    return [int(token) for token in output[0, ids.shape[1] :].tolist()]
 
 
 def _described(prompt: str, decoding: str, new: list[int], text: str) -> Continuation:

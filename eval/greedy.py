@@ -95,7 +95,7 @@ def greedy(
             output = generator.generate(
                 ids, attention_mask=torch.ones_like(ids), generation_config=config, tokenizer=tokenizer
             )
-        return [int(token) for token in output[0, ids.shape[1] :]]
+        return [int(token) for token in output[0, ids.shape[1] :].tolist()]
 
     return ranks.here(model.device).deal(answer, len(prompts), progress)
 

@@ -56,7 +56,9 @@ def _in_8_bits(linear: nn.Linear, layers: Any) -> nn.Module:
     made: nn.Module = layers.Linear8bitLt(
         linear.in_features, linear.out_features, bias=False, has_fp16_weights=False, threshold=THRESHOLD, device="meta"
     )
-    made.weight = layers.Int8Params(weight.contiguous(), requires_grad=False, has_fp16_weights=False).to(weight.device)
+    # from the CPU: a weight that lies on a GPU already, bitsandbytes leaves in 16 bits until it is first used
+    whole = weight.cpu().contiguous()
+    made.weight = layers.Int8Params(whole, requires_grad=False, has_fp16_weights=False).to(weight.device)
     made.bias = linear.bias
     return made.eval()
 

@@ -31,8 +31,8 @@ class Stages:
     def __call__(self, name: str) -> Iterator[None]:
         started = time.perf_counter()
         yield
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        for index in _used():
+            torch.cuda.synchronize(index)
         self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - started, 3)
 
     def add(self, name: str, seconds: float) -> None:
@@ -64,9 +64,16 @@ def peak_bytes(device: torch.device) -> int:
     return largest if sys.platform == "darwin" else largest * 1024
 
 
+def _used() -> list[int]:
+    """The GPUs on which this process has memory; asking others to wait would take some of theirs."""
+    if not torch.cuda.is_available():
+        return []
+    return [index for index in range(torch.cuda.device_count()) if torch.cuda.memory_reserved(index)]
+
+
 def _forget_peak() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    for index in _used():
+        torch.cuda.reset_peak_memory_stats(index)
     with suppress(OSError):  # Linux forgets a process's peak when asked; elsewhere it covers the cells before as well
         Path("/proc/self/clear_refs").write_text("5")
 

@@ -52,12 +52,12 @@ class Passage:
     @no_grad
     def error(self, block: Block) -> float:
         """Mean squared error of the block's outputs as it is now."""
-        total = 0.0
+        total = torch.zeros((), dtype=torch.float64)
         for here in torch.arange(len(self.inputs)).split(self.batch_size):
             made = self.run(block, here).float()
             difference = made - self.targets[here].to(made.device).float()
-            total += float(difference.square().sum(dtype=torch.float64))
-        return total / self.targets.numel()
+            total = total.to(made.device) + difference.square().sum(dtype=torch.float64)
+        return float(total) / self.targets.numel()
 
 
 class Keeper:
@@ -133,7 +133,7 @@ def walk(
     """
     blocks = anatomy.blocks(model)
     with evaluating(model):
-        together = Ranks() if keeper.rebuild_batch else ranks.here(windows.device)
+        together = Ranks() if keeper.rebuild_batch else ranks.here(next(model.parameters()).device)
         stream = Stream(model, windows, how.batch_size, also=keeper.rebuild_batch, together=together)
         for block in blocks:
             with homes.held(block.module, changes=sequential):

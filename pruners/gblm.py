@@ -77,7 +77,7 @@ def gradient_norms(
             },
         )
 
-    together = ranks.here(windows.device)
+    together = ranks.here(next(model.parameters()).device)
     gradients.backward(
         model, windows, weights, add, checkpointing=checkpointing, progress=progress, left=left, together=together
     )

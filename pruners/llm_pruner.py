@@ -97,7 +97,7 @@ def index_scores(
 
     def add(name: str, **terms: Any) -> None:
         for alias in names[weights[name]]:
-            part = score(_rule(model, alias, importance), weights[name].data, dims[alias], **terms).cpu()
+            part = score(_rule(model, alias, importance), weights[name].data, dims[alias], **terms)
             found[alias] = found[alias] + part if alias in found else part
 
     def second_order(name: str, gradient: Tensor) -> None:
@@ -120,14 +120,14 @@ def index_scores(
         for part in homes.each(model):
             for name in weights.keys() & part.keys():
                 add(name)
-        return {name: found[name] for name in dims}
+        return {name: found[name].cpu() for name in dims}
     assert windows is not None  # pruners.prune has checked them
     if importance in ("element2", "element_mix"):
         gradients.backward(model, windows, weights, second_order, progress=progress, left=keep_squares)
     if importance != "element2":
         at_once = max(1, TOKENS_AT_ONCE // windows.shape[1])
         gradients.of_mean_loss(model, windows, weights, first_order, at_once=at_once, progress=progress)
-    return found
+    return {name: part.cpu() for name, part in found.items()}
 
 
 def _rule(model: nn.Module, name: str, importance: str) -> str:

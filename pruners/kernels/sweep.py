@@ -2,12 +2,13 @@
 
 Rows of a matrix (its outputs) do not depend on each other once it is known what goes, so a program holds some of them
 in its registers, [columns, rows], and walks through all columns.  It does what `SparseGPT._plain_sweep` does, step for
-step: IEEE division, product and sum rounded once, and among equal costs of a group of m the lower index first, as
-torch.topk has it on a GPU.
+step: IEEE division, product and sum rounded as torch.addr rounds them there, and among equal costs of a group of m the
+lower index first, as torch.topk has it on a GPU.
 """
 
 from __future__ import annotations
 
+import functools
 from contextlib import nullcontext
 
 import torch
@@ -21,7 +22,7 @@ HELD = {False: 2048, True: 1024}  # numbers of a block that a program of one war
 
 
 @triton.jit
-def _cost(weight, root, norm, METRIC: tl.constexpr):  # type: ignore[no-untyped-def]
+def _cost(weight, root, norm, METRIC: tl.constexpr):
     if METRIC == "obs":
         found = tl.div_rn(weight, root)
         found = found * found
@@ -33,7 +34,7 @@ def _cost(weight, root, norm, METRIC: tl.constexpr):  # type: ignore[no-untyped-
 
 
 @triton.jit
-def _walk(  # type: ignore[no-untyped-def]
+def _walk(
     block_at,  # [columns, outputs], pruned in place
     upper_at,  # [columns, columns]
     gone_at,  # [columns, outputs], 0 or 1; not read where M is not 0
@@ -44,6 +45,7 @@ def _walk(  # type: ignore[no-untyped-def]
     DROPPED: tl.constexpr,  # of every M
     M: tl.constexpr,  # 0: it is known what goes
     METRIC: tl.constexpr,
+    FUSED: tl.constexpr,
     WIDTH: tl.constexpr,  # the power of two from COLUMNS on
     ROWS: tl.constexpr,
 ):
@@ -75,9 +77,20 @@ def _walk(  # type: ignore[no-untyped-def]
             error = tl.div_rn(value * gone.to(tl.float32), tl.load(upper_at + column * COLUMNS + column))
             tl.store(errors_at + column * outputs + row, error, mask=there)
             spread = tl.load(upper_at + column * COLUMNS + col, mask=in_block & (col > column), other=0.0)
-            updated = tl.fma(-spread[:, None] + tl.zeros_like(block), error[None, :] + tl.zeros_like(block), block)
+            if FUSED:
+                factor = tl.broadcast_to(-spread[:, None], [WIDTH, ROWS])
+                updated = tl.fma(factor, tl.broadcast_to(error[None, :], [WIDTH, ROWS]), block)
+            else:
+                updated = block - spread[:, None] * error[None, :]
             block = tl.where((col > column)[:, None], updated, tl.where(here & (gone > 0)[None, :], 0.0, block))
     tl.store(block_at + place, block, mask=inside)
+
+
+@functools.cache
+def _fused(device: torch.device) -> bool:
+    """Whether torch.addr rounds a product and its sum once: of (1 + 2^-12)^2 - 1 it has the 2^-24 then."""
+    near_one, one = torch.tensor([[1 + 2**-12], [1.0]], device=device)
+    return bool(one[:, None].addr(near_one, near_one, alpha=-1) != -(2**-11))
 
 
 def sweep(
@@ -108,8 +121,10 @@ def sweep(
             DROPPED=pattern.m - pattern.n if pattern else 0,
             M=pattern.m if pattern else 0,
             METRIC=metric,
+            FUSED=_fused(block.device),
             WIDTH=width,
             ROWS=rows,
             num_warps=1,
+            enable_fp_fusion=False,  # nothing but what FUSED says
         )
     return errors

@@ -22,8 +22,8 @@ class Packed:
         self._tokens, self._labels, self._ends = array("i"), array("i"), array("q", [0])
 
     def append(self, tokens: Tensor, labels: Tensor) -> None:
-        self._tokens.frombytes(tokens.int().numpy().tobytes())
-        self._labels.frombytes(labels.int().numpy().tobytes())
+        self._tokens.frombytes(tokens.int().cpu().numpy().tobytes())
+        self._labels.frombytes(labels.int().cpu().numpy().tobytes())
         self._ends.append(len(self._tokens))
 
     def __len__(self) -> int:

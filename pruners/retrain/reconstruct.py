@@ -96,7 +96,7 @@ class Reconstruction:
             self.trainable.check_block(block)
         mark = ""
         if folder:
-            mark = state.fingerprint(model, method, self, hashlib.sha256(windows.numpy().tobytes()).hexdigest())
+            mark = state.fingerprint(model, method, self, hashlib.sha256(windows.cpu().numpy().tobytes()).hexdigest())
             for path in Path(folder).glob("block_*.safetensors"):  # now, while the model is as it was given
                 state.refuse_other_at(path, mark)
         return Rebuilder(self, model.dtype, mark, folder)

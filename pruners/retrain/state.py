@@ -54,12 +54,12 @@ def fingerprint(model: nn.Module, *settings: object) -> str:
 
 def _sums(tensor: Tensor) -> tuple[int, int]:
     """Modulo 2^64."""
-    plain = weighted = 0
+    plain, weighted = torch.zeros(2, dtype=torch.int64, device=tensor.device)
     for index, chunk in enumerate(tensor.contiguous().view(-1).split(CHUNK)):
         bits = chunk.view(getattr(torch, BITS[chunk.element_size()])).long()
         places = torch.arange(1, len(bits) + 1, device=bits.device) + index * CHUNK
-        plain, weighted = plain + int(bits.sum()), weighted + int((bits * places).sum())
-    return plain % 2**64, weighted % 2**64
+        plain, weighted = plain + bits.sum(), weighted + (bits * places).sum()
+    return int(plain) % 2**64, int(weighted) % 2**64
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> bool:

@@ -77,6 +77,8 @@ class Home:
         if isinstance(source, Disk):  # where memory is short
             memory.give_back()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights")
+        # one for all parts: torch's allocator gives what a tensor leaves only to the stream that it was made on
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._buffers = _move_buffers(model, device)
         self._forwards = [vars(part.module).get("forward") for part in self._all]
         for part in self._all:
@@ -231,12 +233,11 @@ class Home:
                 f"{name} is {list(tensor.shape)} where its weights are kept and {list(parameter.shape)} in the model; "
                 "the files changed during the run. Run again."
             )
-        if self.device.type != "cuda" or tensor.device.type != "cpu":
+        if self._stream is None or tensor.device.type != "cpu":
             return tensor.to(self.device, parameter.dtype)
-        stream = torch.cuda.Stream(self.device)
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(self._stream):
             moved = tensor.pin_memory().to(self.device, non_blocking=True).to(parameter.dtype)
-        stream.synchronize()
+        self._stream.synchronize()
         moved.record_stream(torch.cuda.default_stream(self.device))
         return moved
 

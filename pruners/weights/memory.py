@@ -18,8 +18,9 @@ SHARE = 0.5  # of the free memory that one large tensor may take
 def free_bytes(device: torch.device | str = "cpu") -> int:
     """What a process may still take: of the accelerator, or of this machine within its limits and its cgroup's."""
     place = torch.device(device)
-    if place.type == "cuda":
-        return int(torch.cuda.mem_get_info(place)[0])
+    if place.type == "cuda":  # what torch's allocator keeps of freed tensors is free, too
+        kept = torch.cuda.memory_reserved(place) - torch.cuda.memory_allocated(place)
+        return int(torch.cuda.mem_get_info(place)[0]) + kept
     return max(0, min(_machine(), _limit(), _cgroup()))
 
 
