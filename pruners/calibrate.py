@@ -19,7 +19,7 @@ from pruners.lazy import Float, Int, Tensor, nn, no_grad, torch
 from pruners.run import ranks
 from pruners.run.ranks import Ranks
 from pruners.run.statistic import Hessian, InputNorm, Moments, Statistic
-from pruners.run.stream import Stream, evaluating
+from pruners.run.stream import Stream, evaluating, span
 from pruners.weights import homes
 
 __all__ = [
@@ -55,7 +55,7 @@ class Passage:
         total = torch.zeros((), dtype=torch.float64)
         for here in torch.arange(len(self.inputs)).split(self.batch_size):
             made = self.run(block, here).float()
-            difference = made - self.targets[here].to(made.device).float()
+            difference = made - self.targets[span(here)].to(made.device).float()
             total = total.to(made.device) + difference.square().sum(dtype=torch.float64)
         return float(total) / self.targets.numel()
 

@@ -53,14 +53,14 @@ def gradient_norms(
     sums: dict[str, Tensor] = {}
     kept = Aside(model, "gradient_norms")
 
-    def add(name: str, gradient: Tensor) -> None:
-        gradient = gradient.float()
+    def add(name: str, gradient: Tensor, scale: float) -> None:
+        """In float32 whatever the gradient's dtype; `scale` is a power of two, so that it rounds nothing."""
         if name not in sums:
-            sums[name] = torch.zeros_like(gradient)
+            sums[name] = torch.zeros_like(gradient, dtype=torch.float32)
         if norm == "l1":
-            sums[name] += gradient.abs_()
+            sums[name].add_(gradient.abs_(), alpha=1 / scale)
         else:
-            sums[name].addcmul_(gradient, gradient)
+            sums[name].addcmul_(gradient, gradient, value=1 / scale**2)
 
     def left(block: Block) -> None:
         found = {}

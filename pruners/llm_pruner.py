@@ -100,14 +100,14 @@ def index_scores(
             part = score(_rule(model, alias, importance), weights[name].data, dims[alias], **terms)
             found[alias] = found[alias] + part if alias in found else part
 
-    def second_order(name: str, gradient: Tensor) -> None:
-        square = gradient.float().square() / len(windows)  # type: ignore[arg-type]
+    def second_order(name: str, gradient: Tensor, scale: float) -> None:
+        square = (gradient.float() / scale).square() / len(windows)  # type: ignore[arg-type]
         if importance == "element_mix":
             squares[name] = squares[name] + square if name in squares else square
         else:
             add(name, squares=square)
 
-    def first_order(name: str, gradient: Tensor) -> None:
+    def first_order(name: str, gradient: Tensor, scale: float) -> None:
         own = squares.pop(name, None)
         add(name, gradient=gradient, squares=None if own is None else own.to(gradient.device))
 

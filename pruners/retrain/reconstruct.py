@@ -36,6 +36,7 @@ from pruners.retrain import state
 from pruners.retrain.finetune import Diverged
 from pruners.retrain.schedule import Schedule, autocast, precision_for, seeded
 from pruners.retrain.trainable import Attached, Trainable
+from pruners.run.stream import span
 
 
 @dataclass(frozen=True)
@@ -150,15 +151,20 @@ class Rebuilder(Keeper):
         precision = precision_for(None, self.dtype, device)
         optimizer = schedule.optimizer(attached.tensors)
         with _dropping_out(block, self.settings.seed) if self.settings.reference else nullcontext():
+            before: Tensor | None = None  # the error of the step before, read when a GPU has the next one to do
             for step in range(schedule.steps):
                 rows = torch.arange(step * self.rebuild_batch, (step + 1) * self.rebuild_batch) % count
                 with autocast(precision, device):
                     outputs = passage.run(block, rows)
-                loss = F.mse_loss(outputs.float(), passage.targets[rows].to(device).float())
-                self._finite(block, loss.item(), step)
+                loss = F.mse_loss(outputs.float(), passage.targets[span(rows)].to(device).float())
                 loss.backward()
                 attached.mask_gradients()
+                if before is not None:
+                    self._finite(block, before.item(), step - 1)
                 schedule.step(optimizer, step)
+                before = loss.detach()
+            if before is not None:
+                self._finite(block, before.item(), schedule.steps - 1)
 
     def _finite(self, block: Block, error: float, step: int | None = None) -> float:
         """The error before `step`, or after all of them; raises Diverged for one that is none."""

@@ -16,12 +16,12 @@ from pruners.lazy import F, Int, Tensor, nn, torch
 from pruners.run import inputs
 from pruners.run.inputs import IGNORED
 from pruners.run.ranks import Ranks
-from pruners.run.statistic import is_finite
-from pruners.run.stream import ALONE, Stream, handing_on, instead
+from pruners.run.statistic import finite
+from pruners.run.stream import ALONE, Stream, handing_on, instead, span
 from pruners.weights import homes, memory
 
 LOGITS = 2**25  # of one pass through the head, where it works on its own
-Consume = Callable[[str, Tensor], None]
+Consume = Callable[[str, Tensor, float], None]
 Left = Callable[[Block], None]
 
 
@@ -37,11 +37,12 @@ def backward(
     left: Left = lambda block: None,
     together: Ranks = ALONE,
 ) -> None:
-    """Backward passes of the mean next-token loss; `consume(name, gradient)` sees each weight's gradient once a batch.
+    """Backward passes of the mean next-token loss; `consume(name, gradient, scale)` sees each weight's gradient once a
+    batch, in the model's dtype and `scale` times too large.
 
     A gradient is handed over and freed as soon as backward has produced it, so memory stays at weights plus one
-    gradient plus activations.  Dropout is off; no other parameter gets a gradient.  float16 losses are scaled by
-    1024 during backward and unscaled before `consume`, so that small gradients do not underflow.
+    gradient plus activations; `consume` may write over it.  Dropout is off; no other parameter gets a gradient.
+    float16 losses are scaled by 1024, so that small gradients do not underflow; by 1 those of other dtypes.
 
     A model whose weights are away from home goes back one block at a time, all batches through each, with the inputs
     of every block kept; the gradients are the same.  `left(block)` is called when a block's gradients are complete.
@@ -58,15 +59,23 @@ def backward(
     scale = 1024.0 if model.dtype == torch.float16 else 1.0
 
     waiting = 1  # batches, with those of this turn
+    seen: list[tuple[str, Tensor]] = []  # which gradients are finite, read off a GPU once a batch
 
     def handle(name: str, weight: Tensor) -> None:
         own, weight.grad = weight.grad, None
         assert own is not None  # the hook runs once the gradient is there
         for source in range(min(together.count, waiting)):
             gradient = together.tell(source, own if source == together.rank else torch.empty_like(own))
-            if not is_finite(gradient):
+            seen.append((name, finite(gradient)))
+            consume(name, gradient, scale)
+
+    def check() -> None:
+        device = seen[0][1].device if seen else None
+        told = torch.stack([flag.to(device) for _, flag in seen]).tolist() if seen else []
+        for (name, _), sound in zip(seen, told, strict=True):
+            if not sound:
                 raise ValueError(f"The gradient of {name} is not finite; use --dtype bfloat16 or float32.")
-            consume(name, gradient.float().div_(scale) if scale != 1 else gradient)
+        seen.clear()
 
     with ExitStack() as stack:
         stack.enter_context(_only_trainable(model, weights))
@@ -76,7 +85,7 @@ def backward(
             stack.callback(weight.register_post_accumulate_grad_hook(partial(handle, name)).remove)
         if homes.of(model) is not None:
             together = ALONE
-            _by_block(model, windows, weights, batch_size, scale, progress, left)
+            _by_block(model, windows, weights, batch_size, scale, progress, left, check)
             return
         batches = windows.split(batch_size)
         for first in range(0, len(batches), together.count):
@@ -85,6 +94,7 @@ def backward(
             batch = batches[index].to(next(iter(weights.values())).device)
             loss = model(input_ids=batch, labels=inputs.labels(model.config, batch), use_cache=False).loss
             (loss * scale).backward()
+            check()
             together.each(partial(_check_loss, index, loss))
             if progress:
                 progress(min(first + together.count, len(batches)), len(batches))
@@ -100,6 +110,7 @@ def _by_block(
     scale: float,
     progress: Progress | None,
     left: Left,
+    check: Callable[[], None],
 ) -> None:
     """All batches forward, block after block, and back again; a weight's gradients come in the order of the batches."""
     blocks, home = anatomy.blocks(model), homes.of(model)
@@ -117,22 +128,25 @@ def _by_block(
     gradient, device = torch.empty_like(stream.hidden), stream.device
     with homes.held(*homes.around_the_blocks(model)):  # backward reads what forward has read
         for index, rows in enumerate(batches):
-            hidden = stream.hidden[rows].to(device).requires_grad_(True)
+            hidden = stream.hidden[span(rows)].to(device, copy=True).requires_grad_(True)
             with handing_on(model, hidden, stream.returned):
-                _check_loss(index, _from_the_loss(model, windows[rows].to(hidden.device), scale))
+                loss = _from_the_loss(model, windows[rows].to(hidden.device), scale)
+            check()
+            _check_loss(index, loss)
             assert hidden.grad is not None  # the loss depends on it
-            gradient[rows] = hidden.grad
+            gradient[span(rows)] = hidden.grad
     home.backwards = True
     try:
         for done, block in enumerate(reversed(blocks[first:]), start=1):
             with homes.held(block.module):
                 for rows in batches:
-                    states = kept[block.index][rows].to(device).requires_grad_(block.index > first)
+                    states = kept[block.index][span(rows)].to(device, copy=True).requires_grad_(block.index > first)
                     outputs = stream.run(block, rows, states)
                     if outputs.requires_grad:
-                        outputs.backward(gradient[rows].to(device))
+                        outputs.backward(gradient[span(rows)].to(device))
                     if states.grad is not None:
-                        gradient[rows] = states.grad
+                        gradient[span(rows)] = states.grad
+                check()
                 left(block)
             if progress:
                 progress(done, len(blocks) - first)
@@ -176,7 +190,7 @@ def of_mean_loss(
     at_once: int,
     progress: Progress | None = None,
 ) -> None:
-    """`consume(name, gradient)` sees each weight's gradient of the mean loss over all windows once, in float32.
+    """`consume(name, gradient, 1.0)` sees each weight's gradient of the mean loss over all windows once, in float32.
 
     Up to `at_once` windows go through the model together; where there are more, their gradients are added up in
     float32, one copy of the weights, or of one block's where the weights are away from home.
@@ -185,13 +199,13 @@ def of_mean_loss(
     seen: Counter[str] = Counter()
     batches = windows.split(at_once)
 
-    def add(name: str, gradient: Tensor) -> None:
-        total = len(batches[seen[name]]) / len(windows) * gradient.float()
+    def add(name: str, gradient: Tensor, scale: float) -> None:
+        total = len(batches[seen[name]]) / len(windows) / scale * gradient.float()
         seen[name] += 1
         if name in sums:
             total += sums.pop(name)
         if seen[name] == len(batches):
-            consume(name, total)
+            consume(name, total, 1.0)
         else:
             sums[name] = total
 

@@ -35,7 +35,7 @@ def labels(config: Any, tokens: Tensor) -> Tensor:
 @contextmanager
 def plain_torch() -> Iterator[None]:
     """torch as it comes, whatever the caller has set: compiled models run eagerly, new tensors are float32 on the CPU,
-    gradients are on.
+    products of float32 matrices are not shortened to TF32, gradients are on.
 
     Hooks on a compiled model would have it compiled anew for each of them.  Raises ValueError within
     `torch.inference_mode`, where no gradient is taken and what is made cannot be changed afterwards.
@@ -47,12 +47,28 @@ def plain_torch() -> Iterator[None]:
     before = torch.get_default_dtype()
     with ExitStack() as stack:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(whole_products())
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
         stack.callback(torch.set_default_dtype, before)
         stack.enter_context(torch.enable_grad())
         torch.set_default_dtype(torch.float32)
         yield
+
+
+@contextmanager
+def whole_products() -> Iterator[None]:
+    """On a GPU float32 matrices are multiplied in float32, which some containers turn off for all programs
+    (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE)."""
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # PyTorch 2.9 on does not tell where it was set by fp32_precision, of one backend alone
+        before = "high"
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def language_model(model: Any, reads_weights: bool = True) -> PreTrainedModel:

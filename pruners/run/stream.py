@@ -11,7 +11,7 @@ from typing import Any
 
 from pruners import anatomy
 from pruners.anatomy import Block
-from pruners.lazy import Float, Tensor, nn, no_grad, torch
+from pruners.lazy import Float, Int, Tensor, nn, no_grad, torch
 from pruners.run.matrices import owner
 from pruners.run.ranks import Ranks
 from pruners.run.statistic import Statistic
@@ -51,7 +51,7 @@ class Stream:
                 hidden, arguments = inputs_of(model, windows[here], self.returned)
                 if not self.hidden.numel():
                     self.device, self.hidden = hidden.device, _buffer(model, hidden, len(windows))
-                self.hidden[here] = hidden
+                self.hidden[span(here)] = hidden
                 self.shared.setdefault(len(here), arguments)
             if also:
                 self.shared.setdefault(also, inputs_of(model, windows[:also], self.returned)[1])
@@ -62,7 +62,7 @@ class Stream:
         found = [inputs_of(model, windows[:1], self.returned)[1]]
         for window in windows[1:]:
             told = inputs_of(model, window[None], self.returned)[1]
-            found.append(found[0] if _equal(found[0], told) else told)
+            found.append(found[0] if _equal(found[0], told, {}) else told)
         return found if any(told is not found[0] for told in found) else []
 
     def arguments(self, block: Block, rows: Tensor) -> Arguments:
@@ -127,7 +127,7 @@ class Stream:
                 with suppress(Caught):
                     made_here = self.run(block, here)
                     if outputs is not None:
-                        outputs[here] = made_here
+                        outputs[span(here)] = made_here
                 shared.batch_done()
             shared.all_done()
         if silent:
@@ -142,11 +142,11 @@ class Stream:
     @no_grad
     def advance(self, block: Block) -> None:
         for here in torch.arange(len(self.hidden)).split(self.batch_size):
-            self.hidden[here] = self.run(block, here)
+            self.hidden[span(here)] = self.run(block, here)
 
     def run(self, block: Block, rows: Tensor, inputs: Tensor | None = None) -> Tensor:
         """The block's outputs for the windows of these numbers, from the hidden states here or from `inputs`."""
-        states = self.hidden[rows].to(self.device) if inputs is None else inputs
+        states = self.hidden[span(rows)].to(self.device, copy=True) if inputs is None else inputs
         outputs = block.module(states, **self.arguments(block, rows))
         return outputs if isinstance(outputs, Tensor) else outputs[0]
 
@@ -199,9 +199,15 @@ class _Shared:
             self.batch_done()
 
 
+def span(rows: Int[Tensor, " windows"]) -> slice | Tensor:
+    """Rows one after the other as a slice: a GPU waits for an index that comes from the CPU."""
+    first, last = int(rows[0]), int(rows[-1])
+    return slice(first, last + 1) if last - first + 1 == len(rows) else rows
+
+
 def _fitting(model: Any, windows: Tensor) -> int:
-    """How many windows have room within a block of a model whose weights are away from their device; one at least."""
-    if homes.of(model) is None or model.device.type == "cpu":
+    """How many windows have room within a block, of what is free on a GPU; one at least."""
+    if model.device.type == "cpu":
         return len(windows)
     widest = max((max(p.shape) for module in anatomy.modules(model) for p in module.parameters()), default=1)
     window = WITHIN * widest * model.dtype.itemsize * windows.shape[1]
@@ -225,9 +231,13 @@ def _routed(
 ) -> Iterator[tuple[tuple[str, ...], Float[Tensor, "1 tokens inp"]]]:
     """What the matrices of each expert get of one window's tokens, window by window; nothing of most, as routed."""
     hidden, index = (told.unflatten(0, (-1, length)) for told in args[:2])
+    experts = list(zip(*[iter(block.expert_groups)] * 2, strict=True))
+    numbers = torch.arange(len(experts) + 1, device=hidden.device)
     for x, chosen in zip(hidden, index, strict=True):
-        for expert, (inward, outward) in enumerate(zip(*[iter(block.expert_groups)] * 2, strict=True)):
-            tokens = x[(chosen == expert).any(-1)]
+        by_expert, order = chosen.flatten().sort(stable=True)
+        bounds = torch.searchsorted(by_expert, numbers.to(by_expert.dtype)).tolist()  # read off the device once
+        for expert, (inward, outward) in enumerate(experts):
+            tokens = x[order[bounds[expert] : bounds[expert + 1]] // chosen.shape[-1]]
             gate, up = nn.functional.linear(tokens, module.gate_up_proj[expert]).chunk(2, -1)
             yield inward, tokens[None]
             yield outward, (module.act_fn(gate) * up)[None]
@@ -318,15 +328,20 @@ def instead(module: nn.Module, forward: Any) -> Iterator[None]:
             module.forward = own
 
 
-def _equal(one: Any, other: Any) -> bool:
+def _equal(one: Any, other: Any, known: dict[tuple[int, int], bool]) -> bool:
+    """`known` are pairs of tensors that were compared already: every block has the same ones."""
     if one is other:
         return True
     if isinstance(one, Tensor):
-        return isinstance(other, Tensor) and one.shape == other.shape and bool((one == other).all())
+        pair = id(one), id(other)
+        if pair not in known:
+            same = isinstance(other, Tensor) and one.shape == other.shape
+            known[pair] = same and bool((one == other).all())
+        return known[pair]
     if isinstance(one, dict):
-        return one.keys() == other.keys() and all(_equal(value, other[name]) for name, value in one.items())
+        return one.keys() == other.keys() and all(_equal(value, other[name], known) for name, value in one.items())
     if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(_equal, one, other))
+        return len(one) == len(other) and all(_equal(*pair, known) for pair in zip(one, other, strict=True))
     return bool(one == other)
 
 
