@@ -113,6 +113,7 @@ def test_a_package_that_forgets_a_module_would_be_noticed(tree):
         "interface.contract",
         "interface.described",
         "interface.plugin",
+        "kernels.__init__",
         "run.__init__",
         "weights.__init__",
         "weights.opening",

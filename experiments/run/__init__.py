@@ -23,8 +23,10 @@ from experiments.settings import Settings
 from experiments.spec import Run
 from experiments.store import code, records
 from experiments.store.records import Record
+from pruners.run import inputs
 
 
+@inputs.whole_products()
 def execute(run: Run, table: str, settings: Settings, board: Board | None = None, resumed: int = 0) -> Record:
     """One cell from its model to its record, which is stored before the model is kept, if it is to be.
 

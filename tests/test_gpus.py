@@ -1,0 +1,129 @@
+"""GPUs: what a CPU can tell of them, and the methods themselves where there is one."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import tiny
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import pruners
+from pruners.calibrate import InputNorm, Moments
+from pruners.run.inputs import whole_products
+from pruners.run.stream import span
+from pruners.weights import memory
+
+KIND = "llama grouped-query"
+METHODS = (
+    pruners.Magnitude(0.5),
+    pruners.Wanda(0.5),
+    pruners.Wanda(pattern="2:4"),
+    pruners.SparseGPT(0.5),
+    pruners.SparseGPT(pattern="2:4"),
+    pruners.GBLM(0.5),
+    pruners.Gradient(0.5),
+    pruners.Flap(0.3),
+    pruners.LLMPruner(0.5, attention_blocks=(0, 2), mlp_blocks=(0, 2)),
+)
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+
+
+class Reads(TorchDispatchMode):
+    """Counts values that Python asks for, for which a GPU's queue would have to run empty; indices are on the CPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        asks = func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        self.count += asks and args[0].dtype != torch.int64
+        return func(*args, **kwargs or {})
+
+
+def reads(work) -> int:
+    with Reads() as told:
+        work()
+    return told.count
+
+
+def windows(count: int) -> torch.Tensor:
+    return torch.randint(3, 90, (count, 16), generator=torch.Generator().manual_seed(count))
+
+
+def test_gradients_are_not_read_one_by_one():
+    def gather(count):
+        return lambda: pruners.gather(tiny(KIND), pruners.GBLM(0.5), windows(count))
+
+    assert reads(gather(12)) - reads(gather(4)) <= 2 * 8  # of a window the loss, and what transformers looks at
+
+
+@pytest.mark.parametrize("method", [pruners.Wanda(0.5), pruners.SparseGPT(0.5), pruners.SparseGPT(pattern="2:4")])
+def test_of_a_window_only_what_blocks_are_called_with_is_read(method):
+    def prune(count):
+        return lambda: pruners.prune(tiny(KIND), method, windows(count), batch_size=2)
+
+    assert reads(prune(12)) - reads(prune(4)) <= 5 * 8  # positions, rotary tables; what transformers looks at
+
+
+@pytest.mark.parametrize("before", ["high", "medium"])
+def test_float32_is_not_shortened_whatever_was_set(before):
+    told = []
+
+    class Asks(pruners.Wanda):
+        def score(self, *args):
+            told.append(torch.get_float32_matmul_precision())
+            return super().score(*args)
+
+    torch.set_float32_matmul_precision(before)
+    try:
+        pruners.prune(tiny(KIND), Asks(0.5), windows(2))
+        assert torch.get_float32_matmul_precision() == before
+        with pytest.raises(ZeroDivisionError), whole_products():
+            raise ZeroDivisionError
+        assert torch.get_float32_matmul_precision() == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert set(told) == {"highest"}
+
+
+def test_rows_one_after_the_other_are_a_slice():
+    numbers = torch.arange(10)
+    assert span(numbers[3:7]) == slice(3, 7)
+    assert span(numbers[9:]) == slice(9, 10)
+    round_the_end = torch.tensor([8, 9, 0, 1])
+    assert torch.equal(numbers[span(round_the_end)], round_the_end)
+
+
+def test_what_the_allocator_keeps_of_freed_tensors_is_free(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5, 80))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 70)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 40)
+    assert memory.free_bytes("cuda:0") == 35
+
+
+@gpu
+@pytest.mark.parametrize("method", METHODS, ids=repr)
+def test_methods_choose_on_a_gpu_what_they_choose_on_a_cpu(method):
+    on_cpu, on_gpu = tiny(KIND), tiny(KIND).cuda()
+    again = copy.deepcopy(on_gpu)
+    for model in (on_cpu, on_gpu, again):
+        pruners.prune(model, method, windows(8), cut=False)
+    for name, weight in on_cpu.named_parameters():
+        there = on_gpu.get_parameter(name)
+        assert torch.equal(there, again.get_parameter(name))
+        assert float(((there == 0).cpu() == (weight == 0)).double().mean()) > 0.99
+        assert float((there.cpu() - weight).norm()) < 0.02 * float(weight.norm()) + 1e-6
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", [InputNorm, Moments])
+def test_statistics_are_those_of_a_cpu(kind, dtype):
+    x = torch.randn(4, 32, 48, generator=torch.Generator().manual_seed(0)).to(dtype)
+    here, there = kind(48, torch.device("cpu")), kind(48, torch.device("cuda"))
+    for batch in x.split(2):
+        here.add(batch)
+        there.add(batch.cuda())
+    for name in ("norm",) if kind is InputNorm else ("mean", "variance", "mean_square", "released_fluctuation"):
+        torch.testing.assert_close(getattr(there, name).cpu(), getattr(here, name), rtol=1e-5, atol=1e-6)
