@@ -15,7 +15,8 @@ import numpy as np
 from pruners.interface import checks
 from pruners.lazy import Bool, Float, Int, Tensor, torch
 
-SORTED = 2**23  # numbers up to which a GPU sorts a row faster than it counts
+SEARCHED, SORTED = 2**16, 2**23  # numbers of a row up to which a GPU finds one by kthvalue, and up to which by sorting
+COMPARED = 16  # of a group, up to which each is compared with each there
 GROUPS = "'matrix', 'row', 'column', 'rows:N' or 'columns:N'"
 
 
@@ -137,8 +138,21 @@ def n_of_m(score: Float[Tensor, "out inp"], pattern: Pattern) -> Bool[Tensor, "o
             "Use unstructured sparsity, or a pattern that divides the width."
         )
     grouped = score.unflatten(-1, (-1, pattern.m))
+    if score.is_cuda and pattern.m <= COMPARED:
+        return first_lowest(grouped, pattern.m - pattern.n).flatten(-2)
     gone = grouped.topk(pattern.m - pattern.n, largest=False).indices
     return torch.zeros_like(grouped, dtype=torch.bool).scatter_(-1, gone, True).flatten(-2)
+
+
+def first_lowest(grouped: Float[Tensor, "*groups m"], count: int) -> Bool[Tensor, "*groups m"]:
+    """The `count` lowest of each group, of equal ones the first; by comparing each with each, ten times faster than
+    topk on a GPU, which chooses the same there."""
+    lower = torch.zeros_like(grouped, dtype=torch.int8)
+    for index in range(grouped.shape[-1]):
+        this = grouped[..., index : index + 1]
+        lower[..., :index] += this < grouped[..., :index]
+        lower[..., index + 1 :] += this <= grouped[..., index + 1 :]
+    return lower < count
 
 
 def cheapest(
@@ -169,6 +183,8 @@ def _kth_lowest(score: Tensor, count: int) -> Tensor:
     if score.device.type == "cpu":  # numpy's selection is some ten times faster than torch's here
         part = np.partition(score.numpy(), count - 1, axis=-1)[..., count - 1 : count]
         return torch.from_numpy(part)
+    if score.shape[-1] <= SEARCHED:
+        return score.kthvalue(count, -1, keepdim=True).values
     if score.numel() == score.shape[-1] <= SORTED:
         return score.sort().values[..., count - 1 : count]
     return counted(score, count)
@@ -177,8 +193,9 @@ def _kth_lowest(score: Tensor, count: int) -> Tensor:
 def counted(score: Float[Tensor, "*rows inp"], count: int) -> Float[Tensor, "*rows 1"]:
     """The `count`-th lowest of each row, found by halving the range of values: one pass of counting per bit.
 
-    On a GPU `kthvalue` sorts on one block of threads per row, and a matrix in one comparison group is one row.  Bits
-    of floats read as integers have the order of the floats once those of negative numbers are turned over.
+    Takes less memory than sorting.  On a GPU `kthvalue` works with one block of threads per row, and a matrix in one
+    comparison group is one row.  Bits of floats read as integers have the order of the floats once those of negative
+    numbers are turned over.
     """
     kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[score.element_size()]
     every = torch.iinfo(kind)

@@ -12,6 +12,7 @@ from test_homes import KIND, METHODS, at_home, saved
 from test_rows import documents, tokenizer  # noqa: F401  (a fixture)
 from test_streamed_retraining import SETS, opened, records_of, weights_of
 from torch.testing import assert_close
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import pruners
 from eval.efficiency import efficiency
@@ -26,6 +27,7 @@ from experiments.settings import Settings
 from experiments.store import records
 from pruners import select
 from pruners.calibrate import Hessian
+from pruners.gblm import gradient_norms
 from pruners.retrain import MaskLoRA, Reconstruction, Trainable, finetune
 from pruners.weights import homes, opening, sources
 from tests import families
@@ -137,8 +139,6 @@ def test_what_only_a_card_can_be_asked(tmp_path, tokenizer):  # noqa: F811
 
 
 def test_semi_structured_kernels_are_timed():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     config = LlamaConfig(
         vocab_size=96, hidden_size=256, intermediate_size=512, num_hidden_layers=1, num_attention_heads=4
     )
@@ -157,12 +157,50 @@ def test_a_hessian_is_as_exact_as_float32(dtype):
     assert float((found.matrix.cpu() - expected).norm() / expected.norm()) < 1e-6
 
 
-@pytest.mark.parametrize("size", [2**10, 2**23])
+@pytest.mark.parametrize("size", [(2**10,), (2**20,), (2**24,), (7, 2**10), (2, 2**17)], ids=str)
 def test_the_lowest_are_those_of_a_cpu(size):
     score = torch.randn(size, generator=torch.Generator().manual_seed(0)).abs()
-    for count in (1, size // 2, size):
+    for count in (1, size[-1] // 2, size[-1]):
         found = select._kth_lowest(score.to("cuda"), count)
         assert torch.equal(found.cpu(), select._kth_lowest(score, count))
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "1:4", "8:16"])
+def test_n_of_m_are_those_of_a_cpu(pattern):
+    score = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)).abs()
+    one = select.n_of_m(score, select.Pattern.parse(pattern))
+    assert torch.equal(select.n_of_m(score.to("cuda"), select.Pattern.parse(pattern)).cpu(), one)
+
+
+@pytest.mark.parametrize("family", families.TINY)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_gradients_are_the_same_bits_every_time(family, dtype):
+    model = families.tiny(family).to("cuda", dtype)
+    one, other = (gradient_norms(model, families.windows(family), "l2") for _ in range(2))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_gradients_of_many_tokens_are_the_same_bits_every_time():
+    length = 512  # more than one tile of attention
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=length,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).half().to("cuda").eval()
+    windows = torch.randint(96, (8, length), generator=torch.Generator().manual_seed(0))
+    one, other = (gradient_norms(model, windows, "l1") for _ in range(2))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("what", SETS)
+def test_retraining_twice_gives_the_same_bits(what, tmp_path):
+    families.tiny("llama").save_pretrained(tmp_path)
+    found = []
+    for _ in range(2):
+        model = opened("device", tmp_path).to("cuda")
+        finetune(model, SETS[what], records_of("llama"), steps=3, learning_rate=1e-3, batch_size=4, warmup=0)
+        found.append(here(model))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 @pytest.mark.skipif(not small.MODEL.is_dir(), reason=f"needs the trained model in {small.MODEL}")

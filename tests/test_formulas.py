@@ -31,6 +31,14 @@ def hessian_of(x):
     return 2 / len(x) * flat.T @ flat
 
 
+@pytest.mark.parametrize(("m", "count"), [(4, 2), (8, 4), (16, 1)])
+def test_the_first_of_equal_ones_in_a_group_go(m, count):
+    score = torch.randint(3, (40, 5, m), generator=torch.Generator().manual_seed(0)).float()
+    order = score.sort(dim=-1, stable=True).indices[..., :count]
+    expected = torch.zeros_like(score, dtype=torch.bool).scatter_(-1, order, True)
+    assert torch.equal(select.first_lowest(score, count), expected)
+
+
 def test_the_norm_runs_over_every_calibration_token():
     x = randn(3, 5, 4)
     assert_close(fed(InputNorm, x).norm, x.double().flatten(0, 1).norm(dim=0).float())

@@ -186,7 +186,7 @@ def test_each_process_takes_its_own_gpu(monkeypatch):
     assert Settings().place == Settings(device="cuda").place == "cuda:1"
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ValueError, match=r"no device 'cuda:2' here; .* Launch at most one process per GPU"):
-        Settings().place
+        _ = Settings().place
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="2 processes cannot share cuda:0; leave --device out"):
         Settings(device="cuda:0")

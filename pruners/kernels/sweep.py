@@ -18,7 +18,7 @@ import triton.language as tl
 from pruners.lazy import Bool, Float, Tensor
 from pruners.select import Pattern
 
-HELD = {False: 2048, True: 1024}  # numbers of a block that a program of one warp holds, chosen along the way or not
+HELD = {False: 1024, True: 512}  # numbers of a block that a program of one warp holds, chosen along the way or not
 
 
 @triton.jit

@@ -19,6 +19,7 @@ from pruners import anatomy
 from pruners.lazy import Tensor, nn, torch
 from pruners.retrain.batches import Batches
 from pruners.retrain.schedule import autocast, seeded
+from pruners.run import inputs
 from pruners.run.ranks import Ranks
 from pruners.run.stream import Arguments, handing_on, instead, reaching
 from pruners.weights import aside, homes
@@ -141,7 +142,7 @@ class Passes:
         for micro in micros:
             with self._at(step, micro):
                 loss = self.loss(micro, self.precision)
-                loss.backward()
+                inputs.back(loss)
             total += loss.detach()
         return total
 
@@ -186,7 +187,7 @@ class Passes:
                 for way in ways:
                     with self._at(step, way.micro):
                         hidden, _ = reaching(self.model, way.batch, self._returned)
-                    hidden.backward(way.gradient)
+                    inputs.back(hidden, way.gradient)
         return losses
 
     def _front(self, step: int, micro: Micro) -> Way:
@@ -211,7 +212,7 @@ class Passes:
         hidden = way.hidden.detach().requires_grad_(wanted)
         with self._at(step, way.micro), handing_on(self.model, hidden, self._returned):
             loss: Tensor = self.model(**way.batch, use_cache=False, num_items_in_batch=way.micro.divisor).loss
-        loss.backward()
+        inputs.back(loss)
         way.gradient = hidden.grad
         return loss.detach()
 
@@ -220,7 +221,7 @@ class Passes:
         states = way.kept.pop(index).to(self.device).detach().requires_grad_(further)
         outputs = self._run(step, index, block, way, states)
         if outputs.requires_grad:
-            outputs.backward(way.gradient)
+            inputs.back(outputs, way.gradient)
         way.gradient = states.grad
 
 

@@ -36,6 +36,7 @@ from pruners.retrain import state
 from pruners.retrain.finetune import Diverged
 from pruners.retrain.schedule import Schedule, autocast, precision_for, seeded
 from pruners.retrain.trainable import Attached, Trainable
+from pruners.run import inputs
 from pruners.run.stream import span
 
 
@@ -157,7 +158,7 @@ class Rebuilder(Keeper):
                 with autocast(precision, device):
                     outputs = passage.run(block, rows)
                 loss = F.mse_loss(outputs.float(), passage.targets[span(rows)].to(device).float())
-                loss.backward()
+                inputs.back(loss)
                 attached.mask_gradients()
                 if before is not None:
                     self._finite(block, before.item(), step - 1)

@@ -93,7 +93,7 @@ def backward(
             index = first + together.rank if together.rank < waiting else first  # else another's, which it drops
             batch = batches[index].to(next(iter(weights.values())).device)
             loss = model(input_ids=batch, labels=inputs.labels(model.config, batch), use_cache=False).loss
-            (loss * scale).backward()
+            inputs.back(loss * scale)
             check()
             together.each(partial(_check_loss, index, loss))
             if progress:
@@ -143,7 +143,7 @@ def _by_block(
                     states = kept[block.index][span(rows)].to(device, copy=True).requires_grad_(block.index > first)
                     outputs = stream.run(block, rows, states)
                     if outputs.requires_grad:
-                        outputs.backward(gradient[span(rows)].to(device))
+                        inputs.back(outputs, gradient[span(rows)].to(device))
                     if states.grad is not None:
                         gradient[span(rows)] = states.grad
                 check()
@@ -160,7 +160,7 @@ def _from_the_loss(model: Any, batch: Int[Tensor, "windows length"], scale: floa
     at_once = max(1, LOGITS // (count * model.config.vocab_size))
     if at_once >= length or "logits_to_keep" not in inspect.signature(model.forward).parameters:
         loss: Tensor = model(input_ids=batch, labels=labels, use_cache=False).loss
-        (loss * scale).backward()
+        inputs.back(loss * scale)
         return loss
     predicted = (labels[:, 1:] != IGNORED).sum()
     total = batch.new_zeros((), dtype=torch.float32)
@@ -168,7 +168,7 @@ def _from_the_loss(model: Any, batch: Int[Tensor, "windows length"], scale: floa
         logits = model(input_ids=batch, use_cache=False, logits_to_keep=places).logits.float()
         targets = labels[:, places + 1].flatten()
         part = F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=IGNORED, reduction="sum") / predicted
-        (part * scale).backward()
+        inputs.back(part * scale)
         total += part.detach()
     return total
 

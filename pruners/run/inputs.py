@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -69,6 +70,24 @@ def whole_products() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def back(outcome: Tensor, gradient: Tensor | None = None) -> None:
+    """`outcome.backward(gradient)` with the same bits every time: on a GPU attention's gradients are added up in
+    whatever order they come, unless it is told otherwise."""
+    if outcome.device.type != "cuda":
+        outcome.backward(gradient)
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without which torch refuses
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    memory: Any = torch.utils.deterministic
+    fills, memory.fill_uninitialized_memory = memory.fill_uninitialized_memory, False
+    torch.use_deterministic_algorithms(True)
+    try:
+        outcome.backward(gradient)
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        memory.fill_uninitialized_memory = fills
 
 
 def language_model(model: Any, reads_weights: bool = True) -> PreTrainedModel:
