@@ -108,7 +108,8 @@ class Moments(Statistic):
 class Hessian(Statistic):
     """H = 2/N sum_t x_t x_t^T over all calibration tokens of N windows, in float32 (SparseGPT, eq. 1).
 
-    On CUDA inputs of 16 bits stay so: their products are exact in float32, in which the tensor cores add them up.
+    On CUDA inputs of 16 bits stay so: their products are exact in float32, in which tensor cores add up a window's and
+    round towards zero, so that all of H is smaller by about 1e-5, a factor that changes nothing.
     """
 
     def __init__(self, width: int, device: torch.device) -> None:
