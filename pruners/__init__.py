@@ -125,8 +125,9 @@ def prune(
     are the same.  Unstructured methods zero single weights either way.
 
     `windows` are calibration tokens [count, length] (None for methods that need none); `statistics` what `gather`
-    returned for them, computed here if absent; `batch_size` windows go through a block at once and change no result;
-    `device` holds one block at a time (None: where the model is); `progress(done, total)` is called per block.
+    returned for them, computed here if absent; `batch_size` windows (on a GPU more short ones) go through a block at
+    once and change no result; `device` holds one block at a time (None: where the model is); `progress(done, total)` is
+    called per block.
     Backward passes work in batches of their own.
     `reconstruct`, a retrain.Reconstruction, trains every block after it was pruned to give the dense block's outputs;
     finished blocks are kept in `folder`, if given, and an interrupted run resumes from there.  Without it `keeper`

@@ -87,8 +87,9 @@ NOTHING = Keeper()
 class Execution:
     """How a method does its work; none of it but `cut` and a rebuilding `keeper` changes what comes out.
 
-    `batch_size` windows go through a block at once.  `progress(done, total)` is called per block.  `keeper` is for
-    unstructured methods that read inputs.  `cut` is whether structured methods take units out or zero them.
+    `batch_size` windows go through a block at once, on a GPU more where they are short.  `progress(done, total)` is
+    called per block.  `keeper` is for unstructured methods that read inputs.  `cut` is whether structured methods take
+    units out or zero them.
     Raises TypeError or ValueError for invalid values.
     """
 

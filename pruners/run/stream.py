@@ -17,6 +17,7 @@ from pruners.run.ranks import Ranks
 from pruners.run.statistic import Statistic
 from pruners.weights import homes, memory
 
+FULL = 2048  # tokens of a window, as most papers have
 WITHIN = 4  # times a block's widest states are alive at once
 Arguments = dict[str, Any]  # of one block, by name, without its hidden states
 ALONE = Ranks()
@@ -36,7 +37,10 @@ class Stream:
 
     def __init__(self, model: Any, windows: Tensor, batch_size: int, also: int = 0, together: Ranks = ALONE) -> None:
         """`also` is another number of windows that will run together."""
-        self.batch_size = min(batch_size, len(windows), *together.each(lambda: _fitting(model, windows)))
+        fitting = min(together.each(lambda: _fitting(model, windows)))
+        if model.device.type == "cuda":
+            batch_size = max(batch_size, min(filled(batch_size, windows.shape[1]), fitting // 4))
+        self.batch_size = min(batch_size, len(windows), fitting)
         self.together = together
         whole = torch.arange(len(windows)).split(self.batch_size)
         self.sizes = [len(batch) for batch in whole]  # of every rank's batches, in order
@@ -197,6 +201,11 @@ class _Shared:
         """The other ranks' last batches, where this one has one less."""
         while self.rounds * self.together.count < len(self.sizes) and self.together.count > 1:
             self.batch_done()
+
+
+def filled(batch_size: int, length: int) -> int:
+    """More windows where they are short: as many tokens as that many windows of `FULL` have, to keep a GPU busy."""
+    return batch_size * max(1, FULL // length)
 
 
 def span(rows: Int[Tensor, " windows"]) -> slice | Tensor:
