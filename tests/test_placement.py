@@ -278,7 +278,7 @@ def test_estimates_of_training_count_the_largest_stage():
     """As it was measured by tests/bench_memory.py: what is counted together is there together."""
     shape, recovery = shapes.shape_of("llama-7b"), small.retrained().runs()[0].recovery
     run = replace(RUN, recovery=replace(recovery, batch_size=2), measures=())
-    recomputed, kept = (needs.stages.of(run, "device", 8, 1, recomputes=which)[-2] for which in (True, False))
+    recomputed, kept = (needs.stages.of(run, "device", 8, 1, on_gpu=which)[-2] for which in (True, False))
     inputs = 2 * shape.width * 2 * small.WINDOWS.length * shape.blocks
     assert kept["activations"] > shape.blocks / 2 * (recomputed["activations"] - inputs)
     whole = replace(run, recovery=replace(recovery, trainable=Trainable.full()))

@@ -28,7 +28,7 @@ def cpu_bytes(run: Run, home: str = "device", batch: int = BATCH) -> stages.Item
 
     Weights whose `home` is host are used where they lie.  Training keeps the activations of all blocks.
     """
-    found = stages.of(run, home, batch, 1, recomputes=False)
+    found = stages.of(run, home, batch, 1, on_gpu=False)
     if home == "host":
         found = [{**items, "weights": 1e9 * weights_gb(run)} for items in found]
     return max(found, key=lambda items: sum(items.values()))

@@ -37,7 +37,8 @@ Items = dict[str, float]
 class Cell:
     """A run with the sizes that its memory goes by: `size` bytes a weight, `batch` windows at once.
 
-    `home` of the weights is device, host or disk.  `recomputes`: in training backward makes a block's activations anew.
+    `home` of the weights is device, host or disk.  `on_gpu`: in training backward makes a block's activations anew, and
+    inputs are looked at as they are read.
     """
 
     run: Run
@@ -46,15 +47,15 @@ class Cell:
     home: str
     batch: int
     cards: int
-    recomputes: bool
+    on_gpu: bool
 
     @property
     def away(self) -> bool:
         return self.home != "device"
 
 
-def of(run: Run, home: str, batch: int, cards: int, recomputes: bool = True) -> list[Items]:
-    cell = Cell(run, shape_of(run.model), BYTES.get(run.dtype, 2), home, batch, cards, recomputes)
+def of(run: Run, home: str, batch: int, cards: int, on_gpu: bool = True) -> list[Items]:
+    cell = Cell(run, shape_of(run.model), BYTES.get(run.dtype, 2), home, batch, cards, on_gpu)
     stages = [*_measured(cell), *_pruning(cell)]
     if isinstance(run.recovery, Reconstruction) and run.windows:
         stages += _rebuilding(cell, run.recovery)
@@ -120,7 +121,7 @@ def _pruning(cell: Cell) -> list[Items]:
         stages += _arrival(cell, rows)
         hidden = size * shape.width * (min(tokens, HELD_TOKENS) if cell.away else tokens)
         stage["weights"] = _weights(cell, shape.embedded)
-        stage["activations"] = hidden + _inside(cell, rows, seen=True)
+        stage["activations"] = hidden + _inside(cell, rows, seen=not cell.on_gpu)
         if name == "SparseGPT":
             stage["statistics"], stage[HOME] = _hessians(cell)
     return [*stages, stage]
@@ -214,7 +215,7 @@ def _logits(cell: Cell, tokens: int) -> float:
 def _inside(cell: Cell, tokens: int, seen: bool = False) -> float:
     """What so many tokens take within a block: hidden states and the MLP's channels, or the heads' queries and keys.
 
-    `seen`: the channels are looked at, in float32, as they reach the last matrix.
+    `seen`: the channels are looked at, in float32, as they reach the last matrix; a GPU does so as it reads them.
     """
     shape, size = cell.shape, cell.size
     channels = max(3 * size, size + (4 if size == 4 else 8) * seen)
@@ -276,7 +277,7 @@ def _passes(cell: Cell, recovery: Retraining, block: float) -> tuple[float, floa
     if cell.away:
         whole = size * shape.width * each
         return 3 * whole + max(block, logits), float(whole * shape.blocks)
-    if not cell.recomputes:
+    if not cell.on_gpu:
         graph = _graph(cell, tokens, recovery.trainable)
         return (shape.blocks - 1) * graph + max(block, graph + logits), 0.0
     return size * shape.width * tokens * shape.blocks + max(block, logits), 0.0
