@@ -249,7 +249,7 @@ def _frame(asked: argparse.Namespace) -> None:
     from analysis import tidy
 
     if asked.out is not None:
-        tidy.refuse_ending(asked.out)
+        tidy.refuse_place(asked.out)
     cli.refuse_absent(asked.data_dir)
     made = tidy.frame(*asked.results, data_dir=asked.data_dir)
     if asked.out is None:

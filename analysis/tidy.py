@@ -43,16 +43,17 @@ def frame(*results: Path | str, data_dir: Path | None = None) -> pd.DataFrame:
 
 
 def write(made: pd.DataFrame, path: Path) -> Path:
-    """As CSV or Parquet, by the name's ending; UsageError for another one."""
-    refuse_ending(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """As CSV or Parquet, by the name's ending; UsageError for another one and for a folder that is not there."""
+    refuse_place(path)
     getattr(made, WRITERS[path.suffix])(path, index=False)
     return path
 
 
-def refuse_ending(path: Path) -> None:
+def refuse_place(path: Path) -> None:
     if path.suffix not in WRITERS:
         raise UsageError(f"{path} ends in {path.suffix or 'nothing'}; a table is written as {' or '.join(WRITERS)}.")
+    if not path.parent.is_dir():
+        raise UsageError(f"{path} would lie in {path.parent}, which is no folder; make it, or correct the path.")
 
 
 def _folder(root: Path, data_dir: Path | None) -> Iterator[dict[str, Any]]:

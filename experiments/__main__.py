@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -130,18 +131,30 @@ def _list(asked: argparse.Namespace) -> int:
 
 
 def _show(asked: argparse.Namespace) -> int:
-    told = [_shown(one, chosen) for one, chosen in selection.chosen(asked)]
+    told, counts = [], Counter[str]()
+    distinct: set[str] = set()
+    for one, chosen in selection.chosen(asked):
+        states = _states(one, chosen)
+        told.append(_shown(one, states))
+        counts.update(states.values())
+        distinct |= {cell.id for cell in chosen}
+    if len(told) > 1:
+        stand = ", ".join(f"{count:,} {state}" for state, count in counts.most_common())
+        told.append(f"{len(told)} tables, {counts.total():,} cells ({len(distinct):,} distinct): {stand}.")
     print("\n\n".join(told))
     return 0
 
 
-def _shown(asked: argparse.Namespace, chosen: Sequence[Cell]) -> str:
+def _states(asked: argparse.Namespace, chosen: Sequence[Cell]) -> dict[Cell, str]:
+    done, failed = records.load(asked.results, asked.table), records.load_failures(asked.results, asked.table)
+    return {cell: _state(cell, done.get(cell.id), cell.id in failed, asked.data_dir) for cell in chosen}
+
+
+def _shown(asked: argparse.Namespace, states: Mapping[Cell, str]) -> str:
     """One table's cells."""
     from experiments.placement import needs, several
 
-    done, failed = records.load(asked.results, asked.table), records.load_failures(asked.results, asked.table)
-    states = {cell: _state(cell, done.get(cell.id), cell.id in failed, asked.data_dir) for cell in chosen}
-    rows = []
+    rows, chosen = [], list(states)
     for cell in chosen:
         cards = several.fewest(cell.run, asked.card, asked.cards)
         home, gigabytes = needs.home_on(cell.run, asked.card, cards)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import wrapt
 
-from pruners import apply
+from pruners import anatomy, apply
 from pruners.calibrate import NOTHING, Execution, Keeper, Progress
 from pruners.flap import Flap
 from pruners.gblm import GBLM, Gradient
@@ -66,6 +66,7 @@ __all__ = [
     "Wanda",
     "WandaSP",
     "chatglm",
+    "check",
     "checkpoint",
     "gather",
     "method",
@@ -174,6 +175,13 @@ def _timed(
     return report
 
 
+def check(model: PreTrainedModel, method: Any) -> None:
+    """TypeError or ValueError, as of `prune`, for a method that does not work on a model of this family and these
+    widths, whose weights may be on the meta device."""
+    check_method(method)
+    _check_family(inputs.language_model(model, reads_weights=False), method)
+
+
 def check_method(method: Any) -> None:
     """TypeError for anything that is not a method."""
     if isinstance(method, Structured | Unstructured):
@@ -185,9 +193,12 @@ def check_method(method: Any) -> None:
 
 
 def _check_family(model: PreTrainedModel, method: Any) -> None:
-    """ValueError or TypeError for a structured method on a model that no units can be cut out of."""
+    """ValueError or TypeError for a structured method on a model that no units can be cut out of, and for a pattern
+    that does not divide the width of a matrix."""
     if isinstance(method, Structured):
         apply.check(model)
+    else:
+        method.check_widths(anatomy.blocks(model))
 
 
 def _calibration(model: PreTrainedModel, method: Any, windows: Any, needed: bool) -> Any:

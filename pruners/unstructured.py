@@ -90,7 +90,6 @@ class Unstructured(Method):
         report = Report(repr(self), self.asked)
         started = time.perf_counter()
         blocks = anatomy.blocks(model)
-        self._check_widths(blocks)
         disk = homes.on_disk(model)
         for block in () if disk else blocks:  # from a disk each weight is read once, and nothing has changed there
             with homes.held(block.module):
@@ -134,7 +133,8 @@ class Unstructured(Method):
             return _one_by_one(model, finished)
         return calibrate.walk(model, windows, self.NEEDS, how, keeper=how.keeper, finished=finished)
 
-    def _check_widths(self, blocks: list[Block]) -> None:
+    def check_widths(self, blocks: list[Block]) -> None:
+        """ValueError for a matrix whose rows the pattern does not divide."""
         if self.pattern is None:
             return
         pattern = Pattern.parse(self.pattern)

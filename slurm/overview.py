@@ -47,6 +47,8 @@ def show(asked: argparse.Namespace) -> int:
     else:
         found, jobs = look(asked)
         print(text(found, jobs, detail=bool(asked.sources)))
+        if not asked.sources and (others := len(papers.TABLES.keys() - {one.table for one in found})) and found:
+            print(f"\n{others} other tables have no record, no failure and no job.")
     lost = any(one.counts["failed"] + one.counts["cancelled"] for one in found)
     return cli.EXIT_FAILED if lost or any(job.died for job in _collectors(jobs)) else 0
 

@@ -78,6 +78,15 @@ def test_show_tells_done_failed_and_missing_apart(tiny, tmp_path, capsys, monkey
     assert "1 of 2 cells are done" in summary
 
 
+def test_several_tables_end_with_what_they_count_together(capsys, tmp_path):
+    words = ["flap.bias_compensation", "flap.calibration_size", "--results", str(tmp_path), "--data-dir", str(tmp_path)]
+    assert main(["show", *words]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "2 tables, 18 cells (15 distinct): 18 missing."
+    assert main(["show", *words[1:]]) == 0
+    assert "distinct" not in capsys.readouterr().out
+
+
 def test_show_tells_what_a_paper_table_costs_and_lacks(capsys, tmp_path):
     assert main(["show", "gblm.alpha", "--results", str(tmp_path), "--data-dir", str(tmp_path)]) == 0
     shown = capsys.readouterr().out

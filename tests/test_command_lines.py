@@ -62,6 +62,7 @@ CASES = [
     ("slurm logs ''", f"argument CELL: {EMPTY}"),
     ("slurm logs nobody", "No job was ever submitted with a cell 'nobody'"),
     ("slurm status embeded.demo", "Did you mean embedded.demo"),
+    ("slurm status zzz", "Unknown table 'zzz'. None of the 7"),
     ("slurm cancel embeded.demo", "Did you mean embedded.demo"),
     ("slurm submit embeded.demo", "Did you mean embedded.demo"),
     (f"experiments show {TABLE} --tasks wanda piqa", "wanda of wanda, piqa is a task set with"),
@@ -92,6 +93,7 @@ CASES = [
     ("analysis compare embedded.flap --baseline nobody", "Unknown baseline 'nobody'"),
     (f"analysis table {TABLE} --results /nowhere", "/nowhere is not a folder"),
     ("analysis frame --out x.xls", "x.xls ends in .xls"),
+    ("analysis frame --out reslts/all.csv", "reslts/all.csv would lie in reslts, which is no folder"),
     ("analysis frame --out ''", f"argument --out: {EMPTY}"),
     ("analysis claims --results ''", f"argument --results: {EMPTY}"),
 ]

@@ -254,6 +254,27 @@ def test_the_defaults_are_the_papers():
     assert defaults.hyperparameters("llm_pruner", "opt-125m")["mlp_blocks"] == (4, 10)
 
 
+@needs_model
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [("wanda --pattern 2:7", "2:7 needs rows of a multiple of 7 weights"), ("gblm --pattern 5:9", "a multiple of 9")],
+)
+def test_a_pattern_that_divides_no_width_is_refused_before_anything_is_measured(where, tmp_path, capsys, method, said):
+    assert prune(f"--method {method} {SHORT}", where) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
+
+
+@needs_model
+def test_a_cell_whose_pattern_divides_no_width_costs_no_dense_measure(where, tmp_path, capsys, monkeypatch):
+    measured: list[object] = []
+    monkeypatch.setattr("experiments.run.pass_dense_gate", measured.append)
+    words = ["--methods", "magnitude", "--settings", "2:7", *shlex.split(SHORT)]
+    assert main(["compare", str(small.MODEL), *words, *where]) == 1
+    assert "magnitude 2:7: failed: 2:7 needs rows" in capsys.readouterr().err.lower()
+    assert len(measured) == 1  # the dense model's own cell
+
+
 def test_an_unknown_option_is_never_passed_over():
     with pytest.raises(UsageError, match=r"Unknown option of a or b '--sparsty'\. Did you mean --sparsity"):
         options.refuse(["--sparsty", "1"], {"a": ["sparsity"], "b": ["steps"]})

@@ -182,6 +182,15 @@ def test_status_calls_cells_and_models_as_other_commands_do(tmp_path, capsys):
     assert ["FLAP", "(formula)", "20", "%", "6241048aab", "llama-30b", "missing"] in lines
 
 
+def test_the_overview_says_how_many_tables_it_leaves_out(tiny, tmp_path, capsys):
+    main(["submit", *tiny, "--executor", "debug", "--method", "dense"])
+    capsys.readouterr()
+    main(["status", *tiny[1:3]])
+    assert f"{len(papers.TABLES) - 1} other tables have no record, no failure and no job." in capsys.readouterr().out
+    assert status(tiny) == 0
+    assert "other tables" not in capsys.readouterr().out
+
+
 def test_what_was_sent_on_other_models_is_told_apart(tiny, tmp_path, monkeypatch, capsys):
     name = shutil.copytree(small.MODEL, tmp_path / "another").name
     for model in (str(small.MODEL), str(tmp_path / name)):

@@ -108,6 +108,14 @@ def _check_shape(model: Model, found: folders.Shape, folder: Path) -> None:
             )
 
 
+def without_weights(name: str | Path) -> Any:
+    """The model on the meta device; ValueError where its configuration cannot be had."""
+    found = find(name)
+    if found.package or found.folder:
+        return folders.without_weights(found.folder or converted(str(found.package)))
+    return folders.without_weights(hub.configuration(str(found.hub), commit(name) or MAIN))
+
+
 def positions(name: str | Path) -> int:
     """The context length of a model in tokens; UsageError where its folder does not tell."""
     model = find(name)

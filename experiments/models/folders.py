@@ -65,29 +65,34 @@ def _tokenizer_bytes(folder: Path) -> bytes:
 @lru_cache(maxsize=64)
 def _shape(folder: Path, config: bytes, tokenizer: bytes) -> Shape:
     """Cached by what was read, as a folder may be written over."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     told = _object(folder, config)
     positions = _positions(folder, told, tokenizer)
     _check_dtype(folder, told)
     _check_architecture(folder, told)
+    empty = without_weights(folder)
+    text = empty.config.get_text_config()
+    if text.num_hidden_layers < 1:
+        raise ValueError(
+            f"The config.json of {folder} describes a model without decoder blocks; there is nothing to prune."
+        )
+    marks = bool(getattr(empty.config, "text_prefix", ()))
+    return Shape(text.num_hidden_layers, text.num_attention_heads, positions, empty.num_parameters(), marks)
+
+
+def without_weights(folder: Path) -> Any:
+    """The model that the folder's config.json describes, on the meta device; ValueError where it describes none."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     try:
         known = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(known, trust_remote_code=False)
+            return AutoModelForCausalLM.from_config(known, trust_remote_code=False)
     except Exception as error:  # whatever transformers or huggingface_hub raise over a configuration
         raise ValueError(
             f"The config.json of {folder} does not describe a language model that transformers can build: "
             f"{reason(error)}."
         ) from error
-    text = known.get_text_config()
-    if text.num_hidden_layers < 1:
-        raise ValueError(
-            f"The config.json of {folder} describes a model without decoder blocks; there is nothing to prune."
-        )
-    marks = bool(getattr(known, "text_prefix", ()))
-    return Shape(text.num_hidden_layers, text.num_attention_heads, positions, empty.num_parameters(), marks)
 
 
 def _object(folder: Path, config: bytes) -> dict[str, Any]:

@@ -62,6 +62,7 @@ def run(asked: argparse.Namespace) -> int:
     runs = declared(asked)
     found = cells.cells(runs)
     _refuse_lacking(runs, asked.data_dir)
+    _refuse_unfit(runs[-1])
     if asked.save:
         _refuse_unkept(runs[-1], asked.save)
     for line in _choices(runs[-1]):
@@ -173,6 +174,15 @@ def _refuse_lacking(runs: Sequence[Run], data_dir: Path | None) -> None:
             "machine with network access, or name a folder that has it (--data-dir for texts; "
             "CONTRIBUTING.md says under which names)."
         )
+
+
+def _refuse_unfit(run: Run) -> None:
+    """UsageError, before the dense model is measured, for a method that does not work on a model of this shape."""
+    empty = models.without_weights(run.model)
+    try:
+        pruners.check(empty, run.method)
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from error
 
 
 def _refuse_unkept(run: Run, folder: Path) -> None:

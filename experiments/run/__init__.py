@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pruners
 from eval import int8
 from experiments import cells, placement, provenance, rates, resume
 from experiments.data import corpora
@@ -41,6 +42,8 @@ def execute(run: Run, table: str, settings: Settings, board: Board | None = None
     if folder:
         together.first(lambda: saved.check(run, folder))
     before = session.before
+    if run.method is not None:
+        pruners.check(session.subject.model, run.method)  # before anything is measured
     passed = {key: before.passed[key] for key in gated(run)} if before else pass_dense_gate(session)
     said = {what: made.said(what, session.subject) for what in run.measures if isinstance(what, DenseAnswers)}
     grid = rates.grid(run)
