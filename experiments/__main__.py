@@ -125,7 +125,7 @@ def _list(asked: argparse.Namespace) -> int:
         print(f"\n{kind}: {', '.join(names)}")
     print(
         "Wherever a model's name is expected, a local model folder works as well; NAME=FOLDER says which "
-        "catalogue model it holds."
+        "catalogue model it holds, and BASE+DELTA adds a difference to a model."
     )
     return 0
 

@@ -154,13 +154,14 @@ def _short(run: Run, data_dir: Path | None) -> Iterator[str]:
 
 
 def _model(name: str) -> Iterator[str]:
-    found = models.find(name)
-    if found.hub and (absent := hub.absent(found.hub, found.revision or models.MAIN)):
-        size = f", {2e-9 * found.parameters:.0f} GB" if found.parameters else ""
-        part = f", without its {' and '.join(absent)}" if len(absent) < len(hub.PARTS) else ""
-        yield f"{name} ({found.hub}{size}{part})"
-    if found.package and not _installed(found.package):
-        yield f"{name} (package {found.package})"
+    for found in models.halves(models.find(name)):
+        called = name if name.partition("=")[0] == found.name else found.name
+        if found.hub and (absent := models.absent(found)):
+            size = f", {2e-9 * found.parameters:.0f} GB" if found.parameters else ""
+            part = f", without its {' and '.join(absent)}" if len(absent) < len(hub.PARTS) else ""
+            yield f"{called} ({found.hub}{size}{part})"
+        if found.package and not _installed(found.package):
+            yield f"{called} (package {found.package})"
 
 
 def _corpus(name: str, folder: Path | None) -> Iterator[str]:

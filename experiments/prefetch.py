@@ -44,13 +44,12 @@ def _fetched(name: str, fetch: Callable[[str], bool], say: Callable[[str], None]
 
 def _model(name: str) -> bool:
     """Whether there was something to download."""
-    found = models.find(name)
-    if not found.hub or not hub.absent(found.hub, found.revision or models.MAIN):
-        return False
-    if not hub.reachable():
+    lacking = [half for half in models.halves(models.find(name)) if models.absent(half)]
+    if lacking and not hub.reachable():
         raise OSError("the Hub does not answer, or HF_HUB_OFFLINE is set")
-    hub.fetch(found.hub, found.revision or models.MAIN)
-    return True
+    for half in lacking:
+        hub.fetch(str(half.hub), half.revision or models.MAIN, pickled=bool(half.base))
+    return bool(lacking)
 
 
 def _corpus(name: str) -> bool:

@@ -116,6 +116,7 @@ def test_a_package_that_forgets_a_module_would_be_noticed(tree):
         "kernels.__init__",
         "run.__init__",
         "weights.__init__",
+        "weights.deltas",
         "weights.opening",
         "weights.sweep",
     )

@@ -9,12 +9,11 @@ Row = dict[str, Any]
 
 def caveat(paper: str, table: str, row: Row) -> str:
     """Empty where the cell can be compared."""
-    method, metric, model, source = row["method"], row["metric"], row["model"], row["source"]
+    method, metric, source = row["method"], row["metric"], row["source"]
     reasons = {
         "FLAP copied it from LLM-Pruner's paper": "quoted" in method,
         "LLM-Pruner copied it from LLaMA's paper, which prompts otherwise": "numbers of the LLaMA paper" in method,
         "superseded: of the first arXiv version": "superseded" in row["table"],
-        "the paper pruned Vicuna v0, this catalogue holds v1.3": model.startswith("Vicuna"),
         "the paper states neither ratio nor importance": paper == "llm_pruner" and table == "table 7",
         "it equals neither tuned row of table 16": paper == "llm_pruner"
         and table == "table 8"

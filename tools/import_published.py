@@ -139,6 +139,7 @@ def _table(text: str) -> str:
 def _model(text: str) -> str:
     name = re.sub(r" \((?:presumed|lmsys/vicuna-7b-delta-v0)\)$", "", text).lower().replace("llama-1-", "llama-")
     name = re.sub(r"^llama-3b by llm-pruner.*", "llama-7b", name)  # what it was pruned from
+    name = re.sub(r"^vicuna-7b$", "vicuna-7b-v0", name)  # the catalogue's vicuna-7b is v1.3
     name = re.sub(r"^stablelm-3b \((.*)\), alpaca-tuned$", r"\1", name)
     return name.replace("tinyllama_v1.1", "tinyllama-1.1b").replace("llama-7b / vicuna-7b", "llama-7b")
 

@@ -43,12 +43,12 @@ PERP_RECONSTRUCTION = (Place("perp.reconstruction", OPT, AT_2048),)
 PERP_SHARES = (Place("", OPT, "", "trainable_share", "perp: derived check of the trainable share"),)
 PRUNER_PPL = tuple(
     Place(f"llm_pruner.{name}", (model,), key)
-    for name, model in (("llama_7b", "llama-7b"), ("llama_13b", "llama-13b"), ("vicuna_7b", "vicuna-7b"))
+    for name, model in (("llama_7b", "llama-7b"), ("llama_13b", "llama-13b"), ("vicuna_7b", "vicuna-7b-v0"))
     for key in (AT_128, "ptb/validation@128")
 )
 PRUNER_MEAN = tuple(
     Place(f"llm_pruner.{name}", (model,), "mean.llm_pruner@0shot", "score")
-    for name, model in (("llama_7b", "llama-7b"), ("llama_13b", "llama-13b"), ("vicuna_7b", "vicuna-7b"))
+    for name, model in (("llama_7b", "llama-7b"), ("llama_13b", "llama-13b"), ("vicuna_7b", "vicuna-7b-v0"))
 )
 ELEMENT1, ELEMENT2 = "Element^1 (Block)", "Element^2 (Block)"
 GBLM = "GBLM-Pruner (l1)"

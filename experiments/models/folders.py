@@ -45,6 +45,11 @@ def dtype(folder: Path) -> str:
     return found if found in DTYPES[:3] else DTYPES[0]
 
 
+def vocabulary(folder: Path) -> int:
+    """How many tokens the model has rows for."""
+    return int(without_weights(folder).config.get_text_config().vocab_size)
+
+
 def _bytes(path: Path) -> bytes:
     try:
         if not path.is_file():  # a pipe would be waited for

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -21,6 +22,7 @@ TIMEOUT_S = 10
 CONVERSION = "Adding `safetensors` variant of this model"  # the title of the Hub's own conversions
 CONVERTER = "SFconvertbot"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")  # for differences to another model alone
 TOKENIZER = (
     "tokenizer*",
     "*.model",
@@ -92,35 +94,47 @@ def is_cached(repository: str, file: str, revision: str | None, kind: str = "mod
     return isinstance(try_to_load_from_cache(repository, file, revision=revision, repo_type=kind), str)
 
 
-def downloaded(repository: str, revision: str) -> Path:
+def downloaded(repository: str, revision: str, pickled: bool = False) -> Path:
     """The folder of that commit, with its configuration and its safetensors weights, fetched where they are not here.
 
-    Raises OSError where the Hub refuses.
+    `pickled` takes those of torch.save where it has no others.  Raises OSError where the Hub refuses.
     """
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import EntryNotFoundError
 
-    try:
-        files = [WEIGHTS[1], *_shards(Path(hf_hub_download(repository, WEIGHTS[1], revision=revision)))]
-    except EntryNotFoundError:
-        files = [WEIGHTS[0]]
+    files = [single for single, _ in _kinds(pickled)]
+    for _, index in _kinds(pickled):
+        with suppress(EntryNotFoundError):
+            files = [index, *_shards(Path(hf_hub_download(repository, index, revision=revision)))]
+            break
     wanted = ["config.json", "generation_config.json", *files]
     return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
 
 
-def absent(repository: str, revision: str) -> list[str]:
+def _kinds(pickled: bool) -> list[tuple[str, str]]:
+    return [WEIGHTS, PICKLED] if pickled else [WEIGHTS]
+
+
+def absent(repository: str, revision: str, pickled: bool = False) -> list[str]:
     """Which of a model's PARTS were not downloaded, or not whole, at a commit that is known without the Hub."""
     commit = revision if COMMIT.fullmatch(revision) else _downloaded_weights(repository, revision)
+    if commit is None and pickled:
+        commit = _downloaded("model", repository, revision)
     place = _place("model", repository) / "snapshots" / str(commit)
     there = {
         "configuration": (place / "config.json").is_file(),
         "tokenizer": any(path.is_file() for pattern in TOKENIZER[:3] for path in place.glob(pattern)),
-        "weights": _has_weights(place) and all((place / file).is_file() for file in _shards(place / WEIGHTS[1])),
+        "weights": any(_is_whole(place, *kind) for kind in _kinds(pickled)),
     }
     return [part for part in PARTS if not there[part]]
 
 
-def fetch(repository: str, revision: str) -> None:
+def _is_whole(place: Path, single: str, index: str) -> bool:
+    there = (place / single).is_file() or (place / index).is_file()
+    return there and all((place / file).is_file() for file in _shards(place / index))
+
+
+def fetch(repository: str, revision: str, pickled: bool = False) -> None:
     """Download a model's parts by the name of the revision, or of the Hub's conversion of it, which then stand for
     their commit without the Hub.
 
@@ -130,9 +144,9 @@ def fetch(repository: str, revision: str) -> None:
 
     asked = None if COMMIT.fullmatch(revision) else _asked_weights(repository, revision)
     name = asked[0] if asked else revision
-    downloaded(repository, name)
+    downloaded(repository, name, pickled)
     snapshot_download(repository, revision=name, allow_patterns=list(TOKENIZER))
-    if lacking := absent(repository, revision):
+    if lacking := absent(repository, revision, pickled):
         raise OSError(f"it has no readable {' and no '.join(lacking)}")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 class Model:
     """One model: where it comes from and what is known of it.
 
+    With a `base`, the name of another model, the weights are a difference that is added to that one's.
     `revision` is the Hub commit; None stands for `main`, whose commit `models.commit` tells.
     `parameters` is counted on the meta device from the public
     configuration, tied weights once; `blocks` are its decoder blocks, `heads` the query heads of each, `positions` the
@@ -33,3 +34,4 @@ class Model:
     blocks: int | None = None
     heads: int | None = None
     marks: bool = False
+    base: str | None = None

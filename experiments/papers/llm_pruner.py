@@ -84,12 +84,15 @@ def label(run: Run) -> tuple[str, str]:
 NAMES = {how["importance"]: name for name, how in METHODS.items() if "importance" in how}
 
 
-def _whole(name: str, title: str, column: tuple[str, float], published: str, tuned: tuple[str, ...]) -> Table:
+def _whole(
+    name: str, title: str, column: tuple[str, float], published: str, tuned: tuple[str, ...], beside: str | None = None
+) -> Table:
+    """`beside` is a second model at the same share, of which the paper prints nothing."""
     return Table(
         name=f"llm_pruner.{name}",
         title=title,
         rows=("Dense", *METHODS, *(name + TUNED for name in tuned)),
-        columns=(column,),
+        columns=(column, *([(beside, column[1])] if beside else [])),
         run=pruned,
         published=f"llm_pruner: {published}",
         label=label,
@@ -102,12 +105,19 @@ llama_13b = _whole(
     "llama_13b", "LLaMA-13B at 20 % (table 2)", ("llama-13b", 0.2), "table 2",
     ("L2", "Random", "Channel", "Element^1 (Block)"),
 )  # fmt: skip
-vicuna_7b = _whole("vicuna_7b", "Vicuna-7B at 20 % (table 4)", ("vicuna-7b", 0.2), "table 4", BLOCK)
+vicuna_7b = _whole(
+    "vicuna_7b", "Vicuna-7B v0, and v1.3, at 20 % (table 4)", ("vicuna-7b-v0", 0.2), "table 4", BLOCK, "vicuna-7b"
+)
 llama_7b_half = _whole(
     "llama_7b_half", "LLaMA-7B at 50 % (table 16)", ("llama-7b", 0.5), "table 16", ("Channel", *BLOCK)
 )
 vicuna_7b_half = _whole(
-    "vicuna_7b_half", "Vicuna-7B at 50 % (table 17)", ("vicuna-7b", 0.5), "table 17", ("Channel", *BLOCK)
+    "vicuna_7b_half",
+    "Vicuna-7B v0, and v1.3, at 50 % (table 17)",
+    ("vicuna-7b-v0", 0.5),
+    "table 17",
+    ("Channel", *BLOCK),
+    "vicuna-7b",
 )
 
 statistics = Table(
@@ -327,7 +337,7 @@ generation = Table(
     name="llm_pruner.generation",
     title="Generated text of pruned models (tables 11 and 18 to 21, whose texts are not compared)",
     rows=("Dense", "Element^1 (Block)", "Element^1 (Block)" + TUNED),
-    columns=tuple(product(("llama-7b", "vicuna-7b"), (0.2,))),
+    columns=tuple(product(("llama-7b", "vicuna-7b", "vicuna-7b-v0"), (0.2,))),
     run=partial(pruned, measures=(Generation(new_tokens=128),)),
     label=label,
 )

@@ -10,6 +10,7 @@ the files became which parameter is told by their storage.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from pruners.interface.checks import AnyPath, Folder
 from pruners.modeling_pruned import check_complete, check_shards, indexed
 from pruners.run import inputs
 from pruners.weights import homes, sources
-from pruners.weights.shards import Shards
+from pruners.weights.shards import Shards, Tensors
 
 
 @checks.arguments
@@ -43,23 +44,52 @@ def open_folder(
 
 
 def opened(
-    folder: Path, *, dtype: Any = "auto", device: Any = None, work: Path | None = None, mark: str = ""
+    folder: Path,
+    *,
+    dtype: Any = "auto",
+    device: Any = None,
+    work: Path | None = None,
+    mark: str = "",
+    shards: Tensors | None = None,
 ) -> tuple[Any, dict[str, Any]]:
-    """The same with what transformers tells of missing, unexpected and mismatched weights, which nobody has checked."""
+    """The same with what transformers tells of missing, unexpected and mismatched weights, which nobody has checked.
+
+    `shards` are the weights where they are not those in the folder's own files.
+    """
     described.check(folder)
     place = inputs.usable_device(device) or torch.device("cpu")
-    check_shards(folder)
-    shards = Shards(_files(folder))
+    if shards is None:
+        check_shards(folder)
+        shards = Shards(_files(folder))
+    model, info, names = _described(folder, shards, dtype, place)
+    _put(model, lambda _, old: homes.placeholder(old, place))
+    if info["missing_keys"] or info["mismatched_keys"]:
+        return model, info  # nobody may use it
+    homes.settle(model, sources.Disk(shards, names, work, mark), place)
+    return model.eval(), info
+
+
+def brought(folder: Path, shards: Tensors, *, dtype: Any = "auto", device: Any = None) -> tuple[Any, dict[str, Any]]:
+    """The model that the folder describes, of these weights, each brought to `device` (the CPU) before the next is
+    read; with what transformers tells, as of `opened`."""
+    described.check(folder)
+    place = inputs.usable_device(device) or torch.device("cpu")
+    model, info, names = _described(folder, shards, dtype, place)
+    if not info["missing_keys"] and not info["mismatched_keys"]:
+        _put(model, lambda name, old: shards[names[name]].to(place, old.dtype))
+    return model.eval(), info
+
+
+def _described(
+    folder: Path, shards: Tensors, dtype: Any, place: torch.device
+) -> tuple[Any, dict[str, Any], dict[str, str]]:
+    """As `_built`, with its buffers filled and its generation settings."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     model, info, names = _built(config, shards, dtype, folder)
     if (folder / "generation_config.json").is_file() and model.can_generate():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     _fill_buffers(model, shards, names, place)
-    _hollow(model, place)
-    if info["missing_keys"] or info["mismatched_keys"]:
-        return model, info  # nobody may use it
-    homes.settle(model, sources.Disk(shards, names, work, mark), place)
-    return model.eval(), info
+    return model, info, names
 
 
 def _files(folder: Path) -> list[Path]:
@@ -71,7 +101,7 @@ def _files(folder: Path) -> list[Path]:
     raise FileNotFoundError(f"{folder} has no weights as model.safetensors or as the files of an index of them.")
 
 
-def _built(config: Any, shards: Shards, dtype: Any, folder: Path) -> tuple[Any, dict[str, Any], dict[str, str]]:
+def _built(config: Any, shards: Tensors, dtype: Any, folder: Path) -> tuple[Any, dict[str, Any], dict[str, str]]:
     """The model on the meta device, and by parameter and buffer the tensor of the files that it is."""
     state = {name: shards.empty(name) for name in shards}
     kind = config.dtype if dtype == "auto" else dtype
@@ -108,7 +138,7 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _fill_buffers(model: Any, shards: Shards, names: dict[str, str], place: torch.device) -> None:
+def _fill_buffers(model: Any, shards: Tensors, names: dict[str, str], place: torch.device) -> None:
     """Buffers of the files from there; the others as the model computes them."""
     for path, module in model.named_modules():
         computed = []
@@ -125,12 +155,13 @@ def _fill_buffers(model: Any, shards: Shards, names: dict[str, str], place: torc
             model._init_weights(module)
 
 
-def _hollow(model: nn.Module, place: torch.device) -> None:
-    """A placeholder for every weight, the same for those that are tied."""
+def _put(model: nn.Module, value: Callable[[str, nn.Parameter], Tensor]) -> None:
+    """In the place of every weight on the meta device what `value` gives for it, the same for those that are tied."""
     made: dict[nn.Parameter, nn.Parameter] = {}
-    for module in model.modules():
+    for path, module in model.named_modules():
         for name, old in module._parameters.items():
             if old is not None and old.is_meta:
                 if old not in made:
-                    made[old] = nn.Parameter(homes.placeholder(old, place), requires_grad=old.requires_grad)
+                    new = value(f"{path}.{name}" if path else name, old)
+                    made[old] = nn.Parameter(new, requires_grad=old.requires_grad)
                 module._parameters[name] = made[old]

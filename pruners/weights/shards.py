@@ -8,13 +8,28 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors import SafetensorError, safe_open
 
 from pruners.lazy import Tensor, torch
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+class Tensors(Protocol):
+    """Tensors by name, on the CPU, read when they are requested; `empty` describes one, on the meta device, unread."""
+
+    @property
+    def bytes_read(self) -> int: ...
+
+    def __getitem__(self, name: str, /) -> Tensor: ...
+
+    def __iter__(self) -> Iterator[str]: ...
+
+    def __contains__(self, name: object, /) -> bool: ...
+
+    def empty(self, name: str) -> Tensor: ...
 
 
 class Shards(Mapping[str, Tensor]):

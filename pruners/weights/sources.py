@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pruners.lazy import Tensor, nn
 from pruners.weights import scratch, storage
-from pruners.weights.shards import Shards
+from pruners.weights.shards import Shards, Tensors
 
 TRIED = "tried"
 
@@ -74,7 +74,7 @@ class Disk(Source):
     kind = "disk"
 
     def __init__(
-        self, shards: Shards, names: Mapping[str, str], folder: Path | None = None, mark: str = "", otherwise: str = ""
+        self, shards: Tensors, names: Mapping[str, str], folder: Path | None = None, mark: str = "", otherwise: str = ""
     ) -> None:
         self.shards, self.names, self.mark = shards, dict(names), mark
         self.folder = scratch.folder_for(self) if folder is None else Path(folder)
