@@ -17,7 +17,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from pruners.lazy import Tensor, torch
-from pruners.modeling_pruned import check_shards, indexed
 from pruners.weights.shards import Shards, Tensors
 
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -29,6 +28,8 @@ def files(folder: Path) -> list[Path]:
 
     ValueError where there is neither, FileNotFoundError for one that an index names and that is not there.
     """
+    from pruners.modeling_pruned import check_shards, indexed  # which loads torch
+
     check_shards(folder)
     named = [folder / name for name in indexed(folder)]
     if named and all(path.is_file() for path in named):
