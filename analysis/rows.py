@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from experiments import cli, models, papers
 from experiments.labels import full, labels, seed
-from experiments.models.catalogue import CATALOGUE, split
+from experiments.models.catalogue import CATALOGUE, halves, split
 from experiments.models.fingerprint import fingerprint
 from experiments.spec import Run, Table
 from experiments.store import code, found, records
@@ -189,6 +190,10 @@ def _newest(stored: list[Any], run: Run) -> Any:
     if folder and Path(folder).expanduser().is_dir():
         here = fingerprint(Path(folder).expanduser())
         stored = [item for item in stored if _print(item) == here]
+    elif folder and halves(folder):
+        with suppress(ValueError):  # folders that are gone tell no weights apart
+            whose = models.identity(run.model).items()
+            stored = [item for item in stored if whose <= item.spec["model"].items()]
     elif known and not folder:  # the catalogue's own go before folders that are said to be that model
         stored = [item for item in stored if _print(item) is None] or stored
     prints = {_print(item) for item in stored}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,14 +15,15 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import pruners
-from experiments import cells, estimate, models
+from analysis import rows
+from experiments import cells, estimate, models, papers
 from experiments.__main__ import main
 from experiments.batch import run_table
 from experiments.models import catalogue, hub
 from experiments.models.catalogue import CATALOGUE, Model
 from experiments.settings import Settings
 from experiments.spec import Run
-from experiments.store import records
+from experiments.store import keys, records
 from pruners.weights import homes
 
 pytestmark = pytest.mark.skipif(not small.MODEL.is_dir(), reason=f"{small.MODEL} is absent")
@@ -208,6 +210,28 @@ def test_a_cell_of_a_pair_is_that_of_the_sum(base, delta, tmp_path, home):
     assert len({record.measures[small.PPL.key]["perplexity"] for record in made}) == 1
     (of_pair,) = [record.spec["model"] for record in made if record.spec["model"]["name"] == "base+delta"]
     assert of_pair == {"name": "base+delta", **models.identity(pair)}
+
+
+def test_the_analysis_finds_the_cells_of_each_pair(base, delta, tmp_path, capsys):
+    """Also of two pairs whose folders are called alike."""
+    (tmp_path / "other").mkdir()
+    pairs = [f"{base}+{delta}", f"{checkpoint(tmp_path / 'other/base', 3, 512)}+{delta}"]
+    settings = Settings(tmp_path / "r", device="cpu", data_dir=small.data(tmp_path / "data"))
+    table = small.table((None,))
+    for pair in pairs:
+        run_table(table.name, cells.cells(papers.runs(table, pair), table), settings)
+    found = [rows.rows(table, tmp_path / "r", pair)[0].record for pair in pairs]
+    assert [record.spec["model"]["base_fingerprint"] for record in found] == [
+        models.identity(pair)["base_fingerprint"] for pair in pairs
+    ]
+    assert len({record.id for record in found}) == 2
+
+
+def test_records_of_a_pair_from_the_hub_are_found(monkeypatch):
+    pair = "llama-7b+made-up/delta"
+    run = Run("llama-7b", None, None, (small.PPL,))
+    told = {"hub": "made-up/delta", "revision": "1" * 40, "base_hub": "x/y", "base_revision": "2" * 40}
+    assert keys.run_key(replace(run, model=pair)) == keys.stable_key(replace(run, model=pair).spec(told))
 
 
 def test_a_pair_is_pruned_and_kept_by_one_command(base, delta, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from experiments.models.catalogue import CATALOGUE, is_hub_id
+from experiments.models.catalogue import CATALOGUE, halves, is_hub_id
 from experiments.spec import Run, digest
 
 
@@ -22,5 +22,7 @@ def stable_key(spec: dict[str, Any]) -> str:
 
 def run_key(run: Run) -> str:
     """The `stable_key` of what a run will be recorded as."""
-    known = {} if run.is_of_catalogue else {"hub": ""} if is_hub_id(run.model) else {"fingerprint": ""}
+    both = halves(run.model)
+    of_hub = is_hub_id(both[1] if both else run.model)
+    known = {} if run.is_of_catalogue else {"hub": ""} if of_hub else {"fingerprint": ""}
     return stable_key(run.spec(known))
