@@ -8,6 +8,7 @@ python -m analysis claims
 python -m analysis report
 python -m analysis readme
 python -m analysis speed embedded.speed
+python -m analysis spread embedded.order
 python -m analysis frame --out records.parquet
 python -m analysis everything flap.perplexity flap.zero_shot
 """
@@ -73,6 +74,10 @@ def parser() -> argparse.ArgumentParser:
     generation.set_defaults(command=_generation)
     speed = commands.add_parser("speed", help="show prefill and decoding time by batch size and prompt length")
     speed.set_defaults(command=_speed)
+    spread = commands.add_parser(
+        "spread", help="show how far perplexity and mask move with the calibration windows' order, draw and text"
+    )
+    spread.set_defaults(command=_spread)
     claims = commands.add_parser("claims", help="judge the papers' claims by their numbers and by ours")
     claims.set_defaults(command=_claims)
     report = commands.add_parser(
@@ -98,14 +103,14 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="also write what could not be produced, and why, to this JSON file",
     )
-    for command in (table, figure, compare, generation, speed):
+    for command in (table, figure, compare, generation, speed, spread):
         cli.add_table(command)
     frame = commands.add_parser("frame", help="export every record of one or several results folders as one tidy table")
     frame.set_defaults(command=_frame)
     frame.add_argument(
         "--out", type=cli.path, metavar="FILE", help="a .csv or .parquet file (default: CSV to standard output)"
     )
-    for command in (table, figure, compare, generation, speed, claims, report, frame, everything):
+    for command in (table, figure, compare, generation, speed, spread, claims, report, frame, everything):
         command.add_argument(
             "--data-dir",
             type=cli.path,
@@ -192,6 +197,13 @@ def _speed(asked: argparse.Namespace) -> None:
     from experiments.papers import find
 
     _write(speed.page(find(asked.table), _rows(asked), cli.same_cells(asked)), asked, "speed")
+
+
+def _spread(asked: argparse.Namespace) -> None:
+    from analysis.pages import spread
+    from experiments.papers import find
+
+    _write(spread.page(find(asked.table), _rows(asked)), asked, "spread")
 
 
 def _claims(asked: argparse.Namespace) -> None:

@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 
 from experiments import measures, models, rates, recovery
 from experiments.labels import apart, labels
-from experiments.measures.asked import Costs, DenseAnswers
+from experiments.measures.asked import Costs, DenseAnswers, MaskSample
 from experiments.spec import Efficiency, Run, Table, digest, needs_windows
 
 T = TypeVar("T")
-ALONE = (Costs, DenseAnswers, Efficiency)  # measures of the making, of the dense model too, or of memory
+ALONE = (Costs, DenseAnswers, Efficiency, MaskSample)  # measures of the making, of the dense model too, or of memory
 OVERHEAD_TOKENS = 500  # loading and writing, as tokens that could have gone through the model meanwhile
 
 

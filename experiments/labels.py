@@ -41,7 +41,8 @@ def calibration(run: Run) -> str:
     windows = run.windows
     if not windows or not run.calibrates:
         return "none"
-    return f"{windows.corpus} {windows.count} x {windows.length} {windows.sampling}, seed {windows.seed}"
+    order = "" if windows.order is None else f", order {windows.order}"
+    return f"{windows.corpus} {windows.count} x {windows.length} {windows.sampling}, seed {windows.seed}{order}"
 
 
 def full(label: tuple[str, str]) -> str:
@@ -59,9 +60,9 @@ def seed(run: Run) -> int | None:
 
 
 def apart(runs: Sequence[Run], words: Sequence[tuple[str, str]]) -> list[str]:
-    """One name a run: its words in full, and where several have the same their models and then their seeds."""
+    """One name a run: its words in full, and where several have the same their models, seeds and orders of windows."""
     named = [full(label) for label in words]
-    for tell in (lambda run: run.model_name, _seeded):
+    for tell in (lambda run: run.model_name, _seeded, _ordered):
         same: dict[str, set[str]] = {}
         for name, run in zip(named, runs, strict=True):
             same.setdefault(name, set()).add(tell(run))
@@ -80,6 +81,10 @@ def beside_model(label: str, model: str) -> str:
 def _seeded(run: Run) -> str:
     drawn = seed(run)
     return "" if drawn is None else f"seed {drawn}"
+
+
+def _ordered(run: Run) -> str:
+    return "" if run.windows is None or run.windows.order is None else f"order {run.windows.order}"
 
 
 def _method(method: Any, varying: set[tuple[type, str]]) -> str:

@@ -37,6 +37,7 @@ class Windows:
     document longer than the window), `stream` (FLAP: random windows of the joined text), `sentences` (LLM-Pruner:
     rows of at least `length` tokens, none twice), `first` (the head of the joined text, cut into windows) or
     `dialogues` (LLM-Pruner's ChatGLM: the first dialogues' first turn and the answer to it, padded).
+    With an `order`, a seed, the same windows come shuffled, which says how far a number hangs on rounding alone.
     """
 
     corpus: Text
@@ -44,10 +45,15 @@ class Windows:
     length: Count
     seed: Seed = 0
     sampling: str = "documents"
+    order: Seed | None = field(default=None, metadata={"since": "later"})
 
     def __post_init__(self) -> None:
         checks.fields(self)
         checks.choice("sampling", self.sampling, SAMPLING)
+
+    def told(self) -> dict[str, Any]:
+        """As plain JSON values, the order only where there is one."""
+        return {name: value for name, value in asdict(self).items() if name != "order" or value is not None}
 
 
 @dataclass(frozen=True)
@@ -251,7 +257,7 @@ class Run:
         return {
             "model": {"name": self.model_name, **(identity or {})},  # where a folder lies moves nothing
             "method": describe(self.method),
-            "windows": asdict(self.windows) if self.windows and self.calibrates else None,
+            "windows": self.windows.told() if self.windows and self.calibrates else None,
             "measures": [describe(measure) for measure in self.measures],
             "dtype": self.dtype,
             **recovery,

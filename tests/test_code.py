@@ -13,7 +13,7 @@ import pruners
 from eval import perplexity as module_of_perplexity
 from experiments import cells, measures, recovery
 from experiments.batch import run_table
-from experiments.measures.asked import OpenAnswers
+from experiments.measures.asked import MaskSample, OpenAnswers
 from experiments.settings import Settings
 from experiments.spec import Efficiency, Generation, MaskPatterns, Perplexity, Run, Table, ZeroShot
 from experiments.store import code, records
@@ -28,7 +28,7 @@ METHODS = {
 }
 MEASURES = (
     Perplexity("ptb/test", 64, 4), ZeroShot(None, (("piqa", "acc"),)), Efficiency(), Generation(), MaskPatterns(),
-    OpenAnswers(),
+    OpenAnswers(), MaskSample(),
 )  # fmt: skip
 RECOVERIES = {"retraining": recovery.POST_TRAINING, "reconstruction": Reconstruction(Trainable(norms=True))}
 needs_model = pytest.mark.skipif(not small.MODEL.is_dir(), reason=f"{small.MODEL} is absent")

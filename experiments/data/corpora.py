@@ -104,7 +104,7 @@ def calibration(windows: Windows, tokenizer: Any, data_dir: Folder = None) -> In
         raise ValueError(unknown("sampling", windows.sampling, SAMPLINGS))
     if windows.count < 1 or windows.length < 1:
         raise ValueError(f"Calibration needs at least one window of one token; got {windows.count} x {windows.length}.")
-    drawn = SAMPLINGS[windows.sampling](windows, tokenizer, data_dir)
+    drawn = ordered(windows, SAMPLINGS[windows.sampling](windows, tokenizer, data_dir))
     if windows.sampling == "dialogues" or not (marks := _marks(tokenizer)):
         return drawn
     if windows.length <= len(marks):
@@ -113,6 +113,15 @@ def calibration(windows: Windows, tokenizer: Any, data_dir: Folder = None) -> In
             "that this model needs in front; use longer ones."
         )
     return torch.cat([torch.tensor(marks).expand(len(drawn), -1), drawn[:, : -len(marks)]], 1)
+
+
+def ordered(windows: Windows, drawn: Int[Tensor, "count length"]) -> Int[Tensor, "count length"]:
+    """The windows as they were drawn, or shuffled by the seed that `windows.order` is."""
+    if windows.order is None:
+        return drawn
+    places = list(range(len(drawn)))
+    random.Random(windows.order).shuffle(places)
+    return drawn[places]
 
 
 def _documents(windows: Windows, tokenizer: Any, data_dir: Folder) -> Tensor:

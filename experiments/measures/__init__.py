@@ -219,6 +219,7 @@ KINDS = {
     spec.MaskPatterns: Kind(_mask_patterns, lambda what: 0, ("eval.patterns",)),
     asked.OpenAnswers: Kind(_open_answers, _open_answers_work, ("eval.greedy",), shared=True),
     asked.DenseAnswers: Kind(_unmeasured, lambda what: 32 * STEP_TOKENS * what.new_tokens, ("eval.greedy",)),
+    asked.MaskSample: Kind(_unmeasured, lambda what: 0, ("eval.mask_sample",)),
     asked.Costs: Kind(_unmeasured, lambda what: 0, ()),
     rates.RateGrid: Kind(_unmeasured, lambda what: 0, ("pruners.retrain.rates",)),
 }

@@ -1,4 +1,4 @@
-"""Measures beside those of `experiments.spec`: open answers, and what making a cell costs."""
+"""Measures beside those of `experiments.spec`: open answers, places of the mask, and what making a cell costs."""
 
 from __future__ import annotations
 
@@ -58,6 +58,27 @@ class DenseAnswers:
     def key(self) -> str:
         """E.g. `as dense@32`."""
         return f"as dense@{self.new_tokens}"
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return (self.key,)
+
+
+@dataclass(frozen=True)
+class MaskSample:
+    """What the mask keeps at `count` places, the same in every cell of a model, by which two cells' masks compare."""
+
+    count: Count = 32_768
+
+    shown: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        checks.fields(self)
+
+    @property
+    def key(self) -> str:
+        """E.g. `mask sample@32768`."""
+        return f"mask sample@{self.count}"
 
     @property
     def keys(self) -> tuple[str, ...]:

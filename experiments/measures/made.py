@@ -1,4 +1,4 @@
-"""Measures that need more than the finished model: the dense model's answers, and the cost of making the cell."""
+"""Measures that need more than the finished model: something of the dense one, or the cost of making the cell."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from typing import Any
 
 from experiments import provenance
 from experiments.measures import Subject
-from experiments.measures.asked import DenseAnswers
+from experiments.measures.asked import DenseAnswers, MaskSample
 from pruners.run.ranks import Ranks
+from pruners.structured import Structured
+
+BESIDE_DENSE = (DenseAnswers, MaskSample)  # they need something of the model before it is pruned
 
 
 def agree(subject: Subject, together: Ranks) -> None:
@@ -19,18 +22,31 @@ def agree(subject: Subject, together: Ranks) -> None:
         together.agree(fingerprint(subject.model))
 
 
-def said(what: DenseAnswers, subject: Subject) -> list[list[int]]:
-    """The greedy answers of the model as it is now."""
+def before(what: DenseAnswers | MaskSample, subject: Subject, method: Any) -> Any:
+    """What a measure needs of the dense model, which the model still is: its greedy answers, or where `method` cuts
+    units out, what these are known by."""
+    if isinstance(what, DenseAnswers):
+        return _said(what, subject)
+    from eval.mask_sample import rows
+
+    return rows(subject.model) if isinstance(method, Structured) else None
+
+
+def beside_dense(what: DenseAnswers | MaskSample, subject: Subject, dense: Any) -> dict[str, Any]:
+    """The agreement with what the dense model said, or what is kept of it."""
+    if isinstance(what, DenseAnswers):
+        from eval.greedy import agreement
+
+        return agreement(dense, _said(what, subject)).to_dict()
+    from eval.mask_sample import mask_sample
+
+    return mask_sample(subject.model, what.count, dense)
+
+
+def _said(what: DenseAnswers, subject: Subject) -> list[list[int]]:
     from eval.greedy import greedy
 
     return greedy(subject.model, subject.tokenizer.inner, new_tokens=what.new_tokens)
-
-
-def as_dense(what: DenseAnswers, subject: Subject, dense: list[list[int]]) -> dict[str, Any]:
-    """The agreement with what the dense model said."""
-    from eval.greedy import agreement
-
-    return agreement(dense, said(what, subject)).to_dict()
 
 
 def costs(stages: provenance.Stages, subject: Subject, recovery: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,13 +5,14 @@ python -m experiments run embedded.demo       about 7 min on two idle cores
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from typing import Any
 
 import pruners
 from experiments import labels, protocols, recovery
-from experiments.measures.asked import DenseAnswers, OpenAnswers
+from experiments.measures.asked import DenseAnswers, MaskSample, OpenAnswers
 from experiments.papers import llm_pruner
 from experiments.recovery import Retraining
 from experiments.spec import Efficiency, Generation, Perplexity, Run, Table, Windows, ZeroShot
@@ -131,4 +132,39 @@ sources = Table(
         "bfloat16",
     ),
     label=lambda run: (label(run)[0], ", ".join([label(run)[1], *([run.windows.corpus] if run.windows else [])])),
+)  # fmt: skip
+
+# What one number of a table can say: as drawn, the same windows in five other orders, four other draws, other texts.
+DRAWN = Windows("embedded/c4", 16, 512, 0, "stream")
+REORDERED = "windows reordered"
+VARIED = (
+    DRAWN,
+    *(replace(DRAWN, order=order) for order in range(5)),
+    *(replace(DRAWN, seed=seed) for seed in range(1, 5)),
+    *(replace(DRAWN, corpus=corpus) for corpus in ("wikitext2/train", "alpaca/train")),
+)
+
+
+def varied(method: Any, model: str, windows: Windows) -> Run:
+    ppl = Perplexity("embedded/wiki", 512, limit=64)
+    return Run(model, method, windows, (ppl, MaskSample()) if method else (ppl,), "bfloat16")
+
+
+def _varied_label(run: Run) -> tuple[str, str]:
+    """Draws have one name, and the orders of one draw another."""
+    name, setting = label(run)
+    if run.windows is None:
+        return name, setting
+    text = [run.windows.corpus] if run.windows.corpus != DRAWN.corpus else []
+    return name, ", ".join([setting, *text, *([] if run.windows.order is None else [REORDERED])])
+
+
+order = Table(
+    name="embedded.order",
+    title="The same calibration windows in another order, other draws and other texts: 16 x 512 tokens",
+    rows=(None, pruners.SparseGPT(pattern="2:4"), pruners.Wanda(pattern="2:4"),
+          pruners.GBLM(pattern="2:4", norm="l1", alpha=100 * 128 / 16), pruners.Flap(target_parameters=0.2)),
+    columns=tuple(product((MODEL,), VARIED)),
+    run=varied,
+    label=_varied_label,
 )  # fmt: skip

@@ -12,7 +12,6 @@ from eval import int8
 from experiments import cells, placement, provenance, rates, resume
 from experiments.data import corpora
 from experiments.measures import made
-from experiments.measures.asked import DenseAnswers
 from experiments.models import kept
 from experiments.own import saved
 from experiments.progress import Board
@@ -45,7 +44,11 @@ def execute(run: Run, table: str, settings: Settings, board: Board | None = None
     if run.method is not None:
         pruners.check(session.subject.model, run.method)  # before anything is measured
     passed = {key: before.passed[key] for key in gated(run)} if before else pass_dense_gate(session)
-    said = {what: made.said(what, session.subject) for what in run.measures if isinstance(what, DenseAnswers)}
+    dense = {
+        what: made.before(what, session.subject, run.method)
+        for what in run.measures
+        if isinstance(what, made.BESIDE_DENSE)
+    }
     grid = rates.grid(run)
     achieved = dict(before.achieved) if before else {} if grid and not session.retrains else prune(session)
     if grid:
@@ -61,7 +64,7 @@ def execute(run: Run, table: str, settings: Settings, board: Board | None = None
         table=table,
         spec=run.spec(identity),
         achieved=achieved | chosen,
-        measures=measured if grid else measure(session, achieved.get("recovery", {}), said),
+        measures=measured if grid else measure(session, achieved.get("recovery", {}), dense),
         dense_gate=passed,
         data={name: corpora.provenance(name, settings.data_dir) for name in resume.read_by(run)},
         cost=_cost(session),

@@ -74,7 +74,7 @@ def _windows(session: Session) -> torch.Tensor:
 
     model, inner, batch = subject.model, subject.tokenizer.inner, subject.batch_size
     drawn = partial(written, model, inner, asked.count, asked.length, asked.seed, batch)
-    return torch.tensor(session.together.first(lambda: drawn().tolist()))
+    return corpora.ordered(asked, torch.tensor(session.together.first(lambda: drawn().tolist())))
 
 
 def after_pruning(session: Session) -> dict[str, Any]:
@@ -145,7 +145,7 @@ def _calibration_key(session: Session, windows: Any) -> dict[str, Any]:
     return {
         "model": session.subject.identity,
         "dtype": run.dtype,
-        "windows": asdict(run.windows) if run.windows else None,
+        "windows": run.windows.told() if run.windows else None,
         "tokens": None if windows is None else token_sha256(windows),
         "code": code.method(run.method),
         "packages": code.packages(),

@@ -10,7 +10,7 @@ from eval.perplexity import token_sha256
 from experiments import measures, models, provenance
 from experiments.data import corpora, tokens
 from experiments.measures import dense_gate, made
-from experiments.measures.asked import Costs, DenseAnswers
+from experiments.measures.asked import Costs
 from experiments.measures.zero_shot import Values
 from experiments.run.session import Session
 from experiments.spec import Perplexity, describe
@@ -47,8 +47,8 @@ def _dense(what: Perplexity, session: Session) -> Values:
     return dense_gate.dense(settings.root, key, lambda: measures.measure(what, subject, progress))
 
 
-def measure(session: Session, recovery: Mapping[str, Any], said: Mapping[DenseAnswers, Any]) -> Values:
-    """`recovery` is what retraining achieved, if there was any; `said` are the dense model's answers."""
+def measure(session: Session, recovery: Mapping[str, Any], dense: Mapping[Any, Any]) -> Values:
+    """`recovery` is what retraining achieved, if there was any; `dense` by measure what it needs of the dense model."""
     run = session.run
     values: Values = {}
     made.agree(session.subject, session.together)
@@ -57,8 +57,8 @@ def measure(session: Session, recovery: Mapping[str, Any], said: Mapping[DenseAn
             if isinstance(what, Costs):
                 values |= {what.key: made.costs(session.stages, session.subject, recovery)}
                 continue
-            if isinstance(what, DenseAnswers):
-                values |= {what.key: made.as_dense(what, session.subject, said[what])}
+            if isinstance(what, made.BESIDE_DENSE):
+                values |= {what.key: made.beside_dense(what, session.subject, dense[what])}
                 continue
             if run.method is None and run.recovery is None and not run.quantised and isinstance(what, Perplexity):
                 values |= _dense(what, session)

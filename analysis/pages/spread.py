@@ -1,0 +1,93 @@
+"""How far a method's perplexity and mask move with the order of its calibration windows, their draw and their text.
+
+The order moves nothing but rounding, so differences within its spread mean nothing.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from itertools import combinations
+from typing import Any
+
+import pandas as pd
+
+from analysis.rows import Row
+from analysis.tables.notes import title
+from experiments.labels import setting
+from experiments.measures.asked import MaskSample
+from experiments.spec import Perplexity, Table, Windows
+from pruners.interface.suggest import UsageError
+
+AXES = {"order": "order of the windows", "seed": "draw of the windows", "corpus": "text"}
+NOTE = (
+    "Each line compares cells that differ in this alone. Masks agree where both keep a weight or both remove it (of "
+    "structured methods: a row of queries, keys, values, gate or up), at places that are the same in every cell: mean "
+    "and lowest of all pairs; 1 where the masks are equal in every bit."
+)
+
+
+def page(table: Table, rows: Sequence[Row]) -> str:
+    """Markdown; UsageError where no two measured cells differ in their calibration windows alone."""
+    lines = [line for group in _alike(rows) for line in _lines(group)]
+    if not lines:
+        raise UsageError(
+            f"No two measured cells of {table.name} differ only in the order, draw or text of their calibration "
+            "windows; run more of them, or another table (embedded.order, embedded.sources)."
+        )
+    frame = pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True)
+    return "\n\n".join([f"**{title(table, rows)}** (`{table.name}`)", frame, NOTE]) + "\n"
+
+
+def _alike(rows: Sequence[Row]) -> list[list[Row]]:
+    """Measured cells that differ in their windows alone."""
+    groups: dict[Any, list[Row]] = {}
+    for row in rows:
+        if row.record and row.run.windows:
+            groups.setdefault(replace(row.run, windows=None), []).append(row)
+    return list(groups.values())
+
+
+def _lines(group: Sequence[Row]) -> Iterator[dict[str, str]]:
+    """Of each axis, along which the first cell's other fields stay as they are, and of each perplexity."""
+    first = group[0]
+    assert first.run.windows
+    for axis, words in AXES.items():
+        along = [row for row in group if _without(row.run.windows, axis) == _without(first.run.windows, axis)]
+        for what in first.run.measures if len(along) > 1 else ():
+            if isinstance(what, Perplexity):
+                yield {
+                    "Model": first.run.model_name,
+                    "Method": first.method,
+                    "Setting": setting(first.run.method),
+                    "What varies": words,
+                    "Cells": str(len(along)),
+                    **_perplexities(what.key, along),
+                    "Masks agree": _agreement(along),
+                }
+
+
+def _without(windows: Windows | None, axis: str) -> dict[str, Any]:
+    return {name: value for name, value in asdict(windows).items() if name != axis} if windows else {}
+
+
+def _perplexities(key: str, along: Sequence[Row]) -> dict[str, str]:
+    found = [told["perplexity"] for row in along if (told := row.measure(key))]
+    mean = statistics.fmean(found)
+    return {
+        "Measured": key,
+        "Perplexity": f"{mean:,.3f}",
+        "Lowest to highest": f"{min(found):,.3f} to {max(found):,.3f}",
+        "Standard deviation, %": f"{100 * statistics.stdev(found) / mean:.3f}",
+    }
+
+
+def _agreement(along: Sequence[Row]) -> str:
+    from eval.mask_sample import agreement
+
+    key = next((what.key for what in along[0].run.measures if isinstance(what, MaskSample)), "")
+    masks = [told for row in along if (told := row.measure(key))]
+    shares = [agreement(*pair) for pair in combinations(masks, 2)]
+    known = [share for share in shares if share is not None]
+    return f"{statistics.fmean(known):.5f}, {min(known):.5f}" if known else "—"

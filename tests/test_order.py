@@ -1,0 +1,151 @@
+"""The same calibration windows in another order: what it is in a spec, and how far it moves a number and a mask."""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import small_table as small
+import torch
+from conftest import tiny
+from transformers import AutoTokenizer
+
+import pruners
+from analysis import rows
+from analysis.__main__ import main as analysis
+from analysis.pages import spread
+from eval.mask_sample import agreement, mask_sample
+from eval.mask_sample import rows as rows_of
+from experiments import cells, labels, papers
+from experiments.batch import run_table
+from experiments.data import corpora
+from experiments.measures.asked import MaskSample
+from experiments.settings import Settings
+from experiments.spec import Run, Table, Windows
+from experiments.store import records
+from pruners import anatomy
+from pruners.interface.suggest import UsageError
+
+needs_model = pytest.mark.skipif(not small.MODEL.is_dir(), reason=f"{small.MODEL} is absent")
+TOKENS = torch.arange(96).view(6, 16)
+
+
+def test_no_order_leaves_the_id_and_every_order_has_its_own():
+    run = Run("llama-7b", pruners.Wanda(sparsity=0.5), Windows("c4/train", 128, 2048), (small.PPL,))
+    assert run.spec()["windows"] == {
+        "corpus": "c4/train", "count": 128, "length": 2048, "seed": 0, "sampling": "documents",
+    }  # fmt: skip
+    runs = [run, *(replace(run, windows=replace(run.windows, order=order)) for order in range(3))]
+    assert len({run.id() for run in runs}) == 4
+    assert labels.calibration(runs[2]) == "c4/train 128 x 2048 documents, seed 0, order 1"
+    assert labels.apart(runs, [("Wanda", "50 %")] * 4)[1:] == [f"Wanda 50 %, order {order}" for order in range(3)]
+
+
+def test_an_order_shuffles_the_windows_and_nothing_else(tmp_path):
+    if not small.MODEL.is_dir():
+        pytest.skip(f"{small.MODEL} is absent")
+    data, tokenizer = small.data(tmp_path / "data"), AutoTokenizer.from_pretrained(small.MODEL)
+    asked = Windows("c4/train", 8, 32)
+    drawn = corpora.calibration(asked, tokenizer, data)
+    shuffled = [corpora.calibration(replace(asked, order=order), tokenizer, data) for order in (0, 1, 1)]
+    assert torch.equal(shuffled[1], shuffled[2])
+    assert not torch.equal(shuffled[0], shuffled[1])
+    for other in shuffled:
+        assert not torch.equal(other, drawn)
+        assert sorted(other.tolist()) == sorted(drawn.tolist())
+
+
+def test_a_sample_tells_how_far_two_masks_agree():
+    models = [tiny("llama multi-head") for _ in range(2)]
+    for model, sparsity in zip(models, (0.5, 0.6), strict=True):
+        pruners.prune(model, pruners.Magnitude(sparsity=sparsity))
+    kept = [
+        torch.cat([p.flatten() != 0 for block in model.model.layers for p in block.parameters() if p.ndim == 2])
+        for model in models
+    ]
+    whole = [mask_sample(model, 10**9) for model in models]
+    assert [sample["places"] for sample in whole] == [len(mask) for mask in kept]
+    assert [sample["kept"] for sample in whole] == [pytest.approx(mask.double().mean().item()) for mask in kept]
+    true = (kept[0] == kept[1]).double().mean().item()
+    assert agreement(*whole) == pytest.approx(true, abs=1e-12)
+    assert true < 0.95
+    some = [mask_sample(model, 2_000) for model in models]
+    assert agreement(*some) == pytest.approx(true, abs=0.04)
+    assert agreement(some[0], some[0]) == 1.0
+    assert agreement(some[0], whole[0]) is None
+
+
+@pytest.mark.parametrize("kind", ["llama grouped-query", "opt"])
+def test_of_what_was_cut_the_sample_has_the_units(kind):
+    model = tiny(kind)
+    dense = rows_of(model)
+    assert mask_sample(model, 10**9, dense)["kept"] == 1.0
+    pruners.prune(model, pruners.Flap(ratio=0.5), TOKENS)
+    found, masked = mask_sample(model, 10**9, dense), tiny(kind)
+    pruners.prune(masked, pruners.Flap(ratio=0.5), TOKENS, cut=False)
+    bits = np.unpackbits(np.frombuffer(base64.b64decode(found["bits"]), np.uint8))[: found["places"]].astype(bool)
+    assert found["kept"] == pytest.approx(bits.mean())
+    assert 0.2 < found["kept"] < 0.8
+    start = 0
+    for block in anatomy.blocks(masked):  # whose columns are zero where the released code cuts
+        outward = {"mlp": block.family.outward, "attention": block.family.output}
+        columns = {part: (block.linear(name).weight != 0).any(0).numpy() for part, name in outward.items()}
+        for name in (*block.family.qkv, *block.family.inward):
+            there = bits[start : start + block.linear(name).out_features]
+            start += len(there)
+            of_queries = name == block.family.qkv[0]
+            if name in block.family.inward or of_queries:
+                assert (there == columns["attention" if of_queries else "mlp"]).all()
+    assert start == len(bits)
+    block = anatomy.blocks(model)[0]
+    with torch.no_grad():
+        block.linear(block.family.inward[0]).weight.mul_(2)
+    with pytest.raises(ValueError, match="are not the dense model's, so what was cut is unknown"):
+        mask_sample(model, 10**9, dense)
+
+
+@needs_model
+def test_the_spread_of_orders_draws_and_texts_is_told(tmp_path, capsys, monkeypatch):
+    base = replace(small.WINDOWS, count=6)
+    windows = [base, *(replace(base, order=order) for order in (0, 1)), replace(base, seed=1)]
+    windows.append(replace(base, corpus="embedded/c4"))
+    methods = (None, pruners.SparseGPT(pattern="2:4"), pruners.Flap(ratio=0.3))
+    table = Table(
+        "tiny",
+        "Tiny",
+        methods,
+        tuple((str(small.MODEL), one) for one in windows),
+        lambda method, model, one: Run(model, method, one, (small.PPL, *([MaskSample()] if method else []))),
+    )
+    monkeypatch.setitem(papers.TABLES, "tiny", table)
+    settings = Settings(tmp_path, device="cpu", data_dir=small.data(tmp_path / "data"))
+    assert len(run_table("tiny", cells.cells(table.runs(), table), settings).done) == 11
+    assert analysis(["spread", "tiny", "--results", str(tmp_path)]) == 0
+    lines = [[part.strip() for part in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    found = {(line[1], line[3]): line for line in lines if len(line) > 5 and line[1] in ("SparseGPT", "Flap")}
+    assert {axis: found["SparseGPT", axis][4] for _, axis in found} == {
+        "order of the windows": "3", "draw of the windows": "2", "text": "2",
+    }  # fmt: skip
+    made = records.load(tmp_path, "tiny").values()
+    orders = [
+        record.measures[small.PPL.key]["perplexity"]
+        for record in made
+        if (record.spec["method"] or {}).get("name") == "sparsegpt"
+        and {**record.spec["windows"], "order": 0} == {**base.told(), "order": 0}
+    ]
+    assert found["SparseGPT", "order of the windows"][7] == f"{min(orders):,.3f} to {max(orders):,.3f}"
+    agreed = {key: [float(share) for share in line[9].split(", ")] for key, line in found.items()}
+    assert agreed["SparseGPT", "draw of the windows"][0] < agreed["SparseGPT", "order of the windows"][0] <= 1
+    assert 0.3 < agreed["Flap", "text"][0] < 1
+
+
+def test_committed_draws_have_a_spread_and_a_table_without_records_has_none():
+    table = papers.find("embedded.gblm")
+    made = rows.rows(table, Path(__file__).resolve().parents[1] / "results")
+    lines = [line for line in spread.page(table, made).splitlines() if "draw of the windows" in line]
+    assert len(lines) == 6  # Wanda, SparseGPT and GBLM at two settings
+    with pytest.raises(UsageError, match=r"No two measured cells of embedded.gblm differ only"):
+        spread.page(table, [])
