@@ -117,6 +117,9 @@ def work_tokens(recovery: Any, windows: Windows | None) -> float:
     return 0
 
 
+SAID = {"attention_mlp": "attention, MLP"}  # of granularities
+
+
 def label(recovery: Any) -> str:
     """E.g. ` + MaskLoRA, norms` or ` + reconstruction (MaskLoRA, norms)`; empty for none."""
     if recovery is None:
@@ -126,5 +129,6 @@ def label(recovery: Any) -> str:
     adapters = [type(what.adapters).__name__] if what.adapters else []
     parts = "all weights" if what == Trainable.full() else ", ".join(adapters + named + ["weights"] * what.weights)
     if isinstance(recovery, Reconstruction):
-        return f" + reconstruction ({parts})"
+        by = "" if recovery.granularity == "block" else f" by {SAID.get(recovery.granularity, recovery.granularity)}"
+        return f" + reconstruction ({parts})" + by.replace("_", " ") + ", dense inputs" * (recovery.inputs == "dense")
     return f" + {parts}" + (f", step {recovery.stop} of {recovery.steps}" if recovery.stop else "")

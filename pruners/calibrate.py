@@ -7,7 +7,7 @@ one statistic.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -15,7 +15,7 @@ from pruners import anatomy
 from pruners.anatomy import Block
 from pruners.interface import checks
 from pruners.interface.checks import Count, Flag
-from pruners.lazy import Float, Int, Tensor, nn, no_grad, torch
+from pruners.lazy import Float, Int, Tensor, nn, torch
 from pruners.run import ranks
 from pruners.run.ranks import Ranks
 from pruners.run.statistic import Hessian, InputNorm, Moments, Statistic
@@ -42,39 +42,47 @@ Progress = Annotated[Callable[[int, int], None], checks.FUNCTION]
 
 @dataclass(frozen=True)
 class Passage:
-    """One block's `inputs` on the calibration windows and what the dense block made of them, `targets`."""
+    """`blocks` in a row, the `inputs` of the first on the calibration windows, and what the dense ones made of them.
 
+    `run` gives a block's outputs for windows of these numbers, from hidden states on `device`.
+    """
+
+    blocks: Sequence[Block]
     inputs: Float[Tensor, "windows tokens width"]
     targets: Float[Tensor, "windows tokens width"]
     batch_size: int
-    run: Callable[[Block, Tensor], Tensor]  # the block's outputs for windows of these numbers
+    device: torch.device
+    run: Callable[[Block, Tensor, Tensor], Tensor]
 
-    @no_grad
-    def error(self, block: Block) -> float:
-        """Mean squared error of the block's outputs as it is now."""
-        total = torch.zeros((), dtype=torch.float64)
-        for here in torch.arange(len(self.inputs)).split(self.batch_size):
-            made = self.run(block, here).float()
-            difference = made - self.targets[span(here)].to(made.device).float()
-            total = total.to(made.device) + difference.square().sum(dtype=torch.float64)
-        return float(total) / self.targets.numel()
+    def outputs(self, rows: Int[Tensor, " count"]) -> Float[Tensor, "count tokens width"]:
+        """What the blocks make of windows of these numbers, as they are now."""
+        states = self.inputs[span(rows)].to(self.device, copy=True)
+        for block in self.blocks:
+            states = self.run(block, rows, states)
+        return states
 
 
 class Keeper:
     """Is told of every finished block; this one keeps nothing.
 
     One that keeps blocks lets a run that was killed go on at the next one.  One whose `rebuild_batch` is not 0 may also
-    change a pruned block before later ones see its outputs, and runs it on so many windows at once.
+    change pruned blocks, `rebuilds_at_once` in a row, before later ones see their outputs, and runs them on so many
+    windows at once.  With `dense_inputs` the inputs of what it rebuilds are those of the dense model.
     """
 
     rebuild_batch: int = 0
+    rebuilds_at_once: int = 1
+    dense_inputs: bool = False
 
     def restore(self, block: Block) -> bool:
-        """Whether the block was kept; it is as it was then, now."""
+        """Whether the block was kept; it is as it was then, now.  Blocks rebuilt at once are all kept or none."""
         return False
 
-    def rebuild(self, block: Block, passage: Passage) -> None:
-        """Bring a pruned block's outputs back towards the dense block's."""
+    def remember(self, block: Block) -> None:
+        """A block that is to be rebuilt is about to be pruned."""
+
+    def rebuild(self, passage: Passage) -> None:
+        """Bring the outputs of pruned blocks back towards those of the dense ones."""
 
     def keep(self, block: Block) -> None:
         """The block is finished."""
@@ -136,22 +144,73 @@ def walk(
     with evaluating(model):
         together = Ranks() if keeper.rebuild_batch else ranks.here(next(model.parameters()).device)
         stream = Stream(model, windows, how.batch_size, also=keeper.rebuild_batch, together=together)
+        if keeper.rebuild_batch:
+            yield from _rebuilding(blocks, stream, statistic, keeper, groups, finished)
+            return
         for block in blocks:
             with homes.held(block.module, changes=sequential):
                 last = block is blocks[-1]
                 if not keeper.restore(block):
-                    outputs = torch.empty_like(stream.hidden) if keeper.rebuild_batch else None
-                    if not sequential and not last:
-                        outputs = stream.hidden
+                    outputs = None if sequential or last else stream.hidden
                     seen = stream.observe(block, groups(block), statistic, outputs)
                     _refuse_non_finite(block, seen)
                     yield block, seen
-                    if keeper.rebuild_batch and outputs is not None:
-                        keeper.rebuild(block, Passage(stream.hidden, outputs, stream.batch_size, stream.run))
                     keeper.keep(block)
                 finished(block)
                 if sequential and not last:
                     stream.advance(block)
+
+
+def _rebuilding(
+    blocks: Sequence[Block],
+    stream: Stream,
+    statistic: type[Statistic] | None,
+    keeper: Keeper,
+    groups: Callable[[Block], tuple[tuple[str, ...], ...]],
+    finished: Callable[[Block], None],
+) -> Iterator[tuple[Block, dict[str, Any]]]:
+    """The sequential walk of a keeper that rebuilds.  Blocks rebuilt at once are pruned first, one after the other.
+
+    Beside the pruned model's hidden states go those of the dense blocks: of the whole dense model with `dense_inputs`,
+    else of what reaches the first block that is rebuilt at once with others.
+    """
+    dense = stream.hidden
+    for first in range(0, len(blocks), keeper.rebuilds_at_once):
+        some = blocks[first : first + keeper.rebuilds_at_once]
+        came, kept = stream.hidden, False
+        inputs = made = dense if keeper.dense_inputs else came
+        with homes.held(*(block.module for block in some), changes=True):
+            for block in some:
+                states, outputs, at_start = made, None, made is inputs
+                if keeper.dense_inputs:
+                    made = stream.through(block, states, None if at_start else states)
+                kept = keeper.restore(block)
+                if kept:
+                    continue
+                if not keeper.dense_inputs and at_start:
+                    made = outputs = torch.empty_like(came)  # the pass that looks at the inputs fills it
+                elif not keeper.dense_inputs:
+                    made = stream.through(block, states, states)
+                seen = (
+                    stream.observe(block, groups(block), statistic, outputs) if statistic or outputs is not None else {}
+                )
+                _refuse_non_finite(block, seen)
+                keeper.remember(block)
+                yield block, seen
+                if statistic and block is not some[-1]:
+                    stream.hidden = stream.through(
+                        block, stream.hidden, None if stream.hidden is came else stream.hidden
+                    )
+            if not kept:
+                keeper.rebuild(Passage(some, inputs, made, stream.batch_size, stream.device, stream.run))
+            stream.hidden = came
+            for block in some:
+                if not kept:
+                    keeper.keep(block)
+                finished(block)
+                if block is not blocks[-1]:
+                    stream.advance(block)
+        dense = made
 
 
 def _refuse_non_finite(block: Block, seen: Mapping[str, Any]) -> None:

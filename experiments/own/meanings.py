@@ -9,6 +9,7 @@ from pruners import LLMPruner
 from pruners.flap import METRICS, STRUCTURES, Flap
 from pruners.llm_pruner import IMPORTANCES, REDUCTIONS
 from pruners.retrain import Reconstruction
+from pruners.retrain.units import GRANULARITIES
 from pruners.select import GROUPS
 from pruners.sparsegpt import COSTS, SparseGPT
 
@@ -49,6 +50,8 @@ OF_ONE = {
     (LLMPruner, "steps"): "equal steps in which the ratio is reached",
     (Reconstruction, "steps"): "steps of the optimizer for each block",
     (Reconstruction, "batch_size"): "windows in a step",
+    (Reconstruction, "granularity"): f"what is trained at once: {', '.join(GRANULARITIES)}",
+    (Reconstruction, "inputs"): "whose hidden states it gets: those of the model pruned so far, or of the dense one",
 }
 ABOUT: dict[type[Any], str] = {
     Retraining: "Retrains WHAT after pruning, on the calibration corpus, by AdamW with a linear warm-up and decay.",

@@ -5,7 +5,7 @@ Zimmer et al. 2023, arXiv:2312.15230 (PERP): on OPT-2.7B to 30B, biases are 0.03
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
@@ -70,13 +70,13 @@ class Trainable:
             )
         return attached
 
-    def attach_to_block(self, block: Block, seed: int = 0) -> Attached:
-        """The same within one decoder block, which holds no head and no embeddings.
+    def attach_to_block(self, block: Block, seed: int = 0, among: Collection[nn.Parameter] | None = None) -> Attached:
+        """The same within one decoder block, which holds no head and no embeddings, or `among` some of its parameters.
 
-        Nothing may be selected in a block that structured pruning has left nothing of.
+        Nothing may be selected there, nor in a block that structured pruning has left nothing of.
         """
         self.check_block(block)
-        return self._attach(block.module, {"": block}, seed, f"{block.name}.")
+        return self._attach(block.module, {"": block}, seed, f"{block.name}.", among=among)
 
     def check_within_blocks(self) -> None:
         """ValueError for what no decoder block holds, or cannot take in."""
@@ -105,7 +105,13 @@ class Trainable:
         return {*_selected(self, block.module, {p for _, p in map(block.parameter, linears)}).values(), *adapted}
 
     def _attach(
-        self, root: nn.Module, blocks: Mapping[str, Block], seed: int, prefix: str, spread: bool = False
+        self,
+        root: nn.Module,
+        blocks: Mapping[str, Block],
+        seed: int,
+        prefix: str,
+        spread: bool = False,
+        among: Collection[nn.Parameter] | None = None,
     ) -> Attached:
         """To what `blocks`, by what stands in front of their names within `root`, hold."""
         required = {p: p.requires_grad for p in root.parameters()}
@@ -113,6 +119,9 @@ class Trainable:
         matrices = {where: dict(map(block.parameter, block.linears())) for where, block in blocks.items()}
         selected = _selected(self, root, {p for named in matrices.values() for p in named.values()})
         targets = {name: _plain(prefix + name, linear) for name, linear in self._targets(linears) if self.adapters}
+        if among is not None:
+            selected = {name: p for name, p in selected.items() if p in among}
+            targets = {name: linear for name, linear in targets.items() if linear.weight in among}
         changing = {*selected.values(), *(linear.weight for linear in targets.values())}
         masks: dict[str, BitMask] = {}
         adapters: list[Adapter] = []

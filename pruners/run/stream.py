@@ -144,9 +144,15 @@ class Stream:
         return {name: None if names in idle else made[names] for names in groups for name in names}
 
     @no_grad
+    def through(self, block: Block, states: Tensor, into: Tensor | None = None) -> Tensor:
+        """What the block makes of the hidden states of all windows, in a new tensor or in one that may be theirs."""
+        made = torch.empty_like(states) if into is None else into
+        for here in torch.arange(len(states)).split(self.batch_size):
+            made[span(here)] = self.run(block, here, states[span(here)].to(self.device, copy=True))
+        return made
+
     def advance(self, block: Block) -> None:
-        for here in torch.arange(len(self.hidden)).split(self.batch_size):
-            self.hidden[span(here)] = self.run(block, here)
+        self.through(block, self.hidden, self.hidden)
 
     def run(self, block: Block, rows: Tensor, inputs: Tensor | None = None) -> Tensor:
         """The block's outputs for the windows of these numbers, from the hidden states here or from `inputs`."""
