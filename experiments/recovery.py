@@ -113,7 +113,8 @@ def work_tokens(recovery: Any, windows: Windows | None) -> float:
         evaluated = 2 * recovery.text.held_out if isinstance(recovery.text, Instructions) else 0
         return training_tokens(recovery) + evaluated * recovery.text.length
     if isinstance(recovery, Reconstruction) and windows:
-        return 3 * recovery.steps * recovery.batch_size * windows.length + 2 * windows.count * windows.length
+        passes = 4 if recovery.granularity == "matrix" else 3  # every matrix needs what lies before it in the block
+        return passes * recovery.steps * recovery.batch_size * windows.length + 2 * windows.count * windows.length
     return 0
 
 

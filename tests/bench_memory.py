@@ -62,7 +62,17 @@ RECOVERIES: dict[str, Any] = {
         }.items()
     },
     "reconstruction": Reconstruction(Trainable(norms=True), steps=2),
-    "reconstruction MaskLoRA": Reconstruction(Trainable(adapters=MaskLoRA(rank=16)), steps=2),
+    **{
+        f"reconstruction MaskLoRA{name}": Reconstruction(Trainable(adapters=MaskLoRA(rank=16)), steps=2, **how)
+        for name, how in {
+            "": {},
+            " matrix": {"granularity": "matrix"},
+            " apart": {"granularity": "attention_mlp"},
+            " two": {"granularity": "two_blocks"},
+            " dense": {"inputs": "dense"},
+            " matrix dense": {"granularity": "matrix", "inputs": "dense"},
+        }.items()
+    },
 }
 MEASURES: dict[str, Any] = {
     "perplexity": Perplexity("ptb/test", 128, limit=8),

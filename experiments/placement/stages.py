@@ -21,6 +21,7 @@ from experiments.recovery import Retraining
 from experiments.spec import Efficiency, Perplexity, Run, ZeroShot
 from pruners.retrain import Reconstruction, Trainable
 from pruners.retrain.trainable import HEAD
+from pruners.retrain.units import GRANULARITIES
 
 BYTES = {"float32": 4, "float64": 8}
 HOME = "at home"
@@ -191,19 +192,28 @@ def _backward(cell: Cell, at_once: int, tokens: int, summed: float, handled: flo
 
 
 def _rebuilding(cell: Cell, recovery: Reconstruction) -> list[Items]:
-    """One block trains at a time, on the hidden states before and behind it."""
+    """One block, or what is trained in its place, trains at a time, on the hidden states before and behind it.
+
+    Parts of a block are compared with what the dense block was, kept beside it; attention's aims are one more state.
+    """
     windows, shape, size = cell.run.windows, cell.shape, cell.size
     assert windows is not None  # the caller has looked
-    trained = _trained(recovery.trainable, shape) / shape.blocks
+    count, dense = min(GRANULARITIES[recovery.granularity], shape.blocks), recovery.inputs == "dense"
+    matrix, apart = (recovery.granularity == one for one in ("matrix", "attention_mlp"))
+    share = {"matrix": 1, "attention_mlp": 3}.get(recovery.granularity, 0) * shape.matrix / shape.block or count
+    trained = share * _trained(recovery.trainable, shape) / shape.blocks
     tokens = recovery.batch_size * windows.length
-    states = 3 * size * shape.width * windows.count * windows.length
+    states = (3 + dense + (count > 1) + apart * (2 - dense)) * size * shape.width * windows.count * windows.length
     matrices = recovery.trainable.weights or recovery.trainable.adapters is not None
-    changing = shape.block if matrices else trained
+    changing = share * shape.block if matrices else trained
+    graph = _inside(cell, tokens) + 12 * tokens * shape.channels if matrix else _graph(cell, tokens, recovery.trainable)
     training: Items = {
-        "weights": _weights(cell, shape.embedded),
-        "training": 16 * trained + _block_masks(recovery, shape) + size * changing,  # as pruning has left that
-        "activations": states + _graph(cell, tokens, recovery.trainable),
+        "weights": _weights(cell, shape.embedded) + cell.away * (count - 1) * size * shape.block,
+        "training": 16 * trained + _block_masks(recovery, shape, share) + size * changing,  # as pruning has left that
+        "activations": states + count * graph,
     }
+    if matrix or apart:
+        training["statistics"] = size * (shape.block + matrix * shape.matrix)
     return [*_arrival(cell, min(cell.batch, windows.count) * windows.length), training]
 
 
@@ -289,8 +299,8 @@ def _masks(recovery: Retraining, shape: Shape) -> float:
     return shape.blocks * shape.block / 8 if changes else 0
 
 
-def _block_masks(recovery: Reconstruction, shape: Shape) -> float:
-    return shape.block / 8 + 12 * shape.matrix if recovery.trainable.adapters is not None else 0
+def _block_masks(recovery: Reconstruction, shape: Shape, share: float) -> float:
+    return share * shape.block / 8 + 12 * shape.matrix if recovery.trainable.adapters is not None else 0
 
 
 def _gathered(recovery: Retraining, shape: Shape, size: int) -> float:
