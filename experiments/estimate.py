@@ -132,7 +132,7 @@ def corpora_of(run: Run) -> list[str]:
     if run.windows and run.calibrates:
         corpora.append(run.windows.corpus)
     if isinstance(run.recovery, Retraining):
-        corpora.append(run.recovery.text.corpus)
+        corpora += run.recovery.corpora
     if run.tuning:
         corpora.append(run.tuning.grid.corpus)
     return list(dict.fromkeys(corpora))

@@ -31,11 +31,14 @@ def retrained(
     model: Any,
     recovery: Retraining,
     examples: Any,
+    held_out: Any,
     folder: Path,
     progress: Progress | None = None,
     watch: Watch | None = None,
 ) -> Retrained:
     """Retrain `model` in place on its text's `examples`; what a killed process had reached lies in `folder`.
+
+    `held_out` is that by which the best model is kept, where it is.
 
     A state there that is another run's, which only a file in a wrong place can be, is begun anew.  On a GPU blocks
     recompute their activations, so that memory is left for the weights.
@@ -54,6 +57,8 @@ def retrained(
         checkpointing=model.device.type == "cuda",
         stop=recovery.stop,
         reference=recovery.reference,
+        held_out=held_out if recovery.checks else None,
+        check_every=recovery.check_every,
         folder=folder,
         progress=progress,
         watch=watch,
@@ -84,6 +89,15 @@ def examples(text: Windows | Documents | Instructions, tokenizer: Tokenizer, dat
 def held_out(text: Windows | Documents | Instructions, tokenizer: Tokenizer, data_dir: Path | None) -> list[Record]:
     """The records that are kept back from training; none of windows and documents."""
     return list(_instructions(text, tokenizer.inner, data_dir, "test")) if isinstance(text, Instructions) else []
+
+
+def checked_on(recovery: Retraining, tokenizer: Tokenizer, data_dir: Path | None) -> Any:
+    """What the best model is kept by; None where the last one is."""
+    if not recovery.checks:
+        return None
+    if recovery.held_out:
+        return examples(recovery.held_out, tokenizer, data_dir)
+    return held_out(recovery.text, tokenizer, data_dir)
 
 
 def _documents(text: Documents, tokenizer: Any, data_dir: Path | None) -> list[Record]:

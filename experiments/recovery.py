@@ -49,7 +49,9 @@ class Retraining:
     """`steps` of `batch_size` examples of `text` for what `trainable` selects; the fields are those of `finetune`.
 
     `micro_batch_size` examples go through the model at once; that moves a number only by PERP's released arithmetic,
-    `reference`.  With `stop`, the schedule of `steps` is stopped after that many steps.
+    `reference`.  With `stop`, the schedule of `steps` is stopped after that many steps.  `keep` "best" ends with the
+    model whose loss on what is held out was the lowest, taken every `check_every` steps and after the last one: on
+    the windows `held_out`, or else on the records that `text` keeps back.  "last" is the model after the last step.
     """
 
     trainable: Annotated[Trainable, checks.instance(Trainable, "a pruners.retrain.Trainable, what is trained")]
@@ -62,9 +64,19 @@ class Retraining:
     micro_batch_size: Count | None = field(default=None, metadata={"result": "reference"})
     stop: Count | None = field(default=None, metadata={"since": "later"})
     reference: Flag = field(default=False, metadata={"since": "later"})
+    keep: Text = field(default="last", metadata={"since": "later"})
+    check_every: Count = field(default=200, metadata={"result": "checks"})
+    held_out: Annotated[Windows, checks.instance(Windows, "the Windows on which losses are taken")] | None = field(
+        default=None, metadata={"since": "later"}
+    )
 
     def __post_init__(self) -> None:
         checks.fields(self)
+        checks.choice("keep", self.keep, ("last", "best"))
+        if self.checks and not self.held_out and not getattr(self.text, "held_out", 0):
+            raise ValueError("keep='best' goes by text held out; give held_out= windows, or Instructions with some.")
+        if self.held_out and not self.checks:
+            raise ValueError("held_out= is what keep='best' goes by; give both, or none.")
         schedule = Schedule(self.steps, self.learning_rate, self.batch_size, self.warmup)
         schedule.checked(self.stop)
         schedule.micro_batch_size(self.micro_batch_size, self.reference)
@@ -73,6 +85,15 @@ class Retraining:
     def shared(self) -> int:
         """How many parts of a batch processes can share: examples, or by `reference` whole micro-batches."""
         return self.batch_size // (self.micro_batch_size or self.batch_size) if self.reference else self.batch_size
+
+    @property
+    def checks(self) -> bool:
+        """Whether the loss on what is held out decides which step's model is kept."""
+        return self.keep == "best"
+
+    @property
+    def corpora(self) -> tuple[str, ...]:
+        return (self.text.corpus, *([self.held_out.corpus] if self.held_out else []))
 
     @property
     def taken(self) -> int:
@@ -110,8 +131,10 @@ def training_tokens(recovery: Retraining) -> int:
 def work_tokens(recovery: Any, windows: Windows | None) -> float:
     """Rough work in tokens through the model; a backward pass counts as two."""
     if isinstance(recovery, Retraining):
-        evaluated = 2 * recovery.text.held_out if isinstance(recovery.text, Instructions) else 0
-        return training_tokens(recovery) + evaluated * recovery.text.length
+        kept_back = recovery.text.held_out * recovery.text.length if isinstance(recovery.text, Instructions) else 0
+        by = recovery.held_out.count * recovery.held_out.length if recovery.held_out else kept_back
+        checks = -(-recovery.taken // recovery.check_every) if recovery.checks else 0
+        return training_tokens(recovery) + 2 * kept_back + checks * by
     if isinstance(recovery, Reconstruction) and windows:
         passes = 4 if recovery.granularity == "matrix" else 3  # every matrix needs what lies before it in the block
         return passes * recovery.steps * recovery.batch_size * windows.length + 2 * windows.count * windows.length
@@ -132,4 +155,5 @@ def label(recovery: Any) -> str:
     if isinstance(recovery, Reconstruction):
         by = "" if recovery.granularity == "block" else f" by {SAID.get(recovery.granularity, recovery.granularity)}"
         return f" + reconstruction ({parts})" + by.replace("_", " ") + ", dense inputs" * (recovery.inputs == "dense")
-    return f" + {parts}" + (f", step {recovery.stop} of {recovery.steps}" if recovery.stop else "")
+    best = f", best of every {recovery.check_every} steps" if recovery.checks else ""
+    return f" + {parts}{best}" + (f", step {recovery.stop} of {recovery.steps}" if recovery.stop else "")

@@ -60,7 +60,7 @@ def read_by(run: Run) -> list[str]:
 
 def _trained_on(run: Run) -> list[str]:
     calibration = [run.windows.corpus] if run.windows and run.calibrates else []
-    return [*calibration, *([run.recovery.text.corpus] if isinstance(run.recovery, Retraining) else [])]
+    return [*calibration, *(run.recovery.corpora if isinstance(run.recovery, Retraining) else [])]
 
 
 def _shared(whole: Run, identity: dict[str, Any]) -> str:

@@ -85,6 +85,7 @@ def dry(kind: str) -> Any:
 
 
 ONE, FEW = {"micro_batch_size": 1}, {"steps": 6}
+BEST = {"held_out": windows()[:5], "check_every": 2}
 LLAMA = partial(tiny, "llama multi-head")
 JOBS = {
     "all weights": Job(partial(tiny, "llama grouped-query"), Trainable.full()),
@@ -103,15 +104,21 @@ JOBS = {
     ),
     "LoRA that stays": Job(LLAMA, Trainable(adapters=LoRA(rank=4)), ONE | FEW),
     "a block without heads": Job(partial(hollow, "llama multi-head", "nothing"), Trainable.full(), FEW),
+    "the best of the steps": Job(
+        LLAMA,
+        Trainable.full(),
+        ONE | FEW | BEST | {"learning_rate": 0.05, "warmup": 0},
+    ),
     "bfloat16": Job(lambda: LLAMA().bfloat16(), Trainable.full(), ONE | FEW),
 }
 STREAMED = Job(partial(dry, "opt"), Trainable(norms=True, adapters=MaskLoRA(rank=3)), FEW, words=True, away=True)
 PAIRS = Job(partial(dry, "opt"), Trainable.full(), FEW | {"batch_size": 2}, words=True)
-RESUMED = Job(partial(tiny, "llama grouped-query"), Trainable.full(), {"save_every": 5})
+RESUMED = Job(partial(tiny, "llama grouped-query"), Trainable.full(), {"save_every": 5} | BEST)
 
 
 def told(model: Any, report: Any) -> dict[str, Any]:
-    about = {name: getattr(report, name) for name in ("losses", "sparsity", "merging", "lost_by_merging", "untied")}
+    names = ("losses", "sparsity", "merging", "lost_by_merging", "untied", "checked", "kept_step")
+    about = {name: getattr(report, name) for name in names}
     plain = all(type(p) is torch.nn.Parameter for p in model.parameters())
     return {**about, "state": model.state_dict(), "plain": plain, "kind": type(model).__name__}
 

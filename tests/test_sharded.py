@@ -64,6 +64,10 @@ def test_ranks_train_what_one_process_trains(count, name, answers, alone):
     assert_same(one["state"], expected["state"], BFLOAT16 if name == "bfloat16" else EPSILON)
     for about in ("merging", "lost_by_merging"):
         assert_close(one[about], expected[about], rtol=EPSILON, atol=0)
+    assert one["kept_step"] == expected["kept_step"]
+    assert [step for step, _ in one["checked"]] == [step for step, _ in expected["checked"]]
+    losses = ([loss for _, loss in told["checked"]] for told in (one, expected))
+    assert_close(*losses, rtol=EPSILON, atol=0)
     assert (one["untied"], one["kind"], one["sparsity"]) == (expected["untied"], expected["kind"], expected["sparsity"])
     assert one["plain"]
     for told in all_told:

@@ -34,7 +34,7 @@ TABLE = "adhoc"
 SEED = ("seed",)  # one --seed for the windows, the method and the recovery
 TRAINED = {"batch_size": "train-batch-size"}  # --batch-size is how many windows go through the model at once
 OTHERWISE = {"steps": 1000, "learning_rate": 5e-4}  # PERP's released defaults, where a Retraining leaves it open
-BETWEEN = ("trainable", "text", "seed")
+BETWEEN = ("trainable", "text", "seed", "keep", "check_every", "held_out")  # set here, or of no use here
 
 
 def explained(name: str) -> str:

@@ -9,7 +9,7 @@ training       what is trained in float32 with gradient and moments (16 bytes), 
 gathered       where cards share what is trained, so that each has its part of these: what is whole for a while
 at home        what lies in CPU memory meanwhile: of weights that are away from their device inputs of blocks that
                backward needs, statistics, what a factorisation takes that has no room beside the weights; what is
-               trained as it was after the last good step
+               trained as it was after the last good step, and after the best
 """
 
 from __future__ import annotations
@@ -260,6 +260,7 @@ def _retraining(cell: Cell, recovery: Retraining) -> list[Items]:
     block = _graph(cell, tokens, trainable) + 12 * shape.matrix * (masks > 0)  # with a matrix's mask
     largest = max(shape.matrix * trainable.weights, shape.embedded * trainable.embeddings) / cards
     activations, inputs = _passes(cell, recovery, block)
+    kept = 4 * count * (1 + recovery.checks)
     return [
         *_arrival(cell, tokens),
         {"weights": held, "training": masks + 3 * shape.matrix * (masks > 0)},
@@ -267,9 +268,9 @@ def _retraining(cell: Cell, recovery: Retraining) -> list[Items]:
             **state,
             "training": (12 + 4 * (tokens < each)) * count + bits,
             "activations": activations,
-            HOME: 4 * count + inputs,
+            HOME: kept + inputs,
         },
-        {**state, **end, "activations": max(12 * largest, 0 if cell.away else block), HOME: 4 * count},
+        {**state, **end, "activations": max(12 * largest, 0 if cell.away else block), HOME: kept},
     ]
 
 

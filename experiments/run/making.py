@@ -100,7 +100,8 @@ def _retrain(session: Session) -> dict[str, Any]:
     model = subject.model
     with session.stages("retrain"):
         text = recover.examples(recovery.text, subject.tokenizer, subject.data_dir)
-        report = recover.retrained(model, recovery, text, session.steps, progress, watch)
+        by = recover.checked_on(recovery, subject.tokenizer, subject.data_dir)
+        report = recover.retrained(model, recovery, text, by, session.steps, progress, watch)
     session.stages.add("retrain", report.resumed_seconds)  # what another process took is this cell's cost, too
     held_out = {"held_out": {"before": before, "after": _held_out(kept_back, session)}}
     return report.to_dict() | (held_out if kept_back else {})
@@ -117,7 +118,8 @@ def choose(grid: RateGrid, session: Session) -> tuple[Values, dict[str, Any]]:
         recovery = replace(run.recovery, learning_rate=rate)
         if session.retrains:
             progress = session.board.stage(f"retraining at {rate:g}", work_tokens(recovery, None))
-            recover.retrained(subject.model, recovery, text, session.steps / place, progress)
+            by = recover.checked_on(recovery, subject.tokenizer, subject.data_dir)
+            recover.retrained(subject.model, recovery, text, by, session.steps / place, progress)
         else:
             achieved.update(prune(replace(session, run=replace(run, recovery=recovery), begun=session.begun / place)))
 

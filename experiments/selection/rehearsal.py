@@ -20,6 +20,7 @@ RESULTS = Path("results/rehearsal")
 AT_MOST = {
     "count": 2, "length": 64, "window": 64, "limit": 2, "new_tokens": 4, "repetitions": 1, "prompts": 1,
     "steps": 4, "stop": 2, "warmup": 1, "batch_size": 2, "micro_batch_size": 1, "held_out": 4,
+    "check_every": 2,
 }  # fmt: skip
 KEPT = {(Instructions, "length")}  # an answer stands behind its prompt, which is longer than a short window
 FIRST = {"lengths": 1, "batch_sizes": 1, "rates": 2}
@@ -46,7 +47,7 @@ def rehearsed(table: Table, model: str | None = None) -> Table:
     kept: dict[Run, None] = {}
     named: dict[Run, tuple[str, str]] = {}
     for run, label in zip(runs, labels(runs, table.label), strict=True):
-        kind = (type(run.method), run.recovery and (type(run.recovery), run.recovery.trainable), run.quantised)
+        kind = (type(run.method), _way(run.recovery), run.quantised)
         if kind not in kinds or run.model not in kinds:
             kept[small(run)] = None
             named.setdefault(_pruned(small(run)), label)
@@ -60,6 +61,14 @@ def rehearsed(table: Table, model: str | None = None) -> Table:
         published=None,
         label=lambda run: named[_pruned(run)],
     )
+
+
+def _way(recovery: Any) -> Any:
+    """What a recovery trains, and what of it is code of its own."""
+    if recovery is None:
+        return None
+    own = (getattr(recovery, name, None) for name in ("granularity", "inputs", "keep"))
+    return type(recovery), recovery.trainable, *own
 
 
 def small(run: Run) -> Run:

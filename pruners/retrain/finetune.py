@@ -12,6 +12,9 @@ arithmetic where this project's own is another:
                       given a matrix of its own first, for what the embeddings then do was never trained
 
 Optimiser, clipping at norm 1, warm-up, decay, dropout, trained sets and adapters are the released ones either way.
+LLM-Pruner's post-training loads, in the end, the best of its checkpoints by the loss on what is held out; so does this
+with `held_out`, whose last step is a candidate, too.
+
 What stays this project's own: a run's `seed` starts adapters and orders examples, where the released code shuffles by
 42 whatever the seed; bfloat16, whose range needs no scaled losses and so skips no steps, in place of float16; and the
 refusal to go on once the loss diverges.
@@ -25,7 +28,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 from pruners.calibrate import Progress
 from pruners.interface import checks
@@ -33,15 +36,17 @@ from pruners.interface.checks import Count, Finite, Flag, Folder, Positive, Seed
 from pruners.lazy import PreTrainedModel, no_grad, torch
 from pruners.retrain import state
 from pruners.retrain.batches import Batches
+from pruners.retrain.held_out import NotFiniteError, of_batches
 from pruners.retrain.layouts import Replicated, Sharded, laid_out
 from pruners.retrain.passes import Micro, Passes, dealt, share
-from pruners.retrain.schedule import Schedule, precision_for
+from pruners.retrain.schedule import Schedule, autocast, precision_for
 from pruners.retrain.trainable import Attached, Trainable
 from pruners.run import gradients, inputs, ranks
 from pruners.run.ranks import Ranks
 from pruners.weights import homes
 
 Watch = Annotated[Callable[[int, float, float], None], checks.FUNCTION]
+BEST = "best"  # in front of a tensor's name in the state
 SMOOTHED = 10  # steps whose mean loss is compared when looking for divergence
 
 
@@ -56,6 +61,7 @@ class Retrained:
     `merging` is the loss on the last batch, without dropout, before and after adapters were merged;
     `lost_by_merging` is LoRA-Prune's |s BA . (1 - M)| / |s BA|, 0 for exact merges.  `processes` shared each batch.
     Of `seconds`, the first `resumed_seconds` went into the steps up to `resumed_at`, in another process.
+    With text held out, `checked` has the loss on it after steps, and `kept_step` is the step of the lowest.
     """
 
     trainable: str
@@ -73,10 +79,13 @@ class Retrained:
     lost_by_merging: float = 0.0
     untied: bool = False
     processes: int = 1
+    checked: list[tuple[int, float]] = field(default_factory=list)
+    kept_step: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return asdict(self)
+        """Plain JSON values; what was held out is told where something was."""
+        told = asdict(self)
+        return told if self.checked else {k: v for k, v in told.items() if k not in ("checked", "kept_step")}
 
     def __str__(self) -> str:
         return (
@@ -107,6 +116,8 @@ def finetune(
     stop: Whole | None = None,
     shuffle: Flag = True,
     reference: Flag = False,
+    held_out: Any = None,
+    check_every: Count = 200,
     progress: Progress | None = None,
     watch: Watch | None = None,
 ) -> Retrained:
@@ -117,7 +128,8 @@ def finetune(
     again; it also starts the adapters and drops out.  `reference` is PERP's released arithmetic, in which
     `micro_batch_size`, a divisor of `batch_size`, moves the loss (see the module).  With a `folder`, the state is kept
     there every `save_every` steps and a killed run goes on from it, as does one that is to `stop` the same schedule
-    after more steps.  After every step `progress(step, stop or steps)` and
+    after more steps.  Of `held_out` examples the loss is taken every `check_every` steps and after the last; the model
+    then is that of the lowest, and of equal ones the first.  After every step `progress(step, stop or steps)` and
     `watch(step, loss, tokens a second)` are called.
 
     Under torchrun every rank calls this with the same model and examples, whole; they share each batch, which is a
@@ -136,6 +148,9 @@ def finetune(
     batches = Batches(examples, batch_size, seed, model.config, shuffle)
     cast = precision_for(precision, model.dtype, model.device)
     unusual = [f"means of {micro_batch_size}"] * reference + ["in order"] * (not shuffle)
+    kept_back = None if held_out is None else Batches(held_out, micro_batch_size, 0, model.config)
+    if kept_back:
+        unusual.append(f"best of {kept_back.digest()} every {check_every}")
     mark = state.fingerprint(model, schedule, trainable, clip, seed, cast, batches.digest(), *unusual)
     path = Path(folder) / "retrain.safetensors" if folder else None
     together = ranks.here(model.device)
@@ -158,6 +173,8 @@ def finetune(
             precision=cast,
             micro_batch_size=micro_batch_size,
             reference=reference,
+            held_out=kept_back,
+            check_every=check_every,
             path=path,
             mark=mark,
             report=report,
@@ -185,6 +202,8 @@ class _Loop:
     precision: torch.dtype | None
     micro_batch_size: int
     reference: bool
+    held_out: Batches | None
+    check_every: int
     path: Path | None
     mark: str
     report: Retrained
@@ -197,6 +216,7 @@ class _Loop:
         self.unmerged = 0.0
         self.report.processes = self.ranks.count
         self.good: tuple[int, dict[str, torch.Tensor]] = (0, {})
+        self.best: dict[str, torch.Tensor] = {}  # what was trained, at the step that the report names
 
     def run(self, save_every: int, checkpointing: bool, progress: Progress | None, watch: Watch | None) -> None:
         self._resume()
@@ -209,6 +229,8 @@ class _Loop:
                 stack.enter_context(gradients.checkpointed(model))
             model.train()
             for step in range(len(self.report.losses), self.stop):
+                if step and step % self.check_every == 0:
+                    self._check(step)
                 if step % save_every == 0 or step == self.report.resumed_at:
                     self._keep(step)
                 self._step(step)
@@ -217,6 +239,7 @@ class _Loop:
                 if watch:
                     watch(step + 1, self.report.losses[-1], self.report.tokens / self.report.seconds)
             self._keep(self.stop)
+            self._check(self.stop)  # no part of the state: one that stops later may not check here
 
     def _step(self, step: int) -> None:
         started = time.perf_counter()
@@ -237,16 +260,37 @@ class _Loop:
         rising = step >= 2 * SMOOTHED and sum(last) > 2 * sum(first) + SMOOTHED  # one nat a token more than double
         if math.isfinite(loss) and math.isfinite(norm) and not rising:
             return
+        self._diverged(
+            f"at step {step + 1} of {self.schedule.steps}: loss {loss:.4g} after {losses[0]:.4g} at the start, "
+            f"gradient norm {norm:.4g}"
+        )
+
+    def _diverged(self, how: str) -> NoReturn:
         step_kept, tensors = self.good
         for name, p in self.layout.tensors.items():
             p.data.copy_(tensors[name])
         self.layout.bring_back()
         self.attached.merge()
         raise Diverged(
-            f"Retraining diverged at step {step + 1} of {self.schedule.steps}: loss {loss:.4g} after {losses[0]:.4g} "
-            f"at the start, gradient norm {norm:.4g}, learning rate {self.schedule.learning_rate:g}. The "
-            f"model is restored to its state after step {step_kept}; use a lower learning rate or a longer warm-up."
+            f"Retraining diverged {how}, learning rate {self.schedule.learning_rate:g}. The model is restored to its "
+            f"state after step {step_kept}; use a lower learning rate or a longer warm-up."
         )
+
+    def _check(self, step: int) -> None:
+        """The loss on what is held out after so many steps, unless it is known; the lowest one's tensors are kept."""
+        report, device = self.report, self.passes.device
+        if self.held_out is None or step in dict(report.checked):
+            return
+        try:
+            with autocast(self.precision, device, self.passes.cached):
+                loss = of_batches(self.layout.model, self.held_out)
+        except NotFiniteError as error:
+            why = str(error).partition(":")[0].replace("The", "the", 1)
+            self._diverged(f"after step {step} of {self.schedule.steps}: {why}")
+        if loss < min((before for _, before in report.checked), default=math.inf):
+            self.best = {name: p.detach().cpu().clone() for name, p in self.layout.tensors.items()}
+            report.kept_step = step
+        report.checked.append((step, loss))
 
     def _keep(self, step: int) -> None:
         tensors = {name: p.detach().cpu().clone() for name, p in self.layout.tensors.items()}
@@ -256,8 +300,10 @@ class _Loop:
         # a run of the same schedule that stops later may have overtaken this one
         if self.ranks.first(lambda: step > state.step_in(path, self.mark)):
             moments = state.of_optimizer(self.optimizer, self.layout.tensors)
-            about = {name: getattr(self.report, name) for name in ("losses", "tokens", "seconds")}
-            self.layout.save(path, {**tensors, **moments}, {"fingerprint": self.mark, "step": step, **about})
+            told = ("losses", "tokens", "seconds") + ("checked", "kept_step") * (self.held_out is not None)
+            about = {name: getattr(self.report, name) for name in told}
+            best = {f"{BEST}/{name}": tensor for name, tensor in self.best.items()}
+            self.layout.save(path, {**tensors, **moments, **best}, {"fingerprint": self.mark, "step": step, **about})
 
     def _resume(self) -> None:
         if self.path and (found := self.layout.load(self.path, self.mark)):
@@ -268,10 +314,16 @@ class _Loop:
             self.report.losses, self.report.tokens = about["losses"], about["tokens"]
             self.report.resumed_seconds, self.report.resumed_at = about["seconds"], about["step"]
             self.report.seconds = about["seconds"]
+            self.report.checked = [(step, loss) for step, loss in about.get("checked", [])]
+            self.report.kept_step = about.get("kept_step")
+            if self.report.checked:
+                self.best = {name: saved[f"{BEST}/{name}"] for name in self.layout.tensors}
 
     @no_grad
     def bring_back(self) -> None:
         """What was trained into the model, adapters in place; the moments are dropped first."""
+        for name, tensor in self.best.items():
+            self.layout.tensors[name].data.copy_(tensor)
         if self.attached.merges:
             self.unmerged = self._last_loss(self.passes, self.precision)
         self.optimizer.state.clear()

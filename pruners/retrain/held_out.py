@@ -30,8 +30,14 @@ def held_out_loss(
     """
     model = inputs.predicting_model(model)
     batches = Batches(examples, batch_size, seed=0, config=model.config)
+    return of_batches(model, batches, progress), batches.predicted(range(len(batches.examples)))
+
+
+@no_grad
+def of_batches(model: PreTrainedModel, batches: Batches, progress: Progress | None = None) -> float:
+    """The same of examples that have been read, as many at once as their batches have."""
     order = sorted(range(len(batches.examples)), key=lambda index: len(batches.examples[index][0]))  # little padding
-    cut = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    cut = [order[start : start + batches.batch_size] for start in range(0, len(order), batches.batch_size)]
     tokens, total, done, training = batches.predicted(order), 0.0, 0, model.training
     model.eval()
     try:
@@ -48,7 +54,7 @@ def held_out_loss(
                 progress(done, len(order))
     finally:
         model.train(training)
-    return total, tokens
+    return total
 
 
 def _asked(batches: Batches, indices: list[int]) -> dict[str, Tensor]:
