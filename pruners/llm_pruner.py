@@ -26,13 +26,16 @@ With `steps` above 1 the ratio is reached in equal steps, scored again on the mo
 and fresh gradients (the released code draws new windows and clears no gradient).  The released l1 and l2 always average
 the matrices' scores; give reduction="mean" for that, which only matters with scope "global".  Gradients are reduced to
 scores as backward produces them: memory is the weights and one gradient, for element_mix also the squares h.
+
+The released commands score a float16 model in float32 on a CPU and evaluate it in float16 (`--device cpu --eval_device
+cuda`); `score_dtype` "float32" does that, wherever the model is.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
 from pruners import anatomy, apply, select
@@ -40,12 +43,12 @@ from pruners.anatomy import Block
 from pruners.apply import KINDS, Kept
 from pruners.calibrate import PLAIN, Execution, Progress
 from pruners.interface import checks
-from pruners.interface.checks import Count, Rule, Seed
+from pruners.interface.checks import Count, Rule, Seed, Text
 from pruners.lazy import Float, Int, Tensor, nn, torch
 from pruners.run import gradients, matrices
 from pruners.run.report import Report, Size, State, Structure
 from pruners.structured import Scores, Structured
-from pruners.weights import aside, homes
+from pruners.weights import aside, dtypes, homes
 
 TOKENS_AT_ONCE = 2048  # in a backward pass: above the papers' 10 x 64, and a bound on memory
 TAYLOR = ("vector", "element1", "element2", "element_mix")
@@ -86,8 +89,12 @@ def index_scores(
     importance: str,
     dims: Mapping[str, int],
     progress: Progress | None = None,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Float[Tensor, " index"]]:
-    """Scores by parameter name along its dimension in `dims`, on the CPU; a tied matrix has one under every name."""
+    """Scores by parameter name along its dimension in `dims`, on the CPU; a tied matrix has one under every name.
+
+    Gradients are those of the model in `dtype`; None: in its own.
+    """
     names: dict[Tensor, list[str]] = {}
     for name in dims:
         names.setdefault(model.get_parameter(name), []).append(name)
@@ -122,11 +129,12 @@ def index_scores(
                 add(name)
         return {name: found[name].cpu() for name in dims}
     assert windows is not None  # pruners.prune has checked them
-    if importance in ("element2", "element_mix"):
-        gradients.backward(model, windows, weights, second_order, progress=progress, left=keep_squares)
-    if importance != "element2":
-        at_once = max(1, TOKENS_AT_ONCE // windows.shape[1])
-        gradients.of_mean_loss(model, windows, weights, first_order, at_once=at_once, progress=progress)
+    with dtypes.widened(model, dtype):
+        if importance in ("element2", "element_mix"):
+            gradients.backward(model, windows, weights, second_order, progress=progress, left=keep_squares)
+        if importance != "element2":
+            at_once = max(1, TOKENS_AT_ONCE // windows.shape[1])
+            gradients.of_mean_loss(model, windows, weights, first_order, at_once=at_once, progress=progress)
     return {name: part.cpu() for name, part in found.items()}
 
 
@@ -138,7 +146,11 @@ def _rule(model: nn.Module, name: str, importance: str) -> str:
 
 @dataclass(frozen=True)
 class LLMPruner(Structured):
-    """ValueError for block ranges outside the model, and for `steps` with another granularity than `block`."""
+    """`score_dtype` is that of weights and gradients while groups are scored: float32, or None for the model's own.
+
+    ValueError for block ranges outside the model, for `steps` with another granularity than `block`, and for a
+    `score_dtype` where no gradient is taken.
+    """
 
     importance: str = "element1"
     reduction: str = "sum"
@@ -148,6 +160,7 @@ class LLMPruner(Structured):
     scope: str = "local"
     steps: Count = 1
     seed: Seed = 42
+    score_dtype: Text | None = field(default=None, metadata={"since": "later"})
 
     DEFAULT_RATIO: ClassVar[float] = 0.25
 
@@ -161,6 +174,10 @@ class LLMPruner(Structured):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.steps > 1 and self.granularity != "block":
             raise ValueError(f"steps is 1 unless granularity is 'block'; got {self.steps}.")
+        if self.score_dtype is not None:
+            checks.choice("score_dtype", self.score_dtype, ("float32",))
+            if not self.needs_windows:
+                raise ValueError("score_dtype is that of gradients, and none are taken here; leave it out.")
 
     @property
     def needs_windows(self) -> bool:
@@ -170,7 +187,8 @@ class LLMPruner(Structured):
     def statistics_key(self) -> dict[str, str] | None:
         if not self.needs_windows:
             return None
-        return {"kind": "group_scores", "importance": self.importance, "granularity": self.granularity}
+        key = {"kind": "group_scores", "importance": self.importance, "granularity": self.granularity}
+        return key if self.score_dtype is None else {**key, "dtype": self.score_dtype}
 
     @property
     def needs_all_weights(self) -> bool:
@@ -195,7 +213,7 @@ class LLMPruner(Structured):
 
         Backward passes take as many windows at once as `TOKENS_AT_ONCE` holds.
         """
-        return index_scores(model, windows, self.importance, self._dims(model), how.progress)
+        return self._index_scores(model, windows, how.progress)
 
     def check(self, model: nn.Module) -> None:
         super().check(model)
@@ -303,7 +321,8 @@ class LLMPruner(Structured):
     ) -> dict[str, Float[Tensor, " index"]]:
         if self.importance == "random":
             return {}
-        return index_scores(model, windows, self.importance, self._dims(model), progress)
+        dtype = None if self.score_dtype is None else getattr(torch, self.score_dtype)
+        return index_scores(model, windows, self.importance, self._dims(model), progress, dtype)
 
     def _dims(self, model: nn.Module) -> dict[str, int]:
         """The dimension along which each matrix holds parts of the groups."""

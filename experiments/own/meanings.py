@@ -47,6 +47,7 @@ OF_ONE = {
     (SparseGPT, "metric"): f"cost of removing a weight: {', '.join(COSTS)}",
     (SparseGPT, "group"): f"choose the mask at once, among {GROUPS} (None: along the way, in blocks of columns)",
     (Flap, "metric"): f"score of a channel: {', '.join(METRICS)}",
+    (LLMPruner, "score_dtype"): "dtype of weights and gradients while groups are scored: float32 (None: the model's)",
     (LLMPruner, "steps"): "equal steps in which the ratio is reached",
     (Reconstruction, "steps"): "steps of the optimizer for each block",
     (Reconstruction, "batch_size"): "windows in a step",

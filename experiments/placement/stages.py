@@ -14,7 +14,7 @@ at home        what lies in CPU memory meanwhile: of weights that are away from 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from experiments.placement.shapes import Shape, shape_of
 from experiments.recovery import Retraining
@@ -161,6 +161,8 @@ def _group_scores(cell: Cell) -> list[Items]:
     """Gradients of as many windows at once as there is room for, added up where there are more; squares beside them."""
     method, shape, windows = cell.run.method, cell.shape, cell.run.windows
     assert windows is not None  # there is no key without
+    if method.score_dtype is not None:
+        cell = replace(cell, size=BYTES[method.score_dtype])
     tokens = windows.count * windows.length
     blocks = 1 if cell.away else shape.blocks
     squares = method.importance == "element_mix"

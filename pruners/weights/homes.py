@@ -70,6 +70,7 @@ class Home:
         self.model, self.source, self.device = model, source, device
         self.backwards = False  # which part comes next
         self.staying: set[nn.Parameter] = set()  # on the device all the time
+        self.rounded: dict[nn.Parameter, torch.dtype] = {}  # to these on their way to wider dtypes
         self._all = _parts(model)
         self._names = {p: name for name, p in model.named_parameters()}  # tied ones have their first name
         self._uses: Counter[nn.Parameter] = Counter()
@@ -233,6 +234,7 @@ class Home:
                 f"{name} is {list(tensor.shape)} where its weights are kept and {list(parameter.shape)} in the model; "
                 "the files changed during the run. Run again."
             )
+        tensor = tensor.to(self.rounded.get(parameter, tensor.dtype))
         if self._stream is None or tensor.device.type != "cpu":
             return tensor.to(self.device, parameter.dtype)
         with torch.cuda.stream(self._stream):
