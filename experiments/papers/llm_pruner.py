@@ -237,6 +237,31 @@ tuning_steps = Table(
     label=lambda run: ("Element^1 (Block)", f"20 %, LoRA step {run.recovery.stop if run.recovery else 0}"),
 )
 
+KEPT = {None: "not tuned", "last": "tuned, last step", "best": "tuned, best of every 200 steps"}
+
+
+def as_released(row: tuple[str | None, str | None], model: str, share: float) -> Run:
+    """`row` is the dtype in which groups are scored, None for the model's own, and a key of KEPT."""
+    score_dtype, keep = row
+    run = pruned("Element^1 (Block)", model, share, score_dtype=score_dtype)
+    return replace(run, recovery=keep and replace(POST_TRAINING, keep=keep))
+
+
+# The released commands score in float32 and evaluate in float16, and load the best checkpoint after post-training: of
+# those every 200 steps by the loss on 2,000 records of Alpaca.  The other tables have float16 and the last step.
+as_released_table = Table(
+    name="llm_pruner.as_released",
+    title="Groups scored in float16 or float32; the last or the best step of post-training, at 20 %",
+    rows=tuple(product((None, "float32"), KEPT)),
+    columns=(("llama-7b", 0.2),),
+    run=as_released,
+    label=lambda run: (
+        f"Element^1 (Block), scored in {run.method.score_dtype or run.dtype}",
+        f"20 %, {KEPT[run.recovery and run.recovery.keep]}",
+    ),
+)
+as_released_table = with_dense(as_released_table)
+
 REDUCTIONS = {"sum": "Summation", "max": "Max", "prod": "Production", "last": "Last-only"}
 
 aggregation = Table(

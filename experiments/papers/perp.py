@@ -7,6 +7,10 @@ the model's length and padded.  Of the budgets only the 1,000 steps of the first
 rates only that they were swept: every row takes the best of RATES by the loss on C4's validation split, chosen at 50 %
 for 40 and 50 %, 2:4 and 4:8, and at 60 % for 60 and 70 %.  Run `perp.rates` first, its choices at the same time; the
 other tables make those that they lack, and wait for one another's.
+`perp.granularity` is after the authors' follow-up (Wagner et al. 2025, arXiv:2510.14444), none of whose values is at
+hand: what is rebuilt at once, and on whose hidden states, with every weight that is left; `perp.granularity_rates` has
+its rates.
+
 Batches of two, the first 2,000 documents of the shard in an order of a run's own seed, and bfloat16 are this project's.
 """
 
@@ -24,6 +28,7 @@ from experiments.recovery import Documents, Retraining, label
 from experiments.spec import Run, Table, Windows
 from pruners import Magnitude, SparseGPT, Wanda
 from pruners.retrain import LoRA, LoRAPrune, MaskLoRA, Reconstruction, ScaleLoRA, Trainable
+from pruners.retrain.units import GRANULARITIES
 
 OPT = ("opt-2.7b", "opt-6.7b", "opt-13b", "opt-30b")
 LLAMA = ("llama-2-7b", "llama-2-13b", "mistral-7b")
@@ -147,6 +152,38 @@ mixtral = Table(
     columns=tuple(product(("mixtral-8x7b",), (HALF, MORE, {"pattern": "2:4"}), MASKS[:2])),
     run=retrained,
     label=words,
+)
+
+WAYS = tuple(product(GRANULARITIES, ("pruned", "dense")))
+GRANULARITY_SETTINGS: tuple[dict[str, Any], ...] = (HALF, {"pattern": "2:4"})
+
+
+def by_granularity(row: Any, model: str, how: dict[str, Any]) -> Run:
+    """`row` is DENSE, None for pruning alone, or what is rebuilt at once and the inputs that it gets."""
+    recovery = row
+    if isinstance(row, tuple):
+        recovery = replace(rebuilding(Trainable(weights=True)), granularity=row[0], inputs=row[1])
+    run = retrained(recovery, model, how, MASKS[1])
+    return replace(run, tuning=run.tuning and replace(run.tuning, table="perp.granularity_rates"))
+
+
+granularity = Table(
+    name="perp.granularity",
+    title="Reconstruction of all weights by matrix, attention and MLP, one, two or four blocks, on the pruned or the "
+    "dense model's inputs",
+    rows=(DENSE, None, *WAYS),
+    columns=tuple(product(("llama-2-7b",), GRANULARITY_SETTINGS)),
+    run=by_granularity,
+    label=words,
+)
+
+granularity_rates = Table(
+    name="perp.granularity_rates",
+    title="Learning rates of reconstruction by granularity, chosen by the loss on held-out text",
+    rows=WAYS,
+    columns=(("llama-2-7b", HALF),),
+    run=lambda row, model, how: choice(by_granularity(row, model, how)),
+    label=lambda run: (words(run)[0], "50 %, 2:4"),
 )
 
 KINDS = ((OPT, (SMALL, MASKLORA), rebuilding(MASKLORA)), (LLAMA, OF_LLAMA, rebuilding(OF_LLAMA[1])))

@@ -39,7 +39,7 @@ from pruners.retrain.batches import Batches
 from pruners.retrain.held_out import NotFiniteError, of_batches
 from pruners.retrain.layouts import Replicated, Sharded, laid_out
 from pruners.retrain.passes import Micro, Passes, dealt, share
-from pruners.retrain.schedule import Schedule, autocast, precision_for
+from pruners.retrain.schedule import Diverged, Schedule, autocast, precision_for
 from pruners.retrain.trainable import Attached, Trainable
 from pruners.run import gradients, inputs, ranks
 from pruners.run.ranks import Ranks
@@ -48,10 +48,6 @@ from pruners.weights import homes
 Watch = Annotated[Callable[[int, float, float], None], checks.FUNCTION]
 BEST = "best"  # in front of a tensor's name in the state
 SMOOTHED = 10  # steps whose mean loss is compared when looking for divergence
-
-
-class Diverged(ArithmeticError):  # noqa: N818  (what happened, in one word)
-    """The loss is not finite or keeps rising; the model is left as it was at the last checkpoint."""
 
 
 @dataclass

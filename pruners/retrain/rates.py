@@ -15,8 +15,8 @@ from pruners.calibrate import Progress
 from pruners.interface import checks
 from pruners.interface.checks import Count, Rule
 from pruners.lazy import PreTrainedModel, Tensor, nn, torch
-from pruners.retrain.finetune import Diverged
 from pruners.retrain.held_out import NotFiniteError, held_out_loss
+from pruners.retrain.schedule import Diverged
 from pruners.run import inputs
 from pruners.weights import homes
 

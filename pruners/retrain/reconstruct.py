@@ -43,8 +43,7 @@ from pruners.interface import checks
 from pruners.interface.checks import Count, Finite, Flag, Positive, Seed, Text
 from pruners.lazy import F, Int, Tensor, nn, torch
 from pruners.retrain import state, units
-from pruners.retrain.finetune import Diverged
-from pruners.retrain.schedule import Schedule, autocast, precision_for, seeded
+from pruners.retrain.schedule import Diverged, Schedule, autocast, precision_for, seeded
 from pruners.retrain.trainable import Attached, Trainable
 from pruners.retrain.units import Unit
 from pruners.run import inputs

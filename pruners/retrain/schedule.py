@@ -1,4 +1,4 @@
-"""Steps, learning rate, precision and random draws of a training."""
+"""Steps, learning rate, precision and random draws of a training, and how it ends where it goes wrong."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ from pruners.interface.checks import Count, Finite, Positive
 from pruners.lazy import nn, torch
 
 FORMATS = ("float32", "bfloat16")
+
+
+class Diverged(ArithmeticError):  # noqa: N818  (what happened, in one word)
+    """The loss is not finite or keeps rising; the model is left as it was at the last checkpoint."""
 
 
 @dataclass(frozen=True)
