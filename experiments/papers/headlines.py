@@ -152,7 +152,7 @@ TUNED = Retraining(
     steps=96,
     learning_rate=1e-3,
 )
-BEST = replace(TUNED, keep="best", check_every=16, held_out=Windows("embedded/c4", 32, 128, seed=1, sampling="stream"))
+BEST = replace(TUNED, keep="best", check_every=16, held_out=Windows("embedded/c4", 32, 128, sampling="stream"))
 TUNINGS = {None: "not tuned", TUNED: "tuned, last step", BEST: "tuned, best of every 16 steps"}
 
 
