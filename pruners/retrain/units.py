@@ -23,7 +23,6 @@ from pruners.run.matrices import owner
 from pruners.run.stream import Caught, span
 
 GRANULARITIES = {"matrix": 1, "attention_mlp": 1, "block": 1, "two_blocks": 2, "four_blocks": 4}  # blocks at once
-Values = Mapping[nn.Parameter, Tensor]
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Unit:
     passage: Passage
     pair: Callable[[Tensor], tuple[Tensor, Tensor]]
     own: frozenset[nn.Parameter] | None = None
-    meanwhile: Values = field(default_factory=dict)
+    meanwhile: Mapping[nn.Parameter, Tensor] = field(default_factory=dict)
 
     def attach(self, trainable: Trainable, seed: int) -> list[Attached]:
         return [trainable.attach_to_block(block, seed, self.own) for block in self.blocks]
@@ -59,7 +58,9 @@ class Unit:
         return float(total) / numbers
 
 
-def of(passage: Passage, granularity: str, dense: Values, dense_inputs: bool, rows: int) -> Iterator[Unit]:
+def of(
+    passage: Passage, granularity: str, dense: Mapping[nn.Parameter, Tensor], dense_inputs: bool, rows: int
+) -> Iterator[Unit]:
     """One after the other; each is rebuilt before the next one is asked for.
 
     `dense` are the values that a block's parameters had before it was pruned, `rows` windows that can run at once.
@@ -78,7 +79,7 @@ def _compared(passage: Passage, made: Callable[[Tensor], Tensor], aims: Tensor, 
     return made(rows), aims[span(rows)].to(passage.device)
 
 
-def _matrices(passage: Passage, dense: Values, dense_inputs: bool) -> Iterator[Unit]:
+def _matrices(passage: Passage, dense: Mapping[nn.Parameter, Tensor], dense_inputs: bool) -> Iterator[Unit]:
     (block,) = passage.blocks
     for projection in (name for names in block.shared_inputs for name in names):
         module = owner(block.linear(projection))
@@ -95,7 +96,9 @@ def _matrices(passage: Passage, dense: Values, dense_inputs: bool) -> Iterator[U
         yield Unit(f"{block.name}.{projection}", passage.blocks, passage, pair, own, others)
 
 
-def _attention_and_mlp(passage: Passage, dense: Values, dense_inputs: bool, rows: int) -> Iterator[Unit]:
+def _attention_and_mlp(
+    passage: Passage, dense: Mapping[nn.Parameter, Tensor], dense_inputs: bool, rows: int
+) -> Iterator[Unit]:
     (block,) = passage.blocks
 
     def attended(rows: Tensor) -> Tensor:
@@ -168,7 +171,7 @@ def _reached(block: Block, run: Callable[[], Tensor]) -> frozenset[nn.Parameter]
 
 
 @contextmanager
-def holding(values: Values) -> Iterator[None]:
+def holding(values: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
     """Parameters have other values for a while."""
     now = {p: p.data for p in values}
     for p, value in values.items():
