@@ -228,20 +228,25 @@ class Home:
             return {p: self._placed(name, p) for name, p in self._moving(part).items()}
 
     def _placed(self, name: str, parameter: nn.Parameter) -> Tensor:
-        tensor = self.source.read(self.first_name(parameter, name))
+        if self._stream is None:
+            return self._read(name, parameter)
+        with torch.cuda.stream(self._stream):
+            moved = self._read(name, parameter)
+        self._stream.synchronize()
+        moved.record_stream(torch.cuda.default_stream(self.device))
+        return moved
+
+    def _read(self, name: str, parameter: nn.Parameter) -> Tensor:
+        tensor = self.source.read(self.first_name(parameter, name), self.device)
         if tensor.shape != parameter.shape:
             raise ValueError(
                 f"{name} is {list(tensor.shape)} where its weights are kept and {list(parameter.shape)} in the model; "
                 "the files changed during the run. Run again."
             )
         tensor = tensor.to(self.rounded.get(parameter, tensor.dtype))
-        if self._stream is None or tensor.device.type != "cpu":
-            return tensor.to(self.device, parameter.dtype)
-        with torch.cuda.stream(self._stream):
-            moved = tensor.pin_memory().to(self.device, non_blocking=True).to(parameter.dtype)
-        self._stream.synchronize()
-        moved.record_stream(torch.cuda.default_stream(self.device))
-        return moved
+        if self._stream is not None and tensor.device.type == "cpu":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True).to(parameter.dtype)
 
 
 def placeholder(parameter: Tensor, device: torch.device) -> Tensor:

@@ -4,8 +4,8 @@
     pruners.prune(model, pruners.Wanda(0.5), windows)        # as any other model; what changes lies in `work`
     pruners.checkpoint.save(model, tokenizer, "wanda-50")
 
-transformers builds the model, renames and ties its weights as always, but of tensors without values; which tensor of
-the files became which parameter is told by their storage.
+transformers builds the model, renames, joins and ties its weights as always, but of tensors without values; which
+tensors of the files became which parameter is told by their storage.
 """
 
 from __future__ import annotations
@@ -16,14 +16,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig, PreTrainedModel
 
 from pruners.interface import checks, described
 from pruners.interface.checks import AnyPath, Folder
 from pruners.modeling_pruned import check_complete, check_shards, indexed
 from pruners.run import inputs
-from pruners.weights import homes, sources
+from pruners.weights import homes, joined, sources
+from pruners.weights.joined import Join
 from pruners.weights.shards import Shards, Tensors
+
+JOINS = {torch.ops.aten.stack.default: True, torch.ops.aten.cat.default: False}  # whether it adds a dimension
 
 
 @checks.arguments
@@ -34,8 +38,8 @@ def open_folder(
 
     What is changed about it goes to `work`, a folder of its own (None: a temporary one), with `mark`, by which another
     process knows finished parts of the same work.  `dtype` is a torch dtype, or `auto` for the one it was saved in.
-    Raises ValueError where tensors and configuration disagree, for damaged files, and for a checkpoint whose tensors
-    are put together while they are loaded (experts one by one); FileNotFoundError for files that are not there.
+    Raises ValueError where tensors and configuration disagree, for damaged files, and for a checkpoint of whose tensors
+    parameters are made otherwise than by joining them (as experts are); FileNotFoundError for files that are not there.
     """
     folder = Path(folder).expanduser()
     model, info = opened(folder, dtype=dtype, device=device, work=work, mark=mark)
@@ -76,13 +80,13 @@ def brought(folder: Path, shards: Tensors, *, dtype: Any = "auto", device: Any =
     place = inputs.usable_device(device) or torch.device("cpu")
     model, info, names = _described(folder, shards, dtype, place)
     if not info["missing_keys"] and not info["mismatched_keys"]:
-        _put(model, lambda name, old: shards[names[name]].to(place, old.dtype))
+        _put(model, lambda name, old: joined.read(shards, names[name], place).to(place, old.dtype))
     return model.eval(), info
 
 
 def _described(
     folder: Path, shards: Tensors, dtype: Any, place: torch.device
-) -> tuple[Any, dict[str, Any], dict[str, str]]:
+) -> tuple[Any, dict[str, Any], dict[str, str | Join]]:
     """As `_built`, with its buffers filled and its generation settings."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     model, info, names = _built(config, shards, dtype, folder)
@@ -101,44 +105,81 @@ def _files(folder: Path) -> list[Path]:
     raise FileNotFoundError(f"{folder} has no weights as model.safetensors or as the files of an index of them.")
 
 
-def _built(config: Any, shards: Tensors, dtype: Any, folder: Path) -> tuple[Any, dict[str, Any], dict[str, str]]:
-    """The model on the meta device, and by parameter and buffer the tensor of the files that it is."""
+def _built(config: Any, shards: Tensors, dtype: Any, folder: Path) -> tuple[Any, dict[str, Any], dict[str, str | Join]]:
+    """The model on the meta device, and by parameter and buffer what of the files it is."""
     state = {name: shards.empty(name) for name in shards}
     kind = config.dtype if dtype == "auto" else dtype
     kind = kind or next((t.dtype for t in state.values() if t.is_floating_point()), torch.float32)
     state = {name: tensor.to(kind) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     whose = {_storage(tensor): name for name, tensor in state.items()}
+
+    def known(tensor: Tensor) -> str | None:
+        name = whose.get(_storage(tensor))
+        return name if name and state[name].shape == tensor.shape and tensor.is_contiguous() else None
+
     load: Any = PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]  # subclasses' need a folder
-    model, info = load(
-        MODEL_FOR_CAUSAL_LM_MAPPING[type(config)],
-        None,
-        config=config,
-        state_dict=state,
-        dtype=kind,
-        device_map={"": "meta"},
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # told apart by the caller
-    )
-    names, made = {}, []
+    with _Watch(known) as watch:
+        model, info = load(
+            MODEL_FOR_CAUSAL_LM_MAPPING[type(config)],
+            None,
+            config=config,
+            state_dict=state,
+            dtype=kind,
+            device_map={"": "meta"},
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told apart by the caller
+        )
+    names: dict[str, str | Join] = {}
+    made = []
     absent = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if (source := whose.get(_storage(tensor))) or (name in shards and shards.empty(name).shape == tensor.shape):
+        if (source := watch.of(tensor)) or (name in shards and shards.empty(name).shape == tensor.shape):
             names[name] = source or name
         elif isinstance(tensor, nn.Parameter) and name not in absent:
             made.append(name)
     if made:
         raise ValueError(
-            f"{made[0]} of {folder} is assembled from several tensors during loading, so it cannot be read "
-            "block by block; keep this model's weights on the device or in CPU memory."
+            f"{made[0]} of {folder} is computed from the file's tensors during loading, not just joined of them, so it "
+            "cannot be read block by block; keep this model's weights on the device or in CPU memory."
         )
     return model, info, names
+
+
+class _Watch(TorchDispatchMode):
+    """Within, it is noted which tensors are joined of others; `known` names those that are of the files."""
+
+    def __init__(self, known: Callable[[Tensor], str | None]) -> None:
+        super().__init__()
+        self._known = known
+        self._joined: dict[int, tuple[Join, Tensor]] = {}  # by storage, which is another's once the tensor is gone
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func in JOINS:
+            self._note(made, *args, adds=JOINS[func], **(kwargs or {}))
+        return made
+
+    def _note(self, made: Tensor, tensors: list[Tensor], dim: int = 0, *, adds: bool) -> None:
+        parts = [self.of(tensor) for tensor in tensors]
+        if all(part is not None for part in parts):
+            dim %= made.ndim
+            sizes = None if adds else tuple(tensor.shape[dim] for tensor in tensors)
+            join = Join(tuple(filter(None, parts)), dim, sizes, made.shape, made.dtype)
+            self._joined[_storage(made)] = join, made
+
+    def of(self, tensor: Tensor) -> str | Join | None:
+        """What of the files a tensor is, or is joined of; None for any other, and for a piece of one."""
+        if (name := self._known(tensor)) is not None:
+            return name
+        join, made = self._joined.get(_storage(tensor), (None, tensor))
+        return join if (made.shape, made.stride()) == (tensor.shape, tensor.stride()) else None
 
 
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _fill_buffers(model: Any, shards: Tensors, names: dict[str, str], place: torch.device) -> None:
+def _fill_buffers(model: Any, shards: Tensors, names: dict[str, str | Join], place: torch.device) -> None:
     """Buffers of the files from there; the others as the model computes them."""
     for path, module in model.named_modules():
         computed = []
@@ -150,7 +191,7 @@ def _fill_buffers(model: Any, shards: Tensors, names: dict[str, str], place: tor
                 module._buffers[name] = torch.empty_like(buffer, device=place)
                 computed.append(name)
             else:
-                module._buffers[name] = shards[source].to(place, buffer.dtype)
+                module._buffers[name] = joined.read(shards, source).to(place, buffer.dtype)
         if computed:
             model._init_weights(module)
 

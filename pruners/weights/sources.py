@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-from pruners.lazy import Tensor, nn
-from pruners.weights import scratch, storage
+from pruners.lazy import Tensor, nn, torch
+from pruners.weights import joined, scratch, storage
+from pruners.weights.joined import Join
 from pruners.weights.shards import Shards, Tensors
 
 TRIED = "tried"
@@ -20,7 +21,8 @@ class Source(ABC):
     kind: str
 
     @abstractmethod
-    def read(self, name: str) -> Tensor: ...
+    def read(self, name: str, device: torch.device | None = None) -> Tensor:
+        """On the CPU or where it is kept; what has to be joined of parts on `device`, if there is one."""
 
     @abstractmethod
     def write(self, part: str, tensors: Mapping[str, Tensor]) -> None:
@@ -46,7 +48,7 @@ class Memory(Source):
     def __init__(self, model: nn.Module) -> None:
         self.tensors = {name: p.data for name, p in model.named_parameters()}
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, device: torch.device | None = None) -> Tensor:
         return self.tensors[name]
 
     def write(self, part: str, tensors: Mapping[str, Tensor]) -> None:
@@ -67,14 +69,19 @@ class Memory(Source):
 class Disk(Source):
     """The files of a checkpoint, which stay as they are, and what was changed since, a file for each part in `folder`.
 
-    `names` maps names in the model to those in the files.  `mark` says what the changes belong to: a part that another
+    `names` maps names in the model to those in the files, or to how several of them are joined.  `mark` says what the changes belong to: a part that another
     process left in `folder` is taken over by `restore` where it carries the same mark.
     """
 
     kind = "disk"
 
     def __init__(
-        self, shards: Tensors, names: Mapping[str, str], folder: Path | None = None, mark: str = "", otherwise: str = ""
+        self,
+        shards: Tensors,
+        names: Mapping[str, str | Join],
+        folder: Path | None = None,
+        mark: str = "",
+        otherwise: str = "",
     ) -> None:
         self.shards, self.names, self.mark = shards, dict(names), mark
         self.folder = scratch.folder_for(self) if folder is None else Path(folder)
@@ -83,9 +90,9 @@ class Disk(Source):
         self._changed: dict[str, Shards] = {}  # by name in the model
         self._read_before = 0
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, device: torch.device | None = None) -> Tensor:
         changed = self._changed.get(name)
-        return self.shards[self.names[name]] if changed is None else changed[name]
+        return changed[name] if changed is not None else joined.read(self.shards, self.names[name], device)
 
     def write(self, part: str, tensors: Mapping[str, Tensor]) -> None:
         storage.write_tensors(
