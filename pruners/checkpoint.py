@@ -200,17 +200,18 @@ def load(
             )
         raise FileNotFoundError(f"{folder} has no weights: there is no *.safetensors file in it.")
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # told apart by check_complete, in one sentence
-            device_map=device_map,
-            max_memory=max_memory,
-            attn_implementation=attn_implementation,
-        )
+        with described.convertible(folder):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # told apart by check_complete, in one sentence
+                device_map=device_map,
+                max_memory=max_memory,
+                attn_implementation=attn_implementation,
+            )
     except SafetensorError as error:
         raise ValueError(f"The weights of {folder} are damaged ({error}); save or fetch them again.") from error
     model, info = loaded

@@ -54,6 +54,8 @@ PAIRS = [
     ("chatglm", "norms, biases"),
     ("gpt2", "norms, biases"),
     ("gpt2", "embeddings"),
+    ("mixtral", "norms, biases"),
+    ("qwen3_moe", "embeddings"),
 ]
 
 
@@ -123,7 +125,7 @@ def test_a_step_reads_the_weights_twice(folder):
     assert counts[1] - counts[0] == 2 * (5 - 2)
 
 
-@pytest.mark.parametrize("folder", ["opt", "chatglm", "gpt2"], indirect=True)
+@pytest.mark.parametrize("folder", ["opt", "chatglm", "gpt2", "mixtral"], indirect=True)
 def test_a_run_that_stopped_goes_on_to_the_same_bits(folder, tmp_path):
     kind, place = folder
     what = SETS["norms, biases"]
@@ -184,11 +186,13 @@ def without_times(told):
 
 
 @pytest.mark.parametrize(
-    ("folder", "home"), [("llama", "host"), ("opt", "disk"), ("gpt2", "disk")], indirect=["folder"]
+    ("folder", "home"),
+    [("llama", "host"), ("opt", "disk"), ("gpt2", "disk"), ("mixtral", "disk")],
+    indirect=["folder"],
 )
 def test_a_rate_is_chosen_as_in_place_and_nothing_stays_of_the_tries(folder, home):
     kind, place = folder
-    what = SETS["norms, biases" if kind == "gpt2" else "MaskLoRA, head, norms"]
+    what = SETS["norms, biases" if kind in ("gpt2", "mixtral") else "MaskLoRA, head, norms"]
     made = []
     for where in ("device", home):
         model = opened(where, place)

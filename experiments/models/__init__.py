@@ -213,6 +213,7 @@ def load(
     """
     from transformers import AutoModelForCausalLM
 
+    from pruners.interface import described
     from pruners.weights import opening
 
     found = find(name)
@@ -220,7 +221,7 @@ def load(
     options: dict[str, Any] = {"revision": _commit_to_load(found) if found.hub else MAIN, "trust_remote_code": False}
     kind: Any = _dtype(dtype or found.dtype)
     added = _sum(found) if found.base else None
-    with nullcontext() if found.hub else quiet():
+    with described.convertible(name), nullcontext() if found.hub else quiet():
         try:
             tokenizer = _tokenizer(found, source, options)
             loaded: Any

@@ -12,14 +12,15 @@ from experiments import models
 
 LLAMA = (32_000, 2, 8 / 3)  # tokens, matrices of them around the blocks, channels of the MLP for each of the width's
 LAYOUTS = {"facebook/opt": (50_272, 1, 4), "bigscience/bloom": (250_880, 1, 4), "EleutherAI/": (50_432, 2, 4)}
-EXPERTS = {"mistralai/Mixtral-8x7B": (4_096, 14_336, 8)}  # width, channels of one of so many experts
+EXPERTS = {"mistralai/Mixtral-8x7B": (4_096, 14_336, 8, 2)}  # width, channels of one of so many experts, each token's
 LONGEST = 4_096  # positions of a model that does not say how many it has
 
 
 @dataclass(frozen=True)
 class Shape:
     """Of a decoder: `width` of the residual stream, `channels` of the MLP; `block`, `around` and `embedded` count
-    parameters: of one block, of what lies around the blocks, and of the embeddings among these."""
+    parameters: of one block, of what lies around the blocks, and of the embeddings among these.  A token goes to so many
+    `routes` of the `experts`; 0: there is one MLP, and no routing."""
 
     blocks: int
     width: int
@@ -29,6 +30,7 @@ class Shape:
     around: int
     positions: int = LONGEST
     experts: int = 1
+    routes: int = 0
 
     @property
     def embedded(self) -> int:
@@ -60,7 +62,7 @@ def shape_of(model: str) -> Shape:
         vocabulary, matrices, _ = layout
         around = matrices * vocabulary * experts[0]
         block = (found.parameters - around) // found.blocks
-        return Shape(found.blocks, *experts[:2], vocabulary, block, around, positions, experts[2])
+        return Shape(found.blocks, *experts[:2], vocabulary, block, around, positions, *experts[2:])
     return _usual(found.parameters or 0, found.blocks or 1, positions, *layout)
 
 
@@ -77,7 +79,8 @@ def _configured(folder: Path, parameters: int) -> Shape:
     positions = getattr(config, "max_position_embeddings", None) or LONGEST
     block = max(0, parameters - around) // blocks
     experts = next(filter(None, (getattr(config, name, None) for name in ("num_local_experts", "num_experts"))), 1)
-    return Shape(blocks, width, channels, config.vocab_size, block, around, positions, experts)
+    routes = getattr(config, "num_experts_per_tok", None) or 1 if experts > 1 else 0
+    return Shape(blocks, width, channels, config.vocab_size, block, around, positions, experts, routes)
 
 
 @lru_cache

@@ -196,7 +196,7 @@ def _backward(cell: Cell, at_once: int, tokens: int, summed: float, handled: flo
 def _rebuilding(cell: Cell, recovery: Reconstruction) -> list[Items]:
     """One block, or what is trained in its place, trains at a time, on the hidden states before and behind it.
 
-    Parts of a block are compared with what the dense block was, kept beside it; attention's aims are one more state.
+    Batches of the walk have made those.  Parts of a block are compared with what the dense block was, kept beside it; attention's aims are one more state.
     """
     windows, shape, size = cell.run.windows, cell.shape, cell.size
     assert windows is not None  # the caller has looked
@@ -216,7 +216,9 @@ def _rebuilding(cell: Cell, recovery: Reconstruction) -> list[Items]:
     }
     if matrix or apart:
         training["statistics"] = size * (shape.block + matrix * shape.matrix)
-    return [*_arrival(cell, min(cell.batch, windows.count) * windows.length), training]
+    rows = min(cell.batch, windows.count) * windows.length
+    walk: Items = {"weights": _weights(cell, shape.embedded), "activations": states + _inside(cell, rows)}
+    return [*_arrival(cell, rows), walk, training]
 
 
 def _logits(cell: Cell, tokens: int) -> float:
@@ -230,6 +232,8 @@ def _inside(cell: Cell, tokens: int, seen: bool = False) -> float:
     `seen`: the channels are looked at, in float32, as they reach the last matrix; a GPU does so as it reads them.
     """
     shape, size = cell.shape, cell.size
+    if shape.routes:  # gate and up of all experts, and what becomes of them, as one matrix each
+        return tokens * size * (4 * shape.width + shape.routes * (4 * shape.channels + 2 * shape.width))
     channels = max(3 * size, size + (4 if size == 4 else 8) * seen)
     return tokens * (4 * size * shape.width + channels * shape.channels)
 
@@ -242,6 +246,10 @@ def _graph(cell: Cell, tokens: int, trainable: Trainable | None = None) -> float
     shape, upcast = cell.shape, 4 * (cell.size < 4)
     drops = getattr(trainable and trainable.adapters, "dropout", 0) > 0
     width = 9 + upcast + 2 * (trainable is not None) + 7 * drops
+    if shape.routes:
+        changes = trainable is None or trainable.weights
+        routed = shape.routes * ((3 + changes) * shape.channels + (1 + changes) * shape.width)
+        return cell.size * tokens * (width * shape.width + routed)
     return cell.size * tokens * (width * shape.width + (4 + drops) * shape.channels)
 
 
@@ -260,6 +268,7 @@ def _retraining(cell: Cell, recovery: Retraining) -> list[Items]:
     end: Items = {"weights": cell.size * shape.block} if cell.away else {}  # one may have been fetched ahead
     each, tokens = _tokens(cell, recovery)
     block = _graph(cell, tokens, trainable) + 12 * shape.matrix * (masks > 0)  # with a matrix's mask
+    block += 2 * cell.size * tokens * shape.routes * shape.channels  # gradients of what experts make, whole
     largest = max(shape.matrix * trainable.weights, shape.embedded * trainable.embeddings) / cards
     activations, inputs = _passes(cell, recovery, block)
     kept = 4 * count * (1 + recovery.checks)

@@ -1,8 +1,10 @@
-"""Checks of a model folder before anything of it is loaded: one sentence for what no loader could use."""
+"""Checks of a model folder before and while it is loaded: one sentence for what no loader could use."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,20 @@ def check(folder: Path) -> None:
             f"{folder} holds adapters ({path.name}) beside the weights; merge them (peft: "
             "merge_and_unload) and save the model into another folder."
         )
+
+
+@contextmanager
+def convertible(weights: Path | str) -> Iterator[None]:
+    """ValueError where transformers cannot make the parameters of a model of tensors, such as those of its experts."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "conversion of the weights" not in str(error):
+            raise
+        raise ValueError(
+            f"The weights in {weights} lack some of the tensors that one parameter is made of, such as one matrix of an "
+            "expert, or these do not fit together; save or fetch them again."
+        ) from error
 
 
 def brief(error: Exception) -> str:

@@ -118,7 +118,7 @@ def _built(config: Any, shards: Tensors, dtype: Any, folder: Path) -> tuple[Any,
         return name if name and state[name].shape == tensor.shape and tensor.is_contiguous() else None
 
     load: Any = PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]  # subclasses' need a folder
-    with _Watch(known) as watch:
+    with described.convertible(folder), _Watch(known) as watch:
         model, info = load(
             MODEL_FOR_CAUSAL_LM_MAPPING[type(config)],
             None,
