@@ -1,8 +1,9 @@
-"""Times methods and measures in real LLaMA shapes on a CUDA device, beside their floors and the memory formula.
+"""Times methods and measures in real LLaMA and Mixtral shapes on a CUDA device, beside floors and the memory formula.
 
     python -m tests.bench_card                                    every case of the 7B shape with its 32 blocks
     python -m tests.bench_card wanda perplexity --home host
     python -m tests.bench_card wanda gblm --shape 65b --blocks 4 --windows 32 --home disk
+    python -m tests.bench_card wanda perplexity --shape mixtral-8x7b --blocks 2 --windows 16 --home disk
 
 The weights are random, in float16, and so are the tokens: 128 windows of 2,048 for calibration, 166 for perplexity as
 WikiText-2 has with LLaMA's tokenizer, 1,024 of 128 for FLAP, 10 of 64 for LLM-Pruner.  A case that fails is told at the
@@ -24,7 +25,7 @@ from typing import Any
 
 import torch
 from tabulate import tabulate
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 import pruners
 from eval import latency
@@ -43,6 +44,7 @@ SHAPES = {  # width, channels, heads, blocks
     "7b": (4096, 11008, 32, 32),
     "13b": (5120, 13824, 40, 40),
     "65b": (8192, 22016, 64, 80),
+    "mixtral-8x7b": (4096, 14336, 32, 32),
 }
 METHODS: dict[str, Any] = {
     "magnitude": pruners.Magnitude(0.5),
@@ -61,23 +63,25 @@ STEPS, BATCH, SCORED, DTYPE = 4, 8, 166, "float16"
 CASES = (*FLOORS, *METHODS, "perplexity", "decoding", "reconstruction", *RETRAINED)
 
 
-def configuration(shape: str, blocks: int | None) -> LlamaConfig:
+def configuration(shape: str, blocks: int | None) -> Any:
     width, channels, heads, whole = SHAPES[shape]
-    config = LlamaConfig(
-        vocab_size=32_000, hidden_size=width, intermediate_size=channels, num_attention_heads=heads,
-        num_hidden_layers=blocks or whole, max_position_embeddings=4096,
-    )  # fmt: skip
-    config.architectures, config.dtype = ["LlamaForCausalLM"], "float16"
+    sizes = {
+        "vocab_size": 32_000, "hidden_size": width, "intermediate_size": channels, "num_attention_heads": heads,
+        "num_hidden_layers": blocks or whole, "max_position_embeddings": 4096,
+    }  # fmt: skip
+    routed = shape.startswith("mixtral")
+    config = MixtralConfig(num_key_value_heads=8, **sizes) if routed else LlamaConfig(**sizes)
+    config.architectures, config.dtype = ["MixtralForCausalLM" if routed else "LlamaForCausalLM"], "float16"
     return config
 
 
-def made(config: LlamaConfig) -> Any:
+def made(config: Any) -> Any:
     torch.manual_seed(0)
     with torch.device("cuda"):
         return AutoModelForCausalLM.from_config(config, dtype=torch.float16).eval()
 
 
-def opened(home: str, config: LlamaConfig, folder: Path) -> Any:
+def opened(home: str, config: Any, folder: Path) -> Any:
     if home == "disk":
         if not list(folder.glob("*.safetensors")):
             made(config).to("cpu").save_pretrained(folder, max_shard_size="2GB")
@@ -136,7 +140,7 @@ def run_of(name: str, model: str, count: int) -> Run | None:
     return None
 
 
-def measured(name: str, shape: str, home: str, config: LlamaConfig, folder: Path, count: int) -> dict[str, Any]:
+def measured(name: str, shape: str, home: str, config: Any, folder: Path, count: int) -> dict[str, Any]:
     model = opened(home, config, folder)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -146,7 +150,7 @@ def measured(name: str, shape: str, home: str, config: LlamaConfig, folder: Path
     seconds, peak = time.perf_counter() - started, torch.cuda.max_memory_allocated()
     found = {"seconds": round(seconds, 2), "peak_gb": round(1e-9 * peak, 2), **told}
     whole = config.num_hidden_layers == SHAPES[shape][3]  # some of the blocks alone are known by their files
-    run = run_of(name, str(folder) if home == "disk" else f"llama-{shape}", count)
+    run = run_of(name, str(folder) if home == "disk" else shape if "-" in shape else f"llama-{shape}", count)
     if run is not None and (whole or home == "disk"):
         formula = sum(needs.device_bytes(run, home != "device", BATCH).values())
         found |= {"formula_gb": round(1e-9 * formula, 2), "ratio": round(formula / peak, 2)}
@@ -198,7 +202,7 @@ def main() -> int:
     return len(failed)
 
 
-def _keep(found: dict[str, Any], asked: argparse.Namespace, config: LlamaConfig) -> None:
+def _keep(found: dict[str, Any], asked: argparse.Namespace, config: Any) -> None:
     commit, dirty = provenance.commit()
     told = {
         "shape": asked.shape,

@@ -3,10 +3,11 @@
     python -m tests.bench_memory                    all, about half an hour on two cores
     python -m tests.bench_memory wanda perplexity   only these
     python -m tests.bench_memory --homes disk
+    python -m tests.bench_memory wanda norms --experts --length 512
 
-The model is a LLaMA with random weights in float32, on the CPU, where what a home keeps counts as well.  Every case
-runs in a process of its own, whose peak of resident memory is counted from before the model is opened: interpreter and
-libraries are left out, as they are of the formula.
+The model is a LLaMA, or a Mixtral, with random weights in float32, on the CPU, where what a home keeps counts as well.
+Every case runs in a process of its own, whose peak of resident memory is counted from before the model is opened:
+interpreter and libraries are left out, as they are of the formula.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 from tabulate import tabulate
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MixtralConfig
 
 import pruners
 from eval.perplexity import perplexity
@@ -36,6 +37,7 @@ from pruners.weights import homes, memory, opening, sources
 from tests import small_table as small
 
 SHAPE = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 16}
+ROUTED = {"hidden_size": 512, "intermediate_size": 1792, "num_attention_heads": 8, "num_key_value_heads": 2}
 BLOCKS, VOCABULARY, BATCH, TINY = 4, 8_000, 4, "tiny"
 HOLES = 2**16  # bytes; larger pieces leave none in glibc's heap, whose holes are a large share of so small a model
 HOMES = ("device", "host", "disk")
@@ -81,16 +83,21 @@ MEASURES: dict[str, Any] = {
 NAMES = (*METHODS, *RECOVERIES, *MEASURES)
 
 
-def run_of(name: str, folder: Path) -> Run:
+def run_of(name: str, folder: Path, length: int) -> Run:
     """The cell whose formula it is."""
-    bare = Run(str(folder), pruners.Magnitude(0.5) if name in RECOVERIES else METHODS.get(name), WINDOWS, ())
+    windows = replace(WINDOWS, length=length)
+    bare = Run(str(folder), pruners.Magnitude(0.5) if name in RECOVERIES else METHODS.get(name), windows, ())
     if name in RECOVERIES:
-        return replace(bare, recovery=RECOVERIES[name])
-    return replace(bare, measures=(MEASURES[name],)) if name in MEASURES else bare
+        recovery = RECOVERIES[name]
+        return replace(bare, recovery=replace(recovery, text=windows) if isinstance(recovery, Retraining) else recovery)
+    if isinstance(measure := MEASURES.get(name), Perplexity):
+        measure = replace(measure, window=length)
+    return replace(bare, measures=(measure,)) if measure else bare
 
 
-def work(name: str, model: Any) -> None:
-    tokens = torch.randint(5, VOCABULARY, (WINDOWS.count, WINDOWS.length), generator=torch.Generator().manual_seed(1))
+def work(name: str, model: Any, length: int) -> None:
+    size = (WINDOWS.count, length)
+    tokens = torch.randint(5, model.config.vocab_size, size, generator=torch.Generator().manual_seed(1))
     if name in METHODS:
         pruners.prune(model, METHODS[name], tokens, batch_size=BATCH)
     elif name in RECOVERIES:
@@ -103,7 +110,7 @@ def work(name: str, model: Any) -> None:
             told = {"batch_size": recovery.batch_size, "steps": recovery.steps, "checkpointing": False}
             retrain.finetune(model, recovery.trainable, tokens, learning_rate=1e-4, **told)
     elif name == "perplexity":
-        perplexity(model, tokens.flatten(), WINDOWS.length, batch_size=BATCH)
+        perplexity(model, tokens.flatten(), length, batch_size=BATCH)
     else:
         before, answers = tokens[:2].flatten().tolist(), tokens[2:].view(-1, 64).tolist()
         asked = [(("before", str(at)), before, answer) for at, answer in enumerate(answers[:4])]
@@ -121,7 +128,7 @@ def opened(home: str, folder: Path) -> Any:
     return model
 
 
-def measured(name: str, home: str, folder: Path) -> tuple[float, float]:
+def measured(name: str, home: str, folder: Path, length: int) -> tuple[float, float]:
     """The peak of the work, in bytes above what the process had before, and seconds.
 
     It is done on a tiny model first, by which what is loaded when it is asked for is there; what is freed goes back at
@@ -130,11 +137,11 @@ def measured(name: str, home: str, folder: Path) -> tuple[float, float]:
     torch.set_num_threads(1)
     memory.LARGE = HOLES
     memory.give_back()
-    work(name, opened(home, folder / TINY))
+    work(name, opened(home, folder / TINY), length)
     before, started = _resident("VmRSS"), time.perf_counter()
     model = opened(home, folder)
     _forget_peak()
-    work(name, model)
+    work(name, model, length)
     return _resident("VmHWM") - before, time.perf_counter() - started
 
 
@@ -147,9 +154,10 @@ def _forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def synthetic(folder: Path) -> None:
-    for place, shape in ((folder, SHAPE), (folder / TINY, {**SHAPE, "hidden_size": 64, "intermediate_size": 128})):
-        config = LlamaConfig(vocab_size=VOCABULARY, num_hidden_layers=BLOCKS, max_position_embeddings=512, **shape)
+def synthetic(folder: Path, kind: Any, shape: dict[str, int]) -> None:
+    for place, changes in ((folder, {}), (folder / TINY, {"hidden_size": 64, "intermediate_size": 128})):
+        sizes = {"vocab_size": VOCABULARY, "num_hidden_layers": BLOCKS, "max_position_embeddings": 512}
+        config = kind(**sizes, **{**shape, **changes})
         AutoModelForCausalLM.from_config(config).save_pretrained(place, max_shard_size="100MB")
 
 
@@ -157,6 +165,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", nargs="*", help=f"of {', '.join(NAMES)} (default: all)")
     parser.add_argument("--homes", nargs="*", choices=HOMES, default=HOMES)
+    parser.add_argument("--experts", action="store_true", help="a Mixtral: 8 experts a block, 2 of them for a token")
+    parser.add_argument("--length", type=int, default=WINDOWS.length, help="of a window, in tokens (default: 128)")
     asked = parser.parse_args()
     if unknown := set(asked.names) - set(NAMES):
         parser.error(f"nothing is called {', '.join(sorted(unknown))}")
@@ -164,15 +174,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
         with context.Pool(1) as pool:
-            pool.apply(synthetic, (folder,))
+            pool.apply(synthetic, (folder, *((MixtralConfig, ROUTED) if asked.experts else (LlamaConfig, SHAPE))))
         for name in asked.names or NAMES:
             for home in asked.homes:
-                run = run_of(name, folder)
+                run = run_of(name, folder, asked.length)
                 if home != "device" and needs.needs_all_weights(run):
                     continue
                 told = needs.cpu_bytes(run, home, BATCH)
                 with context.Pool(1) as pool:
-                    peak, seconds = pool.apply(measured, (name, home, folder))
+                    peak, seconds = pool.apply(measured, (name, home, folder, asked.length))
                 parts = ", ".join(f"{what} {1e-6 * size:.0f}" for what, size in told.items())
                 formula = sum(told.values())
                 rows.append((name, home, seconds, 1e-6 * peak, 1e-6 * formula, formula / peak, parts))

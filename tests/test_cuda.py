@@ -12,7 +12,7 @@ from test_homes import KIND, METHODS, at_home, saved
 from test_rows import documents, tokenizer  # noqa: F401  (a fixture)
 from test_streamed_retraining import SETS, opened, records_of, weights_of
 from torch.testing import assert_close
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import pruners
 from eval.efficiency import efficiency
@@ -25,7 +25,7 @@ from experiments.__main__ import main
 from experiments.batch import run_table
 from experiments.settings import Settings
 from experiments.store import records
-from pruners import select
+from pruners import checkpoint, select
 from pruners.calibrate import Hessian
 from pruners.gblm import gradient_norms
 from pruners.retrain import MaskLoRA, Reconstruction, Trainable, finetune
@@ -60,6 +60,21 @@ def test_every_family_computes_and_prunes_as_on_a_cpu(family, tmp_path):
         pruners.prune(subject, pruners.Wanda(0.5), tokens)
     one, other = here(plain), here(model)
     assert sum(int(((one[n] == 0) != (other[n] == 0)).sum()) for n in one) <= 4
+
+
+@pytest.mark.parametrize("kind", families.EXPERTS)
+def test_experts_are_joined_on_the_card(kind, tmp_path):
+    plain, tokens = saved(kind, tmp_path, torch.bfloat16), families.windows(kind)
+    model, there = on_the_card("disk", tmp_path), plain.to("cuda")
+    with torch.inference_mode():
+        assert torch.equal(model(tokens.to("cuda")).logits, there(tokens.to("cuda")).logits)
+    for subject in (there, model):
+        pruners.prune(subject, pruners.Wanda(0.5), tokens)
+    one, other = here(there), here(model)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    checkpoint.save(model, None, tmp_path / "pruned", max_shard_size="20KB")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", dtype="auto")
+    assert all(torch.equal(one[name], p) for name, p in again.named_parameters())
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -9,7 +9,6 @@ import weakref
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import small_table as small
@@ -123,7 +122,9 @@ def test_every_method_prunes_the_same_from_every_home(kind, home, method, tmp_pa
     plain, tokens = saved(kind, tmp_path), families.windows(kind, 5)
     model = at_home(home, tmp_path)
     expected = pruners.prune(plain, METHODS[method], tokens, batch_size=2).to_dict()
-    found = pruners.prune(model, METHODS[method], tokens, batch_size=2).to_dict()  # of products of other rows other bits
+    found = pruners.prune(
+        model, METHODS[method], tokens, batch_size=2
+    ).to_dict()  # of products of other rows other bits
     assert {**found, "seconds": 0} == {**expected, "seconds": 0}
     assert found["achieved"] == pytest.approx(0.5, abs=0.02)
     assert same_weights(model, plain)
@@ -312,4 +313,6 @@ def test_answers_are_the_same_and_the_weights_are_read_once(folder):
         requests.append((("before", str(number)), tokens[:-3], tokens[-3:]))
     expected = Scorer(plain, tokenizer)._loglikelihood_tokens(requests)
     assert Scorer(away, tokenizer)._loglikelihood_tokens(requests) == expected
-    assert homes.of(away).sweeps <= 3  # of the answers, of a few tokens to see what follows the head, of the first block
+    assert (
+        homes.of(away).sweeps <= 3
+    )  # of the answers, of a few tokens to see what follows the head, of the first block

@@ -134,7 +134,9 @@ def test_a_sweep_lets_go_of_each_block(tmp_path):
     assert not any(graphs)  # which would hold its weights
 
 
-@pytest.mark.parametrize("family", ["llama", "opt", "bloom", "falcon: multi-query", "gpt2", "chatglm", *families.EXPERTS])
+@pytest.mark.parametrize(
+    "family", ["llama", "opt", "bloom", "falcon: multi-query", "gpt2", "chatglm", *families.EXPERTS]
+)
 def test_a_pruned_model_is_saved_shard_by_shard(tmp_path, family):
     plain, model = saved(family, tmp_path / "dense"), opening.open_folder(tmp_path / "dense")
     for place, subject in (("plain", plain), ("disk", model)):

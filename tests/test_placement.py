@@ -18,7 +18,7 @@ import torch
 
 import pruners
 from eval.scorer import Scorer
-from experiments import cells, models, placement
+from experiments import cells, models, papers, placement
 from experiments.__main__ import main
 from experiments.batch import run_table
 from experiments.placement import needs, shapes
@@ -233,8 +233,6 @@ def test_homes_that_cannot_serve_are_refused(windows, tmp_path):
 
 @needs_model
 def test_the_command_line_says_where_weights_go(tmp_path, data, monkeypatch, capsys):
-    from experiments import papers
-
     monkeypatch.setitem(papers.TABLES, "tiny", small.table((pruners.Wanda(sparsity=0.5),)))
     words = ["run", "tiny", "--results", str(tmp_path), "--data-dir", str(data)]
     assert main([*words, "--weights", "disk"]) == 0
@@ -263,7 +261,7 @@ def test_cards_that_share_a_training_hold_their_part_each():
 
 def test_estimates_know_experts_and_what_a_home_keeps():
     shape = shapes.shape_of("mixtral-8x7b")
-    assert (shape.width, shape.channels, shape.experts) == (4_096, 14_336, 8)
+    assert (shape.width, shape.channels, shape.experts, shape.routes) == (4_096, 14_336, 8, 2)
     assert shape.parameters == pytest.approx(models.find("mixtral-8x7b").parameters, rel=1e-3)
     solved = {name: replace(RUN, model=name, method=pruners.SparseGPT(0.5)) for name in ("mixtral-8x7b", "llama-7b")}
     hessians = {name: needs.device_bytes(run, away=True)["statistics"] for name, run in solved.items()}
@@ -272,6 +270,27 @@ def test_estimates_know_experts_and_what_a_home_keeps():
     there = {home: sum(needs.cpu_bytes(gblm, home).values()) for home in ("device", "host", "disk")}
     assert 4 * there["disk"] < there["host"] < there["device"] + 4 * shapes.shape_of("llama-7b").parameters
     assert "at home" not in needs.device_bytes(gblm, away=True)
+
+
+@pytest.mark.parametrize("weights", ["auto", "disk"])
+def test_every_cell_of_mixtral_fits_a_card_of_24_gb_block_by_block(weights):
+    runs = papers.TABLES["perp.mixtral"].runs()
+    found = [needs.home_on(run, 24.0, weights=weights) for run in runs]
+    assert {home for home, _ in found} == {"away"}
+    assert max(size for _, size in found) <= 24.0
+    block = 1.45e9  # parameters, of all experts together; the next one is there as well
+    assert {round(needs.device_bytes(run, away=True)["weights"] / block / 2 / 2, 1) for run in runs} == {1.0}
+    assert needs.home_on(runs[0], 24.0, weights="device")[0] is None
+
+
+def test_a_tokens_experts_are_counted_and_not_all():
+    """As tests/bench_memory.py measures with --experts: what two experts make of a token is there at once."""
+    shape = shapes.shape_of("mixtral-8x7b")
+    (measured,) = (stage for stage in needs.stages.of(replace(RUN, model="mixtral-8x7b", measures=()), "disk", 8, 1)
+                   if "statistics" in stage)  # fmt: skip
+    tokens = small.WINDOWS.count * small.WINDOWS.length
+    made = measured["activations"] / 2 / tokens
+    assert 2 * 4 * shape.channels < made < 2 * 4 * shape.channels + 12 * shape.width
 
 
 def test_estimates_of_training_count_the_largest_stage():

@@ -19,8 +19,8 @@ LONGEST = 4_096  # positions of a model that does not say how many it has
 @dataclass(frozen=True)
 class Shape:
     """Of a decoder: `width` of the residual stream, `channels` of the MLP; `block`, `around` and `embedded` count
-    parameters: of one block, of what lies around the blocks, and of the embeddings among these.  A token goes to so many
-    `routes` of the `experts`; 0: there is one MLP, and no routing."""
+    parameters: of one block, of what lies around the blocks, and of the embeddings among these.  A token goes to
+    so many `routes` of the `experts`; 0: there is one MLP, and no routing."""
 
     blocks: int
     width: int
@@ -72,7 +72,8 @@ def _configured(folder: Path, parameters: int) -> Shape:
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
     width = config.hidden_size
-    named = (getattr(config, name, None) for name in ("intermediate_size", "ffn_dim", "n_inner"))
+    names = ("moe_intermediate_size", "intermediate_size", "ffn_dim", "n_inner")  # the first is an expert's
+    named = (getattr(config, name, None) for name in names)
     channels = next(filter(None, named), 4 * width)
     around = (1 if config.tie_word_embeddings else 2) * config.vocab_size * width
     blocks = config.num_hidden_layers

@@ -37,8 +37,8 @@ def convertible(weights: Path | str) -> Iterator[None]:
         if "conversion of the weights" not in str(error):
             raise
         raise ValueError(
-            f"The weights in {weights} lack some of the tensors that one parameter is made of, such as one matrix of an "
-            "expert, or these do not fit together; save or fetch them again."
+            f"The weights in {weights} lack some of the tensors that one parameter is made of, such as one matrix of "
+            "an expert, or these do not fit together; save or fetch them again."
         ) from error
 
 

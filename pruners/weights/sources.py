@@ -69,8 +69,8 @@ class Memory(Source):
 class Disk(Source):
     """The files of a checkpoint, which stay as they are, and what was changed since, a file for each part in `folder`.
 
-    `names` maps names in the model to those in the files, or to how several of them are joined.  `mark` says what the changes belong to: a part that another
-    process left in `folder` is taken over by `restore` where it carries the same mark.
+    `names` maps names in the model to those in the files, or to how several of them are joined.  `mark` says what the
+    changes belong to: a part that another process left in `folder` is taken over by `restore` where that is the same.
     """
 
     kind = "disk"
