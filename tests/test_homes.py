@@ -28,10 +28,6 @@ def saved(kind, folder, dtype=torch.float32):
     return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
 
 
-def size(folder):
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-
 def test_a_model_on_the_disk_computes_what_it_computes_in_memory(family, tmp_path):
     dtype = torch.bfloat16
     plain, tokens = saved(family, tmp_path, dtype), families.windows(family)
@@ -43,7 +39,6 @@ def test_a_model_on_the_disk_computes_what_it_computes_in_memory(family, tmp_pat
         assert torch.equal(model(tokens).logits, plain(tokens).logits)
     assert all(p.untyped_storage().nbytes() <= 8 for p in model.parameters())
     assert homes.of(model).sweeps == 2
-    assert homes.of(model).source.bytes_read <= 2 * (size(tmp_path) + model.get_input_embeddings().weight.nbytes)
     assert model.num_parameters() == plain.num_parameters()
 
 
