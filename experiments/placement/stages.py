@@ -196,7 +196,8 @@ def _backward(cell: Cell, at_once: int, tokens: int, summed: float, handled: flo
 def _rebuilding(cell: Cell, recovery: Reconstruction) -> list[Items]:
     """One block, or what is trained in its place, trains at a time, on the hidden states before and behind it.
 
-    Batches of the walk have made those.  Parts of a block are compared with what the dense block was, kept beside it; attention's aims are one more state.
+    Batches of the walk have made those.  Parts of a block are compared with what the dense block was, kept beside it;
+    attention's aims are one more state.
     """
     windows, shape, size = cell.run.windows, cell.shape, cell.size
     assert windows is not None  # the caller has looked
