@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import pruners
 from pruners.calibrate import InputNorm, Moments
 from pruners.run.inputs import whole_products
-from pruners.run.stream import filled, span
+from pruners.run.stream import _fitting, filled, span
 from pruners.weights import memory
 
 KIND = "llama grouped-query"
@@ -76,6 +76,14 @@ def test_float32_is_not_shortened_whatever_was_set(before):
 
 def test_short_windows_go_by_as_many_tokens_as_long_ones():
     assert [filled(8, length) for length in (2048, 4096, 1024, 128, 3000)] == [8, 8, 16, 128, 8]
+
+
+@pytest.mark.parametrize(("states", "fit"), [(1, 6), (3, 4)])
+def test_windows_fit_beside_the_hidden_states_of_all(states, fit, monkeypatch):
+    model = tiny(KIND).to("meta")
+    window = 4 * 16 * 4 * 64  # bytes that 16 tokens take within a block, whose widest matrix has 64 columns
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 2 * 6 * window + 8 * 4 * 16 * 48)
+    assert _fitting(model, windows(8), states) == fit
 
 
 def test_rows_one_after_the_other_are_a_slice():

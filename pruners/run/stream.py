@@ -19,6 +19,7 @@ from pruners.weights import homes, memory
 
 FULL = 2048  # tokens of a window, as most papers have
 WITHIN = 4  # times a block's widest states are alive at once
+REBUILT = 3  # hidden states of all windows where blocks are rebuilt: their inputs, outputs and what those aim at
 Arguments = dict[str, Any]  # of one block, by name, without its hidden states
 ALONE = Ranks()
 
@@ -37,7 +38,7 @@ class Stream:
 
     def __init__(self, model: Any, windows: Tensor, batch_size: int, also: int = 0, together: Ranks = ALONE) -> None:
         """`also` is another number of windows that will run together."""
-        fitting = min(together.each(lambda: _fitting(model, windows)))
+        fitting = min(together.each(lambda: _fitting(model, windows, REBUILT if also else 1)))
         if model.device.type == "cuda":
             batch_size = max(batch_size, min(filled(batch_size, windows.shape[1]), fitting // 4))
         self.batch_size = min(batch_size, len(windows), fitting)
@@ -220,13 +221,16 @@ def span(rows: Int[Tensor, " windows"]) -> slice | Tensor:
     return slice(first, last + 1) if last - first + 1 == len(rows) else rows
 
 
-def _fitting(model: Any, windows: Tensor) -> int:
-    """How many windows have room within a block, of what is free on a GPU; one at least."""
+def _fitting(model: Any, windows: Tensor, states: int) -> int:
+    """How many windows have room within a block, of what is free on a GPU beside the hidden states of all windows, so
+    many times; one at least."""
     if model.device.type == "cpu":
         return len(windows)
+    width = model.get_input_embeddings().weight.shape[1]
     widest = max((max(p.shape) for module in anatomy.modules(model) for p in module.parameters()), default=1)
-    window = WITHIN * widest * model.dtype.itemsize * windows.shape[1]
-    return max(1, int(memory.SHARE * memory.free_bytes(model.device)) // window)
+    token = model.dtype.itemsize * windows.shape[1]
+    free = memory.free_bytes(model.device) - states * width * token * len(windows)
+    return max(1, int(memory.SHARE * free) // (WITHIN * widest * token))
 
 
 def _buffer(model: nn.Module, hidden: Tensor, count: int) -> Tensor:
