@@ -160,9 +160,16 @@ def inverse_factor(hessian: Float[Tensor, "inp inp"], damping: float, name: str)
     In float64: in float32 the rounding of an ill-conditioned H alone flips mask entries; on the CPU where the device
     has not the memory for it.  Raises ValueError once damping exceeds the mean diagonal itself.
     """
-    mean, device = hessian.diagonal().mean(), hessian.device
+    device = hessian.device
     fits = device.type == "cpu" or FACTOR_BYTES * hessian.numel() <= memory.free_bytes(device)
-    place = device if fits else torch.device("cpu")
+    try:
+        return _factored(hessian, damping, name, device if fits else torch.device("cpu"))
+    except torch.OutOfMemoryError:  # what is free may lie in pieces
+        return _factored(hessian, damping, name, torch.device("cpu"))
+
+
+def _factored(hessian: Tensor, damping: float, name: str, place: torch.device) -> Tensor:
+    mean = hessian.diagonal().mean()
     while damping <= 1:
         damped = hessian.flip(0, 1).to(place, torch.float64)
         damped.diagonal().add_(damping * mean.to(place))
@@ -172,7 +179,7 @@ def inverse_factor(hessian: Float[Tensor, "inp inp"], damping: float, name: str)
             upper = lower.flip(0, 1)
             del lower
             _invert_upper(upper)
-            return upper.float().to(device)
+            return upper.float().to(hessian.device)
         log.warning("%s: the Hessian is not positive definite at damping %g; trying %g.", name, damping, 10 * damping)
         damping *= 10
     raise ValueError(f"{name}: the Hessian cannot be factorised even with damping 1; calibrate with more windows.")

@@ -62,7 +62,7 @@ CASES = [
     ("slurm logs ''", f"argument CELL: {EMPTY}"),
     ("slurm logs nobody", "No job was ever submitted with a cell 'nobody'"),
     ("slurm status embeded.demo", "Did you mean embedded.demo"),
-    ("slurm status zzz", "Unknown table 'zzz'. None of the 7"),
+    ("slurm status zzz", "Unknown table 'zzz'. None of the "),
     ("slurm cancel embeded.demo", "Did you mean embedded.demo"),
     ("slurm submit embeded.demo", "Did you mean embedded.demo"),
     (f"experiments show {TABLE} --tasks wanda piqa", "wanda of wanda, piqa is a task set with"),

@@ -166,6 +166,7 @@ def test_the_pair_has_the_shape_of_the_sum(base, delta, monkeypatch):
         ("+{delta}", "names no base to add"),
         ("{base}+{delta}+{delta}", "delta' is no folder here and no Hub id"),
         ("vicuna-7b-v0+{delta}", "vicuna-7b-v0 is a sum itself; a difference is added to a whole model"),
+        ("{tmp}/a+b", "Unknown model .*There is no local folder of this name"),
         ("{base}+{empty}", "empty has no weights, neither model.safetensors nor pytorch_model.bin"),
     ],
 )
@@ -187,6 +188,15 @@ def test_a_difference_to_another_model_is_refused(base, tmp_path, spoil, said):
     other = checkpoint(tmp_path / "other", 1, 513, **spoil)
     with pytest.raises(ValueError, match=said):
         models.load(f"{base}+{other}")
+
+
+def test_folders_may_have_a_plus_in_their_names(base, delta, tmp_path):
+    place = tmp_path / "c++" / "x+y"
+    shutil.copytree(base, place)
+    assert catalogue.halves(f"{place}+{delta}") == (str(place), str(delta))
+    assert catalogue.halves(str(place)) is None
+    assert catalogue.halves("/gone/base+/gone/delta") == ("/gone/base", "/gone/delta")
+    assert models.find(f"{place}+{delta}").base == str(place)
 
 
 def test_a_smaller_vocabulary_and_one_that_its_own_configuration_lacks_are_refused(base, tmp_path):

@@ -31,6 +31,21 @@ def hessian_of(x):
     return 2 / len(x) * flat.T @ flat
 
 
+def test_a_factor_that_has_no_room_after_all_is_made_on_the_cpu(monkeypatch):
+    hessian, places = hessian_of(randn(64, 8)[None]).float(), []
+    made = sparsegpt._factored
+
+    def short(hessian, damping, name, place):
+        places.append(place.type)
+        if len(places) == 1:
+            raise torch.OutOfMemoryError
+        return made(hessian, damping, name, place)
+
+    monkeypatch.setattr(sparsegpt, "_factored", short)
+    assert torch.equal(sparsegpt.inverse_factor(hessian, 0.01, "x"), made(hessian, 0.01, "x", torch.device("cpu")))
+    assert places == ["cpu", "cpu"]
+
+
 @pytest.mark.parametrize(("m", "count"), [(4, 2), (8, 4), (16, 1)])
 def test_the_first_of_equal_ones_in_a_group_go(m, count):
     score = torch.randint(3, (40, 5, m), generator=torch.Generator().manual_seed(0)).float()

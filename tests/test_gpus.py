@@ -74,6 +74,21 @@ def test_float32_is_not_shortened_whatever_was_set(before):
     assert set(told) == {"highest"}
 
 
+@pytest.mark.parametrize("asked", ["tf32", "ieee"])
+def test_what_was_set_of_one_backend_alone_stays(asked):
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        backends[0].fp32_precision = asked
+        told = [backend.fp32_precision for backend in backends]
+        with whole_products():
+            assert backends[0].fp32_precision == "ieee"
+        assert [backend.fp32_precision for backend in backends] == told
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+
+
 def test_short_windows_go_by_as_many_tokens_as_long_ones():
     assert [filled(8, length) for length in (2048, 4096, 1024, 128, 3000)] == [8, 8, 16, 128, 8]
 
@@ -82,7 +97,8 @@ def test_short_windows_go_by_as_many_tokens_as_long_ones():
 def test_windows_fit_beside_the_hidden_states_of_all(states, fit, monkeypatch):
     model = tiny(KIND).to("meta")
     window = 4 * 16 * 4 * 64  # bytes that 16 tokens take within a block, whose widest matrix has 64 columns
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 2 * 6 * window + 8 * 4 * 16 * 48)
+    whole = 2 * 6 * window + 8 * 4 * 16 * 48 + 4 * model.num_parameters()
+    monkeypatch.setattr(memory, "total_bytes", lambda device: whole)
     assert _fitting(model, windows(8), states) == fit
 
 

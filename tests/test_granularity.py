@@ -28,6 +28,22 @@ STEPS, RATE, BATCH = 12, 2e-3, 2
 HOW = list(product(GRANULARITIES, ("pruned", "dense")))
 
 
+def test_what_was_attached_before_an_error_is_detached(monkeypatch):
+    model, attach = tiny("opt"), Trainable.attach_to_block
+
+    def failing(self, block, *more):
+        if block.index:
+            raise MemoryError
+        return attach(self, block, *more)
+
+    monkeypatch.setattr(Trainable, "attach_to_block", failing)
+    wanted = Reconstruction(Trainable(adapters=MaskLoRA(rank=2)), steps=1, granularity="two_blocks")
+    kinds = [type(module) for module in model.modules()]
+    with pytest.raises(MemoryError):
+        pruners.prune(model, pruners.Magnitude(0.5), torch.zeros(2, 8, dtype=torch.long), reconstruct=wanted)
+    assert [type(module) for module in model.modules()] == kinds
+
+
 def rebuilt(model, windows, what, granularity, inputs="pruned", method=None, **more):
     more = {"steps": STEPS, "learning_rate": RATE, "batch_size": BATCH, **more}
     wanted = Reconstruction(what, granularity=granularity, inputs=inputs, **more)

@@ -105,6 +105,17 @@ def test_after_an_error_the_model_is_in_its_own_dtype_again(home, tmp_path, monk
     assert all(p.dtype == torch.bfloat16 and torch.equal(p, before[name]) for name, p in weights_of(model).items())
 
 
+def test_a_model_in_a_wider_dtype_is_not_narrowed():
+    model = families.tiny("llama").double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 1e-12
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with dtypes.widened(model, torch.float32):
+        assert all(p.dtype == torch.float64 for p in model.parameters())
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
 def test_a_model_in_that_dtype_already_is_left_alone():
     model = families.tiny("llama")
     values = [p.data_ptr() for p in model.parameters()]

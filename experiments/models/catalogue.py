@@ -150,8 +150,19 @@ def split(model: str | Path) -> tuple[str | None, str | None]:
 
 def halves(place: str) -> tuple[str, str] | None:
     """The base and the difference to it that `BASE+DELTA` names; None for what is a folder or has no `+`."""
-    base, plus, delta = place.partition("+")
-    return (base, delta) if plus and not Path(place).expanduser().is_dir() else None
+    if Path(place).expanduser().is_dir():
+        return None
+    pairs = [(place[:at], place[at + 1 :]) for at, sign in enumerate(place) if sign == "+"]
+    there = {pair: sum(map(_is_there, pair)) for pair in pairs}
+    best = max(pairs, key=there.__getitem__, default=None)
+    if best and there[best]:
+        return best
+    return next((pair for pair in pairs if "/" in pair[1]), None)  # whose folders are on another machine
+
+
+def _is_there(model: str) -> bool:
+    """Whether it is a name of the catalogue or of a folder, or has the form of the Hub's."""
+    return model in CATALOGUE or Path(model).expanduser().is_dir() or is_hub_id(model)
 
 
 def is_hub_id(model: str | Path) -> bool:

@@ -16,6 +16,7 @@ LONGEST = gblm.WINDOWS.length  # that of Wanda, SparseGPT and GBLM-Pruner on the
 WINDOWS = {"flap": flap.WIKITEXT, "wanda_sp": flap.C4, "magnitude_sp": flap.C4, "llm_pruner": llm_pruner.WINDOWS}
 TRAINABLE = {
     "full": Trainable.full(),
+    "weights": Trainable(weights=True),
     "biases": Trainable(biases=True),
     "norms": Trainable(norms=True),
     "biases+norms": perp.SMALL,

@@ -277,11 +277,14 @@ class _Loop:
         report, device = self.report, self.passes.device
         if self.held_out is None or step in dict(report.checked):
             return
+        told: list[Any] = [0.0, ""]
         try:
             with autocast(self.precision, device, self.passes.cached):
-                loss = of_batches(self.layout.model, self.held_out)
+                told[0] = of_batches(self.layout.model, self.held_out)
         except NotFiniteError as error:
-            why = str(error).partition(":")[0].replace("The", "the", 1)
+            told[1] = str(error).partition(":")[0].replace("The", "the", 1)
+        loss, why = self.ranks.first(lambda: told)  # rank 0's, lest a last bit have others keep another step
+        if why:
             self._diverged(f"after step {step} of {self.schedule.steps}: {why}")
         if loss < min((before for _, before in report.checked), default=math.inf):
             self.best = {name: p.detach().cpu().clone() for name, p in self.layout.tensors.items()}

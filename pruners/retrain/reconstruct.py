@@ -173,8 +173,10 @@ class Rebuilder(Keeper):
     def _rebuild(self, unit: Unit) -> None:
         started, initial = time.perf_counter(), unit.error()
         pruned = {p: p.detach().clone() for p in unit.changing(self.settings.trainable)}
-        attached = unit.attach(self.settings.trainable, self.settings.seed)
+        attached: list[Attached] = []
         try:
+            for one in unit.attach(self.settings.trainable, self.settings.seed):
+                attached.append(one)  # one by one: those before an error have to be detached
             with torch.enable_grad():
                 self._train(unit, attached)
             unmerged = self._finite(unit, unit.error()) if self.settings.reference else None

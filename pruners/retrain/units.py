@@ -39,8 +39,8 @@ class Unit:
     own: frozenset[nn.Parameter] | None = None
     meanwhile: Mapping[nn.Parameter, Tensor] = field(default_factory=dict)
 
-    def attach(self, trainable: Trainable, seed: int) -> list[Attached]:
-        return [trainable.attach_to_block(block, seed, self.own) for block in self.blocks]
+    def attach(self, trainable: Trainable, seed: int) -> Iterator[Attached]:
+        return (trainable.attach_to_block(block, seed, self.own) for block in self.blocks)
 
     def changing(self, trainable: Trainable) -> set[nn.Parameter]:
         found = {p for block in self.blocks for p in trainable.changing(block)}

@@ -61,15 +61,21 @@ def plain_torch() -> Iterator[None]:
 def whole_products() -> Iterator[None]:
     """On a GPU float32 matrices are multiplied in float32, which some containers turn off for all programs
     (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE)."""
+    known: Any = torch.backends
+    backends = known.cuda.matmul, known.mkldnn.matmul
+    each = [backend.fp32_precision for backend in backends]
     try:
-        before = torch.get_float32_matmul_precision()
-    except RuntimeError:  # PyTorch 2.9 on does not tell where it was set by fp32_precision, of one backend alone
-        before = "high"
+        before: str | None = torch.get_float32_matmul_precision()
+    except RuntimeError:  # PyTorch does not tell where it was set of one backend alone
+        before = None
     torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        if before is not None:
+            torch.set_float32_matmul_precision(before)
+        for backend, precision in zip(backends, each, strict=True):
+            backend.fp32_precision = precision
 
 
 def back(outcome: Tensor, gradient: Tensor | None = None) -> None:

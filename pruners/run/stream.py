@@ -222,15 +222,21 @@ def span(rows: Int[Tensor, " windows"]) -> slice | Tensor:
 
 
 def _fitting(model: Any, windows: Tensor, states: int) -> int:
-    """How many windows have room within a block, of what is free on a GPU beside the hidden states of all windows, so
-    many times; one at least."""
+    """How many windows have room within a block, on a GPU beside its weights and the hidden states of all windows, so
+    many times; one at least.
+
+    By the GPU's whole memory: what is free on it differs from run to run, and with the windows at once the last bits.
+    """
     if model.device.type == "cpu":
         return len(windows)
     width = model.get_input_embeddings().weight.shape[1]
-    widest = max((max(p.shape) for module in anatomy.modules(model) for p in module.parameters()), default=1)
-    token = model.dtype.itemsize * windows.shape[1]
-    free = memory.free_bytes(model.device) - states * width * token * len(windows)
-    return max(1, int(memory.SHARE * free) // (WITHIN * widest * token))
+    blocks = [list(module.parameters()) for module in anatomy.modules(model)]
+    widest = max((max(p.shape) for block in blocks for p in block), default=1)
+    here = [sum(p.numel() for p in block) for block in blocks]
+    weights = model.num_parameters() if homes.of(model) is None else 2 * max(here, default=0)
+    size, tokens = model.dtype.itemsize, windows.shape[1]
+    room = memory.total_bytes(model.device) - size * (weights + states * width * tokens * len(windows))
+    return max(1, int(memory.SHARE * room) // (WITHIN * widest * size * tokens))
 
 
 def _buffer(model: nn.Module, hidden: Tensor, count: int) -> Tensor:

@@ -12,12 +12,13 @@ from pruners.weights import homes
 
 @contextmanager
 def widened(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
-    """Every weight in `dtype`, which holds its values exactly, and afterwards in its own again; None: in its own.
+    """Every weight that `dtype` holds exactly in that, and afterwards in its own again; None: in its own.
 
     Of a model away from home each part is widened when it comes: the values that it has in its own dtype, where a
     checkpoint's files may hold more digits.
     """
-    own = {p: p.dtype for p in model.parameters() if dtype is not None and p.dtype != dtype}
+    every = {p: torch.promote_types(p.dtype, dtype or p.dtype) for p in model.parameters()}
+    own = {p: p.dtype for p, wider in every.items() if wider == dtype != p.dtype}
     home = homes.of(model)
     try:
         if home is not None:
