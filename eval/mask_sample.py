@@ -3,14 +3,15 @@
 A mask has as many bits as a model has weights, too many for a record; of some ten thousand places, the same in every
 model of one shape, two records tell their agreement to a third of a per cent or better.  Where units were cut out, the
 places are the units: the rows of what makes queries, keys and values and of gate and up (fc1), known by their weights,
-which cutting leaves as they were.
+which cutting leaves as they were and in their order.  A block that is gone has kept none: only last ones are dropped,
+so that the others have their names still.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,12 +24,12 @@ from pruners.interface import checks
 from pruners.interface.checks import Count
 from pruners.weights import homes
 
-Dense = Mapping[str, Mapping[bytes, int]]  # by matrix, the digest of every row and its place
+Dense = Mapping[str, Sequence[bytes]]  # by matrix, the digests of its rows
 DIGEST_BYTES = 16
 
 
-def rows(model: nn.Module) -> dict[str, dict[bytes, int]]:
-    """What tells each row of these matrices of the dense model from the others; ValueError for an unknown family."""
+def rows(model: nn.Module) -> dict[str, list[bytes]]:
+    """By what the rows of these matrices of the dense model are known; ValueError for an unknown family."""
     return {name: _digests(weight) for name, weight in _inward(model)}
 
 
@@ -37,8 +38,8 @@ def mask_sample(model: nn.Module, count: Count, dense: Any = None) -> dict[str, 
     """`bits`, what is kept at `count` places drawn once and for all (all places where there are fewer), one bit each
     in base64; `sampled`, how many there are, of `places`; `kept`, the share of all places; `sha256` of all of them.
 
-    `dense`, what `rows` gave of the model before it was cut, makes the places units.  ValueError where a row is none
-    of the dense model's.
+    `dense`, what `rows` gave of the model before it was cut, makes the places units.  ValueError where what is left are
+    not rows of the dense model in its order.
     """
     parts = list(_weights(model) if dense is None else _units(model, dense))
     sizes = [part.size for part in parts]
@@ -75,13 +76,23 @@ def _weights(model: nn.Module) -> Iterator[np.ndarray]:
 
 
 def _units(model: nn.Module, dense: Dense) -> Iterator[np.ndarray]:
-    for name, weight in _inward(model):
-        known, there = dense[name], _digests(weight)
-        if strange := there.keys() - known.keys():
-            raise ValueError(f"{len(strange)} rows of {name} are not the dense model's, so what was cut is unknown.")
-        kept = np.zeros(len(known), dtype=bool)
-        kept[[known[row] for row in there]] = True
-        yield kept
+    left = {name: _digests(weight) for name, weight in _inward(model)}
+    if strange := sorted(left.keys() - dense.keys()):
+        raise ValueError(f"{strange[0]} is not in the dense model, so what was cut is unknown.")
+    for name, known in dense.items():
+        yield _kept(name, known, left.get(name, []))
+
+
+def _kept(name: str, known: Sequence[bytes], left: Sequence[bytes]) -> np.ndarray:
+    """Which rows were kept; of equal ones, which nothing tells apart, as many as are left, the first that fit."""
+    kept = np.zeros(len(known), dtype=bool)
+    following = iter(enumerate(known))
+    for row in left:
+        place = next((place for place, one in following if one == row), None)
+        if place is None:
+            raise ValueError(f"The rows of {name} are not the dense model's, so what was cut is unknown.")
+        kept[place] = True
+    return kept
 
 
 def _inward(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -92,6 +103,6 @@ def _inward(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield f"{block.name}.{name}", block.linear(name).weight.detach()
 
 
-def _digests(weight: Tensor) -> dict[bytes, int]:
+def _digests(weight: Tensor) -> list[bytes]:
     lines = weight.detach().cpu().contiguous().view(torch.uint8).numpy()
-    return {hashlib.blake2b(line.tobytes(), digest_size=DIGEST_BYTES).digest(): at for at, line in enumerate(lines)}
+    return [hashlib.blake2b(line.tobytes(), digest_size=DIGEST_BYTES).digest() for line in lines]

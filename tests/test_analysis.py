@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -18,8 +19,10 @@ from analysis.figures import perplexity, style
 from analysis.tables import frames, markdown, notes
 from experiments import papers
 from experiments.models.fingerprint import fingerprint
+from experiments.recovery import Instructions, Retraining
 from experiments.spec import Perplexity, Run, Table, Windows
 from experiments.store import records
+from pruners.retrain import Trainable
 
 METHODS = (
     None,
@@ -114,6 +117,45 @@ def test_markdown_shows_protocol_spread_gaps_and_failures(made):
     assert "1 of 5 cells are missing" in text
     assert f"{KEY}: 4 windows, 256 tokens; ± one standard error over windows; tokens abababababab." in text
     assert "Calibration: 4 x 32 tokens of c4/train (documents, seed 0)." in text
+
+
+def test_notes_tell_the_order_of_windows_and_which_step_is_kept(tmp_path):
+    last = Retraining(Trainable(norms=True), small.WINDOWS, steps=800, learning_rate=1e-3)
+    best = replace(last, keep="best", held_out=Windows("ptb/test", 16, 32, sampling="first"))
+    records_held_out = replace(best, text=Instructions("alpaca/train"), held_out=None, check_every=50)
+    found = [
+        replace(table().runs()[1], windows=replace(small.WINDOWS, order=order), method=pruners.Wanda(share),
+                recovery=recovery)
+        for share, order, recovery in (
+            (0.1, None, last), (0.2, 0, best), (0.3, 3, best), (0.4, 3, records_held_out), (0.5, 3, best),
+        )
+    ]  # fmt: skip
+    varied = Table("tiny", "", tuple(found), (("smollm2-135m",),), lambda run, model: replace(run, model=model))
+    for run, step in zip(varied.runs(), (None, 600, 200, 50, 200), strict=True):
+        recovered = {} if step is None else {"checked": [[step, 1.0]], "kept_step": step}
+        records.write(small.record(run, achieved={"asked": 0.5, "sparsity": 0.5, "recovery": recovered}), tmp_path)
+    told = notes.notes(varied, rows.rows(varied, tmp_path))
+    assert [note for note in told if note.startswith("Calibration")] == [
+        f"Calibration: 4 x 32 tokens of c4/train (documents, seed 0{order})."
+        for order in ("", ", order 0", ", order 3")
+    ]
+    start = "Retraining: 800 steps of 2 x"
+    assert [note for note in told if note.startswith("Retraining")] == [
+        f"{start} 32 tokens of c4/train, learning rate 0.001.",
+        f"{start} 32 tokens of c4/train, learning rate 0.001, best of every 200 steps by the loss on 16 x 32 tokens "
+        "of ptb/test.",
+        f"{start} 256 tokens of alpaca/train, learning rate 0.001, best of every 50 steps by the loss on 2,000 "
+        "held-out records of alpaca/train.",
+    ]
+    (kept,) = [note for note in told if note.startswith("Steps kept")]
+    assert [part.partition(" for ")[0] for part in kept.removeprefix("Steps kept: ").split("; ")] == [
+        "50",
+        "200",
+        "600",
+    ]
+    assert [share in kept for share in ("10 %", "20 %", "30 %", "40 %", "50 %")] == [False, True, True, True, True]
+    named = kept.partition("200 for ")[2].partition(";")[0]
+    assert [share in named for share in ("20 %", "30 %", "40 %", "50 %")] == [False, True, False, True]
 
 
 def test_latex_is_booktabs_with_everything_escaped(made):

@@ -22,12 +22,16 @@ from eval.mask_sample import rows as rows_of
 from experiments import cells, labels, papers
 from experiments.batch import run_table
 from experiments.data import corpora
+from experiments.measures import made
 from experiments.measures.asked import MaskSample
+from experiments.recovery import Retraining
+from experiments.run import execute
 from experiments.settings import Settings
 from experiments.spec import Run, Table, Windows
 from experiments.store import records
 from pruners import anatomy
 from pruners.interface.suggest import UsageError
+from pruners.retrain import Trainable
 
 needs_model = pytest.mark.skipif(not small.MODEL.is_dir(), reason=f"{small.MODEL} is absent")
 TOKENS = torch.arange(96).view(6, 16)
@@ -107,6 +111,84 @@ def test_of_what_was_cut_the_sample_has_the_units(kind):
         mask_sample(model, 10**9, dense)
 
 
+@pytest.mark.parametrize("kind", ["llama grouped-query", "opt"])
+def test_of_blocks_that_are_gone_nothing_is_kept(kind):
+    model = tiny(kind)
+    dense = rows_of(model)
+    before = mask_sample(model, 10**9, dense)
+    pruners.prune(model, pruners.LLMPruner(0.5, granularity="layer"))
+    found = mask_sample(model, 10**9, dense)
+    assert len(anatomy.blocks(model)) == 1
+    assert found["places"] == before["places"]
+    assert found["kept"] == 0.5
+    bits = np.unpackbits(np.frombuffer(base64.b64decode(found["bits"]), np.uint8))[: found["places"]]
+    assert bits.tolist() == [1] * (len(bits) // 2) + [0] * (len(bits) // 2)  # the last one
+    assert agreement(before, found) == 0.5
+
+
+def test_of_equal_rows_as_many_are_kept_as_are_left():
+    model = tiny("llama multi-head")
+    block = anatomy.blocks(model)[0]
+    inward = [block.linear(name).weight for name in block.family.inward]
+    with torch.no_grad():
+        for weight in inward:
+            weight[::2] = weight[0]
+            weight[1] = 0.0
+            weight[3] = 0.0
+    dense, width = rows_of(model), len(inward[0])
+    whole = mask_sample(model, 10**9, dense)
+    assert whole["kept"] == 1.0
+    assert whole["places"] == sum(
+        each.linear(name).out_features
+        for each in anatomy.blocks(model)
+        for name in (*each.family.qkv, *each.family.inward)
+    )
+    stay = [place for place in range(width) if place not in (0, 3, width - 1)]
+    for name in block.family.inward:
+        linear = block.linear(name)
+        linear.weight = torch.nn.Parameter(linear.weight[stay].detach())
+    found = mask_sample(model, 10**9, dense)
+    assert found["kept"] == pytest.approx(1 - 3 * len(inward) / whole["places"])
+    bits = np.unpackbits(np.frombuffer(base64.b64decode(found["bits"]), np.uint8))
+    start = sum(block.linear(name).out_features for name in block.family.qkv)
+    there = bits[start : start + width]
+    assert there.sum() == width - 3
+    assert not there[width - 1]
+    assert there[1] + there[3] == 1  # which of the two nothing tells
+    with torch.no_grad():  # one more of a kind than the dense model has
+        linear.weight[2:6] = 0.0
+    with pytest.raises(ValueError, match="are not the dense model's, so what was cut is unknown"):
+        mask_sample(model, 10**9, dense)
+
+
+@needs_model
+def test_a_cell_without_its_last_blocks_tells_the_share_that_stays(tmp_path):
+    run = Run(str(small.MODEL), pruners.LLMPruner(0.4, granularity="layer"), None, (MaskSample(),))
+    (cell,) = cells.cells([run])
+    assert not run_table("tiny", [cell], Settings(tmp_path, device="cpu")).failed
+    assert records.find(tmp_path, "tiny", cell.id).measures[MaskSample().key]["kept"] == 0.6
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"method": pruners.LLMPruner(0.2, granularity="channel")}, "granularity='channel' shortens every row"),
+        (
+            {"recovery": Retraining(Trainable(norms=True), small.WINDOWS, 8, 1e-3)},
+            "and retraining changes weights",
+        ),
+        ({"quantised": True}, "and LLM.int8 changes weights"),
+    ],
+)
+def test_a_mask_that_the_finished_model_does_not_tell_is_refused_before_the_work(changes, said, tmp_path, monkeypatch):
+    monkeypatch.setattr("experiments.run.open_session", lambda *args: pytest.fail("opened"))
+    run = replace(Run(str(small.MODEL), pruners.Flap(ratio=0.3), small.WINDOWS, (MaskSample(),)), **changes)
+    with pytest.raises(ValueError, match=said) as caught:
+        execute(run, "tiny", Settings(tmp_path, device="cpu"))
+    assert str(caught.value).startswith("mask sample@32768 ")
+    made.check(replace(run, measures=(small.PPL,)))
+
+
 @needs_model
 def test_the_spread_of_orders_draws_and_texts_is_told(tmp_path, capsys, monkeypatch):
     base = replace(small.WINDOWS, count=6)
@@ -129,10 +211,10 @@ def test_the_spread_of_orders_draws_and_texts_is_told(tmp_path, capsys, monkeypa
     assert {axis: found["SparseGPT", axis][4] for _, axis in found} == {
         "order of the windows": "3", "draw of the windows": "2", "text": "2",
     }  # fmt: skip
-    made = records.load(tmp_path, "tiny").values()
+    stored = records.load(tmp_path, "tiny").values()
     orders = [
         record.measures[small.PPL.key]["perplexity"]
-        for record in made
+        for record in stored
         if (record.spec["method"] or {}).get("name") == "sparsegpt"
         and {**record.spec["windows"], "order": 0} == {**base.told(), "order": 0}
     ]
@@ -144,8 +226,8 @@ def test_the_spread_of_orders_draws_and_texts_is_told(tmp_path, capsys, monkeypa
 
 def test_committed_draws_have_a_spread_and_a_table_without_records_has_none():
     table = papers.find("embedded.gblm")
-    made = rows.rows(table, Path(__file__).resolve().parents[1] / "results")
-    lines = [line for line in spread.page(table, made).splitlines() if "draw of the windows" in line]
+    drawn = rows.rows(table, Path(__file__).resolve().parents[1] / "results")
+    lines = [line for line in spread.page(table, drawn).splitlines() if "draw of the windows" in line]
     assert len(lines) == 6  # Wanda, SparseGPT and GBLM at two settings
     with pytest.raises(UsageError, match=r"No two measured cells of embedded.gblm differ only"):
         spread.page(table, [])

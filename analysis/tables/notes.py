@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from analysis.rows import Row, keys
 from analysis.tables import measured_notes
@@ -30,6 +31,7 @@ def notes(table: Table, rows: Sequence[Row], again: str = "") -> list[str]:
         *([f"{table.rates}."] if table.rates else []),
         *_rates(rows),
         *_distinct(_trained(record) for record in done),
+        *_kept_steps(rows),
         *_distinct(_origin(record) for record in done),
         *_away(rows),
         *_distinct(f"Only a part of {name} was available." for row in rows for name in row.partial),
@@ -55,9 +57,10 @@ def _calibration(record: Record) -> str | None:
     if windows is None:
         return None
     seed = "" if windows["sampling"] == "first" else f", seed {windows['seed']}"
+    order = "" if windows.get("order") is None else f", order {windows['order']}"
     return (
         f"Calibration: {windows['count']:,} x {windows['length']:,} tokens of {windows['corpus']} "
-        f"({windows['sampling']}{seed})."
+        f"({windows['sampling']}{seed}{order})."
     )
 
 
@@ -84,7 +87,31 @@ def _trained(record: Record) -> str | None:
     chosen = "rate_choice" in record.achieved or recovery.get("learning_rate") is None
     rate = "" if chosen else f", learning rate {recovery['learning_rate']:g}"
     stop = f", stopped after {recovery['stop']:,}" if recovery.get("stop") else ""
-    return f"{recovery['name'].capitalize()}: {steps} of {recovery['batch_size']}{on}{rate}{stop}."
+    best = f", best of every {recovery['check_every']:,} steps {_judged(recovery)}" if _is_best(recovery) else ""
+    return f"{recovery['name'].capitalize()}: {steps} of {recovery['batch_size']}{on}{rate}{stop}{best}."
+
+
+def _is_best(recovery: Mapping[str, Any]) -> bool:
+    return recovery.get("keep") == "best"
+
+
+def _judged(recovery: Mapping[str, Any]) -> str:
+    """By which loss the best step is chosen."""
+    if windows := recovery.get("held_out"):
+        return f"by the loss on {windows['count']:,} x {windows['length']:,} tokens of {windows['corpus']}"
+    return f"by the loss on {recovery['text']['held_out']:,} held-out records of {recovery['text']['corpus']}"
+
+
+def _kept_steps(rows: Sequence[Row]) -> Iterator[str]:
+    """Which step's model each row has, where that is the best one's."""
+    kept: dict[int, dict[str, None]] = {}
+    for row in rows:
+        told = row.record.achieved.get("recovery") or {} if row.record else {}
+        if (step := told.get("kept_step")) is not None:
+            kept.setdefault(step, {})[f"{row.run.model_name} {row.label}"] = None
+    if kept:
+        told = "; ".join(f"{step:,} for {', '.join(names)}" for step, names in sorted(kept.items()))
+        yield f"Steps kept: {told}."
 
 
 def _rates(rows: Sequence[Row]) -> Iterator[str]:

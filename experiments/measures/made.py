@@ -8,10 +8,26 @@ from typing import Any
 from experiments import provenance
 from experiments.measures import Subject
 from experiments.measures.asked import DenseAnswers, MaskSample
+from experiments.recovery import Retraining
+from experiments.spec import Run
 from pruners.run.ranks import Ranks
 from pruners.structured import Structured
 
 BESIDE_DENSE = (DenseAnswers, MaskSample)  # they need something of the model before it is pruned
+
+
+def check(run: Run) -> None:
+    """ValueError for a cell whose finished model does not tell what pruning has kept."""
+    key = next((what.key for what in run.measures if isinstance(what, MaskSample)), None)
+    if key is None:
+        return
+    after = "retraining" if isinstance(run.recovery, Retraining) else "LLM.int8" if run.quantised else ""
+    if after:
+        raise ValueError(f"{key} is of what pruning keeps, and {after} changes weights; measure the cell without it.")
+    if getattr(run.method, "granularity", None) == "channel":
+        raise ValueError(
+            f"{key} knows units by their weights, and granularity='channel' shortens every row; leave the measure out."
+        )
 
 
 def agree(subject: Subject, together: Ranks) -> None:

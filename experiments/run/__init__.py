@@ -32,6 +32,7 @@ def execute(run: Run, table: str, settings: Settings, board: Board | None = None
 
     All ranks of a launch call this for the same cell; rank 0 stores.
     """
+    made.check(run)
     if run.quantised:
         int8.library()
     board = board or Board()
