@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import hollow, tiny
+from test_homes import at_home
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM
 
 import pruners
 from experiments.recovery import label
@@ -19,7 +19,7 @@ from pruners import anatomy
 from pruners.retrain import MaskLoRA, Reconstruction, Trainable
 from pruners.retrain.schedule import Schedule
 from pruners.retrain.units import GRANULARITIES
-from pruners.weights import homes, opening, sources
+from pruners.weights import homes
 from tests import families
 
 WEIGHTS = Trainable(weights=True)
@@ -257,7 +257,7 @@ def test_weights_away_from_home_give_the_same_bits_and_a_killed_run_goes_on(gran
     wanted = Reconstruction(what, 3, 1e-3, granularity=granularity, inputs=inputs)
     told = []
     for home in ("device", "host", "disk", "killed"):
-        model = opened(home, place)
+        model = at_home(home, place)
         folder = tmp_path / "kept"
         if home == "killed":
 
@@ -266,7 +266,7 @@ def test_weights_away_from_home_give_the_same_bits_and_a_killed_run_goes_on(gran
                     raise KeyboardInterrupt
 
             with pytest.raises(KeyboardInterrupt):
-                pruners.prune(opened(home, place), pruners.Wanda(0.5), windows, reconstruct=wanted, folder=folder,
+                pruners.prune(at_home(home, place), pruners.Wanda(0.5), windows, reconstruct=wanted, folder=folder,
                               progress=kill)  # fmt: skip
             kept = {"two_blocks": 1, "four_blocks": 0}.get(granularity, 2)
             assert len(list(folder.glob("*.safetensors"))) == kept
@@ -277,15 +277,6 @@ def test_weights_away_from_home_give_the_same_bits_and_a_killed_run_goes_on(gran
     for projections, errors, weights in told[1:]:
         assert (projections, errors) == told[0][:2]
         assert all(torch.equal(weights[name], p) for name, p in told[0][2].items())
-
-
-def opened(home, place):
-    if home == "disk":
-        return opening.open_folder(place)
-    model = AutoModelForCausalLM.from_pretrained(place, dtype="auto").eval()
-    if home == "host":
-        homes.settle(model, sources.Memory(model), "cpu")
-    return model
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)

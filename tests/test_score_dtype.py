@@ -8,7 +8,8 @@ import pytest
 import small_table as small
 import torch
 from conftest import needs_shared
-from transformers import AutoModelForCausalLM
+from test_homes import at_home
+from test_streamed_retraining import weights_of
 
 import pruners
 from experiments import cells
@@ -19,7 +20,7 @@ from experiments.spec import Run, describe
 from experiments.store import records
 from pruners import gather
 from pruners.run import gradients
-from pruners.weights import dtypes, homes, opening, sources
+from pruners.weights import dtypes, homes
 from tests import families
 
 PART = {"attention_blocks": (0, 3), "mlp_blocks": (0, 3)}
@@ -30,19 +31,6 @@ HALVES = (torch.float16, torch.bfloat16)
 
 def method(**more):
     return pruners.LLMPruner(0.5, **PART, **more)
-
-
-def weights_of(model):
-    return {name: p.detach().clone() for part in homes.each(model) for name, p in part.items()}
-
-
-def opened(home, place):
-    if home == "disk":
-        return opening.open_folder(place)
-    model = AutoModelForCausalLM.from_pretrained(place, dtype="auto").eval()
-    if home == "host":
-        homes.settle(model, sources.Memory(model), "cpu")
-    return model
 
 
 @pytest.mark.parametrize("family", KINDS)
@@ -66,11 +54,11 @@ def test_what_is_cut_is_the_same_at_every_home(more, tmp_path):
     families.tiny("llama").to(torch.float16).save_pretrained(tmp_path)
     made = []
     for home in ("device", "host", "disk"):
-        model = opened(home, tmp_path)
+        model = at_home(home, tmp_path)
         report = pruners.prune(model, method(score_dtype="float32", **more), families.windows("llama"))
         made.append((report.structure, weights_of(model)))
         assert {p.dtype for p in model.parameters()} == {torch.float16}
-    wide = opened("device", tmp_path).float()
+    wide = at_home("device", tmp_path).float()
     pruners.prune(wide, method(**more), families.windows("llama"))
     expected = {name: p.to(torch.float16) for name, p in weights_of(wide).items()}
     for structure, weights in made:
@@ -92,7 +80,7 @@ def test_channels_of_the_residual_stream_are_scored_in_float32(tmp_path):
 @pytest.mark.parametrize("home", ["device", "host", "disk"])
 def test_after_an_error_the_model_is_in_its_own_dtype_again(home, tmp_path, monkeypatch):
     families.tiny("opt").to(torch.bfloat16).save_pretrained(tmp_path)
-    model = opened(home, tmp_path)
+    model = at_home(home, tmp_path)
     before = weights_of(model)
 
     def failing(model, *_, **__):

@@ -9,7 +9,7 @@ import pytest
 import small_table as small
 import torch
 from conftest import needs_shared
-from transformers import AutoModelForCausalLM
+from test_homes import at_home
 
 import pruners
 from experiments import cells
@@ -28,7 +28,7 @@ from pruners.retrain import (
     held_out_loss,
     trainable,
 )
-from pruners.weights import homes, opening, sources
+from pruners.weights import homes, opening
 from tests import families
 
 SETS = {
@@ -72,12 +72,7 @@ def folder(request, tmp_path_factory):
 
 
 def opened(home, place):
-    if home == "disk":
-        model = opening.open_folder(place)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(place, dtype="auto").eval()
-        if home == "host":
-            homes.settle(model, sources.Memory(model), "cpu")
+    model = at_home(home, place)
     pruners.prune(model, pruners.Magnitude(sparsity=0.5))
     return model
 
