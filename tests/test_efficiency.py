@@ -174,7 +174,17 @@ def test_decoding_sees_one_token_at_a_time(monkeypatch):
     model.register_forward_pre_hook(lambda module, inputs: lengths.append(inputs[0].shape[1]))
     latency.measure(model, batch=1, length=12, new_tokens=4, repetitions=1)
     runs = latency.WARM_UP + 1
-    assert lengths == [12] * runs + [12, 1, 1, 1, 1] * runs
+    assert lengths == [12] * (runs + 1) + [1] * 4 + [12] + [1] * 4 * (runs - 1)
+
+
+def test_every_decoding_begins_where_the_prompt_ends(monkeypatch):
+    monkeypatch.setattr(latency, "STEADY", float("inf"))
+    model, places = llama(), []
+    model.model.rotary_emb.register_forward_pre_hook(
+        lambda module, args, kwargs: places.append((args + tuple(kwargs.values()))[1][0, -1].item()), with_kwargs=True
+    )
+    latency.measure(model, batch=1, length=12, new_tokens=2, repetitions=3)
+    assert [place for place in places if place != 11] == [12, 13] * (latency.WARM_UP + 3)
 
 
 def test_a_prompt_longer_than_the_models_positions_is_refused():

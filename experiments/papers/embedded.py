@@ -21,7 +21,8 @@ from pruners.retrain import MaskLoRA, Trainable
 MODEL = "smollm2-135m"
 WINDOWS = Windows("embedded/c4", count=16, length=256, sampling="first")
 SENTENCES = Windows("embedded/c4", count=10, length=64, sampling="first")  # LLM-Pruner needs no more
-QUICK = Perplexity("embedded/wiki", window=512, limit=8)
+FEWER = replace(WINDOWS, count=8)
+QUICK = Perplexity("embedded/wiki", window=512, limit=6)
 COST = Efficiency(new_tokens=4, repetitions=3)
 SPEED = Efficiency(batch_sizes=(1, 4), lengths=(64, 256), new_tokens=16, repetitions=5, semi_structured=True)
 # A few documents of the tasks with short ones: enough to see a model break, not to rank two that work.
@@ -32,7 +33,7 @@ TASKS = ZeroShot(
 
 # As the headline table `embedded.perp`, with fewer steps: a minute.
 TEXT = Windows("embedded/c4", count=24, length=128, sampling="first")
-RETRAINING = Retraining(Trainable(norms=True, adapters=MaskLoRA(rank=16)), TEXT, steps=12, learning_rate=3e-3)
+RETRAINING = Retraining(Trainable(norms=True, adapters=MaskLoRA(rank=16)), TEXT, steps=8, learning_rate=3e-3)
 
 
 MIDDLE = partial(llm_pruner.sparing, 4, 4, target_parameters=0.2, importance="element1")
@@ -42,7 +43,7 @@ def sampled(row: Any, model: str) -> Run:
     """`row` is a method, how it is made for a model, or a method and its recovery stage."""
     method, recovery = row if isinstance(row, tuple) else (row, None)
     method = method(model) if callable(method) else method
-    windows = SENTENCES if isinstance(method, pruners.LLMPruner) else WINDOWS
+    windows = SENTENCES if isinstance(method, pruners.LLMPruner) else FEWER
     return Run(model, method, windows, (QUICK, COST, TASKS), recovery=recovery)
 
 
