@@ -96,14 +96,14 @@ def efficiency(
         return found
     for _, length in cells:
         check_fits(model, length, new_tokens)
-    speed = latency.bandwidth(model.device)
-    bound = bytes_per_step(model) / speed
     runs = []
     for done, (batch, length) in enumerate(cells, start=1):
         run = latency.measure(model, batch, length, new_tokens, repetitions)
         runs.append({**run, "decode_to_bound": _to_bound(run, bytes_per_step(model))})
         if progress:
             progress(done, len(cells))
+    speed = max(run["reference"]["bytes"] / run["reference"]["fastest"] for run in runs)
+    bound = bytes_per_step(model) / speed
     where = {**latency.where(model), "bandwidth_bytes_per_s": speed, "decode_bound_s": bound}
     return {**found, "timing": {**where, "runs": runs}}
 

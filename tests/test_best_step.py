@@ -162,9 +162,9 @@ def test_a_held_out_loss_that_is_not_finite_stops_and_leaves_the_last_state(wind
     finetune(there, SMALL, windows, stop=6, **ASKED)
     plain, losses = module.of_batches, iter((None, math.inf))
 
-    def overflowing(*args):
+    def overflowing(*args, **options):
         if next(losses) is None:
-            return plain(*args)
+            return plain(*args, **options)
         raise NotFiniteError("The held-out loss is inf after 3 of 5 examples: the model overflows.")
 
     monkeypatch.setattr(module, "of_batches", overflowing)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 import pruners
 from eval.perplexity import perplexity
 from pruners import anatomy, checkpoint
-from pruners.run import gradients
+from pruners.run import loss
 from pruners.weights import homes, opening, sources, sweep
 from tests import families
 
@@ -155,7 +155,7 @@ def test_a_pruned_model_is_saved_shard_by_shard(tmp_path, family):
 def test_the_loss_in_pieces_gives_the_same_gradients(kind, norm, tmp_path, monkeypatch):
     plain, tokens = saved(kind, tmp_path), families.windows(kind)
     expected = pruners.gather(plain, pruners.Gradient(0.5, norm=norm), tokens)
-    monkeypatch.setattr(gradients, "LOGITS", 5 * plain.config.vocab_size)
+    monkeypatch.setattr(loss, "LOGITS", 5 * plain.config.vocab_size)
     found = pruners.gather(opening.open_folder(tmp_path), pruners.Gradient(0.5, norm=norm), tokens)
     assert found.keys() == expected.keys()
     for name, value in expected.items():

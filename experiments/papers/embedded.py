@@ -21,8 +21,8 @@ from pruners.retrain import MaskLoRA, Trainable
 MODEL = "smollm2-135m"
 WINDOWS = Windows("embedded/c4", count=16, length=256, sampling="first")
 SENTENCES = Windows("embedded/c4", count=10, length=64, sampling="first")  # LLM-Pruner needs no more
-FEWER = replace(WINDOWS, count=8)
-QUICK = Perplexity("embedded/wiki", window=512, limit=6)
+FEWER = replace(WINDOWS, count=10)
+QUICK = Perplexity("embedded/wiki", window=512, limit=4)
 COST = Efficiency(new_tokens=4, repetitions=3)
 SPEED = Efficiency(batch_sizes=(1, 4), lengths=(64, 256), new_tokens=16, repetitions=5, semi_structured=True)
 # A few documents of the tasks with short ones: enough to see a model break, not to rank two that work.

@@ -178,12 +178,12 @@ def _backward(cell: Cell, at_once: int, tokens: int, summed: float, handled: flo
     """`handled` is what one parameter's gradient takes when it comes; the loss and its logits are over by then."""
     shape, size = cell.shape, cell.size
     graph = _graph(cell, at_once) * (1 if cell.away else shape.blocks)
-    logits = at_once * shape.vocabulary
+    logits = 12 * min(LOGITS, at_once * shape.vocabulary)
     if not cell.away:
-        loss = max(0, 12 * logits - handled)
+        loss = max(0, logits - handled)
         return [{"weights": _weights(cell), "activations": graph + loss, "statistics": summed + handled}]
     states = 2 * size * min(tokens, HELD_TOKENS) * shape.width  # and their gradients
-    most = max(graph + summed + handled, 12 * min(LOGITS, logits))
+    most = max(graph + summed + handled, logits)
     passes: Items = {
         "weights": _weights(cell, shape.around),
         "activations": states + most - summed - handled,
@@ -296,7 +296,8 @@ def _passes(cell: Cell, recovery: Retraining, block: float) -> tuple[float, floa
     """What they take on the device and at home; `block` while backward is in one, when the logits are gone."""
     shape, size = cell.shape, cell.size
     each, tokens = _tokens(cell, recovery)
-    logits = 12 * tokens * shape.vocabulary
+    logits = tokens * shape.vocabulary
+    logits = 12 * (min(LOGITS, logits) if cell.away or cell.cards == 1 else logits)  # whole in a sharded model
     if cell.away:
         whole = size * shape.width * each
         return 3 * whole + max(block, logits), float(whole * shape.blocks)

@@ -208,7 +208,7 @@ class _Loop:
         self.layout: Replicated | Sharded = laid_out(self.attached, self.ranks)
         self.optimizer = self.schedule.optimizer(self.layout.tensors)
         trained = list(self.layout.tensors.values())
-        self.passes = Passes(self.layout.model, self.batches, self.precision, trained, not self.layout.spread)
+        self.passes = Passes(self.layout.model, self.batches, self.precision, trained, self.layout.spread)
         self.unmerged = 0.0
         self.report.processes = self.ranks.count
         self.good: tuple[int, dict[str, torch.Tensor]] = (0, {})
@@ -279,8 +279,8 @@ class _Loop:
             return
         told: list[Any] = [0.0, ""]
         try:
-            with autocast(self.precision, device, self.passes.cached):
-                told[0] = of_batches(self.layout.model, self.held_out)
+            with autocast(self.precision, device, not self.layout.spread):
+                told[0] = of_batches(self.layout.model, self.held_out, whole=self.layout.spread)
         except NotFiniteError as error:
             told[1] = str(error).partition(":")[0].replace("The", "the", 1)
         loss, why = self.ranks.first(lambda: told)  # rank 0's, lest a last bit have others keep another step

@@ -10,7 +10,7 @@ from pruners.interface import checks
 from pruners.interface.checks import Count
 from pruners.lazy import PreTrainedModel, Tensor, no_grad, torch
 from pruners.retrain.batches import Batches
-from pruners.run import inputs
+from pruners.run import inputs, loss
 from pruners.weights import sweep
 
 
@@ -34,8 +34,10 @@ def held_out_loss(
 
 
 @no_grad
-def of_batches(model: PreTrainedModel, batches: Batches, progress: Progress | None = None) -> float:
-    """The same of examples that have been read, as many at once as their batches have."""
+def of_batches(
+    model: PreTrainedModel, batches: Batches, progress: Progress | None = None, *, whole: bool = False
+) -> float:
+    """The same of examples that have been read, as many at once as their batches have; `whole`: all logits of them."""
     order = sorted(range(len(batches.examples)), key=lambda index: len(batches.examples[index][0]))  # little padding
     cut = [order[start : start + batches.batch_size] for start in range(0, len(order), batches.batch_size)]
     tokens, total, done, training = batches.predicted(order), 0.0, 0, model.training
@@ -43,7 +45,7 @@ def of_batches(model: PreTrainedModel, batches: Batches, progress: Progress | No
     try:
         for number in sweep.over(model, [_asked(batches, indices) for indices in cut]):
             batch = batches.collated(cut[number], model.device)
-            total += float(model(**batch, use_cache=False, num_items_in_batch=tokens).loss)
+            total += float(loss.of(model, batch, tokens, whole=whole))
             done += len(cut[number])
             if not math.isfinite(total):
                 raise NotFiniteError(

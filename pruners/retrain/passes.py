@@ -19,7 +19,7 @@ from pruners import anatomy
 from pruners.lazy import Tensor, nn, torch
 from pruners.retrain.batches import Batches
 from pruners.retrain.schedule import autocast, seeded
-from pruners.run import inputs
+from pruners.run import inputs, loss
 from pruners.run.ranks import Ranks
 from pruners.run.stream import Arguments, handing_on, instead, reaching
 from pruners.weights import aside, homes
@@ -85,7 +85,8 @@ class Way:
 class Passes:
     """Of `model` on examples of `batches`; `precision` is a dtype for autocast, `trained` what gets gradients.
 
-    Where weights are gathered for a while only, their casts are not to be `cached` for longer.
+    `sharded`: weights are gathered for a while only, so their casts are not kept for longer, and the model goes through
+    its passes whole.
     """
 
     def __init__(
@@ -94,9 +95,9 @@ class Passes:
         batches: Batches,
         precision: torch.dtype | None,
         trained: Sequence[nn.Parameter],
-        cached: bool = True,
+        sharded: bool = False,
     ) -> None:
-        self.cached = cached
+        self.sharded = sharded
         self.model, self.batches, self.precision, self.trained = model, batches, precision, trained
         self.device: torch.device = model.device
         self._numbers: tuple[int, ...] = (batches.seed,)
@@ -121,29 +122,27 @@ class Passes:
     @contextmanager
     def _at(self, step: int, micro: Micro) -> Iterator[None]:
         self._numbers = (self.batches.seed, step, micro.place)
-        with seeded(self.device, *self._numbers), autocast(self.precision, self.device, self.cached):
+        with seeded(self.device, *self._numbers), autocast(self.precision, self.device, not self.sharded):
             yield
 
-    def loss(self, micro: Micro, precision: torch.dtype | None) -> Tensor:
+    def loss(self, micro: Micro, precision: torch.dtype | None, scale: float | None = None) -> Tensor:
         batch = self.batches.collated(micro.indices, self.device)
-        with autocast(precision, self.device, self.cached):
-            return self.model(**batch, use_cache=False, num_items_in_batch=micro.divisor).loss
+        with autocast(precision, self.device, not self.sharded):
+            return loss.of(self.model, batch, micro.divisor, scale, whole=self.sharded)
 
     def backward(self, step: int, micros: Sequence[Micro]) -> Tensor:
         """Add the gradients of these micro-batches' losses; returns the sum of the losses."""
         total = torch.zeros((), device=self.device)
+        tied = None if self.sharded else self._tied()
         if homes.of(self.model) is not None:
-            tied = self._tied()
             for together in [micros] if tied is None else [[micro] for micro in micros]:
                 with _apart(tied):
-                    for loss in self._by_block(step, together):
-                        total += loss
+                    for value in self._by_block(step, together):
+                        total += value
             return total
         for micro in micros:
-            with self._at(step, micro):
-                loss = self.loss(micro, self.precision)
-                inputs.back(loss)
-            total += loss.detach()
+            with self._at(step, micro), _apart(tied):
+                total += self.loss(micro, self.precision, 1.0)
         return total
 
     def _tied(self) -> nn.Parameter | None:
@@ -211,10 +210,9 @@ class Passes:
         """The loss; backward from it to the last block's outputs."""
         hidden = way.hidden.detach().requires_grad_(wanted)
         with self._at(step, way.micro), handing_on(self.model, hidden, self._returned):
-            loss: Tensor = self.model(**way.batch, use_cache=False, num_items_in_batch=way.micro.divisor).loss
-        inputs.back(loss)
+            value = loss.of(self.model, way.batch, way.micro.divisor, 1.0)
         way.gradient = hidden.grad
-        return loss.detach()
+        return value
 
     def _back(self, step: int, index: int, block: nn.Module, way: Way, further: bool) -> None:
         """Recompute the block from what it got, and go back through it."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -12,15 +11,13 @@ from typing import Any
 from pruners import anatomy
 from pruners.anatomy import Block
 from pruners.calibrate import Progress, evaluating
-from pruners.lazy import F, Int, Tensor, nn, torch
-from pruners.run import inputs
-from pruners.run.inputs import IGNORED
+from pruners.lazy import Int, Tensor, nn, torch
+from pruners.run import inputs, loss
 from pruners.run.ranks import Ranks
 from pruners.run.statistic import finite
 from pruners.run.stream import ALONE, Stream, handing_on, instead, span
 from pruners.weights import homes, memory
 
-LOGITS = 2**25  # of one pass through the head, where it works on its own
 Consume = Callable[[str, Tensor, float], None]
 Left = Callable[[Block], None]
 
@@ -92,10 +89,9 @@ def backward(
             waiting = len(batches) - first
             index = first + together.rank if together.rank < waiting else first  # else another's, which it drops
             batch = batches[index].to(next(iter(weights.values())).device)
-            loss = model(input_ids=batch, labels=inputs.labels(model.config, batch), use_cache=False).loss
-            inputs.back(loss * scale)
+            value = loss.of(model, _labelled(model, batch), scale=scale)
             check()
-            together.each(partial(_check_loss, index, loss))
+            together.each(partial(_check_loss, index, value))
             if progress:
                 progress(min(first + together.count, len(batches)), len(batches))
         for block in anatomy.blocks(model):
@@ -130,9 +126,9 @@ def _by_block(
         for index, rows in enumerate(batches):
             hidden = stream.hidden[span(rows)].to(device, copy=True).requires_grad_(True)
             with handing_on(model, hidden, stream.returned):
-                loss = _from_the_loss(model, windows[rows].to(hidden.device), scale)
+                value = loss.of(model, _labelled(model, windows[rows].to(hidden.device)), scale=scale)
             check()
-            _check_loss(index, loss)
+            _check_loss(index, value)
             assert hidden.grad is not None  # the loss depends on it
             gradient[span(rows)] = hidden.grad
     home.backwards = True
@@ -154,29 +150,14 @@ def _by_block(
         home.backwards = False
 
 
-def _from_the_loss(model: Any, batch: Int[Tensor, "windows length"], scale: float) -> Tensor:
-    """Backward from the mean next-token loss to the last block's outputs, in pieces where the logits are many."""
-    labels, (count, length) = inputs.labels(model.config, batch), batch.shape
-    at_once = max(1, LOGITS // (count * model.config.vocab_size))
-    if at_once >= length or "logits_to_keep" not in inspect.signature(model.forward).parameters:
-        loss: Tensor = model(input_ids=batch, labels=labels, use_cache=False).loss
-        inputs.back(loss * scale)
-        return loss
-    predicted = (labels[:, 1:] != IGNORED).sum()
-    total = batch.new_zeros((), dtype=torch.float32)
-    for places in torch.arange(length - 1, device=batch.device).split(at_once):
-        logits = model(input_ids=batch, use_cache=False, logits_to_keep=places).logits.float()
-        targets = labels[:, places + 1].flatten()
-        part = F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=IGNORED, reduction="sum") / predicted
-        inputs.back(part * scale)
-        total += part.detach()
-    return total
+def _labelled(model: Any, batch: Int[Tensor, "windows length"]) -> dict[str, Tensor]:
+    return {"input_ids": batch, "labels": inputs.labels(model.config, batch)}
 
 
-def _check_loss(index: int, loss: Tensor) -> None:
-    if not loss.isfinite():  # a gradient that is not finite has been named by now
+def _check_loss(index: int, value: Tensor) -> None:
+    if not value.isfinite():  # a gradient that is not finite has been named by now
         raise ValueError(
-            f"The loss on calibration batch {index} is {loss.item()}; look for NaN in the model, or use "
+            f"The loss on calibration batch {index} is {value.item()}; look for NaN in the model, or use "
             "--dtype bfloat16 or float32."
         )
 
