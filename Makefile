@@ -22,7 +22,13 @@ CHECKOUT = 'import pathlib, sysconfig; pathlib.Path(sysconfig.get_path("purelib"
 
 demo: .venv/ready
 	$(RUN) -m experiments run embedded.demo --allow-missing-tasks
-	$(RUN) -m analysis everything embedded.demo
+	$(RUN) -m analysis table embedded.demo
+	$(RUN) -m analysis figure embedded.demo
+	@$(MAKE) --no-print-directory results/report.html
+
+# Written anew where records have come, or the code that writes it has changed.
+results/report.html: $(wildcard results/runs/*/*.json analysis/*.py analysis/*/*.py) .venv/ready
+	$(RUN) -m analysis report
 
 # Gemma 3 270M beside the embedded model: optional, 240 MB.
 gemma: .venv/ready

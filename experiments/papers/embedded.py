@@ -1,6 +1,6 @@
 """Quick tables on the embedded SmolLM2-135M: no hub, two CPU cores.  The papers' headline tables are in `headlines`.
 
-python -m experiments run embedded.demo       about 7 min on two idle cores
+python -m experiments run embedded.demo       about 5 min on two idle cores
 """
 
 from __future__ import annotations
