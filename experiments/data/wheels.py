@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -44,10 +45,15 @@ def identity(package: str) -> dict[str, str]:
 def file(package: str, ending: str) -> Path:
     """The file of `package` whose path ends with `ending`; FileNotFoundError if the package has none on disk."""
     found = version(package)
-    paths = [Path(str(path.locate())) for path in distribution(package).files or [] if str(path).endswith(ending)]
+    paths = [path for path in _files(package, found) if str(path).endswith(ending)]
     if not paths or not paths[0].is_file():
         raise FileNotFoundError(f"{package} {found} holds no file *{ending}; reinstall it with `{_install(package)}`.")
     return paths[0]
+
+
+@cache
+def _files(package: str, _version: str) -> list[Path]:
+    return [Path(str(path.locate())) for path in distribution(package).files or []]
 
 
 @contextmanager
