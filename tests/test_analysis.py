@@ -119,6 +119,27 @@ def test_markdown_shows_protocol_spread_gaps_and_failures(made):
     assert "Calibration: 4 x 32 tokens of c4/train (documents, seed 0)." in text
 
 
+def test_one_calibration_note_tells_all_draws_and_orders_of_a_text(tmp_path):
+    other = replace(small.WINDOWS, corpus="ptb/train")
+    drawn = (
+        *(small.WINDOWS, replace(small.WINDOWS, seed=2), replace(small.WINDOWS, seed=2, order=1)),
+        *(replace(other, order=4), replace(other, sampling="first"), replace(other, sampling="first", order=0)),
+    )
+    found = [
+        replace(table().runs()[1], windows=windows, method=pruners.Wanda((i + 1) / 10))
+        for i, windows in enumerate(drawn)
+    ]
+    varied = Table("tiny", "", tuple(found), (("smollm2-135m",),), lambda run, model: replace(run, model=model))
+    for run in varied.runs():
+        records.write(small.record(run, achieved={"asked": 0.5, "sparsity": 0.5}), tmp_path)
+    told = notes.notes(varied, rows.rows(varied, tmp_path))
+    assert [note for note in told if note.startswith("Calibration")] == [
+        "Calibration: 4 x 32 tokens of c4/train (documents, seeds 0, 2; seed 2 in order 1).",
+        "Calibration: 4 x 32 tokens of ptb/train (documents; seed 0 in order 4).",
+        "Calibration: 4 x 32 tokens of ptb/train (first; seed 0 in order 0).",
+    ]
+
+
 def test_notes_tell_the_order_of_windows_and_which_step_is_kept(tmp_path):
     last = Retraining(Trainable(norms=True), small.WINDOWS, steps=800, learning_rate=1e-3)
     best = replace(last, keep="best", held_out=Windows("ptb/test", 16, 32, sampling="first"))
@@ -136,8 +157,7 @@ def test_notes_tell_the_order_of_windows_and_which_step_is_kept(tmp_path):
         records.write(small.record(run, achieved={"asked": 0.5, "sparsity": 0.5, "recovery": recovered}), tmp_path)
     told = notes.notes(varied, rows.rows(varied, tmp_path))
     assert [note for note in told if note.startswith("Calibration")] == [
-        f"Calibration: 4 x 32 tokens of c4/train (documents, seed 0{order})."
-        for order in ("", ", order 0", ", order 3")
+        "Calibration: 4 x 32 tokens of c4/train (documents, seed 0; seed 0 in orders 0, 3)."
     ]
     start = "Retraining: 800 steps of 2 x"
     assert [note for note in told if note.startswith("Retraining")] == [

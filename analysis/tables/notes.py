@@ -27,7 +27,7 @@ def notes(table: Table, rows: Sequence[Row], again: str = "") -> list[str]:
     return [
         *(_protocol(key, rows) for key in keys(rows) if any("perplexity" in (row.measure(key) or {}) for row in rows)),
         *measured_notes.notes(rows, again),
-        *_distinct(_calibration(record) for record in done),
+        *_calibration(done),
         *([f"{table.rates}."] if table.rates else []),
         *_rates(rows),
         *_distinct(_trained(record) for record in done),
@@ -52,16 +52,27 @@ def _protocol(key: str, rows: Sequence[Row]) -> str:
     return f"{key}{counts}{spread}{stream}."
 
 
-def _calibration(record: Record) -> str | None:
-    windows = record.spec["windows"]
-    if windows is None:
-        return None
-    seed = "" if windows["sampling"] == "first" else f", seed {windows['seed']}"
-    order = "" if windows.get("order") is None else f", order {windows['order']}"
-    return (
-        f"Calibration: {windows['count']:,} x {windows['length']:,} tokens of {windows['corpus']} "
-        f"({windows['sampling']}{seed}{order})."
-    )
+def _calibration(records: Iterable[Record]) -> Iterator[str]:
+    """One note for all draws and orders of the same text."""
+    draws: dict[tuple[str, str], dict[int, set[int | None]]] = {}
+    for record in records:
+        if (windows := record.spec["windows"]) is not None:
+            text = f"{windows['count']:,} x {windows['length']:,} tokens of {windows['corpus']}"
+            orders = draws.setdefault((text, windows["sampling"]), {}).setdefault(windows["seed"], set())
+            orders.add(windows.get("order"))
+    for (text, sampling), seeds in draws.items():
+        drawn = [seed for seed, orders in seeds.items() if None in orders and sampling != "first"]
+        how = [", ".join([sampling, *([_numbered("seed", drawn)] if drawn else [])])]
+        for seed, orders in seeds.items():
+            if others := [order for order in orders if order is not None]:
+                how.append(f"seed {seed} in {_numbered('order', others)}")
+        yield f"Calibration: {text} ({'; '.join(how)})."
+
+
+def _numbered(name: str, numbers: Iterable[int]) -> str:
+    """E.g. `seed 0`, or `seeds 0, 1, 2`."""
+    listed = sorted(numbers)
+    return f"{name}{'s' * (len(listed) > 1)} {', '.join(map(str, listed))}"
 
 
 def _away(rows: Sequence[Row]) -> Iterator[str]:

@@ -130,7 +130,7 @@ def _short(method: Any, model: str, seed: int) -> Run:
 
 architectures = Table(
     name="embedded.architectures",
-    title="Two architectures, three calibration seeds: LLaMA's (SmolLM2-135M) and Gemma 3's (270M, after `make gemma`)",
+    title="Two architectures, three calibration seeds: LLaMA's (SmolLM2-135M) and Gemma 3's (270M, after make gemma)",
     rows=(
         None,
         Wanda(sparsity=0.5),
