@@ -59,6 +59,17 @@ def test_a_loss_without_a_scale_leaves_no_gradient_behind(few):
         assert loss.of(model, batch_of("llama")) == with_grad
 
 
+@pytest.mark.parametrize("kind", families.EXPERTS)
+def test_a_router_adds_nothing_to_the_loss(kind, few):
+    model, batch = families.tiny(kind), batch_of(kind)
+    expected = loss.of(model, batch)
+    model.config.output_router_logits = True
+    assert model(**batch).loss > expected
+    assert loss.of(model, batch) == expected
+    few(model, 4)
+    torch.testing.assert_close(loss.of(model, batch), expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("kind", "what"),
     [

@@ -29,9 +29,12 @@ def of(
 
     `batch` is what the model is called with, `labels` [windows, length] among it.  With a `scale` the gradients of
     that many times the loss are added to those of what is trained.  The pieces in which many logits are made move
-    rounding alone; `whole`, and for models that cannot be asked for part of them, all are made at once.
+    rounding alone; `whole`, and for models that cannot be asked for part of them, all are made at once.  What models of
+    experts add to their loss for the router is left out.
     """
     labels = batch["labels"]
+    if getattr(model.config, "output_router_logits", False):
+        batch = {**batch, "output_router_logits": False}  # type: ignore[dict-item]
     at_once = max(1, LOGITS // (len(labels) * model.config.vocab_size))
     if whole or at_once >= labels.shape[1] or "logits_to_keep" not in inspect.signature(model.forward).parameters:
         counted = {} if divisor is None else {"num_items_in_batch": divisor}
