@@ -143,6 +143,7 @@ def test_what_cannot_be_kept_is_refused_before_any_work(tmp_path):
         ("flap --ratio 0.3 --metric IFV", ""),
         ("sparsegpt --pattern 2:4", ""),
         ("wanda --sparsity 0.5", "--recover masklora --steps 2 --learning-rate 1e-3 --train-batch-size 1"),
+        ("wanda --sparsity 0.5", "--recover norms --steps 3 --learning-rate 1e-2 --held-out ptb/test --check-every 2"),
         ("magnitude --sparsity 0.5", "--reconstruct norms --steps 2"),
         ("random --sparsity 0.5 --seed 3", ""),
     ],
@@ -156,7 +157,11 @@ def test_methods_and_recovery_are_told_by_their_own_options(method, recovery, wh
     told = dict(zip(words[::2], words[1::2], strict=True))
     for option, value in told.items():
         name = {"--train-batch-size": "batch_size"}.get(option, option.removeprefix("--").replace("-", "_"))
-        if name not in ("recover", "reconstruct"):
+        if name == "held_out":
+            assert spec["keep"] == "best"
+            assert (spec[name]["corpus"], spec[name]["count"], spec[name]["sampling"]) == (value, 32, "stream")
+            assert record.achieved["recovery"]["kept_step"] in (2, 3)
+        elif name not in ("recover", "reconstruct"):
             assert str(spec[name]) == str(type(spec[name])(value)), name
 
 
@@ -173,6 +178,11 @@ def test_methods_and_recovery_are_told_by_their_own_options(method, recovery, wh
         ("--method magnitude --sparsity 0.5 --nsamples 3", "uses no calibration text"),
         ("--method wanda --sparsity 0.5 --recover nothing", "Unknown choice of what to train (--recover) 'nothing'"),
         ("--method wanda --sparsity 0.5 --recover norms --reconstruct norms", "give one of the two"),
+        ("--method wanda --sparsity 0.5 --held-out ptb/test", "--held-out chooses between the steps of --recover"),
+        ("--method wanda --sparsity 0.5 --reconstruct norms --held-out ptb/test", "the steps of --recover"),
+        ("--method wanda --sparsity 0.5 --recover norms --held-out c4/train", "is the text that is trained on"),
+        ("--method wanda --sparsity 0.5 --recover norms --check-every 3", "give --held-out, too"),
+        ("--method wanda --sparsity 0.5 --recover norms --held-out nowhere/test", "nowhere/test"),
         ("--method wanda --sparsity 0.5 --measure ppl", "is not a protocol key"),
         ("--method wanda --sparsity 0.5 --limit 3", "--limit applies to the documents of --tasks"),
         ("--method wanda --sparsity 0.5 --calibration nowhere/train", "nowhere/train"),

@@ -45,6 +45,12 @@ def add_prune(command: argparse.ArgumentParser) -> None:
         metavar="WHAT",
         help="train these parameters block by block while pruning (see --help reconstruction)",
     )
+    command.add_argument(
+        "--held-out",
+        type=cli.word,
+        metavar="CORPUS",
+        help="with --recover: keep the model of the step with the lowest loss on this text (default: of the last step)",
+    )
     _add_measures(command)
     command.add_argument("--save", type=cli.path, metavar="FOLDER", help="save the pruned model there")
     command.add_argument(

@@ -40,6 +40,7 @@ MEANINGS = {
     "batch_size": "examples in a step",
     "warmup": "share of the steps, or from 1 on their number, in which the learning rate rises",
     "micro_batch_size": "examples in a forward pass (None: all of a step)",
+    "check_every": "steps between two losses on the text of --held-out",
     "stop": "stop the schedule after so many steps (None: after all)",
     "reference": "the released code's arithmetic where it differs",
 }

@@ -34,7 +34,8 @@ TABLE = "adhoc"
 SEED = ("seed",)  # one --seed for the windows, the method and the recovery
 TRAINED = {"batch_size": "train-batch-size"}  # --batch-size is how many windows go through the model at once
 OTHERWISE = {"steps": 1000, "learning_rate": 5e-4}  # PERP's released defaults, where a Retraining leaves it open
-BETWEEN = ("trainable", "text", "seed", "keep", "check_every", "held_out")  # set here, or of no use here
+BETWEEN = ("trainable", "text", "seed", "keep", "held_out")  # set here
+HELD_OUT = 32  # windows, as many tokens each as an example
 
 
 def explained(name: str) -> str:
@@ -93,6 +94,8 @@ def declared(asked: argparse.Namespace) -> list[Run]:
         raise UsageError("--limit applies to the documents of --tasks; give --tasks, or leave --limit out.")
     if asked.recover and asked.reconstruct:
         raise UsageError("--recover and --reconstruct exclude each other; give one of the two.")
+    if asked.held_out and not asked.recover:
+        raise UsageError("--held-out chooses between the steps of --recover; give --recover, or leave --held-out out.")
     models.check(asked.model)
     cli.refuse_absent(asked.data_dir)
     cli.refuse_unknown(asked.tasks)
@@ -141,16 +144,23 @@ def _recovery(asked: argparse.Namespace, rest: Sequence[str], windows: Windows) 
             known[option] = options.names_of(kind, skip=BETWEEN, names=TRAINED)
             otherwise = OTHERWISE if kind is Retraining else {}
             given, rest = options.parse(kind, rest, option, skip=BETWEEN, names=TRAINED, otherwise=otherwise)
-            made = _made(kind, defaults.TRAINABLE[name], given, asked.seed, windows)
+            made = _made(kind, defaults.TRAINABLE[name], given, asked, windows)
     options.refuse(rest, known)
     return made
 
 
-def _made(kind: type[Any], trainable: Any, given: dict[str, Any], seed: int, windows: Windows) -> Any:
+def _made(kind: type[Any], trainable: Any, given: dict[str, Any], asked: argparse.Namespace, windows: Windows) -> Any:
     if kind is Reconstruction:
-        return Reconstruction(trainable, seed=seed, **given)
+        return Reconstruction(trainable, seed=asked.seed, **given)
     text = Documents(windows.corpus, given["steps"] * given["batch_size"], windows.length)
-    return Retraining(trainable, text, seed=seed, **given)
+    if asked.held_out == text.corpus:
+        raise UsageError(f"--held-out {text.corpus} is the text that is trained on; name another.")
+    if asked.held_out:
+        held_out = Windows(asked.held_out, HELD_OUT, windows.length, asked.seed, "stream")
+        given = {**given, "keep": "best", "held_out": held_out}
+    elif given["check_every"] != Retraining.check_every:
+        raise UsageError("--check-every is how often the loss on --held-out is taken; give --held-out, too.")
+    return Retraining(trainable, text, seed=asked.seed, **given)
 
 
 def _refuse_unread(asked: argparse.Namespace) -> None:
