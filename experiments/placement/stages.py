@@ -99,7 +99,7 @@ def _measured(cell: Cell) -> list[Items]:
             activations = max(_inside(cell, row) + mask, answers)
         elif isinstance(what, Efficiency) and what.batch_sizes and what.lengths:
             rows = max(what.batch_sizes) * (max(what.lengths) + what.new_tokens)
-            activations = _inside(cell, rows) + 2 * size * rows * shape.blocks * shape.width
+            activations = _inside(cell, rows) + 4 * size * rows * shape.blocks * shape.width  # two caches
         stages.append({"weights": held, "activations": activations})
     return stages
 

@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -222,7 +223,8 @@ class _Loop:
             stack.callback(model.train, model.training)
             stack.enter_context(self.passes.drawing())
             if checkpointing and homes.of(model) is None:  # else blocks are recomputed as they come
-                stack.enter_context(gradients.checkpointed(model))
+                cast = partial(autocast, self.passes.precision, self.passes.device, not self.passes.sharded)
+                stack.enter_context(gradients.checkpointed(model, cast))
             model.train()
             for step in range(len(self.report.losses), self.stop):
                 if step and step % self.check_every == 0:

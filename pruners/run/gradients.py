@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -78,8 +78,11 @@ def backward(
         stack.enter_context(_only_trainable(model, weights))
         if checkpointing:
             stack.enter_context(checkpointed(model))
+        within = {p for module in anatomy.modules(model) for p in module.parameters()}
+        around = {name: weight for name, weight in weights.items() if weight not in within}
         for name, weight in weights.items():
-            stack.callback(weight.register_post_accumulate_grad_hook(partial(handle, name)).remove)
+            if weight in within:
+                stack.callback(weight.register_post_accumulate_grad_hook(partial(handle, name)).remove)
         if homes.of(model) is not None:
             together = ALONE
             _by_block(model, windows, weights, batch_size, scale, progress, left, check)
@@ -90,6 +93,8 @@ def backward(
             index = first + together.rank if together.rank < waiting else first  # else another's, which it drops
             batch = batches[index].to(next(iter(weights.values())).device)
             value = loss.of(model, _labelled(model, batch), scale=scale)
+            for name, weight in around.items():  # whose gradients come in parts
+                handle(name, weight)
             check()
             together.each(partial(_check_loss, index, value))
             if progress:
@@ -210,10 +215,18 @@ def _only_trainable(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator
 
 
 @contextmanager
-def checkpointed(model: nn.Module) -> Iterator[None]:
-    """Blocks recompute their activations during backward (transformers' own switch works in training mode only)."""
+def checkpointed(model: nn.Module, again: Callable[[], AbstractContextManager[Any]] = nullcontext) -> Iterator[None]:
+    """Blocks recompute their activations during backward (transformers' own switch works in training mode only).
+
+    They do so within `again`, where what they were first computed in does not last into a backward pass.
+    """
     with ExitStack() as stack:
         for module in anatomy.modules(model):
-            recomputing = partial(torch.utils.checkpoint.checkpoint, module.forward, use_reentrant=False)
+            recomputing = partial(
+                torch.utils.checkpoint.checkpoint,
+                module.forward,
+                use_reentrant=False,
+                context_fn=lambda: (nullcontext(), again()),
+            )
             stack.enter_context(instead(module, recomputing))
         yield
