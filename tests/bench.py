@@ -74,6 +74,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=1, help="the fastest of so many runs counts (default: 1)")
     parser.add_argument("--results", type=Path, default=Path("results/bench"))
     asked = parser.parse_args()
+    asked.results.mkdir(parents=True, exist_ok=True)
     names = asked.methods or list(pruners.METHODS)
     if unknown := set(names) - set(pruners.METHODS):
         parser.error(f"no method {', '.join(sorted(unknown))}")
@@ -131,7 +132,6 @@ def _keep(figures: dict[str, tuple[float, float]], folder: Path) -> None:
             "at": str(now()),
         },
     }
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "pruning.json").write_text(json.dumps(told, indent=1) + "\n")
 
 

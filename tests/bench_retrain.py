@@ -70,6 +70,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--results", type=Path, default=Path("results/bench"))
     asked = parser.parse_args()
+    asked.results.mkdir(parents=True, exist_ok=True)
     if unknown := set(asked.jobs) - set(JOBS):
         parser.error(f"no job {', '.join(sorted(unknown))}")
     figures = {name: _measured(name, asked.model, asked.steps) for name in asked.jobs or JOBS}
@@ -114,7 +115,6 @@ def _keep(figures: dict[str, Any], asked: argparse.Namespace) -> None:
             "at": str(now()),
         },
     }
-    asked.results.mkdir(parents=True, exist_ok=True)
     (asked.results / "retraining.json").write_text(json.dumps(told, indent=1) + "\n")
 
 
