@@ -173,6 +173,7 @@ def main() -> int:
         parser.error(f"no case {', '.join(sorted(unknown))}")
     if not torch.cuda.is_available():
         parser.error("there is no CUDA device here")
+    asked.results.mkdir(parents=True, exist_ok=True)
     config = configuration(asked.shape, asked.blocks)
     made(configuration("7b", 1))(torch.ones(1, 8, dtype=torch.long, device="cuda"))  # the libraries start
     found: dict[str, Any] = {}
@@ -218,7 +219,6 @@ def _keep(found: dict[str, Any], asked: argparse.Namespace, config: Any) -> None
             "at": str(now()),
         },
     }
-    asked.results.mkdir(parents=True, exist_ok=True)
     name = f"card-{asked.shape}-{config.num_hidden_layers}-{asked.home}.json"
     (asked.results / name).write_text(json.dumps(told, indent=1) + "\n")
 

@@ -28,6 +28,7 @@ from experiments.spec import Efficiency, Generation, MaskPatterns, Run, Windows
 from experiments.store import records
 from pruners import retrain
 from pruners.retrain import Trainable
+from pruners.run import loss
 from pruners.weights import homes, memory, opening
 
 needs_model = pytest.mark.skipif(not small.MODEL.is_dir(), reason=f"{small.MODEL} is absent")
@@ -319,3 +320,15 @@ def test_gradients_of_a_model_on_the_disk_are_shared_by_cells(tmp_path, data, mo
         assert not run_table("tiny", chosen, Settings(tmp_path / home, data_dir=data, weights=home)).failed
         assert len(asked) == times
     assert results(tmp_path / "disk") == results(tmp_path / "device")
+
+
+@pytest.mark.parametrize(
+    ("rows", "length", "vocabulary"), [(1, 2048, 32_000), (4, 128, 96), (10, 64, 128_256), (300, 64, 262_144)]
+)
+def test_logits_are_estimated_as_the_loss_makes_them(rows, length, vocabulary):
+    """However many rows there are, one place of each is made at once."""
+    at_once = max(1, loss.LOGITS // (rows * vocabulary))
+    made = rows * min(at_once, length) * vocabulary
+    shape = shapes.Shape(1, 8, 8, vocabulary, 1, 1)
+    told = needs.stages._predicted(shape, rows * length, length)
+    assert made <= told <= made + rows * vocabulary

@@ -19,17 +19,17 @@ from dataclasses import dataclass, replace
 from experiments.placement.shapes import Shape, shape_of
 from experiments.recovery import Retraining
 from experiments.spec import Efficiency, Perplexity, Run, ZeroShot
+from pruners.llm_pruner import TOKENS_AT_ONCE
 from pruners.retrain import Reconstruction, Trainable
 from pruners.retrain.trainable import HEAD
 from pruners.retrain.units import GRANULARITIES
+from pruners.run.loss import LOGITS
 
 BYTES = {"float32": 4, "float64": 8}
 HOME = "at home"
 HELD_TOKENS = 2**18  # whose hidden states stay on the device where weights are away; those of more are in CPU memory
 SCORED_TOKENS = 4_096  # of the longest row of answers; families that cannot share one halve what does not fit
-LOGITS = 2**25  # that are made at once
 HEAD_ROWS = 256  # whose log-probabilities are made at once where answers are scored
-TOKENS_AT_ONCE = 2_048  # in one backward pass of LLM-Pruner
 
 Items = dict[str, float]
 
@@ -178,7 +178,7 @@ def _backward(cell: Cell, at_once: int, tokens: int, summed: float, handled: flo
     """`handled` is what one parameter's gradient takes when it comes; the loss and its logits are over by then."""
     shape, size = cell.shape, cell.size
     graph = _graph(cell, at_once) * (1 if cell.away else shape.blocks)
-    logits = 12 * min(LOGITS, at_once * shape.vocabulary)
+    logits = 12 * _predicted(shape, at_once, cell.run.windows.length)  # type: ignore[union-attr]
     if not cell.away:
         loss = max(0, logits - handled)
         return [{"weights": _weights(cell), "activations": graph + loss, "statistics": summed + handled}]
@@ -220,6 +220,11 @@ def _rebuilding(cell: Cell, recovery: Reconstruction) -> list[Items]:
     rows = min(cell.batch, windows.count) * windows.length
     walk: Items = {"weights": _weights(cell, shape.embedded), "activations": states + _inside(cell, rows)}
     return [*_arrival(cell, rows), walk, training]
+
+
+def _predicted(shape: Shape, tokens: int, length: int) -> int:
+    """Logits that a loss makes at once of so many tokens in rows of `length`: one place of each row at least."""
+    return min(tokens, max(LOGITS // shape.vocabulary, tokens // length)) * shape.vocabulary
 
 
 def _logits(cell: Cell, tokens: int) -> float:
@@ -296,8 +301,8 @@ def _passes(cell: Cell, recovery: Retraining, block: float) -> tuple[float, floa
     """What they take on the device and at home; `block` while backward is in one, when the logits are gone."""
     shape, size = cell.shape, cell.size
     each, tokens = _tokens(cell, recovery)
-    logits = tokens * shape.vocabulary
-    logits = 12 * (min(LOGITS, logits) if cell.away or cell.cards == 1 else logits)  # whole in a sharded model
+    sharded = cell.cards > 1 and not cell.away  # whose logits are made whole
+    logits = 12 * (tokens * shape.vocabulary if sharded else _predicted(shape, tokens, recovery.text.length))
     if cell.away:
         whole = size * shape.width * each
         return 3 * whole + max(block, logits), float(whole * shape.blocks)

@@ -84,6 +84,7 @@ def backward(
             if weight in within:
                 stack.callback(weight.register_post_accumulate_grad_hook(partial(handle, name)).remove)
         if homes.of(model) is not None:
+            assert not around  # methods that score such weights need all of them in place
             together = ALONE
             _by_block(model, windows, weights, batch_size, scale, progress, left, check)
             return
