@@ -29,7 +29,7 @@ demo: .venv/ready
 	@$(MAKE) --no-print-directory results/report.html
 
 # Written anew where records have come, or the code that writes it has changed.
-results/report.html: $(wildcard results/runs/*/*.json analysis/*.py analysis/*/*.py analysis/*/*.html) .venv/ready
+results/report.html: $(wildcard results/runs/* results/runs/*/*.json analysis/*.py analysis/*/*.py analysis/*/*.html) .venv/ready
 	$(RUN) -m analysis report
 
 # Gemma 3 270M beside the embedded model: optional, 240 MB.
