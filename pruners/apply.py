@@ -133,6 +133,7 @@ def describe(model: nn.Module) -> None:
     kind = modeling_pruned.pruned(stock)
     if not isinstance(model, modeling_pruned.PrunedModel):
         model.__class__, config.__class__ = kind, kind.config_class
+        vars(model).pop("_weight_conversions", None)  # to names of files that only the dense class reads
         config.pruned_format, config.dense = modeling_pruned.FORMAT, vars(config).get("dense")
     vars(config).pop("auto_map", None)  # of the code that the dense model's folder may have carried
     config.places = places(blocks[0].family)
