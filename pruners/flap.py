@@ -122,7 +122,8 @@ class Flap(Structured):
                 "The released code does not support grouped-query attention; drop reference=True for this model."
             )
         if self.heads_removed is not None:
-            self._counts(model)
+            for part in self._parts(model):
+                self._counts(model, part)
 
     def choose(
         self, model: nn.Module, windows: Tensor | None, dense: Mapping[str, Tensor], how: Execution = PLAIN
@@ -131,7 +132,10 @@ class Flap(Structured):
         scores = [self._scores(block, dense) for block in blocks]
         if self.structure.startswith("AL"):
             return self.ranked_together(model, scores, partial(self._gone_of_all, model))
-        per_block = self.even_counts(model) if self.structure == "UL-UM" else [self._counts(model)] * len(blocks)
+        if self.structure == "UL-UM":
+            per_block = self.even_counts(model)
+        else:
+            per_block = [self._counts(model, part) for part in self._parts(model)]
         return [self.lowest(*one) for one in zip(blocks, scores, per_block, strict=True)]
 
     def repairs(
@@ -148,11 +152,9 @@ class Flap(Structured):
                 found.append((linear, repair(linear.weight, mean.half() if self.reference else mean, gone)))
         return found
 
-    def added_parameters(self, model: nn.Module) -> int:
-        if not self.bias:
-            return 0
-        readers = [block.linear(block.reader(kind).projection) for block in anatomy.blocks(model) for kind in KINDS]
-        return sum(linear.out_features for linear in readers if linear.bias is None)
+    def added_parameters(self, block: Block, kind: str) -> int:
+        linear = block.linear(block.reader(kind).projection)
+        return linear.out_features if self.bias and linear.bias is None else 0
 
     def _scores(self, block: Block, dense: Mapping[str, Tensor]) -> dict[str, Float[Tensor, " units"]]:
         with homes.held(block.module):
@@ -174,43 +176,78 @@ class Flap(Structured):
         self, model: nn.Module, scores: Float[Tensor, " units"], costs: Int[Tensor, " units"]
     ) -> Bool[Tensor, " units"]:
         """What goes of all heads of the model, which come first, and all its channels."""
-        heads = sum(block.kv_heads for block in anatomy.blocks(model))
+        heads = sum(block.units("attention") for block in anatomy.blocks(model))
         if self.structure == "AL-MM":
-            counts = self._counts(model)
-            lowest = (select.lowest(scores[:heads], counts["attention"]), select.lowest(scores[heads:], counts["mlp"]))
-            return torch.cat(lowest)
+            counts = self._counts(model, anatomy.blocks(model))
+            gone = select.lowest(scores[:heads], counts["attention"])
+            if self.reference:
+                return torch.cat([gone, select.lowest(scores[heads:], counts["mlp"])])
+            left = self.budget(model) - int(costs[:heads][gone].sum())
+            return torch.cat([gone, select.cheapest(scores[heads:], costs[heads:], left)])
         if self.reference:
             return scores <= released_threshold(scores, heads, self.asked)
         return select.cheapest(scores, costs, self.budget(model))
 
-    def _counts(self, model: nn.Module) -> dict[str, int]:
-        """KV heads and channels that go: of the whole model (AL-MM) or of each block (UL-MM)."""
-        assert self.heads_removed is not None
+    def _parts(self, model: nn.Module) -> list[list[Block]]:
+        """What shares a number of heads: each block (UL-MM), or all of them (AL-MM)."""
         blocks = anatomy.blocks(model)
-        block, parts = blocks[0], len(blocks) if self.structure == "UL-MM" else 1  # every block's units cost the same
-        queries = max(block.queries, 1)
+        return [[block] for block in blocks] if self.structure == "UL-MM" else [blocks]
+
+    def _counts(self, model: nn.Module, part: Sequence[Block]) -> dict[str, int]:
+        """KV heads and channels that go from these blocks; ValueError where they have not so many."""
+        blocks = anatomy.blocks(model)
+        heads = self._heads(blocks, len(blocks) // len(part))
+        if self.reference:
+            channels = _released_channels(blocks[0], len(part), self.asked, heads)
+        else:
+            own, every = (_parameters(some, *KINDS) for some in (part, blocks))
+            left = self.budget(model) * own / max(every, 1) - heads * _mean_cost(part, "attention")
+            left += (heads > 0) * sum(self.refund(block, "attention") for block in part)
+            channels = _closest(left, _mean_cost(part, "mlp"), sum(self.refund(block, "mlp") for block in part))
+        there = [sum(block.units(kind) for block in part) for kind in KINDS]
+        if not (0 <= heads <= there[0] and 0 <= channels <= there[1]):
+            raise ValueError(
+                f"heads_removed={self.heads_removed} at {self.setting} means that {heads:,} of {there[0]:,} KV heads "
+                f"and {channels:,} of {there[1]:,} channels are removed"
+                f"{f' in {part[0].name}' if self.structure == 'UL-MM' else ''}; choose heads_removed so that both "
+                "numbers are possible."
+            )
+        return {"attention": heads, "mlp": channels}
+
+    def _heads(self, blocks: Sequence[Block], parts: int) -> int:
+        """KV heads that go from each of so many parts of the model."""
+        assert self.heads_removed is not None
+        grouping = {block.queries for block in blocks if block.units("attention")} or {1}
+        if len(grouping) > 1:
+            told = " and ".join(map(str, sorted(grouping)))
+            raise ValueError(
+                f"structure {self.structure} counts query heads, and blocks of this model have {told} of them for a KV "
+                "head; use AL-AM or UL-UM."
+            )
+        queries = grouping.pop()
         if self.heads_removed % (parts * queries) and not self.reference:
             raise ValueError(
                 f"heads_removed is a multiple of {parts * queries} here ({queries} query heads for a KV head, "
                 f"{self.structure}); got {self.heads_removed}."
             )
-        heads = self.heads_removed // (parts * queries)
-        if self.reference:
-            channels = _released_channels(block, len(blocks) // parts, self.asked, heads)
-        else:
-            budget = self.budget(model) / parts
-            channels = round((budget - heads * block.unit_cost("attention")) / block.unit_cost("mlp"))
-        self._check_counts(heads, channels, [sum(b.units(kind) for b in blocks) // parts for kind in KINDS])
-        return {"attention": heads, "mlp": channels}
+        return self.heads_removed // (parts * queries)
 
-    def _check_counts(self, heads: int, channels: int, there: Sequence[int]) -> None:
-        if not (0 <= heads <= there[0] and 0 <= channels <= there[1]):
-            raise ValueError(
-                f"heads_removed={self.heads_removed} at {self.setting} means that {heads:,} of {there[0]:,} KV heads "
-                f"and {channels:,} of {there[1]:,} channels are "
-                f"removed{'' if self.structure == 'AL-MM' else ' in each block'}; choose heads_removed so "
-                "that both numbers are possible."
-            )
+
+def _parameters(blocks: Sequence[Block], *kinds: str) -> int:
+    """What all units of these kinds hold."""
+    return sum(block.units(kind) * block.unit_cost(kind) for block in blocks for kind in kinds)
+
+
+def _mean_cost(blocks: Sequence[Block], kind: str) -> float:
+    return _parameters(blocks, kind) / max(sum(block.units(kind) for block in blocks), 1)
+
+
+def _closest(left: float, cost: float, refund: int) -> int:
+    """Of units of which the first costs `refund` less: how many cost closest to `left`, below 0 where that is."""
+    count = round((left + refund) / cost) if cost else 0
+    if count > 0 and abs(count * cost - refund - left) < abs(left):
+        return count
+    return min(round(left / cost), 0) if cost else 0
 
 
 def released_threshold(flat: Float[Tensor, " units"], heads: int, ratio: float) -> Tensor:

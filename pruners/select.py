@@ -169,20 +169,24 @@ def cheapest(
     return gone
 
 
-def evenly(units: Sequence[int], costs: Sequence[int], budget: float | int) -> list[int]:
+def evenly(units: Sequence[int], costs: Sequence[int], refunds: Sequence[int], budget: float | int) -> list[int]:
     """How many units go from each place so that all lose the same share of theirs, up to one unit, for `budget`.
 
-    `costs` is what a unit of each place holds.
+    `costs` is what a unit of each place holds; the first that goes costs its place's of `refunds` less.
     """
     share_by_then = torch.cat([torch.arange(1, count + 1, dtype=torch.float32) / count for count in units])
-    gone = cheapest(share_by_then, torch.tensor(costs).repeat_interleave(torch.tensor(units)), budget)
+    parts = [torch.full((count,), cost) for count, cost in zip(units, costs, strict=True)]
+    for part, refund in zip(parts, refunds, strict=True):
+        part[:1] -= refund
+    gone = cheapest(share_by_then, torch.cat(parts), budget)
     return [int(part.sum()) for part in gone.split(list(units))]
 
 
 def _kth_lowest(score: Tensor, count: int) -> Tensor:
-    if score.device.type == "cpu":  # numpy's selection is some ten times faster than torch's here
-        part = np.partition(score.numpy(), count - 1, axis=-1)[..., count - 1 : count]
-        return torch.from_numpy(part)
+    if score.device.type == "cpu":  # numpy's selection is some ten times faster than torch's here; it has no bfloat16
+        wide = score.float() if score.dtype == torch.bfloat16 else score
+        part = np.partition(wide.numpy(), count - 1, axis=-1)[..., count - 1 : count]
+        return torch.from_numpy(part).to(score.dtype)
     if score.shape[-1] <= SEARCHED:
         return score.kthvalue(count, -1, keepdim=True).values
     if score.numel() == score.shape[-1] <= SORTED:

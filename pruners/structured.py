@@ -118,23 +118,25 @@ class Structured(Method):
             return round(self.asked * getattr(Size.of(model), self.target_of))
         return round(self.asked * self._removable(model))
 
-    def added_parameters(self, model: nn.Module) -> int:
-        """How many parameters the method's repairs add."""
+    def added_parameters(self, block: Block, kind: str) -> int:
+        """How many parameters the method's repairs add to a block that loses units of that kind."""
         return 0
 
-    def budget(self, model: nn.Module) -> int:
-        """How many parameters the units that go hold together; ValueError where all of them hold less.
+    def refund(self, block: Block, kind: str) -> int:
+        """What the first unit that goes costs less; a target counts what repairs add, the papers' ratios do not."""
+        return 0 if self.target_parameters is None else self.added_parameters(block, kind)
 
-        A target counts what repairs add; the papers' ratios do not.
-        """
+    def budget(self, model: nn.Module) -> int:
+        """How many parameters go, less what refunds give back; ValueError where all units hold less."""
         asked = self.asked_parameters(model)
-        budget = asked + (self.added_parameters(model) if self.target_parameters is not None else 0)
-        if budget > (removable := self._removable(model)):
+        places = [(block, kind) for block, kind in self._places(model) if block.units(kind)]
+        removable = self._removable(model) - sum(self.refund(*place) for place in places)
+        if asked > removable:
             raise ValueError(
                 f"{self.setting} is {asked:,} parameters, and the removable heads and channels have "
                 f"{removable:,}; remove less, or allow more blocks."
             )
-        return budget
+        return asked
 
     def even_counts(self, model: nn.Module, stage: float = 1.0) -> list[dict[str, int]]:
         """How many units of each kind go from each block when all open ones lose the same share.
@@ -146,7 +148,7 @@ class Structured(Method):
             counts = [self.share_of(block, kind, stage) for block, kind in places]
         else:
             units, costs = [b.units(kind) for b, kind in places], [b.unit_cost(kind) for b, kind in places]
-            counts = select.evenly(units, costs, stage * self.budget(model))
+            counts = select.evenly(units, costs, [self.refund(*one) for one in places], stage * self.budget(model))
         by_place = {(block.index, kind): count for (block, kind), count in zip(places, counts, strict=True)}
         return [{kind: by_place.get((b.index, kind), 0) for kind in KINDS} for b in anatomy.blocks(model)]
 
@@ -162,14 +164,18 @@ class Structured(Method):
         every = [scores[block.index][kind] for block, kind in places]
         for part, (block, kind) in zip(every, places, strict=True):
             self._refuse_nan(block, kind, part)
-        costs = [
-            torch.full((len(part),), block.unit_cost(kind)) for part, (block, kind) in zip(every, places, strict=True)
-        ]
+        costs = [self._costs(block, kind, part) for part, (block, kind) in zip(every, places, strict=True)]
         gone = [{kind: torch.zeros(block.units(kind), dtype=torch.bool) for kind in KINDS} for block in blocks]
         parts = choose(torch.cat(every), torch.cat(costs)).split([len(part) for part in every])
         for (block, kind), part in zip(places, parts, strict=True):
             gone[block.index][kind] = part
         return [self.settled(*one) for one in zip(blocks, scores, gone, strict=True)]
+
+    def _costs(self, block: Block, kind: str, score: Float[Tensor, " units"]) -> Int[Tensor, " units"]:
+        """What each unit takes along if the lowest score goes first."""
+        costs = torch.full((len(score),), block.unit_cost(kind))
+        costs[score.argsort(stable=True)[:1].to(costs.device)] -= self.refund(block, kind)
+        return costs
 
     def lowest(self, block: Block, scores: Scores, counts: Mapping[str, int]) -> Kept:
         """What stays of a block that loses so many units of each kind, and `round_to` obeyed."""

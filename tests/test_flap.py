@@ -8,8 +8,10 @@ from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import pruners
-from pruners import anatomy, flap
+from pruners import anatomy, apply, flap
+from pruners.apply import Kept
 from pruners.calibrate import Moments
+from tests import families
 from tests.conftest import tiny
 
 ALL_FIELDS = [
@@ -157,6 +159,60 @@ def test_heads_removed_is_what_goes(kind, windows):
     dense = [block.heads for block in whole.structure.before.blocks]
     assert sum(dense) - sum(block.heads for block in whole.structure.after.blocks) == 2
     assert [block.heads for block in each.structure.after.blocks] == [heads - 2 for heads in dense]
+
+
+def test_query_heads_of_a_multi_query_model_are_the_heads_removed():
+    windows = families.windows("gemma: multi-query")
+    report = pruners.prune(
+        families.tiny("gemma: multi-query"), pruners.Flap(ratio=0.3, structure="AL-MM", heads_removed=5), windows
+    )
+    before, after = report.structure.before, report.structure.after
+    assert sum(block.heads for block in before.blocks) - sum(block.heads for block in after.blocks) == 5
+    lost, asked = before.size.less(after.size).model, report.structure.asked.model
+    assert abs(lost + 2 * 3 * families.WIDTH - asked) <= 3 * families.WIDTH / 2  # a bias in each of three blocks
+
+
+def without_units(kind, index, part):
+    """A model whose block of that number has no heads, or one channel."""
+    model = tiny(kind)
+    for block in anatomy.blocks(model):
+        kept = Kept.all(block)
+        if block.index == index:
+            kept[part][0 if part == "attention" else 1 :] = False
+        apply.cut(block, kept)
+    apply.describe(model)
+    return model
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_block_without_heads_changes_no_count(kind, index, windows):
+    model = without_units(kind, index, "attention")
+    report = pruners.prune(model, pruners.Flap(ratio=0.5, structure="AL-MM", heads_removed=2, bias=False), windows)
+    before, after = report.structure.before, report.structure.after
+    assert sum(block.heads for block in before.blocks) - sum(block.heads for block in after.blocks) == 2
+    channel = anatomy.blocks(tiny(kind))[0].unit_cost("mlp")
+    assert abs(before.size.less(after.size).model - report.structure.asked.model) <= channel / 2
+
+
+@pytest.mark.parametrize(("part", "heads_removed"), [("attention", 4), ("mlp", 0)])
+def test_a_block_that_has_too_few_units_is_named(kind, part, heads_removed, windows):
+    model = without_units(kind, 1, part)
+    with pytest.raises(ValueError, match=r"removed in model\.(decoder\.)?layers\.[01]; choose heads_removed"):
+        pruners.prune(model, pruners.Flap(ratio=0.5, structure="UL-MM", heads_removed=heads_removed), windows)
+
+
+@pytest.mark.parametrize("target", [0.0, 0.004, 0.02, 0.2])
+@pytest.mark.parametrize("structure", ["AL-AM", "UL-UM"])
+def test_a_target_counts_the_biases_that_are_added_and_no_others(structure, target, stories, windows):
+    model = stories()
+    method = pruners.Flap(target_parameters=target, structure=structure)
+    report = pruners.prune(model, method, windows)
+    lost = report.structure.before.size.less(report.structure.after.size).decoder
+    unit = max(anatomy.blocks(stories())[0].unit_cost(kind) for kind in ("attention", "mlp"))
+    assert abs(lost - report.structure.asked.decoder) <= unit / 2
+    if target == 0:
+        assert lost == 0
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), stories().parameters(), strict=True))
 
 
 def test_uniform_structures_drop_the_ratio_of_every_block_rounded_down(kind, windows):
