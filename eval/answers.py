@@ -98,7 +98,8 @@ def write_samples(samples: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def read_samples(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in gzip.decompress(path.read_bytes()).decode().splitlines()]
+    lines = gzip.decompress(path.read_bytes()).decode().split("\n")  # a text may hold what splitlines() parts at, too
+    return [json.loads(line) for line in lines if line]
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

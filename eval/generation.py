@@ -6,7 +6,8 @@ within 95 % of the probability (Ma et al. 2023, arXiv:2305.11627, tables 11 and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
@@ -24,7 +25,8 @@ PROMPTS = (
     "Building a website can be done in 10 simple steps:",
     "Once upon a time, there was a little girl who",
 )
-
+WRITTEN_AT_ONCE = 8  # windows that share a stream of random numbers
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 Prompts = Annotated[Sequence[str], checks.several(Rule("", (str,)), "a tuple or list of texts")]
 
@@ -86,13 +88,13 @@ def generate(
     configs = _configs(new_tokens, sampling)
     asked = [(prompt, decoding) for prompt in prompts for decoding in configs]
 
-    def continued(number: int) -> list[int]:
+    def answer(number: int) -> list[int]:
         prompt, decoding = asked[number]
         ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
         check_fits(model, ids.shape[1], new_tokens)
         return _continue(model, ids, configs[decoding], sampling.seed)
 
-    found = ranks.here(model.device).deal(continued, len(asked), progress)
+    found = ranks.here(model.device).deal(answer, len(asked), progress)
     return [
         _described(prompt, decoding, new, str(tokenizer.decode(new, skip_special_tokens=True)))
         for (prompt, decoding), new in zip(asked, found, strict=True)
@@ -106,11 +108,10 @@ def written(
     count: Count,
     length: Count,
     seed: Seed = 0,
-    batch_size: Count = 8,
 ) -> torch.Tensor:
     """Windows [count, length] that the model writes itself, by its own probabilities, drawn with `seed`.
 
-    Each begins with the token that begins a text.  No end of text is drawn.  Another `batch_size` draws other windows.
+    Each begins with the token that begins a text.  No end of text is drawn.
     Raises ValueError for a tokenizer without a token that begins or ends a text, and for windows that do not fit.
     """
     check_model(model)
@@ -120,16 +121,43 @@ def written(
         raise ValueError("This tokenizer has no BOS token, so the model cannot generate text without a prompt.")
     check_fits(model, 1, length - 1)
     config = GenerationConfig(max_new_tokens=length - 1, min_new_tokens=length - 1, do_sample=True, temperature=1.0,
-                              top_k=0, top_p=1.0, eos_token_id=tokenizer.eos_token_id, pad_token_id=begin)  # fmt: skip
-    generator: Any = model
+                              top_k=0, top_p=1.0, eos_token_id=_ends(model, tokenizer), pad_token_id=begin)  # fmt: skip
     devices = [model.device] if model.device.type == "cuda" else []
     parts = []
     with torch.random.fork_rng(devices=devices), torch.inference_mode():
         torch.manual_seed(seed)
-        for at in range(0, count, batch_size):
-            ids = torch.full((min(batch_size, count - at), 1), begin, device=model.device)
-            parts.append(generator.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config).cpu())
+        for at in range(0, count, WRITTEN_AT_ONCE):
+            ids = torch.full((min(WRITTEN_AT_ONCE, count - at), 1), begin, device=model.device)
+            parts.append(continued(model, ids, config).cpu())
     return torch.cat(parts).clone()
+
+
+def continued(model: PreTrainedModel, ids: torch.Tensor, config: GenerationConfig, **more: Any) -> torch.Tensor:
+    """Prompts and what follows them, as `config` says and nothing else; `more` goes to transformers' `generate`."""
+    generator: Any = model  # the class's own annotation hides that `generate` is a method
+    with _plain(generator):
+        output: torch.Tensor = generator.generate(
+            ids, attention_mask=torch.ones_like(ids), generation_config=config, **more
+        )
+    return output
+
+
+@contextmanager
+def _plain(model: Any) -> Iterator[None]:
+    """Without the model's own settings but for its special tokens: transformers puts them where ours say nothing."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig(**{name: getattr(own, name, None) for name in TOKENS})
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
+    """All tokens that end a text, of which a model may have several."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    found = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    return sorted(found) or None
 
 
 def distinct(tokens: Sequence[int], n: int) -> float | None:
@@ -145,7 +173,7 @@ def repeated(tokens: Sequence[int], n: int = 4) -> float | None:
 
 
 def _configs(new_tokens: int, sampling: Sampling) -> dict[str, GenerationConfig]:
-    shared = {"max_new_tokens": new_tokens, "num_beams": 1, "repetition_penalty": 1.0, "use_cache": True}
+    shared = {"max_new_tokens": new_tokens, "use_cache": True}
     drawn = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
     return {
         "greedy": GenerationConfig(**shared, do_sample=False),
@@ -157,8 +185,7 @@ def _continue(model: PreTrainedModel, ids: torch.Tensor, config: GenerationConfi
     """The new tokens; transformers draws from the global state, which is therefore put back afterwards."""
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []), torch.inference_mode():
         torch.manual_seed(seed)
-        generator: Any = model  # the class's own annotation hides that `generate` is a method
-        output = generator.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+        output = continued(model, ids, config)
     return [int(token) for token in output[0, ids.shape[1] :].tolist()]
 
 

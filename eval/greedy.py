@@ -20,7 +20,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.checks import Progress, check_fits, check_model, check_tokenizer
-from eval.generation import Prompts
+from eval.generation import Prompts, continued
 from eval.intervals import standard_error
 from pruners.interface import checks
 from pruners.interface.checks import Count, Text
@@ -84,17 +84,13 @@ def greedy(
     check_tokenizer(model, tokenizer)
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise ValueError("Greedy answers need at least one prompt, and no empty ones.")
-    config = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, num_beams=1, use_cache=True,
-                              repetition_penalty=1.0, stop_strings=stop)  # fmt: skip
-    generator: Any = model  # the class's own annotation hides that `generate` is a method
+    config = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, use_cache=True, stop_strings=stop)
 
     def answer(number: int) -> list[int]:
         ids = tokenizer(prompts[number], return_tensors="pt").input_ids.to(model.device)
         check_fits(model, ids.shape[1], new_tokens)
         with torch.inference_mode():
-            output = generator.generate(
-                ids, attention_mask=torch.ones_like(ids), generation_config=config, tokenizer=tokenizer
-            )
+            output = continued(model, ids, config, tokenizer=tokenizer)
         return [int(token) for token in output[0, ids.shape[1] :].tolist()]
 
     return ranks.here(model.device).deal(answer, len(prompts), progress)

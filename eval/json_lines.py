@@ -26,8 +26,8 @@ def read(path: Path, texts: Iterable[str] = (), optional: Iterable[str] = ()) ->
     records: list[dict[str, Any]] = []
     try:
         for line in _lines(path):
-            record = json.loads(line)
             where = f"{path}: record {len(records) + 1:,}"
+            record = _parsed(line, where)
             check(record, texts, where)
             check(record, [name for name in optional if record.get(name) is not None], where)
             records.append(record)
@@ -69,6 +69,15 @@ def refuse_halves(value: Any, where: str) -> None:
                 raise ValueError(
                     f"{where} has half of a surrogate pair ({half}) in a text; correct or remove it."
                 ) from None
+
+
+def _parsed(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        raise
+    except ValueError as error:  # Python reads no number of thousands of digits
+        raise ValueError(f"{where} has a number that is too long to be read; correct or remove it.") from error
 
 
 def _lines(path: Path) -> Iterator[str]:

@@ -32,6 +32,8 @@ from pruners.weights import homes, sweep
 Request = tuple[Any, list[int], list[int]]  # what was asked, the tokens before, the tokens to score
 TOKENS_PER_BATCH = {"cpu": 1_024}  # more fall out of a CPU's caches and take longer
 ACCELERATOR_TOKENS_PER_BATCH = 32_768  # halved on out-of-memory
+WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a weight
+WORDS_AT_ONCE = 2**24
 logger = logging.getLogger(__name__)
 
 
@@ -262,13 +264,26 @@ def _plain(answers: Sequence[Sequence[Any]]) -> list[Answer]:
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """SHA-256 of the logits for a few fixed tokens: another weight, dtype or kind of device gives another one."""
+    """SHA-256 of the logits for a few fixed tokens and of a checksum of every weight: another weight, dtype or kind of
+    device gives another one."""
     rows = len(model.get_input_embeddings().get_parameter("weight"))
     tokens = prefixed(model, torch.arange(1, 17, device=model.device).remainder(rows)[None])
     with torch.inference_mode():
         for _ in sweep.over(model, [tokens]):
             logits = model(tokens, use_cache=False).logits
-    return hashlib.sha256(logits.float().cpu().numpy().tobytes()).hexdigest()
+        each = (named for part in homes.each(model) for named in part.items())
+        sums = sorted((name, _checksum(p)) for name, p in each if not p.is_meta)
+    return hashlib.sha256(logits.float().cpu().numpy().tobytes() + repr(sums).encode()).hexdigest()
+
+
+def _checksum(weight: torch.Tensor) -> int:
+    """Of its bits and where they stand, modulo 2^64, computed where it is."""
+    words = weight.detach().contiguous().flatten().view(WORDS[weight.element_size()])
+    total = 0
+    for number, some in enumerate(words.split(WORDS_AT_ONCE)):
+        places = torch.arange(len(some), device=some.device) + number * WORDS_AT_ONCE
+        total += int((some.long() * (2 * places + 1)).sum())
+    return total % 2**64
 
 
 def digest(requests: Sequence[Request]) -> str:

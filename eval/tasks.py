@@ -27,6 +27,8 @@ from pruners.interface.suggest import UsageError
 
 # the Hub's package changes its HTTP client between versions; the client's own errors are a base of its error
 UNAVAILABLE = (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError, *HfHubHTTPError.__bases__)
+# what lm-eval and a task's own functions raise for documents of another form than theirs
+MISSHAPEN = (LookupError, TypeError, AttributeError, ArithmeticError, TemplateError)
 ACCURACIES = [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")]
 EXAMPLES_SEED = 1234  # lm-eval's own, for tasks that draw their examples at random
 Loaded = dict[str, dict[str, Task]]  # by name what was asked for, of that every task by name: one, or those of a group
@@ -186,6 +188,9 @@ def _made(name: str, part: str, changes: Mapping[str, Any], examples: int, limit
     except UNAVAILABLE as error:
         what = f"its documents cannot be read: {shorten(str(error), 300)}"
         raise _MissingError(_told(name, part, what)) from error
+    except MISSHAPEN as error:
+        what = f"its documents are not of the form that lm-eval expects ({type(error).__name__}: {error})"
+        raise _MissingError(_told(name, part, shorten(what, 300))) from error
     task.set_config(key="num_fewshot", value=examples)
     if examples and (held := len(task.sampler.df) if hasattr(task, "sampler") else 0) < examples:
         what = f"it has {held} documents to take the {examples} examples of its prompts from"
@@ -203,8 +208,10 @@ def _unanswerable(task: Any, limit: int | None) -> str:
         try:
             choices = task.doc_to_choice(document)
             right = task.doc_to_text(document) if task.multiple_input else task.doc_to_target(document)
-        except (ValueError, LookupError, TypeError, TemplateError) as error:
+        except (ValueError, *MISSHAPEN) as error:
             return f"its document {number} cannot be evaluated ({type(error).__name__}: {error})"
+        if odd := [choice for choice in choices if not isinstance(choice, str)]:
+            return f"its document {number} has the choice {odd[0]!r}, which is no text"
         wrong = [answer for answer in (right if isinstance(right, list) else [right]) if not _among(answer, choices)]
         if wrong:
             return f"its document {number} has the answer {wrong[0]!r}, which is not one of its {len(choices)} choices"

@@ -4,6 +4,7 @@
     element1      sum_k | w_k g_k |                    h = mean over windows of that window's gradient squared
     element2      sum_k | w_k^2 h_k |
     element_mix   sum_k | w_k g_k - w_k^2 h_k / 2 |    k runs over the unit's row or column of one matrix
+    squared       sum_k (w_k g_k)^2                    of the released ChatGLM pruner alone
     l1, l2        sum_k |w_k|, sum_k w_k^2             no data
     random        uniform numbers from `seed`          no data, no weights
 
@@ -51,7 +52,7 @@ from pruners.structured import Scores, Structured
 from pruners.weights import aside, dtypes, homes
 
 TOKENS_AT_ONCE = 2048  # in a backward pass: above the papers' 10 x 64, and a bound on memory
-TAYLOR = ("vector", "element1", "element2", "element_mix")
+TAYLOR = ("vector", "element1", "element2", "element_mix", "squared")
 IMPORTANCES = (*TAYLOR, "l1", "l2", "random")
 REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sum": lambda scores: scores.sum(0),
@@ -76,6 +77,7 @@ def score(
         "element1": lambda: weight * gradient,
         "element2": lambda: weight.square() * squares,
         "element_mix": lambda: weight * gradient - weight.square() * squares / 2,
+        "squared": lambda: (weight * gradient).square(),
         "l1": lambda: weight,
         "l2": weight.square,
     }

@@ -78,11 +78,11 @@ def test_scores_of_attention_lie_head_by_head(importance):
         assert_close(torch.cat(found, 1), of_layer, rtol=1e-4, atol=1e-6)
 
 
-RELEASED = {"vector": "first", "element1": "first", "l1": "mean", "l2": "mean"}  # what combines a channel's matrices
+RELEASED = {"vector": "first", "element1": "first", "squared": "first", "l1": "mean", "l2": "mean"}  # a channel's matrices
 
 
 @needs_shared
-@pytest.mark.parametrize("case", [case for case in CASES if CASES[case]["importance"] in RELEASED])
+@pytest.mark.parametrize("case", CASES)
 def test_llm_pruner_cuts_the_released_channels(case):
     told, values = CASES[case], load_file(GOLDEN / "pruning.safetensors")
     tokens = values["tiny/calibration/input_ids"]

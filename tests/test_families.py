@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -538,6 +539,30 @@ def elsewhere(index, lonely):
 
 
 FUSED = ("phi3", "gpt2", "falcon", "mixtral", "qwen3_moe")  # matrices that are no nn.Linear of their own
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_full_retraining_trains_every_parameter(kind):
+    """Routers of experts and norms of more dimensions than one among them."""
+    model = tiny(kind)
+    with model_trained(model, Trainable.full()) as attached:
+        assert set(attached.tensors) == {name for name, _ in model.named_parameters()}
+        assert attached.share == 1
+
+
+def test_norms_of_every_shape_are_norms():
+    model = tiny("cohere: q/k norm")
+    with model_trained(model, Trainable(norms=True)) as attached:
+        assert set(attached.tensors) == {name for name, _ in model.named_parameters() if "norm" in name}
+
+
+@contextmanager
+def model_trained(model, trainable):
+    attached = trainable.attach(model)
+    try:
+        yield attached
+    finally:
+        attached.detach()
 
 
 @pytest.mark.parametrize("kind", FUSED)

@@ -49,6 +49,7 @@ def oracle(importance, weight, g):
         "element1": (weight * mean).abs(),
         "element2": (weight**2 * square).abs(),
         "element_mix": (weight * mean - weight**2 * square / 2).abs(),
+        "squared": (weight * mean) ** 2,
         "l1": weight.abs(),
         "l2": weight**2,
     }[importance]
@@ -76,7 +77,7 @@ def test_channels_of_llama_7b_have_the_published_size(ratio, billions):
     assert round(model.num_parameters() / 1e9, 3) == billions
 
 
-@pytest.mark.parametrize("importance", ["vector", "element1", "element2", "element_mix", "l1", "l2"])
+@pytest.mark.parametrize("importance", ["vector", "element1", "element2", "element_mix", "squared", "l1", "l2"])
 def test_group_scores_equal_full_gradient_arithmetic(kind, windows, importance):
     method = pruners.LLMPruner(importance=importance, **BLOCKS)
     reference, grads = gradients(kind, windows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from decimal import Decimal
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pruners
 from eval import greedy as greedy_module
-from eval.generation import written
+from eval.generation import generate, written
 from eval.greedy import Agreement, agreement, greedy, last_number, prompt, solved
 from experiments import cells, estimate, papers
 from experiments.batch import run_table
@@ -104,7 +105,7 @@ def test_greedy_answers_are_the_most_likely_tokens(story):
 def test_a_model_writes_its_own_windows_by_seed(story):
     model, tokenizer = story
     state = torch.get_rng_state()
-    one, again, other = (written(model, tokenizer, 5, 24, seed, 2) for seed in (0, 0, 1))
+    one, again, other = (written(model, tokenizer, 5, 24, seed) for seed in (0, 0, 1))
     assert one.shape == (5, 24)
     assert torch.equal(one, again)
     assert not torch.equal(one, other)
@@ -113,6 +114,43 @@ def test_a_model_writes_its_own_windows_by_seed(story):
     with torch.no_grad():
         own, noise = (model(ids, labels=ids).loss for ids in (one, one[:, torch.randperm(24)]))
     assert own < noise
+
+
+HABITS = {
+    "repetition_penalty": 1.3,
+    "no_repeat_ngram_size": 2,
+    "suppress_tokens": list(range(20, 60)),
+    "bad_words_ids": [[70], [80]],
+    "forced_eos_token_id": 2,
+    "num_beams": 2,
+    "min_p": 0.2,
+    "stop_strings": ["a"],
+}
+
+
+@pytest.mark.parametrize("name", HABITS)
+def test_the_models_own_settings_of_generation_change_nothing(name, story, monkeypatch):
+    model, tokenizer = story
+
+    def made():
+        texts = [c.text for c in generate(model, tokenizer, ["Once upon a time"], 12)]
+        return written(model, tokenizer, 3, 24).tolist(), greedy(model, tokenizer, ["Once upon a time"], 24), texts
+
+    expected = made()
+    own = copy.deepcopy(model.generation_config)
+    setattr(own, name, HABITS[name])
+    monkeypatch.setattr(model, "generation_config", own)
+    assert made() == expected
+    assert model.generation_config is own
+
+
+def test_no_token_that_ends_a_text_is_written(story, monkeypatch):
+    model, tokenizer = story
+    often = written(model, tokenizer, 8, 40)[:, 1:].flatten().mode().values.item()
+    own = copy.deepcopy(model.generation_config)
+    own.eos_token_id = [tokenizer.eos_token_id, often]
+    monkeypatch.setattr(model, "generation_config", own)
+    assert not (written(model, tokenizer, 8, 40)[:, 1:] == often).any()
 
 
 @needs_shared

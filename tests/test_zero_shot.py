@@ -12,11 +12,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import pruners
+from eval import json_lines
 from eval import zero_shot as zs
 from eval.answers import AnswerStore, read_samples, write_samples
-from eval.scorer import Scorer
+from eval.scorer import Scorer, fingerprint
 from experiments import models, protocols
 from experiments.data import eval_tasks
+from pruners.retrain.trainable import untie
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 DATA = SHARED / "data"
@@ -164,6 +166,7 @@ def test_a_byte_order_mark_and_blank_lines_are_read_over(stories, tmp_path, monk
         ([QUESTION | {"sol1": 5}], "record 1 has no text: its 'sol1' is a number"),
         ([QUESTION | {"sol1": ["a"]}], "record 1 has no text: its 'sol1' is a list"),
         ([QUESTION | {"goal": "\ud800"}], "record 1 has half of a surrogate pair"),
+        ([QUESTION, QUESTION | {"label": "LONG"}], "record 2 has a number that is too long to be read"),
         ([QUESTION | {"label": None}], "record 1 has null as 'label', where a number or a text must be"),
         ([QUESTION | {"label": 0.5}], "record 1 has 0.5 as 'label', where a number or a text must be"),
         ([QUESTION, QUESTION | {"label": "zz"}], "record 2 has \"zz\" as 'label', and record 1 has a number"),
@@ -173,7 +176,7 @@ def test_a_byte_order_mark_and_blank_lines_are_read_over(stories, tmp_path, monk
 )
 def test_what_a_task_cannot_ask_is_named_with_its_file_and_record(tmp_path, records, said):
     with pytest.raises(ValueError, match=said) as error:
-        piqa(tmp_path, lines(*records))
+        piqa(tmp_path, lines(*records).replace(b'"LONG"', b"9" * 5000))
     assert str(tmp_path / "tasks/piqa_validation.jsonl") in str(error.value)
 
 
@@ -190,6 +193,49 @@ def test_an_answer_that_is_none_of_the_choices_is_no_wrong_answer(stories, tmp_p
     told = f"its document 2 has the answer {label!r}, which is not one of its 2 choices"
     assert zs.zero_shot(*stories, asked).missing == {"piqa": told}
     assert zs.zero_shot(*stories, asked, limit=1).missing == {}
+
+
+def first_of(task: str) -> dict:
+    """The first real document of a task."""
+    files = eval_tasks.changes(task, DATA)["dataset_kwargs"]["data_files"]
+    return json_lines.read(Path(next(iter(files.values()))))[0]
+
+
+MISSHAPEN = [
+    ("hellaswag", {"endings": ["", "b", "c", "d"]}),
+    ("hellaswag", {"endings": []}),
+    ("hellaswag", {"endings": [1, 2, 3, 4]}),
+    ("hellaswag", {"endings": None}),
+    ("winogrande", {"answer": "3"}),
+    ("arc_easy", {"choices": {"text": ["a", None, "c", "d"], "label": ["A", "B", "C", "D"]}}),
+    ("arc_easy", {"choices": {"text": [1, 2, 3, 4], "label": ["A", "B", "C", "D"]}}),
+    ("arc_easy", {"choices": {"text": ["a"], "label": ["A", "B", "C", "D"]}, "answerKey": "B"}),
+    ("arc_easy", {"choices": {"text": [], "label": []}}),
+    ("arc_easy", {"choices": None}),
+    ("boolq", {"label": 2}),
+    ("piqa", {"label": 10**30}),
+    ("piqa", {"more": 10**30}),
+]
+
+
+CASES = [(place, *case) for case in MISSHAPEN for place in (0, 1)]
+# an option may be empty, and the columns are those of the first document
+HARMLESS = [(1, *MISSHAPEN[0]), (1, *MISSHAPEN[-1])]
+
+
+@pytest.mark.parametrize(("place", "task", "change"), [case for case in CASES if case not in HARMLESS], ids=str)
+def test_a_misshapen_document_takes_its_own_task_alone_out(stories, tmp_path, place, task, change):
+    good = first_of(task)
+    records = [good, good]
+    records[place] = good | change
+    changes = dict(eval_tasks.changes(task, DATA))
+    splits = changes["dataset_kwargs"]["data_files"]
+    path = tmp_path / "documents.jsonl"
+    path.write_bytes(lines(*records))
+    changes["dataset_kwargs"] = {"data_files": dict.fromkeys(splits, str(path))}
+    found = zs.zero_shot(*stories, {task: changes, **sources("piqa" if task != "piqa" else "boolq")}, limit=2)
+    assert list(found.missing) == [task]
+    assert len(found.tasks) == 1
 
 
 def test_an_answer_longer_than_the_model_is_told(tmp_path):
@@ -290,6 +336,25 @@ def test_answers_of_another_model_or_with_changed_digits_are_not_believed(tmp_pa
     assert len(AnswerStore(tmp_path / "answers", "model")) == 0
     AnswerStore(tmp_path / "answers", "model").put("a", [(-1.25, True)])
     assert len(AnswerStore(tmp_path / "answers", "another model")) == 0
+
+
+def test_every_weight_and_its_place_is_in_a_models_fingerprint(stories):
+    model = AutoModelForCausalLM.from_pretrained(DATA / "models/stories260K/hf").eval()
+    untie(model)  # so that the embeddings of other tokens reach no logit of the sample
+    embeddings = model.get_input_embeddings().weight.data
+    found = [fingerprint(model)]
+    assert fingerprint(model) == found[0]
+    embeddings[[300, 301]] = embeddings[[301, 300]]
+    found.append(fingerprint(model))
+    embeddings[400, 0] += 1e-6
+    found.append(fingerprint(model))
+    assert len(set(found)) == 3
+
+
+def test_samples_may_hold_any_character(tmp_path):
+    samples = [{"answers": ["a\u2028b\u2029c\x85d\x0be\nf"]}, {"answers": [""]}]
+    write_samples(samples, tmp_path / "samples")
+    assert read_samples(tmp_path / "samples") == samples
 
 
 def test_all_seven_tasks_run_on_the_embedded_model():

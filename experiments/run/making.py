@@ -72,8 +72,7 @@ def _windows(session: Session) -> torch.Tensor:
         return tokens.calibration(asked, subject.tokenizer, session.settings.data_dir)
     from eval.generation import written
 
-    model, inner, batch = subject.model, subject.tokenizer.inner, subject.batch_size
-    drawn = partial(written, model, inner, asked.count, asked.length, asked.seed, batch)
+    drawn = partial(written, subject.model, subject.tokenizer.inner, asked.count, asked.length, asked.seed)
     return corpora.ordered(asked, torch.tensor(session.together.first(lambda: drawn().tolist())))
 
 

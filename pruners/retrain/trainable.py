@@ -32,7 +32,7 @@ class Trainable:
     `biases`: those of linear layers and of layer norms.  `norms`: weights and biases of every norm.  `head`: plain
     LoRA on the output matrix, of the adapters' rank and alpha, or of 16 and 32 without adapters.  `embeddings`: tokens
     and positions, and with them a head that is tied.  `adapters`: LoRA, LoRAPrune, ScaleLoRA or MaskLoRA in the decoder
-    blocks.  `weights`: those of all linear layers, pruned ones held at zero.  Raises ValueError where adapters would
+    blocks.  `weights`: all else, linear layers and the routers of experts, pruned weights held at zero.  Raises ValueError where adapters would
     sit on weights that are trained anyway.
     """
 
@@ -311,19 +311,26 @@ def _plain(name: str, linear: Matrix) -> nn.Linear:
 
 
 def _selected(wanted: Trainable, root: nn.Module, matrices: set[nn.Parameter]) -> dict[str, nn.Parameter]:
-    """By name, each once.  A norm is known by its one-dimensional weight; `matrices` are those of the blocks."""
+    """By name, each once; `matrices` are those of the blocks."""
     chosen: set[nn.Parameter] = set(matrices) if wanted.weights else set()
     for module in root.modules():
-        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-        norm = isinstance(weight, nn.Parameter) and weight.ndim == 1
-        if isinstance(bias, nn.Parameter) and (wanted.biases or (wanted.norms and norm)):
-            chosen.add(bias)
-        linear = isinstance(module, nn.Linear)
-        if isinstance(weight, nn.Parameter) and ((wanted.norms and norm) or (wanted.weights and linear)):
-            chosen.add(weight)
+        norm = _is_norm(module)
+        for name, parameter in module.named_parameters(recurse=False):
+            if name == "bias":
+                takes = wanted.biases or (wanted.norms and norm)
+            else:
+                takes = wanted.norms if norm else wanted.weights
+            if takes:
+                chosen.add(parameter)
     embeddings: set[Any] = {module.weight for module in root.modules() if isinstance(module, nn.Embedding)}
     chosen = chosen | embeddings if wanted.embeddings else chosen - embeddings
     return {name: p for name, p in root.named_parameters() if p in chosen and p.numel()}
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """By its one-dimensional weight, or its name: Cohere's norms of queries and keys have a row for each head."""
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, nn.Parameter) and (weight.ndim == 1 or type(module).__name__.endswith("Norm"))
 
 
 def _replace(root: nn.Module, old: nn.Module, new: nn.Module) -> None:
