@@ -78,7 +78,13 @@ def test_scores_of_attention_lie_head_by_head(importance):
         assert_close(torch.cat(found, 1), of_layer, rtol=1e-4, atol=1e-6)
 
 
-RELEASED = {"vector": "first", "element1": "first", "squared": "first", "l1": "mean", "l2": "mean"}  # a channel's matrices
+RELEASED = {
+    "vector": "first",
+    "element1": "first",
+    "squared": "first",
+    "l1": "mean",
+    "l2": "mean",
+}  # a channel's matrices
 
 
 @needs_shared

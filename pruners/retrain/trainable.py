@@ -30,10 +30,10 @@ class Trainable:
     """What is trained; the rest is frozen.
 
     `biases`: those of linear layers and of layer norms.  `norms`: weights and biases of every norm.  `head`: plain
-    LoRA on the output matrix, of the adapters' rank and alpha, or of 16 and 32 without adapters.  `embeddings`: tokens
+    LoRA on the output matrix, of the adapters' rank and alpha; 16 and 32 where they have none.  `embeddings`: tokens
     and positions, and with them a head that is tied.  `adapters`: LoRA, LoRAPrune, ScaleLoRA or MaskLoRA in the decoder
-    blocks.  `weights`: all else, linear layers and the routers of experts, pruned weights held at zero.  Raises ValueError where adapters would
-    sit on weights that are trained anyway.
+    blocks.  `weights`: all else, linear layers and the routers of experts, pruned weights held at zero.  Raises
+    ValueError where adapters would sit on weights that are trained anyway.
     """
 
     biases: Flag = False
