@@ -16,6 +16,7 @@ import pruners
 from analysis import compare, rows
 from analysis.__main__ import main
 from analysis.figures import perplexity, style
+from analysis.pages import comparisons
 from analysis.tables import frames, markdown, notes
 from experiments import cells, papers
 from experiments.models.fingerprint import fingerprint
@@ -358,3 +359,20 @@ def test_what_is_drawn_by_a_method_or_a_recovery_is_averaged_too(tmp_path):
     ):
         made = rows.declared(_declared(*one), tmp_path, one)
         assert len(rows.repeats(made)) == 1
+
+
+def test_a_baseline_of_another_table_was_measured_on_the_same_text(tmp_path, monkeypatch):
+    here, there = replace(table(), name="here", rows=METHODS[1:]), replace(table(), name="there", rows=METHODS[:1])
+    monkeypatch.setattr(papers, "TABLES", {"here": here, "there": there})
+    told = {**small.record(DRAWN).measures[KEY], "nll_per_window": [3.0, 3.5, 4.0, 3.2]}
+    records.write(small.record(here.runs()[0], table="here", measures={KEY: told}), tmp_path)
+    made = rows.rows(here, tmp_path)
+    for sha, refused in (("ab" * 32, False), ("cd" * 32, True)):
+        other = {**told, "nll_per_window": [2.0, 2.5, 3.0, 2.2], "token_sha256": sha}
+        records.write(small.record(there.runs()[0], table="there", measures={KEY: other}), tmp_path)
+        against = comparisons.baselines(here, made, [tmp_path])
+        if not refused:
+            assert "The dense smollm2-135m is taken from `there`" in comparisons.page(here, made, against)
+            continue
+        with pytest.raises(ValueError, match=r"^Dense of there, the baseline, was measured on other tokens than Magn"):
+            comparisons.page(here, made, against)
