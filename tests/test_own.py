@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from argparse import Namespace
 from dataclasses import fields
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import pruners
 from analysis.__main__ import main as analysis
 from experiments.__main__ import main
 from experiments.own import defaults, meanings, options, saved, tables
+from experiments.own import prune as own
 from experiments.recovery import Retraining
 from experiments.spec import Run, Windows
 from experiments.store import records
@@ -175,7 +177,12 @@ def test_methods_and_recovery_are_told_by_their_own_options(method, recovery, wh
         ("--method wanda --sparsity 1.5", "sparsity is the share removed"),
         ("--method wanda --sparsity 0.5 --pattern 2:4 --steps 3", "'--steps'"),
         ("--method wanda --sparsity 0.5 stray", "'stray' does not belong to any option"),
-        ("--method magnitude --sparsity 0.5 --nsamples 3", "uses no calibration text"),
+        ("--method magnitude --sparsity 0.5 --nsamples 3", "uses no calibration text; leave out --nsamples."),
+        ("--method magnitude --sampling stream", "uses no calibration text; leave out --sampling."),
+        ("--method magnitude --recover norms --seqlen 64 --nsamples 3 --sampling first",
+         "--recover reads its corpus and length alone; leave out --nsamples, --sampling."),
+        ("--method magnitude --seed 0", "Nothing is drawn here"),
+        ("--method wanda --sampling first --seed 3", "leave out --seed."),
         ("--method wanda --sparsity 0.5 --recover nothing", "Unknown choice of what to train (--recover) 'nothing'"),
         ("--method wanda --sparsity 0.5 --recover norms --reconstruct norms", "give one of the two"),
         ("--method wanda --sparsity 0.5 --held-out ptb/test", "--held-out chooses between the steps of --recover"),
@@ -189,8 +196,10 @@ def test_methods_and_recovery_are_told_by_their_own_options(method, recovery, wh
         ("--method wanda --sparsity 0.5 --calibration wikitext2/train", "the Hub does not answer: wikitext2/train"),
         ("--method wanda --sparsity 0.5 --plugin README.md", "README.md is not a Python file"),
         ("--sparsity 0.5", "prune needs a MODEL and a --method NAME"),
+        ("--method llm_pruner --attention-blocks 4 30", "attention_blocks=(4, 30) is not a half-open range within the"),
+        ("--method flap --ratio 0.3 --reference", "does not support grouped-query attention"),
     ],
-)
+)  # fmt: skip
 def test_what_does_not_fit_is_refused_before_any_work(words, said, where, capsys, tmp_path):
     if "--measure" not in words:
         words += " --measure ptb/test@64[:4]"
@@ -201,6 +210,21 @@ def test_what_does_not_fit_is_refused_before_any_work(words, said, where, capsys
     assert said in err
     assert len(err.splitlines()) == 1
     assert not (tmp_path / "results/runs").exists()
+
+
+@needs_model
+def test_retraining_after_a_method_without_calibration_reads_the_corpus_that_is_named(where, tmp_path, capsys):
+    words = "--recover norms --steps 2 --calibration c4/train --seqlen 64 --measure ptb/test@64[:4]"
+    assert prune(f"--method magnitude {words}", where) == 0
+    assert "Recovery: norms (2 steps of c4/train, learning rate 0.0005)" in capsys.readouterr().err
+    (recovery,) = [r.spec["recovery"] for r in records.load(tmp_path / "results", "adhoc").values() if r.spec["method"]]
+    assert (recovery["text"]["corpus"], recovery["text"]["length"]) == ("c4/train", 64)
+
+
+def test_blocks_that_are_typed_are_taken_though_the_class_has_the_same_by_default():
+    asked = Namespace(method="llm_pruner", model="opt-125m", seed=0)
+    method, _ = own._method(asked, ["--attention-blocks", "4", "30"])
+    assert (method.attention_blocks, method.mlp_blocks) == ((4, 30), (4, 10))
 
 
 @needs_model
