@@ -437,6 +437,29 @@ def test_a_comparison_of_nonsense_is_refused(tmp_path, capsys):
     assert "Unknown method 'wnda'" in capsys.readouterr().err
 
 
+@needs_model
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("../evil", "The table '../evil' of --name needs a name that can be a folder"),
+        ("flap.perplexity", "is called like one of the papers' tables"),
+        ("bytes", "bytes.py is no file that compare wrote or can read; choose another --name"),
+        ("folder", "folder.py is no file that compare wrote or can read; choose another --name"),
+        ("n" * 300, "is no file that compare wrote or can read; choose another --name"),
+    ],
+)
+def test_a_comparison_whose_file_has_no_place_is_refused_and_writes_nothing(name, said, where, tmp_path, capsys):
+    (tmp_path / "results/folder.py").mkdir(parents=True)
+    (tmp_path / "results/bytes.py").write_bytes(b"\xff\xfe")
+    before = sorted(tmp_path.rglob("*"))
+    words = f"--methods magnitude --settings 0.5 --measure ptb/test@64[:4] --name {name}"
+    assert main(["compare", str(small.MODEL), *shlex.split(words), *where]) == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert len(err.splitlines()) == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_the_promises_of_a_method_are_checked(ria, tmp_path, capsys):
     assert pruners_main(["check", str(ria), "--family", "llama", "opt"]) == 0
     assert "RIA: 12 of 12 promises kept." in capsys.readouterr().out
