@@ -6,7 +6,7 @@ import json
 import re
 import shlex
 from argparse import Namespace
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -304,7 +304,7 @@ def test_a_pattern_that_divides_no_width_is_refused_before_anything_is_measured(
 def test_a_cell_whose_pattern_divides_no_width_costs_no_dense_measure(where, tmp_path, capsys, monkeypatch):
     measured: list[object] = []
     monkeypatch.setattr("experiments.run.pass_dense_gate", measured.append)
-    words = ["--methods", "magnitude", "--settings", "2:7", *shlex.split(SHORT)]
+    words = ["--methods", "magnitude", "--settings", "2:7", "--measure", "ptb/test@64[:4]"]
     assert main(["compare", str(small.MODEL), *words, *where]) == 1
     assert "magnitude 2:7: failed: 2:7 needs rows" in capsys.readouterr().err.lower()
     assert len(measured) == 1  # the dense model's own cell
@@ -401,6 +401,14 @@ def test_a_file_that_leaves_the_table_open_says_so(text, name, said, tmp_path):
         tables.find(f"{path}{name}")
 
 
+def test_the_table_of_an_entry_point_has_a_name_that_can_be_a_folder(monkeypatch):
+    table = replace(small.table(), name="../up")
+    monkeypatch.setattr(tables.plugin, "loaded", lambda _: table)
+    monkeypatch.setattr(tables.metadata, "entry_points", lambda group: [Namespace(name="theirs")])
+    with pytest.raises(UsageError, match=r"'\.\./up' of the entry point theirs needs a name that can be a folder"):
+        tables.find("theirs")
+
+
 def test_a_file_that_is_not_there_is_said_to_be_absent(capsys):
     assert main(["show", "nowhere.py"]) == 2
     assert "nowhere.py is not a file" in capsys.readouterr().err
@@ -435,6 +443,9 @@ def test_a_comparison_of_nonsense_is_refused(tmp_path, capsys):
     assert "'half' is not a setting" in capsys.readouterr().err
     assert main(["compare", "llama-7b", "--methods", "wnda", "--settings", "0.5", *where]) == 2
     assert "Unknown method 'wnda'" in capsys.readouterr().err
+    words = ["--methods", "magnitude", "random", "--settings", "0.5", "--nsamples", "3"]
+    assert main(["compare", "llama-7b", *words, *where]) == 2
+    assert "None of magnitude, random uses calibration text; leave out --nsamples." in capsys.readouterr().err
 
 
 @needs_model
