@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import cli, models, papers
-from experiments.labels import full, labels, seed
+from experiments.labels import distinct, experiment, full, labels, seed
 from experiments.models.catalogue import CATALOGUE, halves, split
 from experiments.models.fingerprint import fingerprint
 from experiments.spec import Run, Table
@@ -117,15 +117,11 @@ def declared(table: Table, root: Folders, runs: Sequence[Run], data_dir: Path | 
     failures = {place: records.load_failures(place, table.name) for place in places}
     _tell_apart(stored)
     done, broken = _by_key(_merged(stored)), _by_key(_merged(failures))
+    words = labels(runs, table.label)
+    titles = distinct(runs, [table.title_of(told) for told in words])
     made = [
-        Row(
-            *table.title_of(words),
-            run,
-            _newest(done[run_key(run)], run),
-            _newest(broken[run_key(run)], run),
-            words=words,
-        )
-        for run, words in zip(runs, labels(runs, table.label), strict=True)
+        Row(*title, run, _newest(done[run_key(run)], run), _newest(broken[run_key(run)], run), words=told)
+        for run, title, told in zip(runs, titles, words, strict=True)
     ]
     made = [replace(row, folder=_holder(row.record, stored)) for row in made]
     return [_of_these_texts(row, data_dir) for row in made] if data_dir else made
@@ -164,10 +160,10 @@ def _of_these_texts(row: Row, data_dir: Path) -> Row:
 
 
 def repeats(made: Iterable[Row]) -> list[tuple[Row, ...]]:
-    """Rows that a reader cannot tell apart, as they differ in their seed alone; in the order of their first ones."""
+    """Rows of one name that differ in nothing but their seeds; in the order of their first ones."""
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in made:
-        groups.setdefault((row.run.model_name, row.method, row.setting), []).append(row)
+        groups.setdefault((row.method, row.setting, experiment(row.run)), []).append(row)
     return [tuple(group) for group in groups.values()]
 
 

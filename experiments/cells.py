@@ -8,7 +8,7 @@ from itertools import chain, groupby
 from typing import Any, TypeVar
 
 from experiments import measures, models, rates, recovery
-from experiments.labels import apart, labels
+from experiments.labels import apart, distinct, labels
 from experiments.measures.asked import Costs, DenseAnswers, MaskSample
 from experiments.spec import Efficiency, Run, Table, digest, needs_windows
 
@@ -54,7 +54,7 @@ def cells(runs: Sequence[Run], table: Table | None = None) -> list[Cell]:
     """One cell per run, called as its table says; raises UsageError for a model nobody knows."""
     identities = {name: _identity(name) for name in dict.fromkeys(run.model for run in runs)}
     words = labels(runs, table.label if table else None)
-    titles = [table.title_of(told) for told in words] if table else words
+    titles = distinct(runs, [table.title_of(told) for told in words] if table else words)
     named = zip(runs, apart(runs, titles), words, titles, strict=True)
     return [Cell(run, run.id(identities[run.model]), name, told, seen) for run, name, told, seen in named]
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, Field, fields
+from itertools import chain
 from typing import Any
 
 from experiments import recovery
-from experiments.spec import Run
+from experiments.spec import Run, digest
 
 SETTINGS = ("sparsity", "pattern", "ratio", "target_parameters")
+COLUMNS = ("model", "windows", "measures", "dtype", *(f"method.{name}" for name in SETTINGS))  # what a setting tells
+COUNTED = {"count": "window", "length": "token"}
+REORDERED = "windows reordered"
 
 
 def labels(runs: Sequence[Run], label: Callable[[Run], tuple[str, str]] | None = None) -> list[tuple[str, str]]:
@@ -22,6 +26,69 @@ def labels(runs: Sequence[Run], label: Callable[[Run], tuple[str, str]] | None =
         return [label(run) for run in runs]
     varying = _varying([run.method for run in runs if run.method is not None])
     return [(_method(run.method, varying) + _stages(run), setting(run.method)) for run in runs]
+
+
+def distinct(runs: Sequence[Run], named: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """`named`, and where several experiments on one model have the same name, what differs between them behind it."""
+    alike: dict[tuple[str, tuple[str, str]], list[int]] = {}
+    for place, (run, name) in enumerate(zip(runs, named, strict=True)):
+        alike.setdefault((run.model_name, name), []).append(place)
+    told = list(named)
+    for places in alike.values():
+        if len({experiment(runs[place]) for place in places}) > 1:
+            fields = [_fields(runs[place]) for place in places]
+            differ = [name for name in dict.fromkeys(chain(*fields)) if len({repr(f.get(name)) for f in fields}) > 1]
+            for place, values in zip(places, fields, strict=True):
+                told[place] = _named(runs[place], named[place], {name: values.get(name) for name in differ})
+    return told
+
+
+def experiment(run: Run) -> str:
+    """Equal for runs that differ in nothing but their seeds, and so are draws of one number."""
+    return digest({**_seedless(run.spec()), "model": run.model})  # folders of one name are several models
+
+
+def _seedless(told: Any) -> Any:
+    """Of reordered windows every order, of which the one as drawn is none."""
+    if isinstance(told, dict):
+        kept = {name: _seedless(value) for name, value in told.items() if name != "seed"}
+        return {**kept, "order": REORDERED} if "corpus" in kept and kept.get("order") is not None else kept
+    return [_seedless(value) for value in told] if isinstance(told, list) else told
+
+
+def _fields(run: Run) -> dict[str, Any]:
+    """What tells experiments apart, by names such as `windows.count`."""
+    told = {**_seedless(run.spec()), "model": run.model}
+    keys = [[what.key] if what.key in what.keys else what.keys for what in run.measures]
+    told["measures"] = {key: key for key in chain(*keys)}
+    return dict(_leaves("", told))
+
+
+def _leaves(name: str, told: Any) -> Iterator[tuple[str, Any]]:
+    if not isinstance(told, dict):
+        yield name, told
+        return
+    for part, value in told.items():
+        yield from _leaves(f"{name}.{part}" if name else part, value)
+
+
+def _named(run: Run, name: tuple[str, str], differing: dict[str, Any]) -> tuple[str, str]:
+    method, setting = [name[0]], [name[1]]
+    for field, value in differing.items():
+        of_setting = {field, field.partition(".")[0]} & set(COLUMNS) and run.method is not None
+        (setting if of_setting else method).append(_said(field, value))
+    return ", ".join(filter(None, method)), ", ".join(filter(None, setting))
+
+
+def _said(field: str, value: Any) -> str:
+    """E.g. `16 windows` or `learning rate 0.01`; empty for what a run does not have."""
+    stage, _, name = field.partition(".")
+    if value is None or value is False:
+        return ""
+    if stage == "windows":
+        return f"{value} {COUNTED[name]}{'s' * (value != 1)}" if name in COUNTED else str(value)
+    words = "" if stage == "measures" else name.removesuffix("name").replace(".", " ").replace("_", " ")
+    return " ".join(filter(None, [words.strip(), "" if value is True else str(value)]))
 
 
 def _stages(run: Run) -> str:
@@ -51,10 +118,10 @@ def full(label: tuple[str, str]) -> str:
 
 
 def seed(run: Run) -> int | None:
-    """Of what is drawn for a cell: its calibration text, its groups, or the order of its training text."""
+    """Of what is drawn for a cell: its calibration text, its groups or mask, or the order of its training text."""
     if run.windows and run.windows.sampling != "first":
         return run.windows.seed
-    if getattr(run.method, "importance", None) == "random":
+    if hasattr(run.method, "seed") and getattr(run.method, "importance", "random") == "random":
         return int(run.method.seed)
     return getattr(run.recovery, "seed", None)
 
@@ -108,7 +175,7 @@ def _varying(methods: Sequence[Any]) -> set[tuple[type, str]]:
 
 
 def _hyperparameters(method: Any) -> list[Field[Any]]:
-    return [field for field in fields(method) if field.name not in SETTINGS]
+    return [field for field in fields(method) if field.name not in (*SETTINGS, "seed")]
 
 
 def _value(name: str, value: Any) -> str:

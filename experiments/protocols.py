@@ -52,6 +52,9 @@ LARGE_LIMITS = {"wanda": 2000, "perp": 2000}  # documents of a task that 65B and
 def perplexity(name: str, positions: int | None = None) -> tuple[Perplexity, ...]:
     """The perplexities of the paper `name`, for a model that takes `positions` tokens.
 
+    Wanda's code takes windows as long as the model does and only PERP's ends at LONGEST_WINDOW; here both do, as
+    windows of the 131,072 tokens of Llama-3.1 fit neither documents nor memory, and none of Wanda's own models is so
+    long.
     Raises ValueError for an unknown protocol and for one that needs the model's positions and was not given them.
     """
     if name not in PERPLEXITIES:

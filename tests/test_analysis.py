@@ -13,11 +13,12 @@ import small_table as small
 from PIL import Image
 
 import pruners
-from analysis import rows
+from analysis import compare, rows
 from analysis.__main__ import main
 from analysis.figures import perplexity, style
+from analysis.pages import comparisons
 from analysis.tables import frames, markdown, notes
-from experiments import papers
+from experiments import cells, papers
 from experiments.models.fingerprint import fingerprint
 from experiments.recovery import Instructions, Retraining
 from experiments.spec import Perplexity, Run, Table, Windows
@@ -307,3 +308,71 @@ def test_every_model_has_its_panel(tmp_path):
     for run in two.runs():
         store(tmp_path, run)
     assert len(perplexity.perplexity(two, rows.rows(two, tmp_path)).axes) == 2
+
+
+def _declared(*runs: Run) -> Table:
+    return Table("mine", "Mine", runs, (("",),), lambda run, _: run)
+
+
+DRAWN = Run("smollm2-135m", pruners.Wanda(sparsity=0.5), small.WINDOWS, (small.PPL,))
+NORMS = Retraining(Trainable(norms=True), small.WINDOWS, steps=3, learning_rate=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"windows": replace(small.WINDOWS, count=1)}, ("Wanda 50 %, 4 windows", "Wanda 50 %, 1 window")),
+        ({"windows": replace(small.WINDOWS, length=16)}, ("Wanda 50 %, 32 tokens", "Wanda 50 %, 16 tokens")),
+        ({"windows": replace(small.WINDOWS, corpus="ptb/train")}, ("Wanda 50 %, c4/train", "Wanda 50 %, ptb/train")),
+        ({"windows": replace(small.WINDOWS, order=1)}, ("Wanda 50 %", "Wanda 50 %, windows reordered")),
+        ({"dtype": "bfloat16"}, ("Wanda 50 %, float32", "Wanda 50 %, bfloat16")),
+        ({"measures": (replace(small.PPL, limit=2),)}, (f"Wanda 50 %, {KEY}", "Wanda 50 %, ptb/test@64[:2]")),
+        ({"method": pruners.Wanda(sparsity=0.5000001)},
+         ("Wanda 50 %, sparsity 0.5", "Wanda 50 %, sparsity 0.5000001")),
+        ({"model": "smollm2-135m=/elsewhere"}, ("Wanda 50 %, smollm2-135m", "Wanda 50 %, smollm2-135m=/elsewhere")),
+    ],
+)  # fmt: skip
+def test_only_draws_are_averaged_and_other_experiments_have_names_of_their_own(tmp_path, changes, names):
+    table = _declared(DRAWN, replace(DRAWN, windows=replace(small.WINDOWS, seed=1)), replace(DRAWN, **changes))
+    made = rows.declared(table, tmp_path, table.runs())
+    assert [row.label for row in made] == [names[0], names[0], names[1]]
+    assert [len(group) for group in rows.repeats(made)] == [2, 1]
+    assert [len(cell.rows) for cell in compare.cells(table, made)] == [2, 1]
+    if "model" not in changes:  # that folder is not here
+        assert [cell.label for cell in cells.cells(table.runs(), table)] == [
+            f"{names[0]}, seed 0", f"{names[0]}, seed 1", names[1],
+        ]  # fmt: skip
+
+
+def test_recoveries_of_other_rates_and_steps_are_other_methods(tmp_path):
+    others = (NORMS, replace(NORMS, learning_rate=1e-2), replace(NORMS, learning_rate=1e-2, steps=5))
+    table = _declared(*(replace(DRAWN, recovery=recovery) for recovery in others))
+    assert [row.method for row in rows.declared(table, tmp_path, table.runs())] == [
+        f"Wanda + norms, steps {steps}, learning rate {rate}" for steps, rate in ((3, 0.001), (3, 0.01), (5, 0.01))
+    ]
+
+
+def test_what_is_drawn_by_a_method_or_a_recovery_is_averaged_too(tmp_path):
+    for one in (
+        [replace(DRAWN, windows=None, method=pruners.Random(sparsity=0.5, seed=seed)) for seed in range(3)],
+        [replace(DRAWN, recovery=replace(NORMS, seed=seed)) for seed in range(3)],
+    ):
+        made = rows.declared(_declared(*one), tmp_path, one)
+        assert len(rows.repeats(made)) == 1
+
+
+def test_a_baseline_of_another_table_was_measured_on_the_same_text(tmp_path, monkeypatch):
+    here, there = replace(table(), name="here", rows=METHODS[1:]), replace(table(), name="there", rows=METHODS[:1])
+    monkeypatch.setattr(papers, "TABLES", {"here": here, "there": there})
+    told = {**small.record(DRAWN).measures[KEY], "nll_per_window": [3.0, 3.5, 4.0, 3.2]}
+    records.write(small.record(here.runs()[0], table="here", measures={KEY: told}), tmp_path)
+    made = rows.rows(here, tmp_path)
+    for sha, refused in (("ab" * 32, False), ("cd" * 32, True)):
+        other = {**told, "nll_per_window": [2.0, 2.5, 3.0, 2.2], "token_sha256": sha}
+        records.write(small.record(there.runs()[0], table="there", measures={KEY: other}), tmp_path)
+        against = comparisons.baselines(here, made, [tmp_path])
+        if not refused:
+            assert "The dense smollm2-135m is taken from `there`" in comparisons.page(here, made, against)
+            continue
+        with pytest.raises(ValueError, match=r"^Dense of there, the baseline, was measured on other tokens than Magn"):
+            comparisons.page(here, made, against)

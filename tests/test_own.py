@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from dataclasses import fields
+from argparse import Namespace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import pruners
 from analysis.__main__ import main as analysis
 from experiments.__main__ import main
 from experiments.own import defaults, meanings, options, saved, tables
+from experiments.own import prune as own
 from experiments.recovery import Retraining
 from experiments.spec import Run, Windows
 from experiments.store import records
@@ -175,7 +177,12 @@ def test_methods_and_recovery_are_told_by_their_own_options(method, recovery, wh
         ("--method wanda --sparsity 1.5", "sparsity is the share removed"),
         ("--method wanda --sparsity 0.5 --pattern 2:4 --steps 3", "'--steps'"),
         ("--method wanda --sparsity 0.5 stray", "'stray' does not belong to any option"),
-        ("--method magnitude --sparsity 0.5 --nsamples 3", "uses no calibration text"),
+        ("--method magnitude --sparsity 0.5 --nsamples 3", "uses no calibration text; leave out --nsamples."),
+        ("--method magnitude --sampling stream", "uses no calibration text; leave out --sampling."),
+        ("--method magnitude --recover norms --seqlen 64 --nsamples 3 --sampling first",
+         "--recover reads its corpus and length alone; leave out --nsamples, --sampling."),
+        ("--method magnitude --seed 0", "Nothing is drawn here"),
+        ("--method wanda --sampling first --seed 3", "leave out --seed."),
         ("--method wanda --sparsity 0.5 --recover nothing", "Unknown choice of what to train (--recover) 'nothing'"),
         ("--method wanda --sparsity 0.5 --recover norms --reconstruct norms", "give one of the two"),
         ("--method wanda --sparsity 0.5 --held-out ptb/test", "--held-out chooses between the steps of --recover"),
@@ -189,8 +196,10 @@ def test_methods_and_recovery_are_told_by_their_own_options(method, recovery, wh
         ("--method wanda --sparsity 0.5 --calibration wikitext2/train", "the Hub does not answer: wikitext2/train"),
         ("--method wanda --sparsity 0.5 --plugin README.md", "README.md is not a Python file"),
         ("--sparsity 0.5", "prune needs a MODEL and a --method NAME"),
+        ("--method llm_pruner --attention-blocks 4 30", "attention_blocks=(4, 30) is not a half-open range within the"),
+        ("--method flap --ratio 0.3 --reference", "does not support grouped-query attention"),
     ],
-)
+)  # fmt: skip
 def test_what_does_not_fit_is_refused_before_any_work(words, said, where, capsys, tmp_path):
     if "--measure" not in words:
         words += " --measure ptb/test@64[:4]"
@@ -201,6 +210,21 @@ def test_what_does_not_fit_is_refused_before_any_work(words, said, where, capsys
     assert said in err
     assert len(err.splitlines()) == 1
     assert not (tmp_path / "results/runs").exists()
+
+
+@needs_model
+def test_retraining_after_a_method_without_calibration_reads_the_corpus_that_is_named(where, tmp_path, capsys):
+    words = "--recover norms --steps 2 --calibration c4/train --seqlen 64 --measure ptb/test@64[:4]"
+    assert prune(f"--method magnitude {words}", where) == 0
+    assert "Recovery: norms (2 steps of c4/train, learning rate 0.0005)" in capsys.readouterr().err
+    (recovery,) = [r.spec["recovery"] for r in records.load(tmp_path / "results", "adhoc").values() if r.spec["method"]]
+    assert (recovery["text"]["corpus"], recovery["text"]["length"]) == ("c4/train", 64)
+
+
+def test_blocks_that_are_typed_are_taken_though_the_class_has_the_same_by_default():
+    asked = Namespace(method="llm_pruner", model="opt-125m", seed=0)
+    method, _ = own._method(asked, ["--attention-blocks", "4", "30"])
+    assert (method.attention_blocks, method.mlp_blocks) == ((4, 30), (4, 10))
 
 
 @needs_model
@@ -280,7 +304,7 @@ def test_a_pattern_that_divides_no_width_is_refused_before_anything_is_measured(
 def test_a_cell_whose_pattern_divides_no_width_costs_no_dense_measure(where, tmp_path, capsys, monkeypatch):
     measured: list[object] = []
     monkeypatch.setattr("experiments.run.pass_dense_gate", measured.append)
-    words = ["--methods", "magnitude", "--settings", "2:7", *shlex.split(SHORT)]
+    words = ["--methods", "magnitude", "--settings", "2:7", "--measure", "ptb/test@64[:4]"]
     assert main(["compare", str(small.MODEL), *words, *where]) == 1
     assert "magnitude 2:7: failed: 2:7 needs rows" in capsys.readouterr().err.lower()
     assert len(measured) == 1  # the dense model's own cell
@@ -377,6 +401,14 @@ def test_a_file_that_leaves_the_table_open_says_so(text, name, said, tmp_path):
         tables.find(f"{path}{name}")
 
 
+def test_the_table_of_an_entry_point_has_a_name_that_can_be_a_folder(monkeypatch):
+    table = replace(small.table(), name="../up")
+    monkeypatch.setattr(tables.plugin, "loaded", lambda _: table)
+    monkeypatch.setattr(tables.metadata, "entry_points", lambda group: [Namespace(name="theirs")])
+    with pytest.raises(UsageError, match=r"'\.\./up' of the entry point theirs needs a name that can be a folder"):
+        tables.find("theirs")
+
+
 def test_a_file_that_is_not_there_is_said_to_be_absent(capsys):
     assert main(["show", "nowhere.py"]) == 2
     assert "nowhere.py is not a file" in capsys.readouterr().err
@@ -411,6 +443,32 @@ def test_a_comparison_of_nonsense_is_refused(tmp_path, capsys):
     assert "'half' is not a setting" in capsys.readouterr().err
     assert main(["compare", "llama-7b", "--methods", "wnda", "--settings", "0.5", *where]) == 2
     assert "Unknown method 'wnda'" in capsys.readouterr().err
+    words = ["--methods", "magnitude", "random", "--settings", "0.5", "--nsamples", "3"]
+    assert main(["compare", "llama-7b", *words, *where]) == 2
+    assert "None of magnitude, random uses calibration text; leave out --nsamples." in capsys.readouterr().err
+
+
+@needs_model
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("../evil", "The table '../evil' of --name needs a name that can be a folder"),
+        ("flap.perplexity", "is called like one of the papers' tables"),
+        ("bytes", "bytes.py is no file that compare wrote or can read; choose another --name"),
+        ("folder", "folder.py is no file that compare wrote or can read; choose another --name"),
+        ("n" * 300, "is no file that compare wrote or can read; choose another --name"),
+    ],
+)
+def test_a_comparison_whose_file_has_no_place_is_refused_and_writes_nothing(name, said, where, tmp_path, capsys):
+    (tmp_path / "results/folder.py").mkdir(parents=True)
+    (tmp_path / "results/bytes.py").write_bytes(b"\xff\xfe")
+    before = sorted(tmp_path.rglob("*"))
+    words = f"--methods magnitude --settings 0.5 --measure ptb/test@64[:4] --name {name}"
+    assert main(["compare", str(small.MODEL), *shlex.split(words), *where]) == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert len(err.splitlines()) == 1
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_the_promises_of_a_method_are_checked(ria, tmp_path, capsys):

@@ -53,6 +53,12 @@ def test_a_limited_accuracy_has_another_key_than_a_full_one():
     assert protocols.tasks("lambada_openai").keys == ("lambada_openai.acc@0shot",)
 
 
+def test_windows_of_the_model_s_own_length_end_at_4096():
+    for name in ("wanda", "perp"):
+        lengths = [protocols.perplexity(name, positions)[0].window for positions in (2048, 4096, 131_072)]
+        assert lengths == [2048, 4096, 4096]
+
+
 def test_unknown_names_get_the_nearest():
     with pytest.raises(ValueError, match="llm_pruner"):
         protocols.perplexity("llm-pruner")

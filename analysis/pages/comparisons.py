@@ -14,8 +14,8 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.rows import Row, declared
-from analysis.tables.frames import columns
+from analysis.rows import Row, declared, keys
+from analysis.tables.frames import columns, measured_on
 from eval.answers import read_samples
 from eval.intervals import Interval, holm, mcnemar, mean_difference, perplexity_difference
 from experiments import papers
@@ -89,11 +89,12 @@ def _first(rows: Sequence[Row]) -> dict[str, Row]:
 def page(table: Table, rows: Sequence[Row], against: Mapping[str, Row]) -> str:
     """Markdown of the differences and the tests.
 
-    Raises UsageError where no other row was measured, ValueError where two rows were measured on other texts or a
-    file of answers is not the one of its record.
+    Raises UsageError where no other row was measured, ValueError where two rows, or one and its baseline, were measured
+    on other texts or a file of answers is not the one of its record.
     """
     columns(rows)  # refuses other texts under one key
     pairs = _pairs(rows, against)
+    _refuse_other_texts(pairs)
     frame, tests = differences(table, pairs), task_tests(table, pairs)
     names = list(dict.fromkeys(base.label for _, base in pairs))
     parts = [
@@ -156,6 +157,19 @@ def _pairs(rows: Sequence[Row], against: Mapping[str, Row]) -> list[Pair]:
     if not found:
         raise UsageError("No other cell of the table has a record, so there is nothing to compare.")
     return found
+
+
+def _refuse_other_texts(pairs: Sequence[Pair]) -> None:
+    """Of a baseline that is another table's."""
+    for row, base in pairs:
+        for key in keys([row]):
+            here, there = measured_on(row, key), measured_on(base, key)
+            if here and there and base.record and here != there:
+                raise ValueError(
+                    f"{base.label} of {base.record.table}, the baseline, was measured on other {there[0]} than "
+                    f"{row.label} under the same key {key} ({there[1][:12]} and {here[1][:12]}); run both with a "
+                    "single --data-dir, or name another --baseline."
+                )
 
 
 def _difference(table: Table, what: Any, row: Row, base: Row) -> Interval | None:

@@ -178,14 +178,20 @@ def _share(row: Row) -> str:
     return f"{100 * row.record.achieved['sparsity']:.2f} %"
 
 
+def measured_on(row: Row, key: str) -> tuple[str, str] | None:
+    """`tokens` or `documents`, and their digest; None where none was recorded."""
+    measured = row.measure(key) or {}
+    what = "tokens" if "token_sha256" in measured else "documents"
+    found = measured.get("token_sha256") or measured.get("documents_sha256")
+    return (what, found) if found else None
+
+
 def _refuse_mixed_texts(rows: Sequence[Row], key: str) -> None:
     seen: dict[tuple[str, str], str] = {}
     for row in rows:
-        measured = row.measure(key) or {}
-        what = "tokens" if "token_sha256" in measured else "documents"
-        found = measured.get("token_sha256") or measured.get("documents_sha256")
-        if found is None:
+        if (told := measured_on(row, key)) is None:
             continue
+        what, found = told
         before = seen.setdefault((row.run.model, key), found)
         if before != found:
             raise ValueError(

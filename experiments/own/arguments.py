@@ -29,7 +29,6 @@ def add_prune(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--seed",
         type=cli.number,
-        default=0,
         metavar="N",
         help="seed of calibration windows, method and retraining (default: 0)",
     )
@@ -37,7 +36,7 @@ def add_prune(command: argparse.ArgumentParser) -> None:
         "--recover",
         type=cli.word,
         metavar="WHAT",
-        help="retrain these parameters after pruning, e.g. masklora (see --help retraining)",
+        help="retrain these parameters after pruning, on the calibration corpus, e.g. masklora (see --help retraining)",
     )
     command.add_argument(
         "--reconstruct",

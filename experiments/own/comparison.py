@@ -16,7 +16,7 @@ from typing import Any
 
 import pruners
 from experiments.models import canonical, own_dtype
-from experiments.own import defaults
+from experiments.own import defaults, tables
 from experiments.spec import Run, Table
 from experiments.store import atomic
 from pruners.interface.suggest import UsageError, unknown
@@ -101,18 +101,29 @@ def _made(method: str, model: str, setting: str, seed: int) -> Any:
 def file(asked: argparse.Namespace) -> Path:
     """A file under the results folder that declares the comparison, for every other command to take.
 
-    UsageError where another comparison has its name.
+    UsageError for a name that is no table's, for options that no method reads, and where something else has the file's
+    name.
     """
+    tables.check_name(asked.name, "of --name")
     names = ("methods", "settings", "seeds", "measures", "tasks", "limit", "calibration", "nsamples", "seqlen", "dtype")
     told: dict[str, Any] = {"models": tuple(map(canonical, asked.models)), "name": asked.name}
     told |= {name: getattr(asked, name) for name in names if getattr(asked, name)}
-    comparison(**told).runs()  # before anything is written, whatever is wrong with it
+    runs = comparison(**told).runs()  # before anything is written, whatever is wrong with it
+    unread = [f"--{name}" for name in ("calibration", "nsamples", "seqlen") if name in told]
+    if unread and not any(run.calibrates for run in runs):
+        raise UsageError(f"None of {', '.join(asked.methods)} uses calibration text; leave out {', '.join(unread)}.")
     arguments = "".join(f"\n    {name}={value!r}," for name, value in told.items())
     files = [str(file.expanduser().resolve()) for file in asked.plugin]
     plugins = f"from pruners.interface.plugin import use\n\nuse({files!r})\n" if files else ""
     text = FILE.format(plugins=plugins, arguments=f"{arguments}\n")
     path: Path = asked.results / f"{asked.name}.py"
-    if path.exists() and path.read_text(encoding="utf-8") != text:
+    try:
+        different = path.exists() and atomic.read(path) != text
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{path} is no file that compare wrote or can read; choose another --name, or move it away."
+        ) from error
+    if different:
         raise UsageError(f"{path} declares a different comparison; choose another --name for this one.")
     atomic.write(path, text)
     return path

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from tabulate import tabulate
 import pruners
 from experiments import cells, cli, models, recovery
 from experiments.cells import Cell
-from experiments.labels import calibration, full, labels
+from experiments.labels import calibration, full, labels, seed
 from experiments.models import kept
 from experiments.own import defaults, options, saved
 from experiments.recovery import Documents, Retraining
@@ -26,6 +26,7 @@ from experiments.store import records
 from experiments.store.records import Record
 from pruners.interface.suggest import UsageError, unknown
 from pruners.retrain import Reconstruction
+from pruners.structured import Structured
 
 if TYPE_CHECKING:
     from experiments.batch import Outcome
@@ -85,6 +86,7 @@ def run(asked: argparse.Namespace) -> int:
 def declared(asked: argparse.Namespace) -> list[Run]:
     """The dense model's run and the pruned one's; UsageError for what is asked and does not exist or fit."""
     asked.model = models.canonical(asked.model)
+    seeded, asked.seed = asked.seed is not None, asked.seed or 0
     if asked.method not in pruners.METHODS:
         raise UsageError(unknown("method", asked.method, pruners.METHODS))
     for option in ("recover", "reconstruct"):
@@ -107,18 +109,17 @@ def declared(asked: argparse.Namespace) -> list[Run]:
         pruned = Run(asked.model, method, windows, measures, asked.dtype or models.own_dtype(asked.model), after)
     except (ValueError, TypeError) as error:
         raise error if isinstance(error, UsageError) else UsageError(str(error)) from error
-    if not pruned.calibrates:
-        _refuse_unread(asked)
-        pruned = replace(pruned, windows=None)
+    pruned = pruned if pruned.calibrates else replace(pruned, windows=None)
+    _refuse_unread(asked, pruned)
+    if seeded and seed(pruned) is None:
+        raise UsageError("Nothing is drawn here, so a seed moves nothing; leave out --seed.")
     return [replace(pruned, method=None, windows=None, recovery=None), pruned]
 
 
 def _method(asked: argparse.Namespace, rest: Sequence[str]) -> tuple[Any, list[str]]:
     kind = pruners.METHODS[asked.method]
-    given, rest = options.parse(kind, rest, f"--method {asked.method}", skip=SEED)
-    for name, value in defaults.hyperparameters(asked.method, asked.model).items():
-        if given[name] == next(f.default for f in fields(kind) if f.name == name):
-            given[name] = value
+    own = defaults.hyperparameters(asked.method, asked.model)
+    given, rest = options.parse(kind, rest, f"--method {asked.method}", skip=SEED, otherwise=own)
     return kind(**given, **defaults.seed(kind, asked.seed)), rest
 
 
@@ -163,10 +164,17 @@ def _made(kind: type[Any], trainable: Any, given: dict[str, Any], asked: argpars
     return Retraining(trainable, text, seed=asked.seed, **given)
 
 
-def _refuse_unread(asked: argparse.Namespace) -> None:
-    told = {"--calibration": asked.calibration, "--nsamples": asked.nsamples, "--seqlen": asked.seqlen}
-    if given := [name for name, value in told.items() if value]:
-        raise UsageError(f"--method {asked.method} uses no calibration text; leave out {', '.join(given)}.")
+def _refuse_unread(asked: argparse.Namespace, pruned: Run) -> None:
+    """UsageError for options of the calibration text that neither method nor recovery reads."""
+    told = {"--nsamples": asked.nsamples, "--sampling": asked.sampling}
+    said = f"--method {asked.method} uses no calibration text"
+    if asked.recover:
+        said += ", and --recover reads its corpus and length alone"
+    else:
+        told |= {"--calibration": asked.calibration, "--seqlen": asked.seqlen}
+    given = [name for name, value in told.items() if value]
+    if given and not pruned.calibrates:
+        raise UsageError(f"{said}; leave out {', '.join(given)}.")
 
 
 def _refuse_lacking(runs: Sequence[Run], data_dir: Path | None) -> None:
@@ -191,6 +199,8 @@ def _refuse_unfit(run: Run) -> None:
     empty = models.without_weights(run.model)
     try:
         pruners.check(empty, run.method)
+        if isinstance(run.method, Structured):
+            run.method.check(empty)
     except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from error
 
@@ -206,7 +216,8 @@ def _choices(run: Run) -> list[str]:
     """What was left open and what stands for it."""
     keys = [key for what in run.measures for key in (what.keys or (what.key,))]
     after = recovery.label(run.recovery).removeprefix(" + ")
-    steps = f" ({run.recovery.steps} steps, learning rate {run.recovery.learning_rate:g})" if run.recovery else ""
+    text = f" of {run.recovery.text.corpus}" if isinstance(run.recovery, Retraining) else ""
+    steps = f" ({run.recovery.steps} steps{text}, learning rate {run.recovery.learning_rate:g})" if run.recovery else ""
     lines = [
         f"Method: {run.method!r}",
         f"Calibration: {calibration(run)}",

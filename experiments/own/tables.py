@@ -31,13 +31,15 @@ def find(asked: str) -> Table:
     if file is None:
         for entry in metadata.entry_points(group=GROUP):
             if entry.name == asked and asked not in papers.TABLES:
-                papers.TABLES[asked] = _of_its_kind(plugin.loaded(entry), f"The entry point {asked}")
+                found = _of_its_kind(plugin.loaded(entry), f"The entry point {asked}")
+                check_name(found.name, f"of the entry point {asked}")
+                papers.TABLES[asked] = found
         return papers.find(asked)
     made = plugin.module(file)
     plugin.taken(made)
     declared = {thing.name: thing for thing in vars(made).values() if isinstance(thing, Table)}
     found = _chosen(declared, {key: t for key, t in vars(made).items() if isinstance(t, Table)}, name, file)
-    _check_name(found, file)
+    check_name(found.name, f"in {file}")
     papers.TABLES[found.name] = found
     return found
 
@@ -68,14 +70,14 @@ def _chosen(declared: dict[str, Table], variables: dict[str, Table], name: str, 
     return next(iter(declared.values()))
 
 
-def _check_name(found: Table, file: Path) -> None:
-    if not NAME.fullmatch(found.name):
+def check_name(name: str, where: str) -> None:
+    """UsageError for a table whose name is no folder's or that of a paper's table; `where` it is declared."""
+    if not NAME.fullmatch(name):
         raise UsageError(
-            f"The table {found.name!r} in {file} needs a name that can be a folder: letters, digits, '.', '-' and '_'."
+            f"The table {name!r} {where} needs a name that can be a folder: letters, digits, '.', '-' and '_'."
         )
-    other = papers.TABLES.get(found.name)
-    if other is not None and found.name in papers.PAPERS:
-        raise UsageError(f"{file} names its table {found.name}, like one of the papers' tables; choose another name.")
+    if name in papers.TABLES and name in papers.PAPERS:
+        raise UsageError(f"The table {name} {where} is called like one of the papers' tables; choose another name.")
 
 
 def _of_its_kind(thing: Any, what: str) -> Table:

@@ -137,7 +137,6 @@ sources = Table(
 
 # What one number of a table can say: as drawn, the same windows in five other orders, four other draws, other texts.
 DRAWN = Windows("embedded/c4", 16, 512, 0, "stream")
-REORDERED = "windows reordered"
 VARIED = (
     DRAWN,
     *(replace(DRAWN, order=order) for order in range(5)),
@@ -157,7 +156,7 @@ def _varied_label(run: Run) -> tuple[str, str]:
     if run.windows is None:
         return name, setting
     text = [run.windows.corpus] if run.windows.corpus != DRAWN.corpus else []
-    return name, ", ".join([setting, *text, *([] if run.windows.order is None else [REORDERED])])
+    return name, ", ".join([setting, *text, *([] if run.windows.order is None else [labels.REORDERED])])
 
 
 order = Table(
