@@ -14,7 +14,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import pruners
+from analysis import frame
 from analysis.__main__ import main as analysis
+from analysis.pages import provenance
+from analysis.rows import Row
+from analysis.tables import frames
 from experiments.__main__ import main
 from experiments.own import defaults, meanings, options, saved, tables
 from experiments.recovery import Retraining
@@ -163,6 +167,28 @@ def test_methods_and_recovery_are_told_by_their_own_options(method, recovery, wh
             assert record.achieved["recovery"]["kept_step"] in (2, 3)
         elif name not in ("recover", "reconstruct"):
             assert str(spec[name]) == str(type(spec[name])(value)), name
+
+
+@needs_model
+@pytest.mark.parametrize("how", ["--recover", "--reconstruct"])
+def test_a_model_whose_pruned_weights_were_filled_is_nowhere_said_to_be_sparse(how, where, tmp_path, capsys):
+    kept = tmp_path / "kept"
+    words = f"--method wanda --sparsity 0.5 {how} lora --steps 2 {SHORT} --save {kept}"
+    assert prune(words, where) == 0
+    weight = AutoModelForCausalLM.from_pretrained(kept).model.layers[0].mlp.up_proj.weight
+    assert (weight == 0).sum() == 0
+    told, filled = capsys.readouterr(), "0.0000 (merging LoRA filled pruned weights)"
+    assert f"sparsity {filled}" in told.err
+    assert re.search(f"sparsity of the pruned weights +{re.escape(filled)}", told.out)
+    assert f"pruned weights: {filled} (requested: 0.5000)" in (kept / "README.md").read_text()
+    results = tmp_path / "results"
+    assert set(frame(results).sparsity) == {0.0}
+    (record,) = [r for r in records.load(results, "adhoc").values() if r.spec["method"]]
+    run = Run(str(small.MODEL), pruners.Wanda(sparsity=0.5), None, ())
+    row = Row("Wanda", "50 %", run, record, None)
+    assert frames.text([row])["Sparsity"][0] == "0.00 %"
+    assert frames.numbers([row])["sparsity"][0] == 0
+    assert provenance.origins([row])[record.id]["Sparsity"] == {"requested": 0.5, "achieved": 0.0}
 
 
 @needs_model

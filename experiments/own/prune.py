@@ -221,7 +221,7 @@ def beside(found: Sequence[Cell], known: dict[str, Record]) -> str:
     names = [full(label) for label in labels([cell.run for cell in found])]
     shown = [key for key, value in pruned.measures.items() if saved.shown(value)]
     lines = [(key, saved.shown(dense.measures[key]), saved.shown(pruned.measures[key])) for key in shown]
-    lines.append(("sparsity of the pruned weights", "", f"{pruned.achieved['sparsity']:.4f}"))
+    lines.append(("sparsity of the pruned weights", "", pruned.sparsity_told))
     lines.append(("cost", _cost(dense), _cost(pruned)))
     return tabulate(lines, ("", *names), disable_numparse=True)
 

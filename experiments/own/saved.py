@@ -109,8 +109,7 @@ def _front(hub: str | None, method: str) -> str:
 
 
 def _removed(record: Record) -> str:
-    reached, requested = record.achieved["sparsity"], record.achieved["asked"]
-    return f"Sparsity of the pruned weights: {reached:.4f} (requested: {requested:.4f})."
+    return f"Sparsity of the pruned weights: {record.sparsity_told} (requested: {record.achieved['asked']:.4f})."
 
 
 def _values(measured: dict[str, dict[str, Any]], dense: dict[str, dict[str, Any]]) -> Iterator[str]:
