@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -107,6 +107,27 @@ def test_one_command_prunes_measures_and_keeps_a_model_that_plain_transformers_o
     assert found["wanda"].id in card
     assert f"| {found[None].measures['ptb/test@64[:4]']['perplexity']:.2f} [" in card
     assert str(tmp_path) not in card
+
+
+@needs_model
+def test_a_card_has_the_dense_value_of_each_measure_whichever_run_took_it(where, tmp_path):
+    for key in ("ptb/test@64[:4]", "ptb/test@32[:4]"):
+        assert prune(f"--method magnitude --measure {key} --save {tmp_path / key[9:11]}", where) == 0
+    dense = [r for r in records.load(tmp_path / "results", "adhoc").values() if r.spec["method"] is None]
+    for record in dense:
+        ((key, value),) = record.measures.items()
+        card = (tmp_path / key[9:11] / "README.md").read_text()
+        assert f"| {key} | {saved.shown(value)} |" in card
+
+
+def test_a_card_takes_no_dense_value_of_another_text(tmp_path):
+    plain, pruned = (Run("llama-7b", method, small.WINDOWS, (small.PPL,)) for method in (None, pruners.Wanda()))
+    of_other = {key: {**value, "token_sha256": "cd" * 32} for key, value in small.record(plain).measures.items()}
+    for record in (small.record(plain, measures=of_other), small.record(replace(plain, quantised=True))):
+        records.write(record, tmp_path)
+    assert saved._dense(small.record(pruned), tmp_path) == {}
+    records.write(record := small.record(plain), tmp_path)
+    assert saved._dense(small.record(pruned), tmp_path) == record.measures
 
 
 @needs_model

@@ -82,7 +82,6 @@ def card(run: Run, record: Record, folder: Path, name: str, root: Path) -> str:
     stock = STOCK.format(folder=name)
     known, made = models.find(run.model), record.made_by
     method = type(run.method).__name__ if run.method else "no pruning"
-    dense = _dense(record, root)
     return CARD.format(
         front=_front(known.hub, method),
         title=f"{run.model_name}, {method}",
@@ -91,7 +90,7 @@ def card(run: Run, record: Record, folder: Path, name: str, root: Path) -> str:
         recovery=f", then `{run.recovery}`" if run.recovery else "",
         sparsity=_removed(record),
         calibration=calibration(run),
-        values="\n".join(_values(record.measures, dense.measures if dense else {})),
+        values="\n".join(_values(record.measures, _dense(record, root))),
         opening=OWN.format(stock=stock, folder=name) if kind.startswith("pruned_") else stock,
         id=record.id,
         table=record.table,
@@ -129,13 +128,20 @@ def shown(measured: dict[str, Any]) -> str:
     return ""
 
 
-def _dense(record: Record, root: Path) -> Record | None:
-    """The record of the model as it was, in the same number format."""
+def _dense(record: Record, root: Path) -> dict[str, dict[str, Any]]:
+    """By protocol key, what the model as it was has on the same text in the same number format."""
+    found: dict[str, dict[str, Any]] = {}
     for other in records.load(root, record.table).values():
-        same = all(other.spec[part] == record.spec[part] for part in ("model", "dtype"))
-        if same and other.spec["method"] is None and "recovery" not in other.spec:
-            return other
-    return None
+        same = all(other.spec.get(part) == record.spec.get(part) for part in ("model", "dtype", "rehearsal"))
+        if same and other.spec["method"] is None and not {"recovery", "quantised"} & set(other.spec):
+            found |= {
+                key: value for key, value in other.measures.items() if _read_same(value, record.measures.get(key))
+            }
+    return found
+
+
+def _read_same(one: dict[str, Any], other: dict[str, Any] | None) -> bool:
+    return other is not None and all(one.get(text) == other.get(text) for text in ("token_sha256", "documents_sha256"))
 
 
 def _slug(text: str) -> str:
