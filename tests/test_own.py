@@ -230,6 +230,23 @@ def test_a_model_whose_pruned_weights_were_filled_is_nowhere_said_to_be_sparse(h
         ("--method wanda --sparsity 0.5 --recover norms --held-out c4/train", "is the text that is trained on"),
         ("--method wanda --sparsity 0.5 --recover norms --check-every 3", "give --held-out, too"),
         ("--method wanda --sparsity 0.5 --recover norms --held-out nowhere/test", "nowhere/test"),
+        ("--method wanda --reconstruct full", "--reconstruct full would train what is no part of a decoder block"),
+        (
+            "--method wanda --reconstruct head",
+            "choose weights, biases, norms, biases+norms, lora, loraprune, scalelora",
+        ),
+        (
+            "--method wanda --reconstruct norms --granularity matrix",
+            "drop norms here, or use --granularity attention_m",
+        ),
+        ("--method wanda --reconstruct lora --reference --inputs dense", "drop --reference, or --granularity and --in"),
+        ("--method wanda --recover norms --reference --micro-batch-size 4", "multiple of the --micro-batch-size of 4"),
+        ("--method wanda --recover masklora --steps 0", "--recover: --steps is a whole number, 1 or more; got 0."),
+        ("--method wanda --recover norms --train-batch-size 0", "--recover: --train-batch-size is a whole number, 1"),
+        ("--method wanda --recover norms --stop 0", "--recover: --stop is a whole number, 1 or more; got 0."),
+        ("--method wanda --recover norms --learning-rate 0", "--recover: --learning-rate is a positive number"),
+        ("--method wanda --reconstruct norms --steps 0", "--reconstruct: --steps is a whole number, 1 or more"),
+        ("--method sparsegpt --block-size 0", "--method sparsegpt: --block-size is a whole number, 1 or more; got 0."),
         ("--method wanda --sparsity 0.5 --measure ppl", "is not a protocol key"),
         ("--method wanda --sparsity 0.5 --limit 3", "--limit applies to the documents of --tasks"),
         ("--method wanda --sparsity 0.5 --calibration nowhere/train", "nowhere/train"),
@@ -301,6 +318,10 @@ def test_help_tells_the_default_that_is_meant(capsys):
     told = capsys.readouterr().out
     assert "(required)" not in told
     assert told.endswith(f"WHAT: {', '.join(defaults.TRAINABLE)}\n")
+    assert main(["prune", "--help", "reconstruction"]) == 0
+    assert capsys.readouterr().out.endswith(
+        "WHAT: weights, biases, norms, biases+norms, lora, loraprune, scalelora, masklora\n"
+    )
 
 
 def test_the_defaults_are_the_papers():

@@ -45,10 +45,10 @@ def explained(name: str) -> str:
         raise UsageError(unknown("method", name, kinds))
     if name in pruners.METHODS:
         return options.help_of(kinds[name], f"python -m experiments prune MODEL --method {name}", skip=SEED)
-    option, otherwise = ("recover", OTHERWISE) if name == "retraining" else ("reconstruct", {})
+    option, otherwise = ("recover", OTHERWISE) if kinds[name] is Retraining else ("reconstruct", {})
     what = f"python -m experiments prune MODEL --method METHOD --{option} WHAT"
     told = options.help_of(kinds[name], what, skip=BETWEEN, names=TRAINED, otherwise=otherwise)
-    return f"{told.rstrip()}\n\nWHAT: {', '.join(defaults.TRAINABLE)}"
+    return f"{told.rstrip()}\n\nWHAT: {', '.join(defaults.trainable(kinds[name]))}"
 
 
 def run(asked: argparse.Namespace) -> int:
@@ -87,9 +87,13 @@ def declared(asked: argparse.Namespace) -> list[Run]:
     asked.model = models.canonical(asked.model)
     if asked.method not in pruners.METHODS:
         raise UsageError(unknown("method", asked.method, pruners.METHODS))
-    for option in ("recover", "reconstruct"):
-        if (name := getattr(asked, option)) and name not in defaults.TRAINABLE:
-            raise UsageError(unknown(f"choice of what to train (--{option})", name, defaults.TRAINABLE))
+    for option, kind in (("recover", Retraining), ("reconstruct", Reconstruction)):
+        if (name := getattr(asked, option)) and name not in (known := defaults.trainable(kind)):
+            if name in defaults.TRAINABLE:
+                raise UsageError(
+                    f"--{option} {name} would train what is no part of a decoder block; choose {', '.join(known)}."
+                )
+            raise UsageError(unknown(f"choice of what to train (--{option})", name, known))
     if asked.limit and not asked.tasks:
         raise UsageError("--limit applies to the documents of --tasks; give --tasks, or leave --limit out.")
     if asked.recover and asked.reconstruct:
@@ -144,7 +148,10 @@ def _recovery(asked: argparse.Namespace, rest: Sequence[str], windows: Windows) 
             known[option] = options.names_of(kind, skip=BETWEEN, names=TRAINED)
             otherwise = OTHERWISE if kind is Retraining else {}
             given, rest = options.parse(kind, rest, option, skip=BETWEEN, names=TRAINED, otherwise=otherwise)
-            made = _made(kind, defaults.TRAINABLE[name], given, asked, windows)
+            try:
+                made = _made(kind, defaults.TRAINABLE[name], given, asked, windows)
+            except ValueError as error:
+                raise UsageError(options.in_options(str(error), kind, TRAINED)) from error
     options.refuse(rest, known)
     return made
 
