@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import small_table as small
 import torch
+from families import tiny
 from transformers import AutoModelForCausalLM
 
 import pruners
@@ -19,10 +20,12 @@ from analysis.__main__ import main as analysis
 from analysis.pages import provenance
 from analysis.rows import Row
 from analysis.tables import frames
+from experiments import models
 from experiments.__main__ import main
+from experiments.models import lengths
 from experiments.own import defaults, meanings, options, saved, tables
 from experiments.recovery import Retraining
-from experiments.spec import Run, Windows
+from experiments.spec import Perplexity, Run, Windows
 from experiments.store import records
 from pruners.__main__ import main as pruners_main
 from pruners.interface import plugin
@@ -230,6 +233,11 @@ def test_a_model_whose_pruned_weights_were_filled_is_nowhere_said_to_be_sparse(h
         ("--method wanda --sparsity 0.5 --recover norms --held-out c4/train", "is the text that is trained on"),
         ("--method wanda --sparsity 0.5 --recover norms --check-every 3", "give --held-out, too"),
         ("--method wanda --sparsity 0.5 --recover norms --held-out nowhere/test", "nowhere/test"),
+        (
+            "--method wanda --measure ptb/test@513",
+            "Perplexity ptb/test@513 takes 513 tokens at once, and the context le",
+        ),
+        ("--method wanda --calibration c4/train --seqlen 513", "Calibration on c4/train takes 513 tokens at once"),
         ("--method wanda --reconstruct full", "--reconstruct full would train what is no part of a decoder block"),
         (
             "--method wanda --reconstruct head",
@@ -479,6 +487,46 @@ def test_a_comparison_of_nonsense_is_refused(tmp_path, capsys):
     assert "'half' is not a setting" in capsys.readouterr().err
     assert main(["compare", "llama-7b", "--methods", "wnda", "--settings", "0.5", *where]) == 2
     assert "Unknown method 'wnda'" in capsys.readouterr().err
+
+
+@needs_model
+@pytest.mark.parametrize("long", ["--seqlen 5000", "--measure ptb/test@99999"])
+def test_a_comparison_whose_windows_are_too_long_for_a_model_is_refused_before_any_work(long, where, tmp_path, capsys):
+    words = ["--methods", "magnitude", "wanda", "--settings", "0.5", *shlex.split(long)]
+    assert main(["compare", str(small.MODEL), *words, *where]) == 2
+    (told,) = capsys.readouterr().err.splitlines()
+    assert "the context length of hf is 512; use shorter windows." in told
+    assert not (tmp_path / "results").exists()
+
+
+@needs_model
+def test_cells_whose_windows_are_too_long_fail_before_the_model_is_loaded_and_the_others_run(
+    mine, where, tmp_path, capsys, monkeypatch
+):
+    small.edit(mine, '(Perplexity("ptb/test", 64, 4),)', '(Perplexity("ptb/test", 64 if sparsity < 0.4 else 513, 4),)')
+    loaded: list[object] = []
+    load = models.load
+    monkeypatch.setattr(models, "load", lambda *a, **k: loaded.append(a) or load(*a, **k))
+    assert main(["run", str(mine), *where, "--method", "magnitude"]) == 1
+    assert "magnitude 50 %: failed: perplexity ptb/test@513[:4] takes 513 tokens" in capsys.readouterr().err.lower()
+    assert len(loaded) == 1
+    assert len(records.load(tmp_path / "results", "mine")) == 1
+
+
+@pytest.mark.parametrize(
+    ("family", "room", "calibrated"), [("bloom", 0, 0), ("llama", 64, 64), ("chatglm", 62, 64), ("mpt", 0, 64)]
+)
+def test_windows_fit_the_family_of_the_model(family, room, calibrated, tmp_path):
+    tiny(family).save_pretrained(tmp_path / family)
+    run = Run(str(tmp_path / family), pruners.Wanda(), Windows("c4/train", 1, 8), ())
+    for limit, long in (
+        (room, lambda length: replace(run, measures=(Perplexity("ptb/test", length),))),
+        (calibrated, lambda length: replace(run, windows=Windows("c4/train", 1, length))),
+    ):
+        lengths.check(long(limit or 10**6))
+        if limit:
+            with pytest.raises(UsageError, match=f"context length of {family} is {limit};"):
+                lengths.check(long(limit + 1))
 
 
 def test_the_promises_of_a_method_are_checked(ria, tmp_path, capsys):

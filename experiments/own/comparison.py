@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pruners
-from experiments.models import canonical, own_dtype
+from experiments.models import canonical, lengths, own_dtype
 from experiments.own import defaults
 from experiments.spec import Run, Table
 from experiments.store import atomic
@@ -106,7 +106,7 @@ def file(asked: argparse.Namespace) -> Path:
     names = ("methods", "settings", "seeds", "measures", "tasks", "limit", "calibration", "nsamples", "seqlen", "dtype")
     told: dict[str, Any] = {"models": tuple(map(canonical, asked.models)), "name": asked.name}
     told |= {name: getattr(asked, name) for name in names if getattr(asked, name)}
-    comparison(**told).runs()  # before anything is written, whatever is wrong with it
+    lengths.check(*comparison(**told).runs())  # before anything is written, whatever is wrong with it
     arguments = "".join(f"\n    {name}={value!r}," for name, value in told.items())
     files = [str(file.expanduser().resolve()) for file in asked.plugin]
     plugins = f"from pruners.interface.plugin import use\n\nuse({files!r})\n" if files else ""

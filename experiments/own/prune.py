@@ -18,7 +18,7 @@ import pruners
 from experiments import cells, cli, models, recovery
 from experiments.cells import Cell
 from experiments.labels import calibration, full, labels
-from experiments.models import kept
+from experiments.models import kept, lengths
 from experiments.own import defaults, options, saved
 from experiments.recovery import Documents, Retraining
 from experiments.spec import Run, Windows
@@ -64,6 +64,7 @@ def run(asked: argparse.Namespace) -> int:
     found = cells.cells(runs)
     _refuse_lacking(runs, asked.data_dir)
     _refuse_unfit(runs[-1])
+    lengths.check(*runs)
     if asked.save:
         _refuse_unkept(runs[-1], asked.save)
     for line in _choices(runs[-1]):
