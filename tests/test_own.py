@@ -309,6 +309,11 @@ def test_every_method_and_recovery_explains_its_options(capsys):
     assert "--heads-removed" in told
     assert "An et al. 2024" in told
     assert main(["prune", "--help", "nobody"]) == 2
+    capsys.readouterr()
+    assert main(["prune", "--help", "masklora"]) == 2
+    assert "see --help retraining and --help reconstruction." in capsys.readouterr().err
+    assert main(["prune", "--help", "head"]) == 2
+    assert "see --help retraining." in capsys.readouterr().err
     assert main(["prune", "--help"]) == 0
 
 

@@ -41,6 +41,12 @@ HELD_OUT = 32  # windows, as many tokens each as an example
 def explained(name: str) -> str:
     """What a method or kind of recovery does and every option that it has; UsageError for a name nobody knows."""
     kinds: dict[str, Any] = {**pruners.METHODS, "retraining": Retraining, "reconstruction": Reconstruction}
+    if name in defaults.TRAINABLE and name not in kinds:
+        also = name in defaults.trainable(Reconstruction)
+        raise UsageError(
+            f"{name} is no method but what --recover{' and --reconstruct train' if also else ' trains'}; see "
+            f"--help retraining{' and --help reconstruction' * also}."
+        )
     if name not in kinds:
         raise UsageError(unknown("method", name, kinds))
     if name in pruners.METHODS:
