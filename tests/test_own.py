@@ -134,6 +134,17 @@ def test_a_card_takes_no_dense_value_of_another_text(tmp_path):
 
 
 @needs_model
+def test_the_text_that_retraining_reads_is_printed_and_on_the_card(where, tmp_path, capsys):
+    kept = tmp_path / "kept"
+    words = f"--method magnitude --recover norms --steps 3 --held-out ptb/test --measure ptb/test@64[:4] --save {kept}"
+    assert prune(words, where) == 0
+    read = "c4/train 6 x 512 tokens, best step by ptb/test 32 x 512 tokens"
+    told = capsys.readouterr().err
+    assert re.search(rf"Recovery: .*\(3 steps, learning rate 0.0005\) on {read}\n", told)
+    assert f"Calibration: none. Retraining: {read}.\n" in (kept / "README.md").read_text()
+
+
+@needs_model
 def test_what_is_kept_is_never_written_over_and_a_finished_cell_is_kept_later(where, tmp_path, capsys):
     asked = f"--method magnitude --sparsity 0.5 --measure ptb/test@64[:4] --save {tmp_path / 'kept'}"
     assert prune(asked.partition(" --save")[0], where) == 0

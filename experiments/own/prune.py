@@ -221,10 +221,11 @@ def _choices(run: Run) -> list[str]:
     keys = [key for what in run.measures for key in (what.keys or (what.key,))]
     after = recovery.label(run.recovery).removeprefix(" + ")
     steps = f" ({run.recovery.steps} steps, learning rate {run.recovery.learning_rate:g})" if run.recovery else ""
+    read = f" on {text}" if (text := recovery.text(run.recovery)) else ""
     lines = [
         f"Method: {run.method!r}",
         f"Calibration: {calibration(run)}",
-        f"Recovery: {after}{steps}" if after else "",
+        f"Recovery: {after}{steps}{read}" if after else "",
     ]
     return [*filter(None, lines), f"Measures in {run.dtype}: {', '.join(keys)}"]
 

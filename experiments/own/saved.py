@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from experiments import models
+from experiments import models, recovery
 from experiments.cells import Cell
 from experiments.labels import calibration
 from experiments.models.gguf import quiet
@@ -26,7 +26,7 @@ CARD = """---
 
 {model} pruned by `{method}`{recovery}. {sparsity}
 
-Calibration: {calibration}.
+Calibration: {calibration}.{retraining}
 
 | measure | before | this model |
 | --- | --- | --- |
@@ -90,6 +90,7 @@ def card(run: Run, record: Record, folder: Path, name: str, root: Path) -> str:
         recovery=f", then `{run.recovery}`" if run.recovery else "",
         sparsity=_removed(record),
         calibration=calibration(run),
+        retraining=f" Retraining: {text}." if (text := recovery.text(run.recovery)) else "",
         values="\n".join(_values(record.measures, _dense(record, root))),
         opening=OWN.format(stock=stock, folder=name) if kind.startswith("pruned_") else stock,
         id=record.id,
