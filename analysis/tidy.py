@@ -89,7 +89,7 @@ def _cell(record: Record, known: Labels) -> dict[str, Any]:
         **_flat("recovery", spec.get("recovery") or {}),
         **{f"windows.{name}": value for name, value in windows.items()},
         "seed": windows.get("seed", (spec.get("recovery") or {}).get("seed")),
-        "sparsity": record.achieved.get("sparsity"),
+        "sparsity": record.sparsity,
         "seconds": record.cost.seconds.get("total"),
         "peak_bytes": record.cost.peak_bytes,
         "device": made_by.device,

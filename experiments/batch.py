@@ -279,4 +279,4 @@ def _headline(record: Record) -> str:
         for key, value in record.measures.items()
         if key.startswith("mean.") and "score" in value
     ]
-    return ", ".join([f"sparsity {record.achieved['sparsity']:.4f}", *values, *means])
+    return ", ".join([f"sparsity {record.sparsity_told}", *values, *means])

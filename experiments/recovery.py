@@ -141,6 +141,22 @@ def work_tokens(recovery: Any, windows: Windows | None) -> float:
     return 0
 
 
+def text(recovery: Any) -> str:
+    """What retraining reads, e.g. `c4/train 60 x 512 tokens`; empty for a stage that reads the calibration text."""
+    if not isinstance(recovery, Retraining):
+        return ""
+    told = [f"{recovery.text.corpus} {_size(recovery.text)}"]
+    if recovery.held_out:
+        told.append(f"best step by {recovery.held_out.corpus} {_size(recovery.held_out)}")
+    return ", ".join(told)
+
+
+def _size(text: Windows | Documents | Instructions) -> str:
+    if isinstance(text, Instructions):
+        return f"records of up to {text.length} tokens"
+    return f"{text.count} x {text.length} tokens"
+
+
 SAID = {"attention_mlp": "attention, MLP"}  # of granularities
 
 

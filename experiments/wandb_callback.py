@@ -103,7 +103,7 @@ def _numbers(record: Record) -> dict[str, float]:
     """Every single number of the record by its path, e.g. `wikitext2/test@128/perplexity`."""
     found = {f"seconds/{stage}": value for stage, value in record.cost.seconds.items()}
     found["peak_bytes"] = record.cost.peak_bytes
-    for name, values in {"achieved": record.achieved, **record.measures}.items():
+    for name, values in {"achieved": {**record.achieved, "sparsity": record.sparsity}, **record.measures}.items():
         found |= {f"{name}/{key}": value for key, value in values.items() if isinstance(value, int | float)}
     return found
 
@@ -118,7 +118,7 @@ def _figures(record: Record) -> dict[str, Any]:
     if projections := record.achieved.get("projections"):
         axes = (figure := Figure(figsize=(7, 3), layout="constrained")).subplots()
         axes.plot([projection["achieved"] for projection in projections], ".", markersize=3)
-        axes.set(xlabel="projection, in the order of the blocks", ylabel="sparsity", ylim=(0, 1))
+        axes.set(xlabel="projection, in the order of the blocks", ylabel="sparsity after pruning", ylim=(0, 1))
         (canvas := FigureCanvasAgg(figure)).draw()  # handed over as pixels: wandb looks for pyplot in a figure
         figures["sparsity"] = wandb.Image(np.asarray(canvas.buffer_rgba()))
     return figures

@@ -23,6 +23,7 @@ from tabulate import tabulate
 
 from experiments import cli, selection
 from experiments.models import catalogue
+from experiments.progress import duration
 
 if TYPE_CHECKING:
     from experiments.cells import Cell
@@ -210,7 +211,7 @@ def _left(left: Mapping[str, str], tables: Mapping[str, Sequence[Cell]]) -> list
 def _dry_run(
     asked: argparse.Namespace, plan: Work, tables: Mapping[str, Sequence[Cell]], profiles: Mapping[str, Profile]
 ) -> int:
-    from slurm import launch
+    from slurm import collect, launch
 
     todo = launch.missing(plan, tables, dry=True)
     planned = launch.planned(plan, todo, profiles, asked.memory_gb)
@@ -222,20 +223,34 @@ def _dry_run(
     for name in dict.fromkeys(name for name, _ in planned):
         of_profile = [job for other, array in planned if other == name for job in array.jobs]
         print(f"{name}: {_counted(of_profile)}")
-    print(f"Nothing was submitted: {len(todo.cells) - len(todo.left)} cells would be, {len(todo.left)} are left out.")
+    if asked.collect:
+        first = next(iter(profiles.values()))
+        array, waits = collect.planned(first), collect.waiting(first, ["JOBS"])
+        request = array.request
+        print(
+            f"\nA last job, once those of these tables have ended, writes {collect.WHAT}. It requests "
+            f"{request.memory(waits.whole_memory)} and {duration(60 * request.minutes)}.\n\n"
+            f"{launch.script(array, waits, collect.NAME, plan.root / '.cache/slurm/...')}"
+        )
+    would = _number(len(todo.cells) - len(todo.left), "cell")
+    print(f"Nothing was submitted: {would} would be, {len(todo.left)} left out.")
     return cli.EXIT_FAILED if todo.left and asked.strict else 0
 
 
 def _counted(planned: Sequence[Job]) -> str:
-    """E.g. `14 cells in 9 jobs, about 28.0 hours together`; with their cards where a job takes several."""
-    hours = sum(job.seconds for job in planned) / 3600
-    told = f"{sum(len(job.cells) for job in planned)} cells in {len(planned)} jobs"
+    """E.g. `14 cells in 9 jobs, about 28.0 h together`; with their cards where a job takes several."""
+    together = duration(max(1, sum(job.seconds for job in planned)))
+    told = f"{_number(sum(len(job.cells) for job in planned), 'cell')} in {_number(len(planned), 'job')}"
     by_cards = Counter(job.cards for job in planned)
     if max(by_cards) == 1:
-        return f"{told}, about {hours:,.1f} hours together"
+        return f"{told}, about {together} together"
     each = ", ".join(f"{count} on {cards}" for cards, count in sorted(by_cards.items()))
-    card_hours = sum(job.cards * job.seconds for job in planned) / 3600
-    return f"{told} ({each} cards), about {hours:,.1f} hours, {card_hours:,.1f} card hours"
+    of_cards = duration(max(1, sum(job.cards * job.seconds for job in planned)))
+    return f"{told} ({each} cards), about {together} together, {of_cards} of single cards"
+
+
+def _number(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
 
 
 def _slowness(slow: Mapping[Cell, float], count: int, name: str) -> str:
@@ -283,9 +298,10 @@ def _show(array: Array, profile: str, whole_memory: bool) -> None:
         device = f"{request.gpus} {some} {request.gpu_memory_gb:g} GB in use, "
     elif request.cards > 1:
         device = f"{request.cards} processes, "
-    times = f", then requeued, {request.needed_hours:.1f} h in total" if request.hours < request.needed_hours else ""
+    needed = duration(3600 * request.needed_hours)
+    times = f", then requeued, {needed} in total" if request.hours < request.needed_hours else ""
     where = f" with the profile {profile}" if profile else ""
-    print(f"\nEach requests {device}{request.memory(whole_memory)} and {request.hours:.1f} h{times}{where}.")
+    print(f"\nEach requests {device}{request.memory(whole_memory)} and {duration(60 * request.minutes)}{times}{where}.")
     if array.after:
         jobs = f"{len(array.after)} jobs have" if len(array.after) > 1 else "1 job has"
         print(f"They start once {jobs} chosen the learning rates that they need.")

@@ -65,6 +65,11 @@ def _message(status: int, unwritten: Path, results: str) -> str:
     return f"written, except {named} ({parts[-1]}: {reasons[parts[-1]].rstrip('.')}); {logs}"
 
 
+def planned(profile: Profile) -> Array:
+    """The one job, which needs no accelerator."""
+    return Array((Job(()),), Request(1, 0, 0, LIBRARIES_GB, HOURS, min(HOURS, profile.hours)))
+
+
 def send(plan: Work, cells: Collection[str], profile: Profile, executor: str) -> str:
     """Its id and what it does.  The job begins when all jobs that are alive by now with `cells`, the ids of those of
     its tables, have ended, well or not.  It takes the place of one that waits for some of them; one that waits for all
@@ -95,8 +100,7 @@ def _send(
     plan: Work, profile: Profile, executor: str, tables: dict[str, str], same: list[str], alive: list[str]
 ) -> str:
     sent = (Sent("", {}),)
-    array = Array((Job(()),), Request(1, 0, 0, LIBRARIES_GB, HOURS, min(HOURS, profile.hours)))
-    waits = _after(profile, alive)
+    array, waits = planned(profile), waiting(profile, alive)
     entry = Entry(
         f"{NAME}-{ledger.unique(sent)}", NAME, executor, str(plan.root), sent, LIBRARIES_GB, records.now(),
         asks=asks(array, waits), collected=tables, same=same, after=alive,
@@ -130,7 +134,7 @@ def _idle(entry: Entry, tables: Collection[str], stopped: Collection[str], left:
     return bool(concerned) and not left & set(entry.after)
 
 
-def _after(profile: Profile, ids: Sequence[str]) -> Profile:
+def waiting(profile: Profile, ids: Sequence[str]) -> Profile:
     """Without an accelerator, and after these jobs."""
     return profile.model_copy(update={"gres": None, "whole_memory": False}).after(ids)
 

@@ -12,15 +12,22 @@ from pathlib import Path
 import pytest
 import small_table as small
 import torch
+from families import tiny
 from transformers import AutoModelForCausalLM
 
 import pruners
+from analysis import frame
 from analysis.__main__ import main as analysis
+from analysis.pages import provenance
+from analysis.rows import Row
+from analysis.tables import frames
+from experiments import models
 from experiments.__main__ import main
+from experiments.models import lengths
 from experiments.own import defaults, meanings, options, saved, tables
 from experiments.own import prune as own
 from experiments.recovery import Retraining
-from experiments.spec import Run, Windows
+from experiments.spec import Perplexity, Run, Windows
 from experiments.store import records
 from pruners.__main__ import main as pruners_main
 from pruners.interface import plugin
@@ -108,6 +115,38 @@ def test_one_command_prunes_measures_and_keeps_a_model_that_plain_transformers_o
 
 
 @needs_model
+def test_a_card_has_the_dense_value_of_each_measure_whichever_run_took_it(where, tmp_path):
+    for key in ("ptb/test@64[:4]", "ptb/test@32[:4]"):
+        assert prune(f"--method magnitude --measure {key} --save {tmp_path / key[9:11]}", where) == 0
+    dense = [r for r in records.load(tmp_path / "results", "adhoc").values() if r.spec["method"] is None]
+    for record in dense:
+        ((key, value),) = record.measures.items()
+        card = (tmp_path / key[9:11] / "README.md").read_text()
+        assert f"| {key} | {saved.shown(value)} |" in card
+
+
+def test_a_card_takes_no_dense_value_of_another_text(tmp_path):
+    plain, pruned = (Run("llama-7b", method, small.WINDOWS, (small.PPL,)) for method in (None, pruners.Wanda()))
+    of_other = {key: {**value, "token_sha256": "cd" * 32} for key, value in small.record(plain).measures.items()}
+    for record in (small.record(plain, measures=of_other), small.record(replace(plain, quantised=True))):
+        records.write(record, tmp_path)
+    assert saved._dense(small.record(pruned), tmp_path) == {}
+    records.write(record := small.record(plain), tmp_path)
+    assert saved._dense(small.record(pruned), tmp_path) == record.measures
+
+
+@needs_model
+def test_the_text_that_retraining_reads_is_printed_and_on_the_card(where, tmp_path, capsys):
+    kept = tmp_path / "kept"
+    words = f"--method magnitude --recover norms --steps 3 --held-out ptb/test --measure ptb/test@64[:4] --save {kept}"
+    assert prune(words, where) == 0
+    read = "c4/train 6 x 512 tokens, best step by ptb/test 32 x 512 tokens"
+    told = capsys.readouterr().err
+    assert re.search(rf"Recovery: .*\(3 steps, learning rate 0.0005\) on {read}\n", told)
+    assert f"Calibration: none. Retraining: {read}.\n" in (kept / "README.md").read_text()
+
+
+@needs_model
 def test_what_is_kept_is_never_written_over_and_a_finished_cell_is_kept_later(where, tmp_path, capsys):
     asked = f"--method magnitude --sparsity 0.5 --measure ptb/test@64[:4] --save {tmp_path / 'kept'}"
     assert prune(asked.partition(" --save")[0], where) == 0
@@ -168,6 +207,28 @@ def test_methods_and_recovery_are_told_by_their_own_options(method, recovery, wh
 
 
 @needs_model
+@pytest.mark.parametrize("how", ["--recover", "--reconstruct"])
+def test_a_model_whose_pruned_weights_were_filled_is_nowhere_said_to_be_sparse(how, where, tmp_path, capsys):
+    kept = tmp_path / "kept"
+    words = f"--method wanda --sparsity 0.5 {how} lora --steps 2 {SHORT} --save {kept}"
+    assert prune(words, where) == 0
+    weight = AutoModelForCausalLM.from_pretrained(kept).model.layers[0].mlp.up_proj.weight
+    assert (weight == 0).sum() == 0
+    told, filled = capsys.readouterr(), "0.0000 (merging LoRA filled pruned weights)"
+    assert f"sparsity {filled}" in told.err
+    assert re.search(f"sparsity of the pruned weights +{re.escape(filled)}", told.out)
+    assert f"pruned weights: {filled} (requested: 0.5000)" in (kept / "README.md").read_text()
+    results = tmp_path / "results"
+    assert set(frame(results).sparsity) == {0.0}
+    (record,) = [r for r in records.load(results, "adhoc").values() if r.spec["method"]]
+    run = Run(str(small.MODEL), pruners.Wanda(sparsity=0.5), None, ())
+    row = Row("Wanda", "50 %", run, record, None)
+    assert frames.text([row])["Sparsity"][0] == "0.00 %"
+    assert frames.numbers([row])["sparsity"][0] == 0
+    assert provenance.origins([row])[record.id]["Sparsity"] == {"requested": 0.5, "achieved": 0.0}
+
+
+@needs_model
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -190,6 +251,28 @@ def test_methods_and_recovery_are_told_by_their_own_options(method, recovery, wh
         ("--method wanda --sparsity 0.5 --recover norms --held-out c4/train", "is the text that is trained on"),
         ("--method wanda --sparsity 0.5 --recover norms --check-every 3", "give --held-out, too"),
         ("--method wanda --sparsity 0.5 --recover norms --held-out nowhere/test", "nowhere/test"),
+        (
+            "--method wanda --measure ptb/test@513",
+            "Perplexity ptb/test@513 takes 513 tokens at once, and the context le",
+        ),
+        ("--method wanda --calibration c4/train --seqlen 513", "Calibration on c4/train takes 513 tokens at once"),
+        ("--method wanda --reconstruct full", "--reconstruct full would train what is no part of a decoder block"),
+        (
+            "--method wanda --reconstruct head",
+            "choose weights, biases, norms, biases+norms, lora, loraprune, scalelora",
+        ),
+        (
+            "--method wanda --reconstruct norms --granularity matrix",
+            "drop norms here, or use --granularity attention_m",
+        ),
+        ("--method wanda --reconstruct lora --reference --inputs dense", "drop --reference, or --granularity and --in"),
+        ("--method wanda --recover norms --reference --micro-batch-size 4", "multiple of the --micro-batch-size of 4"),
+        ("--method wanda --recover masklora --steps 0", "--recover: --steps is a whole number, 1 or more; got 0."),
+        ("--method wanda --recover norms --train-batch-size 0", "--recover: --train-batch-size is a whole number, 1"),
+        ("--method wanda --recover norms --stop 0", "--recover: --stop is a whole number, 1 or more; got 0."),
+        ("--method wanda --recover norms --learning-rate 0", "--recover: --learning-rate is a positive number"),
+        ("--method wanda --reconstruct norms --steps 0", "--reconstruct: --steps is a whole number, 1 or more"),
+        ("--method sparsegpt --block-size 0", "--method sparsegpt: --block-size is a whole number, 1 or more; got 0."),
         ("--method wanda --sparsity 0.5 --measure ppl", "is not a protocol key"),
         ("--method wanda --sparsity 0.5 --limit 3", "--limit applies to the documents of --tasks"),
         ("--method wanda --sparsity 0.5 --calibration nowhere/train", "nowhere/train"),
@@ -216,7 +299,7 @@ def test_what_does_not_fit_is_refused_before_any_work(words, said, where, capsys
 def test_retraining_after_a_method_without_calibration_reads_the_corpus_that_is_named(where, tmp_path, capsys):
     words = "--recover norms --steps 2 --calibration c4/train --seqlen 64 --measure ptb/test@64[:4]"
     assert prune(f"--method magnitude {words}", where) == 0
-    assert "Recovery: norms (2 steps of c4/train, learning rate 0.0005)" in capsys.readouterr().err
+    assert "Recovery: norms (2 steps, learning rate 0.0005) on c4/train" in capsys.readouterr().err
     (recovery,) = [r.spec["recovery"] for r in records.load(tmp_path / "results", "adhoc").values() if r.spec["method"]]
     assert (recovery["text"]["corpus"], recovery["text"]["length"]) == ("c4/train", 64)
 
@@ -261,6 +344,11 @@ def test_every_method_and_recovery_explains_its_options(capsys):
     assert "--heads-removed" in told
     assert "An et al. 2024" in told
     assert main(["prune", "--help", "nobody"]) == 2
+    capsys.readouterr()
+    assert main(["prune", "--help", "masklora"]) == 2
+    assert "see --help retraining and --help reconstruction." in capsys.readouterr().err
+    assert main(["prune", "--help", "head"]) == 2
+    assert "see --help retraining." in capsys.readouterr().err
     assert main(["prune", "--help"]) == 0
 
 
@@ -278,6 +366,10 @@ def test_help_tells_the_default_that_is_meant(capsys):
     told = capsys.readouterr().out
     assert "(required)" not in told
     assert told.endswith(f"WHAT: {', '.join(defaults.TRAINABLE)}\n")
+    assert main(["prune", "--help", "reconstruction"]) == 0
+    assert capsys.readouterr().out.endswith(
+        "WHAT: weights, biases, norms, biases+norms, lora, loraprune, scalelora, masklora\n"
+    )
 
 
 def test_the_defaults_are_the_papers():
@@ -469,6 +561,46 @@ def test_a_comparison_whose_file_has_no_place_is_refused_and_writes_nothing(name
     assert said in err
     assert len(err.splitlines()) == 1
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@needs_model
+@pytest.mark.parametrize("long", ["--seqlen 5000", "--measure ptb/test@99999"])
+def test_a_comparison_whose_windows_are_too_long_for_a_model_is_refused_before_any_work(long, where, tmp_path, capsys):
+    words = ["--methods", "magnitude", "wanda", "--settings", "0.5", *shlex.split(long)]
+    assert main(["compare", str(small.MODEL), *words, *where]) == 2
+    (told,) = capsys.readouterr().err.splitlines()
+    assert "the context length of hf is 512; use shorter windows." in told
+    assert not (tmp_path / "results").exists()
+
+
+@needs_model
+def test_cells_whose_windows_are_too_long_fail_before_the_model_is_loaded_and_the_others_run(
+    mine, where, tmp_path, capsys, monkeypatch
+):
+    small.edit(mine, '(Perplexity("ptb/test", 64, 4),)', '(Perplexity("ptb/test", 64 if sparsity < 0.4 else 513, 4),)')
+    loaded: list[object] = []
+    load = models.load
+    monkeypatch.setattr(models, "load", lambda *a, **k: loaded.append(a) or load(*a, **k))
+    assert main(["run", str(mine), *where, "--method", "magnitude"]) == 1
+    assert "magnitude 50 %: failed: perplexity ptb/test@513[:4] takes 513 tokens" in capsys.readouterr().err.lower()
+    assert len(loaded) == 1
+    assert len(records.load(tmp_path / "results", "mine")) == 1
+
+
+@pytest.mark.parametrize(
+    ("family", "room", "calibrated"), [("bloom", 0, 0), ("llama", 64, 64), ("chatglm", 62, 64), ("mpt", 0, 64)]
+)
+def test_windows_fit_the_family_of_the_model(family, room, calibrated, tmp_path):
+    tiny(family).save_pretrained(tmp_path / family)
+    run = Run(str(tmp_path / family), pruners.Wanda(), Windows("c4/train", 1, 8), ())
+    for limit, long in (
+        (room, lambda length: replace(run, measures=(Perplexity("ptb/test", length),))),
+        (calibrated, lambda length: replace(run, windows=Windows("c4/train", 1, length))),
+    ):
+        lengths.check(long(limit or 10**6))
+        if limit:
+            with pytest.raises(UsageError, match=f"context length of {family} is {limit};"):
+                lengths.check(long(limit + 1))
 
 
 def test_the_promises_of_a_method_are_checked(ria, tmp_path, capsys):

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import small_table as small
 
 import pruners
+from experiments.recovery import Retraining
 from experiments.spec import Run
 from experiments.store import atomic, checksummed_json, records
+from pruners.retrain import LoRA, MaskLoRA, Trainable
 
 RUN = Run("smollm2-135m", pruners.Wanda(sparsity=0.5), small.WINDOWS, (small.PPL,))
 
@@ -72,6 +75,23 @@ def test_even_a_sealed_record_must_fit_the_schema_and_its_own_spec(path, changes
     path.write_text(checksummed_json.dumps(content))
     with pytest.raises(records.BadRecordError, match=reason):
         records.read(path)
+
+
+@pytest.mark.parametrize(
+    ("adapters", "structure", "sparsity"),
+    [
+        (LoRA(merge=True), None, 0.1),
+        (LoRA(), None, 0.5),
+        (MaskLoRA(), None, 0.5),
+        (LoRA(merge=True), {"heads": [4, 3]}, 0.5),  # what is gone cannot be filled
+    ],
+)
+def test_the_sparsity_is_that_of_the_measured_model(adapters, structure, sparsity):
+    recovery = Retraining(Trainable(adapters=adapters), small.WINDOWS, steps=1, learning_rate=1e-3)
+    achieved = {"asked": 0.5, "sparsity": 0.5, "structure": structure, "recovery": {"sparsity": 0.1}}
+    record = small.record(replace(RUN, recovery=recovery), achieved=achieved)
+    assert record.sparsity == sparsity
+    assert ("filled" in record.sparsity_told) == (sparsity != 0.5)
 
 
 def test_a_record_under_another_name_is_not_trusted(path, tmp_path):

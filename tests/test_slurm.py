@@ -412,6 +412,18 @@ def test_what_a_job_needs_first_loads_without_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.parametrize("collect", [[], ["--collect"]])
+def test_a_dry_run_shows_the_last_job_and_times_as_they_are_asked_for(collect, tiny, capsys):
+    assert main(["submit", *tiny, "--dry-run", *collect]) == 0
+    told = capsys.readouterr().out
+    assert "GB of memory and 15 min." in told
+    assert "#SBATCH --time=15\n" in told
+    assert "cpu: 5 cells in 1 job, about 1 s together\n" in told
+    assert ("writes tables, figures, claims and report" in told) == bool(collect)
+    assert told.count("#SBATCH --job-name=collect\n") == told.count("--dependency=afterany") == len(collect)
+    assert told.endswith("Nothing was submitted: 5 cells would be, 0 left out.\n")
+
+
 def test_cluster_examples_need_no_cluster_to_be_shown(tiny, capsys):
     for name in profile.names():
         assert main(["submit", *tiny, "--profile", name, "--dry-run"]) == 0

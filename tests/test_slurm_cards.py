@@ -149,7 +149,7 @@ def test_a_card_that_is_named_is_the_only_one(tmp_path, capsys):
         "cuda:0",
     ]
     assert main([*words, "--only", "Magnitude + all weights 50 %"]) == 0
-    assert f"{path}: 1 cells in 1 jobs, about" in capsys.readouterr().out
+    assert f"{path}: 1 cell in 1 job, about" in capsys.readouterr().out
 
 
 def test_show_says_the_fewest_cards(tmp_path, capsys):

@@ -74,4 +74,4 @@ def _draw_lines(axes: Axes, cells: Sequence[Cell], methods: Sequence[str]) -> No
 
 def _reached(cell: Cell) -> float:
     record = cell.rows[0].record
-    return record.achieved["sparsity"] if record else 0.0
+    return record.sparsity if record else 0.0

@@ -43,7 +43,7 @@ def _done(row: Row, record: Record) -> dict[str, Any]:
         "cell": _named(row),
         "Measured": {key: _short(measured) for key, measured in record.measures.items()},
         "Specification": _asked(record.spec),
-        "Sparsity": {"requested": record.achieved.get("asked"), "achieved": record.achieved.get("sparsity")},
+        "Sparsity": {"requested": record.achieved.get("asked"), "achieved": record.sparsity},
         "Texts": {name: _flat(source) for name, source in record.data.items()},
         "Made by": _maker(record.made_by),
         "Cost": {**{f"{stage}, s": taken for stage, taken in record.cost.seconds.items()}, **_memory(record)},

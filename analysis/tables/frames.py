@@ -166,7 +166,7 @@ def _numbers(row: Row, found: Sequence[Column]) -> dict[str, Any]:
         "state": row.state,
         "code": row.code,
         "asked": achieved.get("asked"),
-        "sparsity": achieved.get("sparsity"),
+        "sparsity": row.record.sparsity if row.record else None,
         **values,
         "failure": row.failure.message if row.failure and not row.record else None,
     }
@@ -175,7 +175,7 @@ def _numbers(row: Row, found: Sequence[Column]) -> dict[str, Any]:
 def _share(row: Row) -> str:
     if row.record is None:
         return MISSING
-    return f"{100 * row.record.achieved['sparsity']:.2f} %"
+    return f"{100 * row.record.sparsity:.2f} %"
 
 
 def measured_on(row: Row, key: str) -> tuple[str, str] | None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pruners
-from experiments.models import canonical, own_dtype
+from experiments.models import canonical, lengths, own_dtype
 from experiments.own import defaults, tables
 from experiments.spec import Run, Table
 from experiments.store import atomic
@@ -112,6 +112,7 @@ def file(asked: argparse.Namespace) -> Path:
     unread = [f"--{name}" for name in ("calibration", "nsamples", "seqlen") if name in told]
     if unread and not any(run.calibrates for run in runs):
         raise UsageError(f"None of {', '.join(asked.methods)} uses calibration text; leave out {', '.join(unread)}.")
+    lengths.check(*runs)
     arguments = "".join(f"\n    {name}={value!r}," for name, value in told.items())
     files = [str(file.expanduser().resolve()) for file in asked.plugin]
     plugins = f"from pruners.interface.plugin import use\n\nuse({files!r})\n" if files else ""

@@ -10,7 +10,7 @@ from experiments import models, protocols
 from experiments.papers import flap, gblm, llm_pruner, perp
 from experiments.spec import Perplexity, Windows
 from pruners import LLMPruner
-from pruners.retrain import LoRA, LoRAPrune, MaskLoRA, ScaleLoRA, Trainable
+from pruners.retrain import LoRA, LoRAPrune, MaskLoRA, Reconstruction, ScaleLoRA, Trainable
 
 LONGEST = gblm.WINDOWS.length  # that of Wanda, SparseGPT and GBLM-Pruner on the models of their first versions
 WINDOWS = {"flap": flap.WIKITEXT, "wanda_sp": flap.C4, "magnitude_sp": flap.C4, "llm_pruner": llm_pruner.WINDOWS}
@@ -26,6 +26,12 @@ TRAINABLE = {
     "scalelora": Trainable(biases=True, norms=True, adapters=ScaleLoRA(rank=16)),
     "masklora": Trainable(biases=True, norms=True, adapters=MaskLoRA(rank=16)),
 }
+
+
+def trainable(kind: type[Any]) -> dict[str, Trainable]:
+    """By name what this kind of recovery can train: decoder blocks hold no head and no embeddings."""
+    rebuilds = kind is Reconstruction
+    return {name: what for name, what in TRAINABLE.items() if not (rebuilds and (what.head or what.embeddings))}
 
 
 def windows(method: str, model: str) -> Windows:

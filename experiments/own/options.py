@@ -34,7 +34,7 @@ def parse(
     """The fields that the words give, by name, and the words that are none of its options.
 
     `skip` are fields that are no options, `names` other names for some, `otherwise` defaults that are not the class's.
-    UsageError for a value that is of no such type; `what` names the thing whose options they are.
+    UsageError for a value that is of no such type or out of range; `what` names the thing whose options they are.
     """
     told = io.StringIO()
     try:
@@ -44,6 +44,13 @@ def parse(
     except SystemExit:
         raise UsageError(f"{what}: {_first_sentence(told.getvalue())}") from None
     given = {f.name: getattr(made, f.name) for f in fields(made)}
+    hints = typing.get_type_hints(kind, include_extras=True)
+    try:
+        for name, value in given.items():
+            if value is not None and (rules := _rules(hints[name])):
+                rules[0].checked(f"--{_called(name, names or {})}", value)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{what}: {error}") from None
     return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}, rest
 
 
@@ -73,7 +80,23 @@ def refuse(rest: Sequence[str], known: Mapping[str, Sequence[str]]) -> None:
 
 
 def names_of(kind: type[Any], *, skip: Collection[str] = (), names: Mapping[str, str] | None = None) -> list[str]:
-    return [(names or {}).get(f.name, f.name.replace("_", "-")) for f in fields(kind) if f.name not in skip]
+    return [_called(f.name, names or {}) for f in fields(kind) if f.name not in skip]
+
+
+def in_options(message: str, kind: type[Any], names: Mapping[str, str]) -> str:
+    """What the class says of its fields, `granularity='block'` or `batch_size`, as options."""
+
+    def told(found: re.Match[str]) -> str:
+        name, given = found.groups()
+        if name not in {f.name for f in fields(kind)}:
+            return name
+        return f"--{_called(name, names)} {given or ''}".rstrip()
+
+    return re.sub(r"\b([a-z]+_[a-z_]+\b|[a-z]+(?==))(?:=(?:True|'(\w+)')?)?", told, message)
+
+
+def _called(name: str, names: Mapping[str, str]) -> str:
+    return names.get(name, name.replace("_", "-"))
 
 
 def _filled_in(kind: type[Any]) -> dict[str, str]:

@@ -18,7 +18,7 @@ import pruners
 from experiments import cells, cli, models, recovery
 from experiments.cells import Cell
 from experiments.labels import calibration, full, labels, seed
-from experiments.models import kept
+from experiments.models import kept, lengths
 from experiments.own import defaults, options, saved
 from experiments.recovery import Documents, Retraining
 from experiments.spec import Run, Windows
@@ -42,14 +42,20 @@ HELD_OUT = 32  # windows, as many tokens each as an example
 def explained(name: str) -> str:
     """What a method or kind of recovery does and every option that it has; UsageError for a name nobody knows."""
     kinds: dict[str, Any] = {**pruners.METHODS, "retraining": Retraining, "reconstruction": Reconstruction}
+    if name in defaults.TRAINABLE and name not in kinds:
+        also = name in defaults.trainable(Reconstruction)
+        raise UsageError(
+            f"{name} is no method but what --recover{' and --reconstruct train' if also else ' trains'}; see "
+            f"--help retraining{' and --help reconstruction' * also}."
+        )
     if name not in kinds:
         raise UsageError(unknown("method", name, kinds))
     if name in pruners.METHODS:
         return options.help_of(kinds[name], f"python -m experiments prune MODEL --method {name}", skip=SEED)
-    option, otherwise = ("recover", OTHERWISE) if name == "retraining" else ("reconstruct", {})
+    option, otherwise = ("recover", OTHERWISE) if kinds[name] is Retraining else ("reconstruct", {})
     what = f"python -m experiments prune MODEL --method METHOD --{option} WHAT"
     told = options.help_of(kinds[name], what, skip=BETWEEN, names=TRAINED, otherwise=otherwise)
-    return f"{told.rstrip()}\n\nWHAT: {', '.join(defaults.TRAINABLE)}"
+    return f"{told.rstrip()}\n\nWHAT: {', '.join(defaults.trainable(kinds[name]))}"
 
 
 def run(asked: argparse.Namespace) -> int:
@@ -65,6 +71,7 @@ def run(asked: argparse.Namespace) -> int:
     found = cells.cells(runs)
     _refuse_lacking(runs, asked.data_dir)
     _refuse_unfit(runs[-1])
+    lengths.check(*runs)
     if asked.save:
         _refuse_unkept(runs[-1], asked.save)
     for line in _choices(runs[-1]):
@@ -89,9 +96,13 @@ def declared(asked: argparse.Namespace) -> list[Run]:
     seeded, asked.seed = asked.seed is not None, asked.seed or 0
     if asked.method not in pruners.METHODS:
         raise UsageError(unknown("method", asked.method, pruners.METHODS))
-    for option in ("recover", "reconstruct"):
-        if (name := getattr(asked, option)) and name not in defaults.TRAINABLE:
-            raise UsageError(unknown(f"choice of what to train (--{option})", name, defaults.TRAINABLE))
+    for option, kind in (("recover", Retraining), ("reconstruct", Reconstruction)):
+        if (name := getattr(asked, option)) and name not in (known := defaults.trainable(kind)):
+            if name in defaults.TRAINABLE:
+                raise UsageError(
+                    f"--{option} {name} would train what is no part of a decoder block; choose {', '.join(known)}."
+                )
+            raise UsageError(unknown(f"choice of what to train (--{option})", name, known))
     if asked.limit and not asked.tasks:
         raise UsageError("--limit applies to the documents of --tasks; give --tasks, or leave --limit out.")
     if asked.recover and asked.reconstruct:
@@ -145,7 +156,10 @@ def _recovery(asked: argparse.Namespace, rest: Sequence[str], windows: Windows) 
             known[option] = options.names_of(kind, skip=BETWEEN, names=TRAINED)
             otherwise = OTHERWISE if kind is Retraining else {}
             given, rest = options.parse(kind, rest, option, skip=BETWEEN, names=TRAINED, otherwise=otherwise)
-            made = _made(kind, defaults.TRAINABLE[name], given, asked, windows)
+            try:
+                made = _made(kind, defaults.TRAINABLE[name], given, asked, windows)
+            except ValueError as error:
+                raise UsageError(options.in_options(str(error), kind, TRAINED)) from error
     options.refuse(rest, known)
     return made
 
@@ -216,12 +230,12 @@ def _choices(run: Run) -> list[str]:
     """What was left open and what stands for it."""
     keys = [key for what in run.measures for key in (what.keys or (what.key,))]
     after = recovery.label(run.recovery).removeprefix(" + ")
-    text = f" of {run.recovery.text.corpus}" if isinstance(run.recovery, Retraining) else ""
-    steps = f" ({run.recovery.steps} steps{text}, learning rate {run.recovery.learning_rate:g})" if run.recovery else ""
+    steps = f" ({run.recovery.steps} steps, learning rate {run.recovery.learning_rate:g})" if run.recovery else ""
+    read = f" on {text}" if (text := recovery.text(run.recovery)) else ""
     lines = [
         f"Method: {run.method!r}",
         f"Calibration: {calibration(run)}",
-        f"Recovery: {after}{steps}" if after else "",
+        f"Recovery: {after}{steps}{read}" if after else "",
     ]
     return [*filter(None, lines), f"Measures in {run.dtype}: {', '.join(keys)}"]
 
@@ -232,7 +246,7 @@ def beside(found: Sequence[Cell], known: dict[str, Record]) -> str:
     names = [full(label) for label in labels([cell.run for cell in found])]
     shown = [key for key, value in pruned.measures.items() if saved.shown(value)]
     lines = [(key, saved.shown(dense.measures[key]), saved.shown(pruned.measures[key])) for key in shown]
-    lines.append(("sparsity of the pruned weights", "", f"{pruned.achieved['sparsity']:.4f}"))
+    lines.append(("sparsity of the pruned weights", "", pruned.sparsity_told))
     lines.append(("cost", _cost(dense), _cost(pruned)))
     return tabulate(lines, ("", *names), disable_numparse=True)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from experiments import models
+from experiments import models, recovery
 from experiments.cells import Cell
 from experiments.labels import calibration
 from experiments.models.gguf import quiet
@@ -26,7 +26,7 @@ CARD = """---
 
 {model} pruned by `{method}`{recovery}. {sparsity}
 
-Calibration: {calibration}.
+Calibration: {calibration}.{retraining}
 
 | measure | before | this model |
 | --- | --- | --- |
@@ -82,7 +82,6 @@ def card(run: Run, record: Record, folder: Path, name: str, root: Path) -> str:
     stock = STOCK.format(folder=name)
     known, made = models.find(run.model), record.made_by
     method = type(run.method).__name__ if run.method else "no pruning"
-    dense = _dense(record, root)
     return CARD.format(
         front=_front(known.hub, method),
         title=f"{run.model_name}, {method}",
@@ -91,7 +90,8 @@ def card(run: Run, record: Record, folder: Path, name: str, root: Path) -> str:
         recovery=f", then `{run.recovery}`" if run.recovery else "",
         sparsity=_removed(record),
         calibration=calibration(run),
-        values="\n".join(_values(record.measures, dense.measures if dense else {})),
+        retraining=f" Retraining: {text}." if (text := recovery.text(run.recovery)) else "",
+        values="\n".join(_values(record.measures, _dense(record, root))),
         opening=OWN.format(stock=stock, folder=name) if kind.startswith("pruned_") else stock,
         id=record.id,
         table=record.table,
@@ -109,8 +109,7 @@ def _front(hub: str | None, method: str) -> str:
 
 
 def _removed(record: Record) -> str:
-    reached, requested = record.achieved["sparsity"], record.achieved["asked"]
-    return f"Sparsity of the pruned weights: {reached:.4f} (requested: {requested:.4f})."
+    return f"Sparsity of the pruned weights: {record.sparsity_told} (requested: {record.achieved['asked']:.4f})."
 
 
 def _values(measured: dict[str, dict[str, Any]], dense: dict[str, dict[str, Any]]) -> Iterator[str]:
@@ -130,13 +129,20 @@ def shown(measured: dict[str, Any]) -> str:
     return ""
 
 
-def _dense(record: Record, root: Path) -> Record | None:
-    """The record of the model as it was, in the same number format."""
+def _dense(record: Record, root: Path) -> dict[str, dict[str, Any]]:
+    """By protocol key, what the model as it was has on the same text in the same number format."""
+    found: dict[str, dict[str, Any]] = {}
     for other in records.load(root, record.table).values():
-        same = all(other.spec[part] == record.spec[part] for part in ("model", "dtype"))
-        if same and other.spec["method"] is None and "recovery" not in other.spec:
-            return other
-    return None
+        same = all(other.spec.get(part) == record.spec.get(part) for part in ("model", "dtype", "rehearsal"))
+        if same and other.spec["method"] is None and not {"recovery", "quantised"} & set(other.spec):
+            found |= {
+                key: value for key, value in other.measures.items() if _read_same(value, record.measures.get(key))
+            }
+    return found
+
+
+def _read_same(one: dict[str, Any], other: dict[str, Any] | None) -> bool:
+    return other is not None and all(one.get(text) == other.get(text) for text in ("token_sha256", "documents_sha256"))
 
 
 def _slug(text: str) -> str:

@@ -12,7 +12,7 @@ from eval import int8
 from experiments import cells, placement, provenance, rates, resume
 from experiments.data import corpora
 from experiments.measures import made
-from experiments.models import kept
+from experiments.models import kept, lengths
 from experiments.own import saved
 from experiments.progress import Board
 from experiments.rates.settle import settled
@@ -33,6 +33,7 @@ def execute(run: Run, table: str, settings: Settings, board: Board | None = None
     All ranks of a launch call this for the same cell; rank 0 stores.
     """
     made.check(run)
+    lengths.check(run)
     if run.quantised:
         int8.library()
     board = board or Board()
