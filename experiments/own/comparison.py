@@ -133,6 +133,7 @@ def file(asked: argparse.Namespace) -> Path:
 def show(path: Path, asked: argparse.Namespace) -> int:
     """The table as Markdown, CSV and LaTeX, and its figure, by the analysis' own commands; the exit status."""
     where = [str(path), "--results", str(asked.results)]
+    where += ["--data-dir", str(asked.data_dir)] if asked.data_dir else []
     for command in ("table", "figure"):
         if status := subprocess.run([sys.executable, "-m", "analysis", command, *where], check=False).returncode:
             return status
