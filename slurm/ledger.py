@@ -19,7 +19,7 @@ from filelock import Timeout
 
 from experiments.spec import digest
 from experiments.store import atomic, checksummed_json, records
-from experiments.store.locks import lock
+from experiments.store.locks import held
 from slurm.jobs import Array
 
 logger = logging.getLogger(__name__)
@@ -152,11 +152,8 @@ def read(path: Path, root: Path) -> Entry:
 @contextmanager
 def launching(root: Path) -> Iterator[None]:
     """One launcher at a time; raises TimeoutError while another is at it."""
-    folder = place(root)
-    with atomic.explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
     try:
-        with lock(folder / "launching.lock", timeout=10):
+        with held(place(root) / "launching.lock", timeout=10):
             yield
     except Timeout:
         raise TimeoutError("Another process is submitting cells; wait for it, then try again.") from None
