@@ -122,6 +122,27 @@ vault login SECRET
 mysql -u me -pSECRET base
 printf '{"token": "SECRET"}' > config.json
 python -c 'import wandb; wandb.login(key="SECRET")'
+export HF_TOKEN_READ=SECRET
+export WANDB_API_KEY_TEAM=SECRET
+export TOKEN_HF=SECRET
+HF_TOKEN+=SECRET
+export HF_TOKEN="$PREFIX"SECRET
+export HF_TOKEN=$PREFIX"SECRET"
+curl -sSu me:SECRET https://example.org
+curl --user=me:SECRET https://example.org
+curl -sSU me:SECRET -x proxy:3128 https://example.org
+export http_proxy=u:SECRET@proxy:3128
+export HTTPS_PROXY="u:SECRET@proxy"
+curl -x u:SECRET@proxy:3128 https://example.org
+docker login --password-stdin <<< SECRET
+docker login -u me --password-stdin <<<"SECRET" registry.example.org
+echo -n SECRET | docker login --password-stdin
+printf '%s' SECRET | docker login --password-stdin
+echo SECRET > $HF_HOME/token
+echo -n "SECRET" >> ~/.hf_token
+printf '%s\\n' SECRET > token.txt
+echo SECRET | tee $HF_HOME/token
+cat > $HF_HOME/token <<< SECRET
 echo hf_abcdefghijklmnopqrstuvwxyz > ~/.cache/huggingface/token""".splitlines()
 HARMLESS = """module load cuda/12.4
 source .venv/bin/activate
@@ -157,6 +178,31 @@ mysql -u me -p base
 rsync -a me@host:/data /scratch
 echo the password is not here
 export PWD=/scratch
+export HF_HOME=/scratch/x
+export OMP_NUM_THREADS=8
+export TOKENIZERS_PARALLELISM=false
+export TOKEN_COUNT=5
+export OS_TOKEN_ENDPOINT=https://example.org
+export HF_TOKEN="$PREFIX$SUFFIX"
+export HF_TOKEN=${PREFIX}"$SUFFIX"
+module load cuda
+python train.py --max-tokens 5
+python train.py --tokenizer gpt2 --token-type-ids 0
+curl -sSLo out.sh https://example.org/a.sh
+curl -sSu "me:$PASSWORD" https://example.org
+curl -sSu $USER:$PASSWORD https://example.org
+export http_proxy=proxy.example.org:3128
+export http_proxy=$USER:$PASSWORD@proxy:3128
+export no_proxy=localhost,127.0.0.1
+docker pull registry.example.org/image:24.01@sha256:0c0ffee0c0ffee
+docker login -u me --password-stdin <<< "$TOKEN"
+echo "$TOKEN" | docker login --password-stdin
+echo $HF_TOKEN > $HF_HOME/token
+echo "the run begins" > run.log
+echo done > tokens.txt
+echo start | tee tokenizer.log
+cat < ~/.token > $HF_HOME/token
+export PATH=$PATH:$HOME/bin
 export BYPASS=1
 export PYTHONPATH=$PWD:$PYTHONPATH
 export XDG_CACHE_HOME=$SCRATCH/cache
