@@ -407,6 +407,12 @@ def test_a_damaged_entry_is_reported_and_left_out(tiny, tmp_path, caplog):
     assert "checksum" in caplog.text
 
 
+def test_a_short_job_is_not_warned_before_it_begins():
+    short = found("opt-125m")
+    assert estimate.request(short, with_changes(warning_seconds=120)).minutes == 60 * estimate.SHORTEST_HOURS
+    assert estimate.request(short, with_changes(warning_seconds=3600)).minutes == 120
+
+
 def test_what_is_no_entry_and_no_event_stops_no_command(tiny, tmp_path, caplog):
     main(["submit", *tiny, "--executor", "debug", "--method", "dense"])
     root = tmp_path / "results"
