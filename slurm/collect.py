@@ -95,7 +95,8 @@ def _send(
     plan: Work, profile: Profile, executor: str, tables: dict[str, str], same: list[str], alive: list[str]
 ) -> str:
     sent = (Sent("", {}),)
-    array = Array((Job(()),), Request(1, 0, 0, LIBRARIES_GB, HOURS, min(HOURS, profile.hours)))
+    hours = max(HOURS, profile.least_hours)
+    array = Array((Job(()),), Request(1, 0, 0, LIBRARIES_GB, hours, min(hours, profile.hours)))
     waits = _after(profile, alive)
     entry = Entry(
         f"{NAME}-{ledger.unique(sent)}", NAME, executor, str(plan.root), sent, LIBRARIES_GB, records.now(),

@@ -118,6 +118,11 @@ class Profile(BaseModel):
             )
         return self
 
+    @property
+    def least_hours(self) -> float:
+        """Of a job that is not to be warned before it begins."""
+        return 2 * self.warning_seconds / 3600
+
     def gres_of(self, cards: int) -> str | None:
         """What names so many cards of a node."""
         if self.gres is None or cards == 1:
