@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -21,7 +21,7 @@ from experiments.recovery import Retraining
 from experiments.resume import unfinished
 from experiments.settings import Settings
 from experiments.store import atomic, elsewhere, found, records
-from experiments.store.locks import lock
+from experiments.store.locks import held
 from experiments.store.records import Failure, Record
 from pruners.retrain import Reconstruction
 from pruners.run import ranks
@@ -178,7 +178,7 @@ class _Worker:
     together: Ranks
 
     def attempt(self, cell: Cell, *, wait: bool) -> bool:
-        """False if another process is at this cell."""
+        """False if another process is at this cell; one that cannot be begun has failed."""
         try:
             with self._started(cell, wait=wait) as resumed:
                 if self._is_done(cell):
@@ -188,6 +188,9 @@ class _Worker:
                     self._run(cell, resumed)
         except Timeout:
             return False
+        except atomic.StorageError as error:
+            self.watcher.started(cell, 0)
+            self._fail(cell, error)
         return True
 
     def _is_done(self, cell: Cell) -> bool:
@@ -212,9 +215,7 @@ class _Worker:
         except (BrokenPipeError, RankLostError):  # nobody reads, or a process is lost: no fault of the cell
             raise
         except Exception as error:  # whatever it was, the other cells go on and the table shows it
-            self.outcome.failed.append(cell.label)
-            self._keep_failure(cell, error)
-            self.board.finish(cell.work, f"{cell.label}: failed: {errors.sentence(error)}")
+            self._fail(cell, error)
             if not self.together.met(place):
                 raise RankLostError(
                     f"{errors.sentence(error)} The other processes did not meet this error, and stop."
@@ -234,16 +235,20 @@ class _Worker:
         state.  Of two jobs of a cluster none waits so, as a cell that one has is not sent with the other.
         """
         place = self.settings.root / ".cache" / "started" / self.table
-        with atomic.explained(place):
-            place.mkdir(parents=True, exist_ok=True)
         patience = (WAIT_SECONDS if self.together.count > 1 else -1) if wait else 0
-        everywhere = lock(place.parent / f"{cell.id}.lock", timeout=patience)  # whatever table asks for it
-        with lock(place / f"{cell.id}.lock", timeout=patience), everywhere:
+        everywhere = held(place.parent / f"{cell.id}.lock", patience)  # whatever table asks for it
+        with held(place / f"{cell.id}.lock", patience), everywhere:
             marker = place / cell.id
-            before = len(marker.read_text()) if marker.exists() else 0
+            before = marker.read_bytes().count(b".") if marker.is_file() else 0
             atomic.write(marker, "." * (before + 1))
             yield before
-            marker.unlink()
+            with suppress(OSError):  # somebody removed the folder; the cell is done
+                marker.unlink()
+
+    def _fail(self, cell: Cell, error: Exception) -> None:
+        self.outcome.failed.append(cell.label)
+        self._keep_failure(cell, error)
+        self.board.finish(cell.work, f"{cell.label}: failed: {errors.sentence(error)}")
 
     def _keep_failure(self, cell: Cell, error: Exception) -> None:
         failure = Failure(

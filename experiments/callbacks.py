@@ -9,7 +9,7 @@ import os
 import socket
 import time
 from collections.abc import Sequence
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,11 @@ if TYPE_CHECKING:  # a job must be able to say that it goes back into the queue 
 
 logger = logging.getLogger(__name__)
 SECONDS_BETWEEN = 20.0  # lines of the log that say how far a stage is
+SAYS: dict[str, dict[str, Any]] = {  # what is read of an event, beside its time and its cell
+    "stage": {"name": str},
+    "progress": {"share": (int, float), "left": (int, float, type(None))},
+    "rank failed": {"rank": int, "lost": bool, "message": str},
+}
 
 
 class Watcher:
@@ -121,12 +126,28 @@ class Events(Watcher):
 def read(path: Path) -> list[dict[str, Any]]:
     """The events at `path`, oldest first; none where there is no such file."""
     events = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
         try:
-            events.append(json.loads(line))
-        except json.JSONDecodeError:  # cut short by a kill
+            event = json.loads(line)
+        except (ValueError, RecursionError):  # cut short by a kill, or no line of ours
             continue
+        if _is_event(event):
+            events.append(event)
     return events
+
+
+def _is_event(line: Any) -> bool:
+    """Whether it says what is read of such an event."""
+    if not isinstance(line, dict) or not all(isinstance(line.get(name), str) for name in ("at", "cell", "event")):
+        return False
+    told = SAYS.get(line["event"], {})
+    if not all(name in line and isinstance(line[name], kinds) for name, kinds in told.items()):
+        return False
+    try:
+        datetime.fromisoformat(line["at"]) + timedelta(seconds=line.get("left") or 0)
+    except (ValueError, TypeError, OverflowError):
+        return False
+    return True
 
 
 def _ends_a_line(path: Path) -> bool:

@@ -67,7 +67,8 @@ def _message(status: int, unwritten: Path, results: str) -> str:
 
 def planned(profile: Profile) -> Array:
     """The one job, which needs no accelerator."""
-    return Array((Job(()),), Request(1, 0, 0, LIBRARIES_GB, HOURS, min(HOURS, profile.hours)))
+    hours = max(HOURS, profile.least_hours)
+    return Array((Job(()),), Request(1, 0, 0, LIBRARIES_GB, hours, min(hours, profile.hours)))
 
 
 def send(plan: Work, cells: Collection[str], profile: Profile, executor: str) -> str:

@@ -69,7 +69,7 @@ def request(cells: Sequence[Cell], profile: Profile, memory_gb: float | None = N
     host = LIBRARIES_GB + max(_host_gb(cell, profile, cards) for cell in cells)
     host += 0 if profile.gres else device
     asked = math.ceil(cards * host if memory_gb is None else memory_gb)
-    needed = max(SHORTEST_HOURS, needed_hours(cells, profile, cards))
+    needed = max(SHORTEST_HOURS, profile.least_hours, needed_hours(cells, profile, cards))
     _check(cells[0].run.model, device, asked, profile, cards)
     for cell in (cell for cell, (home, _) in zip(cells, homes, strict=True) if home is None):
         raise TooLargeError(

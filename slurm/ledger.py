@@ -19,7 +19,7 @@ from filelock import Timeout
 
 from experiments.spec import digest
 from experiments.store import atomic, checksummed_json, records
-from experiments.store.locks import lock
+from experiments.store.locks import held
 from slurm.jobs import Array
 
 logger = logging.getLogger(__name__)
@@ -131,19 +131,26 @@ def remove(entry: Entry) -> None:
 
 def load(root: Path, table: str | None = None) -> list[Entry]:
     """The submissions, of this table or of any, oldest first; a damaged file is reported and left out."""
-    found = []
-    for path in place(root).glob("*/*/entry.json"):
-        try:
-            found.append(read(path, root))
-        except ValueError as error:
-            logger.warning("Ignoring %s: %s.", path, error)
-    chosen = [entry for entry in found if table is None or entry.of(table)]
+    found = [read(path, root) for path in place(root).glob("*/*/entry.json")]
+    chosen = [entry for entry in found if entry and (table is None or entry.of(table))]
     return sorted(chosen, key=lambda entry: (entry.at, entry.name))
 
 
-def read(path: Path, root: Path) -> Entry:
-    """ValueError where it is damaged; `root` is the results folder as it is called here."""
-    content = checksummed_json.loads(path.read_text(encoding="utf-8"))
+def read(path: Path, root: Path) -> Entry | None:
+    """`root` is the results folder as it is called here; None where the file is damaged, which is reported."""
+    try:
+        return _read(path, root)
+    except OSError as error:
+        logger.warning("Ignoring %s: it cannot be read (%s).", path, error.strerror or "it is not a regular file")
+    except ValueError as error:
+        logger.warning("Ignoring %s: %s.", path, error)
+    except (LookupError, TypeError, AttributeError):
+        logger.warning("Ignoring %s: it is not what a submission writes.", path)
+    return None
+
+
+def _read(path: Path, root: Path) -> Entry:
+    content = checksummed_json.loads(atomic.read(path))
     jobs = tuple(Sent(**{**job, "choices": tuple(job.get("choices", ()))}) for job in content["jobs"])
     kept = {key: value for key, value in content.items() if key not in ("jobs", "sha256")}
     return Entry(**{**kept, "root": str(root), "jobs": jobs})
@@ -152,11 +159,8 @@ def read(path: Path, root: Path) -> Entry:
 @contextmanager
 def launching(root: Path) -> Iterator[None]:
     """One launcher at a time; raises TimeoutError while another is at it."""
-    folder = place(root)
-    with atomic.explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
     try:
-        with lock(folder / "launching.lock", timeout=10):
+        with held(place(root) / "launching.lock", timeout=10):
             yield
     except Timeout:
         raise TimeoutError("Another process is submitting cells; wait for it, then try again.") from None

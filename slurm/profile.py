@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 import unicodedata
@@ -37,7 +38,13 @@ OURS = {
     "mem",
     "gres",
     "cpus-per-task",
+    "nodes",
+    "ntasks",
+    "ntasks-per-node",
+    "ntasks-per-gpu",
+    "no-requeue",
 }
+KEYS = {"partition", "account", "qos", "constraint"}  # of the profile, which are options of sbatch, too
 
 
 class ProfileError(ValueError):
@@ -66,21 +73,22 @@ class Profile(BaseModel):
     constraint: str | None = None
     gres: str | None = None
     card: str | None = None
-    cards: Count = Field(1, ge=1)
-    gpu_memory_gb: Number | None = Field(None, gt=0)
+    cards: Count = Field(1, ge=1, le=1000)
+    gpu_memory_gb: Number | None = Field(None, gt=0, le=100_000)
     teraflops: Number = Field(
-        gt=0,
+        ge=1e-9,
+        le=1e6,
         description="the throughput that one GPU sustains in 16-bit formats, e.g. teraflops = 60 for an A100, or 0.1 "
         "for 8 cores",
     )
-    cpus: Count = Field(8, ge=1)
-    memory_gb: Number | None = Field(None, gt=0)
+    cpus: Count = Field(8, ge=1, le=10_000)
+    memory_gb: Number | None = Field(None, gt=0, le=1e6)
     whole_memory: bool = Field(False, strict=True)
-    hours: Number = Field(24.0, gt=0)
-    packed_hours: Number = Field(2.0, ge=0)
-    parallel: Count = Field(8, ge=1)
-    warning_seconds: Count = Field(120, ge=1)
-    requeues: Count = Field(5, ge=0)
+    hours: Number = Field(24.0, gt=0, le=10_000)
+    packed_hours: Number = Field(2.0, ge=0, le=1e6)
+    parallel: Count = Field(8, ge=1, le=1e6)
+    warning_seconds: Count = Field(120, ge=1, le=100_000)
+    requeues: Count = Field(5, ge=0, le=1e6)
     setup: tuple[str, ...] = ()
     environment: dict[str, str] = Field(default_factory=dict)
     python: str | None = None
@@ -109,6 +117,11 @@ class Profile(BaseModel):
                 f'gres: {self.gres!r} does not name one GPU, as "gpu:a100:1" does; cards counts the GPUs of a node.'
             )
         return self
+
+    @property
+    def least_hours(self) -> float:
+        """Of a job that is not to be warned before it begins."""
+        return 2 * self.warning_seconds / 3600
 
     def gres_of(self, cards: int) -> str | None:
         """What names so many cards of a node."""
@@ -145,9 +158,24 @@ class Profile(BaseModel):
     @field_validator("options")
     @classmethod
     def _leave_ours_alone(cls, options: dict[str, str | int | bool]) -> dict[str, str | int | bool]:
-        if taken := OURS & {name.replace("_", "-") for name in options}:
-            raise ValueError(f"{', '.join(sorted(taken))} is set by the job itself; leave it out of options.")
+        for name in options:  # which sbatch takes by their first letters, too
+            word = name.replace("_", "-")
+            if taken := sorted(ours for ours in OURS if ours.startswith(word)):
+                raise ValueError(f"{taken[0]} is set by the job itself; leave it out of options.")
+            if taken := sorted(key for key in KEYS if key.startswith(word)):
+                raise ValueError(
+                    f"{taken[0]} is a key of the profile itself; set it there, and leave it out of options."
+                )
         return options
+
+    @model_validator(mode="after")
+    def _warns_in_time(self) -> Profile:
+        if (seconds := 60 * math.ceil(60 * self.hours)) <= self.warning_seconds:
+            raise ValueError(
+                f"hours = {self.hours:g} lets a job run for {seconds} seconds, and its warning comes "
+                f"{self.warning_seconds} seconds before its end; give more hours or fewer warning_seconds."
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_line_each(self) -> Profile:
@@ -216,6 +244,8 @@ def load(name: str) -> Profile:
         raise ProfileError(f"{path} is not TOML: {error}.") from error
     except ValidationError as error:
         raise ProfileError(f"{path}: {_first(error)}") from error
+    except ValueError as error:  # the one that tomllib leaves as it is
+        raise ProfileError(f"{path} holds a number of thousands of digits; give a shorter one.") from error
 
 
 def _first(error: ValidationError) -> str:

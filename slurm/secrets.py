@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import re
 
-from experiments.store.redaction import HARMLESS, NAME, TOKENS
+from experiments.store.redaction import BARE, HARMLESS, NAME, TOKENS
 
 REFERENCE = re.compile(
-    r"['\"]?(?:\$\w+|\$\{\w+\}|\$\((?:cat\s|<)[^()]*\)|`cat\s[^`]*`|\*+)?['\"]?"
+    r"['\"]*(?:(?:\$\w+|\$\{\w+\}|\$\((?:cat\s|<)[^()]*\)|`cat\s[^`]*`|\*+)['\"]*)*"
 )  # no secret is written
-VALUE = r"(?P<value>['\"]?(?:\$\([^()]*\)|\$\{[^}]*\}|`[^`]*`|[^\s'\";|&,})])*)"
+PART = r"(?:\$\([^()]*\)|\$\{[^}]*\}|`[^`]*`|[^\s'\";|&,})])"
+VALUE = rf"(?P<value>['\"]?{PART}*(?:['\"]+{PART}+)*)"
 NAMED = rf"(?P<name>(?<![\w-])(?i:{NAME.pattern}))"
 CLIENTS = (
     "wandb|hf|huggingface-cli|hf-cli|comet|neptune|clearml|modelscope|kaggle|dvc|aim|mlflow|gh|glab|cog|runpodctl|vault"
 )
+PRINTED = rf"\b(?:echo|printf)\s+(?:-\w+\s+|['\"]?%s(?:\\n)?['\"]?\s+)*{VALUE}['\"]?"
+KEPT = r"['\"]?\S*(?i:token|secrets?|passw(?:or)?d|credentials|netrc|pgpass|api_?key)(?:\.\w+)?['\"]?(?=[\s;&|<>]|$)"
 PASSING = re.compile(r"--(?:host|username|registry|cloud|base-url)[=\s]+\S+")
 KINDS: tuple[tuple[str, str], ...] = (
-    ("{name}", rf"{NAMED}['\"]?\s*[=:]\s*{VALUE}"),
+    ("{name}", rf"{NAMED}['\"]?\s*(?:\+=|[=:])\s*{VALUE}"),
     ("{name}", rf"\b(?:set|setenv|set-env|config|put)\b[^|;&]*?\s{NAMED}\s+(?!=){VALUE}"),
     ("{name}", rf"(?P<name>--(?:[\w-]+[-_])?(?:token|password|passwd|pass|secret|api[-_]?key|key|auth"
                rf"|credentials?))[=\s]\s*{VALUE}"),
@@ -24,13 +27,18 @@ KINDS: tuple[tuple[str, str], ...] = (
                rf"['\"]?(?:(?i:bearer|basic|token|digest)\s+)?{VALUE}"),
     ("{name}", rf"(?P<name>(?i:bearer))\s+{VALUE}"),
     ("an address with a password", rf"://[^\s/:@'\"]*:(?!\s|\d+/){VALUE}@"),
+    ("an address with a password", rf"(?i:proxy)['\"]?\s*\+?[=\s]\s*['\"]?[^\s/:@'\"]+:(?!//){VALUE}@"),
+    ("an address with a password", BARE.pattern.replace("<password>", "<value>")),
     ("an address with a token", r"\bhttps?://(?P<value>[^\s/:@'\"]+)@"),
     ("{name}", rf"(?P<name>\b(?:{CLIENTS})\s(?:[^|;&]*\s)?login)(?:\s+-[\w-]+)*\s+(?!-){VALUE}"),
     ("{name}", r"(?P<name>\blogin)\s+(?P<value>[A-Za-z0-9_-]{20,})"),
     ("{name}", r"(?P<name>\blogin)\(\s*(?:\w+\s*=\s*)?['\"](?P<value>[^'\"]+)"),
-    ("what is piped into login", r"\becho\s+(?P<value>\S+)\s*\|[^;&]*\blogin\b"),
+    ("what is piped into login", rf"{PRINTED}\s*\|[^;&]*\blogin\b"),
+    ("what login reads", rf"\blogin\b[^|;&]*<<<\s*{VALUE}"),
+    ("what is written to a file of secrets", rf"{PRINTED}\s*(?:>>?|\|\s*tee(?:\s+-a)?\s)\s*{KEPT}"),
+    ("what is written to a file of secrets", rf"(?:>>?|\btee)\s*{KEPT}\s*<<<\s*{VALUE}"),
     ("{name} of .netrc", rf"\blogin\s+\S+\s+(?P<name>password)\s+{VALUE}"),
-    ("{name}", rf"(?P<name>\bcurl\b[^|;]*\s(?:-u|--user))\s*['\"]?[^\s:'\"]+:{VALUE}"),
+    ("{name}", rf"(?P<name>\bcurl\b[^|;]*\s(?:-[A-Za-z]*[uU]|--(?:proxy-)?user))\s*['\"]?[^\s:'\"]+:{VALUE}"),
     ("{name}", rf"(?P<name>\bsshpass\s+-p)\s*{VALUE}"),
     ("{name}", rf"(?P<name>\blogin\b[^|;&]*?\s-p)\s*{VALUE}"),  # docker, podman, az
     ("{name}", rf"(?P<name>\b(?:mysql|mysqldump|mariadb)\s(?:[^|;&]*\s)?-p)(?!\s|$){VALUE}"),

@@ -144,9 +144,9 @@ class Work:
         from slurm import ledger
 
         place = Path(self.events).with_name("entry.json")
-        if not place.is_file():
+        entry = ledger.read(place, self.root) if place.is_file() else None
+        if entry is None:
             return
-        entry = ledger.read(place, self.root)
         late = {id: [table for table in entry.asking(id) if table not in self.cells[id]] for id in self.cells}
         for first in {self.cells[id][0] for id, tables in late.items() if tables}:
             for cell in cli.declared(self.asked(first)):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -47,7 +49,7 @@ def tree(tmp_path, monkeypatch) -> Path:
 
 def forget() -> None:
     """As another process, which has read nothing yet."""
-    for remembered in (code._imports, code._path, code._text, code._source):
+    for remembered in (code._imports, code._path, code._text, code._source, code._bytes):
         remembered.cache_clear()
 
 
@@ -152,7 +154,106 @@ def test_a_method_elsewhere_is_followed_into_our_code(tree, tmp_path, line, monk
     forget()
     moved = code.method(mine)
     small.edit(path, "...", "pass")
+    assert code.method(mine) == moved  # of what this process has imported
+    forget()
     assert len({before, moved, code.method(mine)}) == 3
+
+
+OWN = "from dataclasses import dataclass\nfrom pruners.retrain import MaskLoRA\n{line}\n" + "\n".join(
+    [
+        "@dataclass(frozen=True)\nclass Mine(MaskLoRA):",
+        "    part: object = None",
+        "    def start(self, a, b, name, seed):",
+        "        from {name}_inside import SIGN",
+    ]
+)
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """Files of one's own, and the class that the first of them declares; a call makes them."""
+
+    def made(line: str = "") -> tuple[type, str]:
+        name = f"of_{tmp_path.name}"  # that no other test has imported
+        for part in ("inside", "helper", "behind", "unused"):
+            (tmp_path / f"{name}_{part}.py").write_text("SIGN = 1\n")
+        (tmp_path / f"{name}_between.py").write_text(f"import sys\nimport numpy\nimport {name}_behind\n")
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("from .core import SIGN\n")
+        (tmp_path / name / "core.py").write_text("from . import part\nSIGN = 1\n")
+        (tmp_path / name / "part.py").write_text("SIGN = 1\n")
+        (tmp_path / f"{name}_class.py").write_text(OWN.format(line=line.format(name=name), name=name))
+        monkeypatch.syspath_prepend(tmp_path)
+        return importlib.import_module(f"{name}_class").Mine, name
+
+    yield made
+    forget()
+
+
+@pytest.mark.parametrize(
+    ("line", "file"),
+    [
+        ("", "{name}_inside.py"),
+        ("import {name}_helper", "{name}_helper.py"),
+        ("from {name}_helper import SIGN", "{name}_helper.py"),
+        ("import {name}_between as b", "{name}_behind.py"),
+        ("import {name}.part", "{name}/__init__.py"),
+        ("from {name} import SIGN", "{name}/part.py"),
+        ("from {name}.core import *", "{name}/part.py"),
+    ],
+)
+def test_what_a_class_of_one_s_own_imports_is_its_code(own, tmp_path, line, file):
+    kind, name = own(line)
+    path = tmp_path / file.format(name=name)
+    adapted = Trainable(adapters=kind())
+    run = Run("m", kind(), None, ())
+    things = (
+        lambda: code.method(kind()),
+        lambda: code.method(MoreOf(part=kind())),
+        lambda: code.recovery(Reconstruction(adapted)),
+        lambda: code.recovery(replace(recovery.POST_TRAINING, trainable=adapted)),
+        lambda: code._file(run.method),
+        lambda: code._file(None, replace(recovery.POST_TRAINING, trainable=adapted)),
+    )
+    before = [thing() for thing in things]
+    small.edit(path, path.read_text(), path.read_text() + "SIGN = -1\n")
+    assert [thing() for thing in things] == before  # of what this process has imported
+    forget()
+    assert all(thing() != old for thing, old in zip(things, before, strict=True))
+    files = code.of(run)["file"]
+    assert files[file.format(name=name)] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert f"{name}_class.py" in files
+    assert f"{name}_unused.py" not in files
+
+
+@dataclass(frozen=True)
+class MoreOf(Unstructured):
+    part: object = None
+
+
+def test_what_python_and_installed_packages_hold_is_no_code_of_one_s_own(own):
+    lines = (
+        "import json, torch.nn, pruners.wanda, experiments.spec",
+        "import {name}_between",
+        "if 0: import {name}_no",
+    )
+    kind, name = own("\n".join(lines))
+    assert set(code._imported_by(kind)) == {f"{name}_{part}" for part in ("between", "behind", "inside")}
+
+
+def test_a_package_that_is_installed_is_followed_for_its_own_classes_alone(own, tmp_path, monkeypatch):
+    kind, name = own("import {name}_helper")
+    monkeypatch.setattr(code, "INSTALLED", {tmp_path.name})
+    assert not code._imported_by(kind)
+    module = importlib.import_module(f"{name}.core")
+    module.Mine = type("Mine", (kind,), {"__module__": module.__name__})
+    assert set(code._imported_by(module.Mine)) == {name, f"{name}.part"}
+
+
+def test_recoveries_of_our_classes_alone_have_the_digests_of_our_modules():
+    assert code.recovery(recovery.POST_TRAINING) == code._modules(code.RETRAINING)
+    assert code.recovery(RECOVERIES["reconstruction"]) == code._digest(code._classes(Reconstruction))
+    assert code._file(METHODS["wanda"], recovery.POST_TRAINING) == {}
 
 
 def test_a_class_without_source_shares_nothing():

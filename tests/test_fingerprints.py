@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 import threading
@@ -88,6 +90,50 @@ def test_every_weight_file_and_every_small_file_counts(tmp_path, folder):
         path.write_bytes(content)
         seen.add(fingerprint(sharded))
     assert len(seen) == 1 + len(files)
+
+
+def test_the_fingerprint_of_a_folder_is_that_of_names_and_digests(folder):
+    digests_of = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+    lines = [f"{name}\0{digest}\n" for name, digest in sorted(digests_of.items())]
+    assert fingerprint(folder) == hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+@pytest.fixture
+def deep(tmp_path) -> Path:
+    """A folder whose last file of weights lies in a subfolder, where its index says."""
+    place = tmp_path / "deep"
+    tiny("llama grouped-query").save_pretrained(place, max_shard_size="50KB")
+    (place / "sub").mkdir()
+    last = max(path.name for path in place.glob("*.safetensors"))
+    (place / last).rename(place / "sub" / last)
+    rename_shard(place, last, f"sub/{last}")
+    return place
+
+
+def rename_shard(folder: Path, old: str, new: object) -> None:
+    index = folder / f"{WEIGHTS}.index.json"
+    told = json.loads(index.read_text())
+    told["weight_map"] = {name: new if file == old else file for name, file in told["weight_map"].items()}
+    index.write_text(json.dumps(told))
+
+
+def test_a_weight_file_in_a_subfolder_counts_where_the_index_names_it(deep):
+    before = models.identity(deep)
+    (path,) = (deep / "sub").iterdir()
+    change(path, next(iter(load_file(path))))
+    assert models.identity(deep) != before
+    path.rename(deep / "sub/other.safetensors")
+    with pytest.raises(FileNotFoundError, match=rf"lacks 1 of its \d+ weight files, e.g. sub/{path.name}"):
+        models.identity(deep)
+
+
+@pytest.mark.parametrize("name", ["../model/model.safetensors", "sub/../../model/model.safetensors", "/absolute", 5])
+def test_an_index_that_names_no_file_within_the_folder_is_refused(deep, folder, name):
+    index = deep / f"{WEIGHTS}.index.json"
+    told = json.loads(index.read_text())
+    index.write_text(json.dumps({**told, "weight_map": dict.fromkeys(told["weight_map"], name)}))
+    with pytest.raises(ValueError, match=r"names .* as a file of weights, which is none within the folder"):
+        models.identity(deep)
 
 
 def test_a_fingerprint_is_of_the_content_wherever_it_lies(folder, tmp_path):

@@ -171,3 +171,11 @@ def test_the_commit_of_a_data_set_comes_from_the_cache(offline):
     assert hub.data_commit("made-up/texts", "refs/convert/parquet") == ONE
     assert hub.data_commit("made-up/texts", "main") is None
     assert hub.data_commit("made-up/texts", TWO) == TWO
+
+
+@pytest.mark.parametrize("damage", ["{", "{}", "null", "1" * 5000, "[" * 200_000])
+def test_an_index_that_is_damaged_is_named(tmp_path, damage):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(damage)
+    with pytest.raises(ValueError, match=f"{index} does not say which file holds which weight; remove it"):
+        hub._shards(index)

@@ -42,6 +42,23 @@ def test_the_two_examples_and_the_default_are_there():
         ("setup = [", "is not TOML"),
         ("setup = " + 20_000 * "[", "is nested too deeply"),
         ('options = {time = "1:00"}', "time is set by the job itself"),
+        ("options = {ntasks = 4}", "ntasks is set by the job itself"),
+        ("options = {nodes = 4}", "nodes is set by the job itself"),
+        ("options = {ntasks_per_node = 4}", "ntasks-per-node is set by the job itself"),
+        ("options = {no-requeue = true}", "no-requeue is set by the job itself"),
+        ('options = {sig = "x"}', "signal is set by the job itself"),
+        *(
+            (f'{key} = "a"\noptions = {{{key} = "p"}}', f"options: {key} is a key of the profile itself; set it there")
+            for key in ("partition", "account", "qos", "constraint")
+        ),
+        ('options = {part = "p"}', "options: partition is a key of the profile itself; set it there"),
+        ("hours = 1e-300", "hours = 1e-300 lets a job run for 60 seconds, and its warning comes 120 seconds before"),
+        ("hours = 1\nwarning_seconds = 3600", "give more hours or fewer warning_seconds"),
+        ("hours = 1e300", "hours: Input should be less than or equal to 10000"),
+        (f"hours = {10**400}", "hours: Input should be"),
+        (f"cpus = {10**400}", "cpus: Input should be"),
+        (f"parallel = {10**30}", "parallel: Input should be less than or equal to 1000000"),
+        (f"cpus = {'1' * 5000}", "holds a number of thousands of digits"),
         ('options = {comment = "a\\n#SBATCH --time=1"}', "options.comment holds a line break"),
         ('options = {"comment=x\\nrm" = "a"}', "is not an option of sbatch"),
         ('options = {"--comment" = "a"}', "is not an option of sbatch"),
@@ -63,6 +80,20 @@ def test_what_is_wrong_with_a_profile_is_one_sentence(tmp_path, line, said):
     assert said in str(error.value)
     assert "mine.toml" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", ["1e-300", "1e300", "0", "-1"])
+def test_teraflops_beyond_any_machine_are_refused(tmp_path, value):
+    (path := tmp_path / "p.toml").write_text(f"teraflops = {value}\n")
+    with pytest.raises(ProfileError, match=r"teraflops: Input should be (greater|less) than or equal to"):
+        profile.load(str(path))
+
+
+def test_other_options_of_sbatch_are_let_through(tmp_path):
+    options = (
+        'options = {exclude = "n1", exclusive = true, mail-type = "FAIL", nice = 5, nodelist = "n2", comment = "a"}'
+    )
+    assert set(profile.load(write(tmp_path, options)).options) >= {"nodelist", "exclusive"}
 
 
 def test_every_key_that_must_be_there_says_what_to_put(tmp_path):
@@ -122,6 +153,27 @@ vault login SECRET
 mysql -u me -pSECRET base
 printf '{"token": "SECRET"}' > config.json
 python -c 'import wandb; wandb.login(key="SECRET")'
+export HF_TOKEN_READ=SECRET
+export WANDB_API_KEY_TEAM=SECRET
+export TOKEN_HF=SECRET
+HF_TOKEN+=SECRET
+export HF_TOKEN="$PREFIX"SECRET
+export HF_TOKEN=$PREFIX"SECRET"
+curl -sSu me:SECRET https://example.org
+curl --user=me:SECRET https://example.org
+curl -sSU me:SECRET -x proxy:3128 https://example.org
+export http_proxy=u:SECRET@proxy:3128
+export HTTPS_PROXY="u:SECRET@proxy"
+curl -x u:SECRET@proxy:3128 https://example.org
+docker login --password-stdin <<< SECRET
+docker login -u me --password-stdin <<<"SECRET" registry.example.org
+echo -n SECRET | docker login --password-stdin
+printf '%s' SECRET | docker login --password-stdin
+echo SECRET > $HF_HOME/token
+echo -n "SECRET" >> ~/.hf_token
+printf '%s\\n' SECRET > token.txt
+echo SECRET | tee $HF_HOME/token
+cat > $HF_HOME/token <<< SECRET
 echo hf_abcdefghijklmnopqrstuvwxyz > ~/.cache/huggingface/token""".splitlines()
 HARMLESS = """module load cuda/12.4
 source .venv/bin/activate
@@ -157,6 +209,31 @@ mysql -u me -p base
 rsync -a me@host:/data /scratch
 echo the password is not here
 export PWD=/scratch
+export HF_HOME=/scratch/x
+export OMP_NUM_THREADS=8
+export TOKENIZERS_PARALLELISM=false
+export TOKEN_COUNT=5
+export OS_TOKEN_ENDPOINT=https://example.org
+export HF_TOKEN="$PREFIX$SUFFIX"
+export HF_TOKEN=${PREFIX}"$SUFFIX"
+module load cuda
+python train.py --max-tokens 5
+python train.py --tokenizer gpt2 --token-type-ids 0
+curl -sSLo out.sh https://example.org/a.sh
+curl -sSu "me:$PASSWORD" https://example.org
+curl -sSu $USER:$PASSWORD https://example.org
+export http_proxy=proxy.example.org:3128
+export http_proxy=$USER:$PASSWORD@proxy:3128
+export no_proxy=localhost,127.0.0.1
+docker pull registry.example.org/image:24.01@sha256:0c0ffee0c0ffee
+docker login -u me --password-stdin <<< "$TOKEN"
+echo "$TOKEN" | docker login --password-stdin
+echo $HF_TOKEN > $HF_HOME/token
+echo "the run begins" > run.log
+echo done > tokens.txt
+echo start | tee tokenizer.log
+cat < ~/.token > $HF_HOME/token
+export PATH=$PATH:$HOME/bin
 export BYPASS=1
 export PYTHONPATH=$PWD:$PYTHONPATH
 export XDG_CACHE_HOME=$SCRATCH/cache

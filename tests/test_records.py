@@ -50,6 +50,8 @@ def test_a_record_that_is_no_text_is_reported_and_ignored(path, tmp_path, caplog
     ("old", "new", "reason"),
     [
         ("0.30000000000000004", "0.3", "checksum"),
+        ('"schema_version": 1', f'"schema_version": {"1" * 5000}', "it is not complete JSON"),
+        ('"schema_version": 1', '"schema_version": NaN', "it holds NaN"),
         ('"sparsity": 0.5', '"sparsity": 0.6', "checksum"),
         ('"schema_version": 1', '"schema_version": 2', "checksum"),
     ],

@@ -30,7 +30,18 @@ FORMS = [
     f"X-Api-Key: {SECRET}",
     f"Cookie: session={SECRET}",
     f"{{'set-cookie': 'token={SECRET}; path=/'}}",
+    f"Cookie: id=5; session={SECRET}; theme=dark",
     f"HF_TOKEN={SECRET}",
+    f"HF_TOKEN_READ={SECRET}",
+    f"WANDB_API_KEY_TEAM={SECRET}",
+    f"TOKEN_HF={SECRET}",
+    f"HF_TOKEN+={SECRET}",
+    f'HF_TOKEN="$PREFIX"{SECRET}',
+    f"user:{SECRET}@proxy:3128",
+    f"user:x@{SECRET}@proxy.example.org:80",
+    f"X-Amz-Security-Token={SECRET}",
+    f"X-Amz-Security-Token: {SECRET}",
+    f"https://host/file?X-Amz-Security-Token={SECRET}&page=2",
     f"WANDB_API_KEY = '{SECRET}'",
     f"https://host/file?access_token={SECRET}&page=2",
     f"https://host/file?page=2&X-Amz-Signature={SECRET}",
@@ -48,6 +59,9 @@ PLAIN = [
     "the bearer",
     '{"token_sha256": "abab"}',
     "MAX_TOKENS=512",
+    "TOKEN_COUNT=512 TOKEN_TYPE_IDS=0 TOKENIZERS_PARALLELISM=false TOKENIZER_PATH=x",
+    "image:24.01@sha256:0c0ffee0c0ffee",
+    "['HF_HOME=/scratch/x'] at 12:30, a:b",
 ]
 
 
@@ -70,6 +84,29 @@ def test_the_secrets_of_the_environment_are_hidden_wherever_they_stand(monkeypat
     monkeypatch.setenv("MY_SERVICE_TOKEN", "abcd-1234-efgh")
     text = "sl/sh%40sign and sl/sh@sign and sl%2Fsh%40sign and abcd-1234-efgh"
     assert redaction.redacted(text) == "*** and *** and *** and ***"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "secret"),
+    [
+        ("AWS_SECRET_ACCESS_KEY", "/Pa55word/Pa55word+", "/Pa55word/Pa55word+"),
+        ("WANDB_API_KEY_TEAM", "Pa55word", "Pa55word"),
+        ("PIP_EXTRA_INDEX_URL", "https://a:first@b/simple https://c:Pa55word@d/simple", "Pa55word"),
+        ("PIP_EXTRA_INDEX_URL", "https://a:first@b/simple,https://c:Pa55word@d/simple", "Pa55word"),
+        ("PIP_EXTRA_INDEX_URL", "https://a:Pa55word@b/simple https://c:second@d/simple", "Pa55word"),
+        ("http_proxy", "a:Pa55word@proxy:3128", "Pa55word"),
+        ("VAULT_SECRET_ID", "Pa55word", "Pa55word"),
+    ],
+)
+def test_what_a_variable_holds_is_hidden(monkeypatch, name, value, secret):
+    monkeypatch.setenv(name, value)
+    assert redaction.redacted(f"it is {secret} there") == "it is *** there"
+
+
+@pytest.mark.parametrize("name", ["SSL_KEY", "HF_TOKEN_FILE", "TOKEN_COUNT", "TOKENIZERS_PARALLELISM"])
+def test_a_path_and_a_number_of_tokens_are_no_secrets(monkeypatch, tmp_path, name):
+    monkeypatch.setenv(name, str(tmp_path))
+    assert redaction.redacted(f"it is {tmp_path} there") == f"it is {tmp_path} there"
 
 
 def test_logs_are_without_secrets(caplog):

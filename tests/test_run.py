@@ -22,7 +22,7 @@ from experiments.batch import run_table
 from experiments.progress import Board, duration
 from experiments.settings import Settings
 from experiments.spec import Perplexity
-from experiments.store import records
+from experiments.store import locks, records
 
 needs_model = pytest.mark.skipif(not small.MODEL.is_dir(), reason=f"{small.MODEL} is absent")
 
@@ -148,6 +148,53 @@ def test_one_failing_cell_is_recorded_and_does_not_stop_the_others(tmp_path, dat
     assert "multiple of 7" in failure.message
     assert failure.traceback[-1].startswith("ValueError")
     assert "Wanda 3:7: failed" in capsys.readouterr().err
+
+
+@needs_model
+@pytest.mark.parametrize("flock", [True, False], ids=["flock", "lease"])
+@pytest.mark.parametrize("gone", [".cache", "."])
+def test_a_folder_that_is_removed_meanwhile_stops_no_cell(tmp_path, data, monkeypatch, gone, flock):
+    root, score = tmp_path / "r", pruners.Magnitude.score
+
+    def removing(self, *arguments):
+        shutil.rmtree(root / gone, ignore_errors=True)
+        return score(self, *arguments)
+
+    monkeypatch.setattr(pruners.Magnitude, "score", removing)
+    monkeypatch.setattr(locks, "_has_flock", lambda folder: flock)
+    methods = [pruners.Magnitude(sparsity=sparsity) for sparsity in (0.3, 0.4, 0.5)]
+    outcome = small.run(root, data, methods)
+    assert (len(outcome.done), outcome.failed) == (3, [])
+
+
+DAMAGE = {
+    "a folder": lambda path: path.mkdir(parents=True),
+    "no text": lambda path: (path.parent.mkdir(parents=True), path.write_bytes(b"\xff\xfe")),
+    "a pipe": lambda path: (path.parent.mkdir(parents=True), os.mkfifo(path)),
+}
+
+
+@needs_model
+@pytest.mark.parametrize(
+    ("name", "damage", "failed"),
+    [
+        ("tiny/{id}", "a folder", 1),
+        ("tiny/{id}", "no text", 0),
+        ("tiny/{id}", "a pipe", 0),
+        ("tiny/{id}.lock", "a folder", 1),
+        ("{id}.lock", "a folder", 1),
+    ],
+)
+def test_what_is_wrong_with_the_start_of_one_cell_stops_no_other(tmp_path, data, name, damage, failed):
+    methods = small.METHODS[:3]
+    first = cells.ordered(cells.cells(small.table(methods).runs()))[0]
+    DAMAGE[damage](tmp_path / ".cache/started" / name.format(id=first.id))
+    outcome = small.run(tmp_path, data, methods)
+    assert (len(outcome.done), outcome.failed) == (3 - failed, [first.label] * failed)
+    for failure in records.load_failures(tmp_path, "tiny").values():
+        assert failure.message.startswith(
+            f"Cannot write {tmp_path}/.cache/started/{name.format(id=first.id)}: is a dir"
+        )
 
 
 @needs_model

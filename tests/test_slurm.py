@@ -18,7 +18,7 @@ import pruners
 from experiments import callbacks, cells, cli, papers
 from experiments.cells import Cell
 from experiments.spec import Perplexity, Run, Windows, digest
-from experiments.store import records
+from experiments.store import checksummed_json, records
 from slurm import estimate, jobs, launch, ledger, profile, queue, state
 from slurm.__main__ import main
 from slurm.profile import Profile
@@ -405,6 +405,40 @@ def test_a_damaged_entry_is_reported_and_left_out(tiny, tmp_path, caplog):
     small.edit(path, '"debug"', '"slurm"')
     assert ledger.load(tmp_path / "results", "tiny") == []
     assert "checksum" in caplog.text
+
+
+def test_a_short_job_is_not_warned_before_it_begins():
+    short = found("opt-125m")
+    assert estimate.request(short, with_changes(warning_seconds=120)).minutes == 60 * estimate.SHORTEST_HOURS
+    assert estimate.request(short, with_changes(warning_seconds=3600)).minutes == 120
+
+
+def test_what_is_no_entry_and_no_event_stops_no_command(tiny, tmp_path, caplog):
+    main(["submit", *tiny, "--executor", "debug", "--method", "dense"])
+    root = tmp_path / "results"
+    (entry,) = ledger.load(root)
+    events = entry.events(0)
+    for name, made in {
+        "folder": lambda path: path.mkdir(parents=True),
+        "bytes": lambda path: (path.parent.mkdir(), path.write_bytes(b"\xff\xfe")),
+        "pipe": lambda path: (path.parent.mkdir(), os.mkfifo(path)),
+        "other": lambda path: (path.parent.mkdir(), path.write_text(checksummed_json.dumps({"jobs": 5}))),
+    }.items():
+        made(entry.folder.with_name(name) / "entry.json")
+    events.unlink()
+    events.mkdir()
+    for words in (["status", *tiny], ["submit", *tiny, "--executor", "debug", "--method", "dense"]):
+        caplog.clear()
+        assert main(words) == 0
+        assert len({one.getMessage() for one in caplog.records if one.name == "slurm.ledger"}) == 4
+    assert ledger.load(root) == [entry]
+
+
+def test_a_lock_that_is_a_folder_is_one_sentence(tiny, tmp_path, capsys):
+    lock = ledger.place(tmp_path / "results") / "launching.lock"
+    lock.mkdir(parents=True)
+    assert main(["submit", *tiny, "--executor", "debug", "--method", "dense"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"Cannot write {lock}: is a directory; ")
 
 
 def test_what_a_job_needs_first_loads_without_torch():

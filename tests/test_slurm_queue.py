@@ -202,6 +202,11 @@ def test_a_job_that_had_all_memory_is_not_told_to_ask_for_more(tmp_path, sent):
     assert job.death.startswith("Probably out of memory, although all memory of a node was requested")
 
 
+def test_no_job_is_warned_before_it_begins(tmp_path, sent):
+    assert submit(tmp_path, "embedded.demo", "--collect", "--only", "Dense", warning_seconds=7200) == 0
+    assert [entry.asks.rpartition(", ")[2] for entry, _ in sent] == ["4 h", "4 h"]
+
+
 def test_a_results_folder_whose_logs_would_lie_elsewhere_is_refused(tmp_path, capsys):
     words = ["submit", "embedded.demo", "--dry-run", "--results", str(tmp_path / "of %j")]
     assert main(words) == 2

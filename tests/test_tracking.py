@@ -129,6 +129,30 @@ def test_an_event_that_a_kill_cut_short_costs_that_event_alone(tmp_path):
     assert [event["event"] for event in callbacks.read(path)] == ["first", "second"]
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "5", "null", "{}", "[]", '"x"', "[" * 200_000, "1" * 5000, '{"event": "stage"}',
+        '{"event": "stage", "cell": 5, "at": "2026-01-01"}', '{"event": "stage", "cell": "", "at": "2026-01-01"}',
+        '{"event": "x", "cell": "", "at": "soon"}', '{"event": "progress", "cell": "", "at": "2026-01-01"}',
+        '{"event": "progress", "cell": "", "at": "2026-01-01", "share": "x", "left": 1}',
+        '{"event": "progress", "cell": "", "at": "2026-01-01", "share": 1, "left": 1e300}',
+        '{"event": "progress", "cell": "", "at": "2026-01-01", "share": 1, "left": NaN}',
+        '{"event": "rank failed", "cell": "", "at": "2026-01-01"}',
+    ],
+)  # fmt: skip
+def test_a_line_that_is_no_event_is_passed_over(tmp_path, line):
+    path = tmp_path / "events.jsonl"
+    Events(path).write("first")
+    path.write_text(f"{path.read_text()}{line}\n")
+    Events(path).write("second")
+    assert [event["event"] for event in callbacks.read(path)] == ["first", "second"]
+
+
+def test_a_folder_holds_no_events(tmp_path):
+    assert callbacks.read(tmp_path) == []
+
+
 def test_a_record_is_the_same_watched_or_not(tmp_path, data):
     run(tmp_path / "watched", data, Events(tmp_path / "events.jsonl"), methods=METHODS[1:2])
     run(tmp_path / "alone", data, methods=METHODS[1:2])

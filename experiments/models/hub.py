@@ -191,7 +191,12 @@ def _shards(index: Path) -> list[str]:
     """The files of weights that an index names; none where there is no index."""
     if not index.is_file():
         return []
-    return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{index} does not say which file holds which weight; remove it and fetch it again."
+        ) from error
 
 
 def _has_weights(snapshot: Path) -> bool:

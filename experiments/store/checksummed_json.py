@@ -12,6 +12,10 @@ from experiments.store.redaction import cleaned
 FOUND_BY = ("id", "spec", "key")
 
 
+class _NotFiniteError(ValueError):
+    """A number that is none in JSON."""
+
+
 def dumps(content: dict[str, Any]) -> str:
     """`content` as JSON with its seal under `sha256`, without secrets; ValueError for a number that is not finite."""
     where = next(_not_finite(content), None)
@@ -34,12 +38,15 @@ def loads(text: str) -> dict[str, Any]:
     """
     try:
         content = json.loads(text, parse_constant=_refuse)
-        if not isinstance(content, dict):
-            raise ValueError("it is not a JSON object")
-        if content.get("sha256") != seal(content) or _text(content) != text:
-            raise ValueError("its checksum does not match, so it was edited or damaged")
-    except (json.JSONDecodeError, RecursionError) as error:  # the latter of text that is nested without end
+        sealed = isinstance(content, dict) and content.get("sha256") == seal(content) and _text(content) == text
+    except _NotFiniteError:
+        raise
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits, and nesting without end
         raise ValueError("it is not complete JSON, so it was truncated or damaged") from error
+    if not isinstance(content, dict):
+        raise ValueError("it is not a JSON object")
+    if not sealed:
+        raise ValueError("its checksum does not match, so it was edited or damaged")
     return content
 
 
@@ -51,7 +58,7 @@ def seal(content: dict[str, Any]) -> str:
 
 
 def _refuse(constant: str) -> None:
-    raise ValueError(f"it holds {constant}, which is not a valid value")
+    raise _NotFiniteError(f"it holds {constant}, which is not a valid value")
 
 
 def _text(content: dict[str, Any]) -> str:

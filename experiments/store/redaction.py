@@ -17,7 +17,8 @@ HIDDEN = "***"
 SHORTEST = 4  # a shorter secret would blot out ordinary words
 NAME = re.compile(
     r"(?:\w*?(?:token|secret\w*|passw\w*|passphrase|(?<!by)(?<!com)(?<!tres)pass|apikey|_key|credentials?|_auth|_pat|_pwd)"
-    r"|(?-i:KEY|AUTH|PAT))",
+    r"|\w*?(?:token|api_?key|access_key|credentials?|passphrase|_pat)_(?!(?:\w+_)?(?:url|endpoint|ids?|types?|limit"
+    r"|count|len|length|size|budget|sha256)(?!\w))\w+|(?-i:KEY|AUTH|PAT))",  # as HF_TOKEN_READ, but not token_id
     re.IGNORECASE,
 )
 HARMLESS = re.compile(
@@ -29,15 +30,22 @@ TOKENS = re.compile(
     r"|xox[abprs]-[\w-]{10,}|npm_\w{20,}|pypi-[\w-]{20,}|AKIA[0-9A-Z]{16}|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]*)"
 )
 USERINFO = re.compile(r"(?P<scheme>\b[a-z][a-z0-9+.-]*://)(?P<who>[^\s/?#'\"<>]+)@", re.IGNORECASE)
+BARE = re.compile(  # an address without a scheme
+    r"(?<![\w./%+@:-])[\w.%+-]+:(?P<password>[^\s/'\"<>,;]{1,256})@(?=[\w.-]{1,253}:\d{2,5}(?!\w))"
+)
+COOKIES = re.compile(
+    r"(?P<name>\b(?:set-)?cookie['\"]?\s*:\s*['\"]?)(?P<value>[^\s'\",;]+(?:;\s*[^\s'\",;=]+=[^\s'\",;]*)*)",
+    re.IGNORECASE,
+)
 HEADER = re.compile(
     r"(?P<name>\b(?:proxy-)?authorization['\"]?\s*[:=]\s*['\"]?(?:(?:bearer|basic|token|digest)\s+)?"
-    r"|\bbearer\s+|\b(?:set-)?cookie['\"]?\s*:\s*['\"]?"
-    r"|\b(?:x-api-key|x-auth-token|private-token|api-key)['\"]?\s*:\s*['\"]?)(?P<value>[^\s'\",;]+)",
+    r"|\bbearer\s+|\b(?:x-api-key|x-auth-token|x-amz-security-token|private-token|api-key)['\"]?\s*:\s*['\"]?)"
+    r"(?P<value>[^\s'\",;]+)",
     re.IGNORECASE,
 )
 GIVEN = re.compile(  # in any text: NAME=value of an environment, a parameter of an address, a plain word for a password
-    r"(?P<start>\b[A-Z][A-Z0-9_]*\s*=\s*|[?&][\w-]+=|\b(?:password|passwd|secret|api_?key|access_token)['\"]?\s*[:=]\s*)"
-    r"(?P<value>['\"]?[^\s'\",;&]+)"
+    r"(?P<start>\b[A-Z][A-Z0-9_]*\s*\+?=\s*|(?:[?&]|\bX-Amz-)[\w-]+=|\b(?:password|passwd|secret|api_?key|access_token)['\"]?\s*[:=]\s*)"
+    r"(?P<value>['\"]?[^\s'\",;&]+(?:['\"]+[\w$][^\s'\",;&]*)*)"
 )
 
 
@@ -55,6 +63,8 @@ def _redacted(text: str, own: list[str]) -> str:
     for secret in own:
         text = text.replace(secret, HIDDEN)
     text = USERINFO.sub(rf"\g<scheme>{HIDDEN}@", text)
+    text = BARE.sub(f"{HIDDEN}@", text)
+    text = COOKIES.sub(rf"\g<name>{HIDDEN}", text)
     text = HEADER.sub(rf"\g<name>{HIDDEN}", text)
     text = GIVEN.sub(lambda found: f"{found['start']}{HIDDEN}" if _is_secret(found["start"]) else found[0], text)
     return TOKENS.sub(HIDDEN, text)
@@ -101,17 +111,23 @@ def _own() -> list[str]:
     """Secrets of the environment in every form in which they may be met, longest first."""
     found = set()
     for name, value in os.environ.items():
-        if secret_name(name) and len(value) >= 2 * SHORTEST and not value.startswith("/"):
+        if secret_name(name) and len(value) >= 2 * SHORTEST and not (value[0] == "/" and os.path.exists(value)):
             found.add(value)
-        if address := re.search(r"://\S*@", value):
-            password = address[0].removeprefix("://")[:-1].partition(":")[2]
+        for password in _passwords(value):
             forms = {password, unquote(password)}
             forms |= {escape(form, safe="") for form in list(forms) for escape in (quote, quote_plus)}
             found |= {form for form in forms if len(form) >= SHORTEST}
     return sorted(found, key=len, reverse=True)
 
 
+def _passwords(value: str) -> Iterator[str]:
+    """Of the addresses in a variable, with a scheme or without."""
+    for address in re.split(r"[\s,;|]+(?=[a-z][a-z0-9+.-]*://)|\s+", value):
+        if found := re.search(r"://[^\s:]*:(?P<password>\S*)@", address) or BARE.search(address):
+            yield found["password"]
+
+
 def _is_secret(start: str) -> bool:
     """Of what stands before a value: `NAME = `, `&name=` or `"name": `."""
-    name = start.strip("?&'\"=: ")
-    return secret_name(name) or name.lower() in ("key", "auth", "sig", "signature", "x-amz-signature")
+    name = start.strip("?&'\"=:+ ").replace("-", "_")
+    return secret_name(name) or name.lower() in ("key", "auth", "sig", "signature", "x_amz_signature")
