@@ -517,7 +517,10 @@ def test_models_of_a_table_s_cells_are_kept(mine, where, tmp_path):
 
 @needs_model
 def test_methods_are_compared_without_a_file(ria, where, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("PRUNING_DATA_DIR", str(tmp_path))  # whatever lies there, --data-dir holds
+    other = small.data(tmp_path / "other")
+    texts = (other / "ptb/ptb_test.jsonl").read_text().splitlines(keepends=True)
+    (other / "ptb/ptb_test.jsonl").write_text("".join(reversed(texts)))
+    monkeypatch.setenv("PRUNING_DATA_DIR", str(other))  # whose texts are not those of --data-dir
     words = f"--methods magnitude ria flap --plugin {ria} --settings 0.3 2:4 --seeds 2 {SHORT} --name beside"
     assert main(["compare", str(small.MODEL), *shlex.split(words), *where]) == 0
     written = {path.name for path in (tmp_path / "results").glob("beside*")}
