@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import wrapt
 
-from pruners import anatomy, apply
+from pruners import anatomy
 from pruners.calibrate import NOTHING, Execution, Keeper, Progress
 from pruners.flap import Flap
 from pruners.gblm import GBLM, Gradient
@@ -193,10 +193,10 @@ def check_method(method: Any) -> None:
 
 
 def _check_family(model: PreTrainedModel, method: Any) -> None:
-    """ValueError or TypeError for a structured method on a model that no units can be cut out of, and for a pattern
-    that does not divide the width of a matrix."""
+    """ValueError or TypeError for a structured method on a model that it cannot cut as asked, and for a pattern that
+    does not divide the width of a matrix."""
     if isinstance(method, Structured):
-        apply.check(model)
+        method.check(model)
     else:
         method.check_widths(anatomy.blocks(model))
 

@@ -243,7 +243,7 @@ class LLMPruner(Structured):
         if self.granularity == "block":
             return super().prune(model, windows, dense, how)
         started = time.perf_counter()
-        self.check(model)
+        self.refuse(model)
         if self.granularity == "layer":
             return self.reported(_shorten(self, model, how.cut), started)
         scores = self._channel_scores(model, dense)

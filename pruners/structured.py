@@ -88,7 +88,7 @@ class Structured(Method):
         how: Execution = PLAIN,
     ) -> Report:
         started = time.perf_counter()
-        self.check(model)
+        self.refuse(model)
         blocks, asked, before = anatomy.blocks(model), self.asked_parameters(model), State.of(model)
         kept = self.choose(model, windows, dense, how)
         rounding = sum(keep.rounding * block.unit_cost("mlp") for keep, block in zip(kept, blocks, strict=True))
@@ -102,8 +102,12 @@ class Structured(Method):
         return Report(repr(self), self.asked, seconds=seconds, structure=structure)
 
     def check(self, model: nn.Module) -> None:
-        """ValueError or TypeError for a model that the method cannot prune as asked."""
+        """ValueError or TypeError for a model that the method cannot prune as asked; reads no value of a weight."""
         apply.check(model)
+
+    def refuse(self, model: nn.Module) -> None:
+        """As `check`, and ValueError for weights that are not finite."""
+        self.check(model)
         for block in anatomy.blocks(model):
             with homes.held(block.module):
                 refuse_non_finite(block)

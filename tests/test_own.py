@@ -393,12 +393,19 @@ def test_a_pattern_that_divides_no_width_is_refused_before_anything_is_measured(
 
 
 @needs_model
-def test_a_cell_whose_pattern_divides_no_width_costs_no_dense_measure(where, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ("magnitude --settings 2:7", "magnitude 2:7: failed: 2:7 needs rows"),
+        (f"llm_pruner --settings 0.2 {SHORT}", "failed: attention_blocks=(4, 3) is not a half-open range within"),
+    ],
+)
+def test_a_cell_that_does_not_work_on_the_model_costs_no_dense_measure(method, said, where, capsys, monkeypatch):
     measured: list[object] = []
     monkeypatch.setattr("experiments.run.pass_dense_gate", measured.append)
-    words = ["--methods", "magnitude", "--settings", "2:7", "--measure", "ptb/test@64[:4]"]
+    words = ["--methods", *method.split(), "--measure", "ptb/test@64[:4]"]
     assert main(["compare", str(small.MODEL), *words, *where]) == 1
-    assert "magnitude 2:7: failed: 2:7 needs rows" in capsys.readouterr().err.lower()
+    assert said in capsys.readouterr().err.lower()
     assert len(measured) == 1  # the dense model's own cell
 
 

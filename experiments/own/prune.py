@@ -26,7 +26,6 @@ from experiments.store import records
 from experiments.store.records import Record
 from pruners.interface.suggest import UsageError, unknown
 from pruners.retrain import Reconstruction
-from pruners.structured import Structured
 
 if TYPE_CHECKING:
     from experiments.batch import Outcome
@@ -213,8 +212,6 @@ def _refuse_unfit(run: Run) -> None:
     empty = models.without_weights(run.model)
     try:
         pruners.check(empty, run.method)
-        if isinstance(run.method, Structured):
-            run.method.check(empty)
     except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from error
 
