@@ -233,10 +233,17 @@ class Block:
             cost += sum(self._followed(follower) for follower in self.followers)
         return cost
 
+    def all_units_cost(self, kind: str) -> int:
+        """Parameters that all units of that kind hold together."""
+        return self.units(kind) * self.unit_cost(kind) + self.last_cost(kind)
+
     def lost(self, kind: str, kept: Tensor) -> int:
         """Parameters that cutting leaves fewer, where `kept` says which units of that kind stay."""
-        lost = int((~kept).sum()) * self.unit_cost(kind)
-        return lost + (sum(map(self._held, self.last_parts)) if kind == "attention" and not kept.any() else 0)
+        return int((~kept).sum()) * self.unit_cost(kind) + (0 if kept.any() else self.last_cost(kind))
+
+    def last_cost(self, kind: str) -> int:
+        """What goes with the last unit beside its own: the keys and values that all heads of multi-query share."""
+        return sum(map(self._held, self.last_parts)) if kind == "attention" and self.units(kind) else 0
 
     def _held(self, part: Part) -> int:
         linear = self.linear(part.projection)

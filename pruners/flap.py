@@ -200,9 +200,8 @@ class Flap(Structured):
         if self.reference:
             channels = _released_channels(blocks[0], len(part), self.asked, heads)
         else:
-            own, every = (_parameters(some, *KINDS) for some in (part, blocks))
-            left = self.budget(model) * own / max(every, 1) - heads * _mean_cost(part, "attention")
-            left += (heads > 0) * sum(self.refund(block, "attention") for block in part)
+            own, every = (sum(b.all_units_cost(kind) for b in some for kind in KINDS) for some in (part, blocks))
+            left = self.budget(model) * own / max(every, 1) - self._cost_of_heads(part, heads)
             channels = _closest(left, _mean_cost(part, "mlp"), sum(self.refund(block, "mlp") for block in part))
         there = [sum(block.units(kind) for block in part) for kind in KINDS]
         if not (0 <= heads <= there[0] and 0 <= channels <= there[1]):
@@ -213,6 +212,13 @@ class Flap(Structured):
                 "numbers are possible."
             )
         return {"attention": heads, "mlp": channels}
+
+    def _cost_of_heads(self, part: Sequence[Block], count: int) -> float:
+        """What so many KV heads take along, of one block; of several on the average."""
+        costs = [self.in_order(block, "attention") for block in part]
+        if len(costs) == 1:
+            return int(costs[0][:count].sum())
+        return float(count * torch.cat(costs).double().mean()) if count else 0.0
 
     def _heads(self, blocks: Sequence[Block], parts: int) -> int:
         """KV heads that go from each of so many parts of the model."""
@@ -233,13 +239,8 @@ class Flap(Structured):
         return self.heads_removed // (parts * queries)
 
 
-def _parameters(blocks: Sequence[Block], *kinds: str) -> int:
-    """What all units of these kinds hold."""
-    return sum(block.units(kind) * block.unit_cost(kind) for block in blocks for kind in kinds)
-
-
 def _mean_cost(blocks: Sequence[Block], kind: str) -> float:
-    return _parameters(blocks, kind) / max(sum(block.units(kind) for block in blocks), 1)
+    return sum(block.all_units_cost(kind) for block in blocks) / max(sum(block.units(kind) for block in blocks), 1)
 
 
 def _closest(left: float, cost: float, refund: int) -> int:

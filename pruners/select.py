@@ -169,17 +169,14 @@ def cheapest(
     return gone
 
 
-def evenly(units: Sequence[int], costs: Sequence[int], refunds: Sequence[int], budget: float | int) -> list[int]:
+def evenly(costs: Sequence[Int[Tensor, " units"]], budget: float | int) -> list[int]:
     """How many units go from each place so that all lose the same share of theirs, up to one unit, for `budget`.
 
-    `costs` is what a unit of each place holds; the first that goes costs its place's of `refunds` less.
+    `costs` are those of each place's units in the order in which they go.
     """
-    share_by_then = torch.cat([torch.arange(1, count + 1, dtype=torch.float32) / count for count in units])
-    parts = [torch.full((count,), cost) for count, cost in zip(units, costs, strict=True)]
-    for part, refund in zip(parts, refunds, strict=True):
-        part[:1] -= refund
-    gone = cheapest(share_by_then, torch.cat(parts), budget)
-    return [int(part.sum()) for part in gone.split(list(units))]
+    share_by_then = [torch.arange(1, len(some) + 1, dtype=torch.float32) / len(some) for some in costs]
+    gone = cheapest(torch.cat(share_by_then), torch.cat(list(costs)), budget)
+    return [int(part.sum()) for part in gone.split([len(some) for some in costs])]
 
 
 def _kth_lowest(score: Tensor, count: int) -> Tensor:

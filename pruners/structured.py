@@ -130,11 +130,17 @@ class Structured(Method):
         """What the first unit that goes costs less; a target counts what repairs add, the papers' ratios do not."""
         return 0 if self.target_parameters is None else self.added_parameters(block, kind)
 
+    def in_order(self, block: Block, kind: str) -> Int[Tensor, " units"]:
+        """What each unit of that kind takes along, in the order in which they go."""
+        costs = torch.full((block.units(kind),), block.unit_cost(kind))
+        costs[:1] -= self.refund(block, kind)
+        costs[-1:] += block.last_cost(kind)
+        return costs
+
     def budget(self, model: nn.Module) -> int:
         """How many parameters go, less what refunds give back; ValueError where all units hold less."""
         asked = self.asked_parameters(model)
-        places = [(block, kind) for block, kind in self._places(model) if block.units(kind)]
-        removable = self._removable(model) - sum(self.refund(*place) for place in places)
+        removable = sum(int(self.in_order(*place).sum()) for place in self._places(model))
         if asked > removable:
             raise ValueError(
                 f"{self.setting} is {asked:,} parameters, and the removable heads and channels have "
@@ -151,8 +157,7 @@ class Structured(Method):
         if self.target_parameters is None:
             counts = [self.share_of(block, kind, stage) for block, kind in places]
         else:
-            units, costs = [b.units(kind) for b, kind in places], [b.unit_cost(kind) for b, kind in places]
-            counts = select.evenly(units, costs, [self.refund(*one) for one in places], stage * self.budget(model))
+            counts = select.evenly([self.in_order(*place) for place in places], stage * self.budget(model))
         by_place = {(block.index, kind): count for (block, kind), count in zip(places, counts, strict=True)}
         return [{kind: by_place.get((b.index, kind), 0) for kind in KINDS} for b in anatomy.blocks(model)]
 
@@ -177,9 +182,8 @@ class Structured(Method):
 
     def _costs(self, block: Block, kind: str, score: Float[Tensor, " units"]) -> Int[Tensor, " units"]:
         """What each unit takes along if the lowest score goes first."""
-        costs = torch.full((len(score),), block.unit_cost(kind))
-        costs[score.argsort(stable=True)[:1].to(costs.device)] -= self.refund(block, kind)
-        return costs
+        costs = self.in_order(block, kind)
+        return torch.empty_like(costs).index_copy_(0, score.argsort(stable=True).to(costs.device), costs)
 
     def lowest(self, block: Block, scores: Scores, counts: Mapping[str, int]) -> Kept:
         """What stays of a block that loses so many units of each kind, and `round_to` obeyed."""
@@ -205,7 +209,7 @@ class Structured(Method):
         return max(width - -(-(width - count) // multiple) * multiple, 0)
 
     def _removable(self, model: nn.Module) -> int:
-        return sum(block.units(kind) * block.unit_cost(kind) for block, kind in self._places(model))
+        return sum(block.all_units_cost(kind) for block, kind in self._places(model))
 
     def _places(self, model: nn.Module) -> list[tuple[Block, str]]:
         return [(block, kind) for kind in KINDS for block in anatomy.blocks(model) if self.open(block, kind)]

@@ -172,6 +172,21 @@ def test_query_heads_of_a_multi_query_model_are_the_heads_removed():
     assert abs(lost + 2 * 3 * families.WIDTH - asked) <= 3 * families.WIDTH / 2  # a bias in each of three blocks
 
 
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(
+    "amount",
+    [{"target_parameters": 0.7}, {"target_parameters": 0.7, "structure": "UL-UM"}, {"ratio": 0.9}, {"ratio": 0.6}],
+    ids=str,
+)
+def test_the_last_head_takes_the_shared_keys_and_values_along(amount, seed):
+    model = families.tiny("gemma: multi-query", seed)
+    unit = max(anatomy.blocks(model)[0].unit_cost(kind) for kind in ("attention", "mlp"))
+    last = anatomy.blocks(model)[0].last_cost("attention")
+    report = pruners.prune(model, pruners.Flap(bias=False, **amount), families.windows("gemma: multi-query"))
+    lost = report.structure.before.size.less(report.structure.after.size).decoder
+    assert abs(lost - report.structure.asked.decoder) <= (unit + last) / 2
+
+
 def without_units(kind, index, part):
     """A model whose block of that number has no heads, or one channel."""
     model = tiny(kind)

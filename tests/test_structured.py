@@ -197,7 +197,7 @@ def test_the_budget_search_is_optimal_among_all_thresholds():
 def test_even_counts_differ_by_less_than_one_unit_of_share():
     units, costs = [9, 3, 1536, 100], [590, 1770, 17, 17]
     for budget in (0, 5_000, 15_000, 30_000):
-        counts = select.evenly(units, costs, [0] * len(units), budget)
+        counts = select.evenly([torch.full((n,), cost) for n, cost in zip(units, costs, strict=True)], budget)
         spent = sum(count * cost for count, cost in zip(counts, costs, strict=True))
         assert abs(spent - budget) <= max(costs) / 2
         shares = [(count / unit, (count + 1) / unit) for count, unit in zip(counts, units, strict=True)]
