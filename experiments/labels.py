@@ -8,12 +8,14 @@ from itertools import chain
 from typing import Any
 
 from experiments import recovery
+from experiments.data.sources import SOURCES
 from experiments.spec import Run, digest
 
 SETTINGS = ("sparsity", "pattern", "ratio", "target_parameters")
 COLUMNS = ("model", "windows", "measures", "dtype", *(f"method.{name}" for name in SETTINGS))  # what a setting tells
 COUNTED = {"count": "window", "length": "token"}
 REORDERED = "windows reordered"
+WRITTEN = [name for name, source in SOURCES.items() if source.written]  # drawn by a model, however it is sampled
 
 
 def labels(runs: Sequence[Run], label: Callable[[Run], tuple[str, str]] | None = None) -> list[tuple[str, str]]:
@@ -87,8 +89,10 @@ def _said(field: str, value: Any) -> str:
         return ""
     if stage == "windows":
         return f"{value} {COUNTED[name]}{'s' * (value != 1)}" if name in COUNTED else str(value)
+    if value is True:
+        return (name or stage).replace(".", " ").replace("_", " ")
     words = "" if stage == "measures" else name.removesuffix("name").replace(".", " ").replace("_", " ")
-    return " ".join(filter(None, [words.strip(), "" if value is True else str(value)]))
+    return " ".join(filter(None, [words.strip(), str(value)]))
 
 
 def _stages(run: Run) -> str:
@@ -119,7 +123,7 @@ def full(label: tuple[str, str]) -> str:
 
 def seed(run: Run) -> int | None:
     """Of what is drawn for a cell: its calibration text, its groups or mask, or the order of its training text."""
-    if run.windows and run.windows.sampling != "first":
+    if run.windows and (run.windows.sampling != "first" or run.windows.corpus in WRITTEN):
         return run.windows.seed
     if hasattr(run.method, "seed") and getattr(run.method, "importance", "random") == "random":
         return int(run.method.seed)

@@ -41,9 +41,11 @@ OURS = {
     "nodes",
     "ntasks",
     "ntasks-per-node",
+    "tasks-per-node",
     "ntasks-per-gpu",
     "no-requeue",
 }
+SINGLE = {"nodes", "ntasks", "ntasks-per-node", "tasks-per-node"}  # of which a job has one, whatever it runs
 KEYS = {"partition", "account", "qos", "constraint"}  # of the profile, which are options of sbatch, too
 
 
@@ -160,6 +162,8 @@ class Profile(BaseModel):
     def _leave_ours_alone(cls, options: dict[str, str | int | bool]) -> dict[str, str | int | bool]:
         for name in options:  # which sbatch takes by their first letters, too
             word = name.replace("_", "-")
+            if word in SINGLE and str(options[name]) == "1":
+                continue
             if taken := sorted(ours for ours in OURS if ours.startswith(word)):
                 raise ValueError(f"{taken[0]} is set by the job itself; leave it out of options.")
             if taken := sorted(key for key in KEYS if key.startswith(word)):

@@ -9,14 +9,17 @@ from experiments.store.redaction import BARE, HARMLESS, NAME, TOKENS
 REFERENCE = re.compile(
     r"['\"]*(?:(?:\$\w+|\$\{\w+\}|\$\((?:cat\s|<)[^()]*\)|`cat\s[^`]*`|\*+)['\"]*)*"
 )  # no secret is written
-PART = r"(?:\$\([^()]*\)|\$\{[^}]*\}|`[^`]*`|[^\s'\";|&,})])"
+PART = r"(?:\$\([^()]*\)|\$\{[^}]*\}|`[^`]*`|`(?![^`]*`)|[^\s'\";|&,})`])"  # each begins unlike the others
 VALUE = rf"(?P<value>['\"]?{PART}*(?:['\"]+{PART}+)*)"
 NAMED = rf"(?P<name>(?<![\w-])(?i:{NAME.pattern}))"
 CLIENTS = (
     "wandb|hf|huggingface-cli|hf-cli|comet|neptune|clearml|modelscope|kaggle|dvc|aim|mlflow|gh|glab|cog|runpodctl|vault"
 )
 PRINTED = rf"\b(?:echo|printf)\s+(?:-\w+\s+|['\"]?%s(?:\\n)?['\"]?\s+)*{VALUE}['\"]?"
-KEPT = r"['\"]?\S*(?i:token|secrets?|passw(?:or)?d|credentials|netrc|pgpass|api_?key)(?:\.\w+)?['\"]?(?=[\s;&|<>]|$)"
+KEPT = (
+    r"['\"]?(?:\S*/)?\.?[\w-]*(?i:token|secrets?|passw(?:or)?d|credentials|netrc|pgpass|api_?key)(?:\.\w+)?['\"]?"
+    r"(?=[\s;&|<>]|$)"
+)
 PASSING = re.compile(r"--(?:host|username|registry|cloud|base-url)[=\s]+\S+")
 KINDS: tuple[tuple[str, str], ...] = (
     ("{name}", rf"{NAMED}['\"]?\s*(?:\+=|[=:])\s*{VALUE}"),
@@ -38,7 +41,7 @@ KINDS: tuple[tuple[str, str], ...] = (
     ("what is written to a file of secrets", rf"{PRINTED}\s*(?:>>?|\|\s*tee(?:\s+-a)?\s)\s*{KEPT}"),
     ("what is written to a file of secrets", rf"(?:>>?|\btee)\s*{KEPT}\s*<<<\s*{VALUE}"),
     ("{name} of .netrc", rf"\blogin\s+\S+\s+(?P<name>password)\s+{VALUE}"),
-    ("{name}", rf"(?P<name>\bcurl\b[^|;]*\s(?:-[A-Za-z]*[uU]|--(?:proxy-)?user))\s*['\"]?[^\s:'\"]+:{VALUE}"),
+    ("{name}", rf"(?P<name>\bcurl\b(?:(?!&&)[^|;])*\s(?:-[A-Za-z]*[uU]|--(?:proxy-)?user))\s*['\"]?[^\s:'\"]+:{VALUE}"),
     ("{name}", rf"(?P<name>\bsshpass\s+-p)\s*{VALUE}"),
     ("{name}", rf"(?P<name>\blogin\b[^|;&]*?\s-p)\s*{VALUE}"),  # docker, podman, az
     ("{name}", rf"(?P<name>\b(?:mysql|mysqldump|mariadb)\s(?:[^|;&]*\s)?-p)(?!\s|$){VALUE}"),

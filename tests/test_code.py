@@ -226,6 +226,17 @@ def test_what_a_class_of_one_s_own_imports_is_its_code(own, tmp_path, line, file
     assert f"{name}_unused.py" not in files
 
 
+def test_a_helper_that_is_no_python_counts_by_its_bytes(own, tmp_path):
+    kind, name = own("try:\n    import {name}_old\nexcept (ImportError, SyntaxError):\n    pass")
+    (tmp_path / f"{name}_old.py").write_text('print "1"\n')
+    forget()
+    importlib.invalidate_caches()
+    before = code.method(kind())
+    (tmp_path / f"{name}_old.py").write_text('print "2"\n')
+    forget()
+    assert code.method(kind()) != before
+
+
 @dataclass(frozen=True)
 class MoreOf(Unstructured):
     part: object = None

@@ -614,6 +614,24 @@ def test_windows_fit_the_family_of_the_model(family, room, calibrated, tmp_path)
                 lengths.check(long(limit + 1))
 
 
+def test_what_mpt_calls_its_context_counts_where_nothing_else_is_said(tmp_path):
+    model = tiny("llama")
+    model.config.max_seq_len = 32
+    model.save_pretrained(tmp_path / "both")
+    lengths.check(Run(str(tmp_path / "both"), pruners.Wanda(), Windows("c4/train", 1, 64), ()))
+
+
+def test_what_a_class_says_of_its_fields_is_said_of_options():
+    told = options.in_options(
+        "learning_rate=0.1 with steps=3, granularity='block' and target_parameters=0.5; lr_x=True, x='a'",
+        Reconstruction,
+        {"steps": "n-steps"},
+    )
+    assert told == (
+        "--learning-rate 0.1 with --n-steps 3, --granularity block and target_parameters=0.5; lr_x=True, x='a'"
+    )
+
+
 def test_the_promises_of_a_method_are_checked(ria, tmp_path, capsys):
     assert pruners_main(["check", str(ria), "--family", "llama", "opt"]) == 0
     assert "RIA: 12 of 12 promises kept." in capsys.readouterr().out

@@ -45,6 +45,7 @@ def test_the_two_examples_and_the_default_are_there():
         ("options = {ntasks = 4}", "ntasks is set by the job itself"),
         ("options = {nodes = 4}", "nodes is set by the job itself"),
         ("options = {ntasks_per_node = 4}", "ntasks-per-node is set by the job itself"),
+        ("options = {tasks-per-node = 4}", "tasks-per-node is set by the job itself"),
         ("options = {no-requeue = true}", "no-requeue is set by the job itself"),
         ('options = {sig = "x"}', "signal is set by the job itself"),
         *(
@@ -90,8 +91,9 @@ def test_teraflops_beyond_any_machine_are_refused(tmp_path, value):
 
 
 def test_other_options_of_sbatch_are_let_through(tmp_path):
+    one = 'ntasks = 1, nodes = "1"'
     options = (
-        'options = {exclude = "n1", exclusive = true, mail-type = "FAIL", nice = 5, nodelist = "n2", comment = "a"}'
+        f'options = {{exclude = "n1", exclusive = true, {one}, mail-type = "FAIL", nodelist = "n2", comment = "a"}}'
     )
     assert set(profile.load(write(tmp_path, options)).options) >= {"nodelist", "exclusive"}
 
@@ -233,6 +235,15 @@ echo "the run begins" > run.log
 echo done > tokens.txt
 echo start | tee tokenizer.log
 cat < ~/.token > $HF_HOME/token
+curl -fsSL https://example.org/a.tgz -o a.tgz && rsync -au nas:/data/c4 $TMPDIR/
+curl -fsSL https://example.org/a.sh && bash -eu script:foo
+export TIKTOKEN_RS_CACHE=/x
+export TOKEN_EMBEDDING_DIM=5
+export NCCL_PAT_THRESHOLD=5
+export AZURE_CREDENTIALS_MODE=x
+export GIT_CREDENTIALS_HELPER=x
+echo ok > status.token
+echo $(date) > job.token
 export PATH=$PATH:$HOME/bin
 export BYPASS=1
 export PYTHONPATH=$PWD:$PYTHONPATH
@@ -254,6 +265,12 @@ def test_a_secret_in_any_form_is_refused_and_not_repeated(tmp_path, line):
 
 @pytest.mark.parametrize("line", HARMLESS)
 def test_a_line_without_a_secret_is_let_through(tmp_path, line):
+    assert profile.load(write(tmp_path, quoted(line))).setup == (line,)
+
+
+@pytest.mark.parametrize("line", ["echo " + 500 * "`a`" + " y", 3000 * "token_", "export A=" + 300 * "`hostname`-"])
+def test_no_line_takes_long_to_be_looked_at(tmp_path, line):
+    """For ever, if it were looked at in every way in which it can be read."""
     assert profile.load(write(tmp_path, quoted(line))).setup == (line,)
 
 

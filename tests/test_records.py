@@ -79,18 +79,23 @@ def test_even_a_sealed_record_must_fit_the_schema_and_its_own_spec(path, changes
         records.read(path)
 
 
+class OwnLoRA(LoRA):
+    pass
+
+
 @pytest.mark.parametrize(
-    ("adapters", "structure", "sparsity"),
+    ("adapters", "structure", "after", "sparsity"),
     [
-        (LoRA(merge=True), None, 0.1),
-        (LoRA(), None, 0.5),
-        (MaskLoRA(), None, 0.5),
-        (LoRA(merge=True), {"heads": [4, 3]}, 0.5),  # what is gone cannot be filled
+        (LoRA(merge=True), None, 0.1, 0.1),
+        (OwnLoRA(merge=True), None, 0.1, 0.1),
+        (LoRA(), None, 0.5, 0.5),
+        (MaskLoRA(), None, 0.5, 0.5),
+        (LoRA(merge=True), {"heads": [4, 3]}, 0.0, 0.5),  # what is gone cannot be filled
     ],
 )
-def test_the_sparsity_is_that_of_the_measured_model(adapters, structure, sparsity):
+def test_the_sparsity_is_that_of_the_measured_model(adapters, structure, after, sparsity):
     recovery = Retraining(Trainable(adapters=adapters), small.WINDOWS, steps=1, learning_rate=1e-3)
-    achieved = {"asked": 0.5, "sparsity": 0.5, "structure": structure, "recovery": {"sparsity": 0.1}}
+    achieved = {"asked": 0.5, "sparsity": 0.5, "structure": structure, "recovery": {"sparsity": after}}
     record = small.record(replace(RUN, recovery=recovery), achieved=achieved)
     assert record.sparsity == sparsity
     assert ("filled" in record.sparsity_told) == (sparsity != 0.5)

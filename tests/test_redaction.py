@@ -60,6 +60,8 @@ PLAIN = [
     '{"token_sha256": "abab"}',
     "MAX_TOKENS=512",
     "TOKEN_COUNT=512 TOKEN_TYPE_IDS=0 TOKENIZERS_PARALLELISM=false TOKENIZER_PATH=x",
+    "TOKEN_EMBEDDINGS=32000 TOKEN_DROPOUT=0.1 TIKTOKEN_RS_CACHE=/x",
+    "loss:0.5@step:1000, 10:30@node1:22, cuda:0@node:12345, test_b[x:y@z:12]",
     "image:24.01@sha256:0c0ffee0c0ffee",
     "['HF_HOME=/scratch/x'] at 12:30, a:b",
 ]

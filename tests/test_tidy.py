@@ -5,13 +5,17 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 
 import analysis
+import pruners
 from analysis import tidy
 from analysis.__main__ import main
+from experiments import papers
+from experiments.spec import Run, Windows
 from experiments.store import records
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -47,6 +51,20 @@ def test_rows_carry_the_papers_words_hyperparameters_seed_and_cost(made):
 
 def test_every_declared_cell_has_its_words(made):
     assert (made.label != "").all()
+
+
+def test_experiments_of_one_name_are_told_apart(monkeypatch):
+    windows = [Windows("c4/train", count, 64) for count in (1, 16)]
+    runs = [Run("llama-7b", pruners.Wanda(0.5), some, ()) for some in windows]
+    monkeypatch.setitem(papers.TABLES, "mine", SimpleNamespace(runs=lambda: runs, label=None))
+    assert set(tidy._labels("mine").values()) == {("Wanda", "50 %, 1 window"), ("Wanda", "50 %, 16 windows")}
+
+
+def test_the_seed_is_that_of_what_is_drawn():
+    assert tidy._seed_of({"name": "random", "seed": 3}, None) == 3
+    assert tidy._seed_of({"name": "llm_pruner", "importance": "random", "seed": 3}, 5) == 3
+    assert tidy._seed_of({"name": "llm_pruner", "importance": "l2", "seed": 3}, 5) == 5
+    assert tidy._seed_of({"name": "magnitude"}, 5) == 5
 
 
 def test_two_folders_stand_side_by_side(made):

@@ -33,10 +33,10 @@ def _rooms(model: str) -> Mapping[str, float]:
         config: Any = models.without_weights(model).config
     except ValueError:  # which says why where the model is loaded
         config = None
-    longest = getattr(config, "max_position_embeddings", None) or math.inf
-    rooms: dict[str, float] = defaultdict(lambda: longest)
-    rooms["Perplexity"] = longest - len(getattr(config, "text_prefix", ()))  # other windows begin with these marks
-    rooms["Calibration"] = min(longest, getattr(config, "max_seq_len", None) or math.inf)  # MPT's
+    longest = getattr(config, "max_position_embeddings", None)
+    rooms: dict[str, float] = defaultdict(lambda: longest or math.inf)
+    rooms["Perplexity"] -= len(getattr(config, "text_prefix", ()))  # other windows begin with these marks
+    rooms["Calibration"] = longest or getattr(config, "max_seq_len", None) or math.inf  # MPT's
     return rooms
 
 

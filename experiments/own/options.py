@@ -87,12 +87,13 @@ def in_options(message: str, kind: type[Any], names: Mapping[str, str]) -> str:
     """What the class says of its fields, `granularity='block'` or `batch_size`, as options."""
 
     def told(found: re.Match[str]) -> str:
-        name, given = found.groups()
+        name, _, given = found[0].partition("=")
         if name not in {f.name for f in fields(kind)}:
-            return name
-        return f"--{_called(name, names)} {given or ''}".rstrip()
+            return found[0].removesuffix("=")
+        value = "" if given == "True" else given.strip("'")
+        return f"--{_called(name, names)} {value}".rstrip()
 
-    return re.sub(r"\b([a-z]+_[a-z_]+\b|[a-z]+(?==))(?:=(?:True|'(\w+)')?)?", told, message)
+    return re.sub(r"\b(?:[a-z]+(?:_[a-z]+)+\b|[a-z]+(?==))(?:=(?:'\w+'|\w+(?:\.\w+)?)?)?", told, message)
 
 
 def _called(name: str, names: Mapping[str, str]) -> str:

@@ -216,9 +216,14 @@ def _bytes(path: Path) -> bytes:
 
 
 def _read(path: Path) -> str:
-    """The text of a module of one's own; of a compiled one, a text that changes with it."""
+    """The text of a module of one's own; of one that is compiled or no Python, a text that changes with it."""
     content = _bytes(path)
-    return decode_source(content) if path.suffix == ".py" else f"compiled = {hashlib.sha256(content).hexdigest()!r}"
+    try:
+        text = decode_source(content) if path.suffix == ".py" else ""
+        ast.parse(text)
+    except (SyntaxError, ValueError):  # what its user does not import, or catches the error of
+        text = ""
+    return text or f"compiled = {hashlib.sha256(content).hexdigest()!r}"
 
 
 def _digest(sources: dict[str, str]) -> str:

@@ -92,21 +92,16 @@ class Record(_Stored):
     def sparsity(self) -> float:
         """The share removed of the model that was measured; `achieved` has that of pruning, which recovery may undo."""
         pruned: float = self.achieved["sparsity"]
-        after = self.achieved.get("recovery") or {}
-        return after.get("sparsity", pruned) if self._fills else pruned
+        if self.achieved.get("structure"):  # what is gone cannot be filled
+            return pruned
+        return (self.achieved.get("recovery") or {}).get("sparsity", pruned)
 
     @property
     def sparsity_told(self) -> str:
         """For a reader, who may not expect weights that pruning had removed."""
-        filled = self._fills and self.sparsity < self.achieved["asked"]
-        return f"{self.sparsity:.4f}" + (" (merging LoRA filled pruned weights)" if filled else "")
-
-    @property
-    def _fills(self) -> bool:
-        """Whether recovery writes into zeroed weights: plain LoRA does, once it is merged."""
         adapters = ((self.spec.get("recovery") or {}).get("trainable") or {}).get("adapters") or {}
-        merges = adapters.get("name") == "lora" and adapters.get("merge", False)
-        return merges and not self.achieved.get("structure")
+        filled = adapters.get("merge") and not self.achieved.get("structure") and self.sparsity < self.achieved["asked"]
+        return f"{self.sparsity:.4f}" + (" (merging LoRA filled pruned weights)" if filled else "")
 
 
 class Failure(_Stored):

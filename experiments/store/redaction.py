@@ -16,9 +16,12 @@ from urllib.parse import quote, quote_plus, unquote
 HIDDEN = "***"
 SHORTEST = 4  # a shorter secret would blot out ordinary words
 NAME = re.compile(
-    r"(?:\w*?(?:token|secret\w*|passw\w*|passphrase|(?<!by)(?<!com)(?<!tres)pass|apikey|_key|credentials?|_auth|_pat|_pwd)"
-    r"|\w*?(?:token|api_?key|access_key|credentials?|passphrase|_pat)_(?!(?:\w+_)?(?:url|endpoint|ids?|types?|limit"
-    r"|count|len|length|size|budget|sha256)(?!\w))\w+|(?-i:KEY|AUTH|PAT))",  # as HF_TOKEN_READ, but not token_id
+    r"(?:\w{0,64}?(?:token|secret\w{0,64}|passw\w{0,64}|passphrase|(?<!by)(?<!com)(?<!tres)pass|apikey|_key|credentials?"
+    r"|_auth|_pat|_pwd)"
+    r"|\w{0,64}?(?:token|api_?key|access_key|credentials?|passphrase|_pat)_"  # as HF_TOKEN_READ, but not token_id
+    r"(?!(?:\w{1,64}_)?(?:url|endpoint|ids?|types?|limit|count|len|length|size|budget|sha256|cache|root|home|mode|helper"
+    r"|provider|backend|format|version|ttl|threshold|dim|dropout|embeddings?|vocab|prob|weight|rate)(?!\w))\w{1,64}"
+    r"|(?-i:KEY|AUTH|PAT))",
     re.IGNORECASE,
 )
 HARMLESS = re.compile(
@@ -31,7 +34,7 @@ TOKENS = re.compile(
 )
 USERINFO = re.compile(r"(?P<scheme>\b[a-z][a-z0-9+.-]*://)(?P<who>[^\s/?#'\"<>]+)@", re.IGNORECASE)
 BARE = re.compile(  # an address without a scheme
-    r"(?<![\w./%+@:-])[\w.%+-]+:(?P<password>[^\s/'\"<>,;]{1,256})@(?=[\w.-]{1,253}:\d{2,5}(?!\w))"
+    r"(?<![\w./%+@:-])[\w.%+-]+:(?P<password>(?![\d.]+@)[^\s/'\"<>,;]{2,256})@(?=[\w.-]{1,253}:\d{2,5}(?!\w))"
 )
 COOKIES = re.compile(
     r"(?P<name>\b(?:set-)?cookie['\"]?\s*:\s*['\"]?)(?P<value>[^\s'\",;]+(?:;\s*[^\s'\",;=]+=[^\s'\",;]*)*)",

@@ -32,8 +32,9 @@ class Trainable:
     `biases`: those of linear layers and of layer norms.  `norms`: weights and biases of every norm.  `head`: plain
     LoRA on the output matrix, of the adapters' rank and alpha; 16 and 32 where they have none.  `embeddings`: tokens
     and positions, and with them a head that is tied.  `adapters`: LoRA, LoRAPrune, ScaleLoRA or MaskLoRA in the decoder
-    blocks.  `weights`: all else, linear layers and the routers of experts, pruned weights held at zero.  Raises
-    ValueError where adapters would sit on weights that are trained anyway.
+    blocks.  `weights`: all else, linear layers and the routers of experts, pruned weights held at zero; within one
+    decoder block routers stay, as no gradient says which expert a token should go to.  Raises ValueError where adapters
+    would sit on weights that are trained anyway.
     """
 
     biases: Flag = False
@@ -117,7 +118,8 @@ class Trainable:
         required = {p: p.requires_grad for p in root.parameters()}
         linears = {where + name: linear for where, block in blocks.items() for name, linear in block.linears().items()}
         matrices = {where: dict(map(block.parameter, block.linears())) for where, block in blocks.items()}
-        selected = _selected(self, root, {p for named in matrices.values() for p in named.values()})
+        inside = {where + name: p for where, named in matrices.items() for name, p in named.items()}
+        selected = _selected(self, root, set(inside.values()), routers=not prefix)
         targets = {name: _plain(prefix + name, linear) for name, linear in self._targets(linears) if self.adapters}
         if among is not None:
             selected = {name: p for name, p in selected.items() if p in among}
@@ -137,7 +139,6 @@ class Trainable:
             head: Any = root.get_output_embeddings()  # type: ignore[operator]
             with homes.held(head):
                 adapters.append(self._on_head().attach("head", head, BitMask.of(head.weight.data), seed))
-        inside = {where + name: p for where, named in matrices.items() for name, p in named.items()}
         return Attached(root, blocks, inside, selected, adapters, masks, required, spread)
 
     def _on_head(self) -> LoRA:
@@ -310,8 +311,10 @@ def _plain(name: str, linear: Matrix) -> nn.Linear:
     )
 
 
-def _selected(wanted: Trainable, root: nn.Module, matrices: set[nn.Parameter]) -> dict[str, nn.Parameter]:
-    """By name, each once; `matrices` are those of the blocks."""
+def _selected(
+    wanted: Trainable, root: nn.Module, matrices: set[nn.Parameter], routers: bool = False
+) -> dict[str, nn.Parameter]:
+    """By name, each once; `matrices` are those of the blocks, `routers` whether those of experts are weights."""
     chosen: set[nn.Parameter] = set(matrices) if wanted.weights else set()
     for module in root.modules():
         norm = _is_norm(module)
@@ -319,7 +322,7 @@ def _selected(wanted: Trainable, root: nn.Module, matrices: set[nn.Parameter]) -
             if name == "bias":
                 takes = wanted.biases or (wanted.norms and norm)
             else:
-                takes = wanted.norms if norm else wanted.weights
+                takes = wanted.norms if norm else wanted.weights and (routers or isinstance(module, nn.Linear))
             if takes:
                 chosen.add(parameter)
     embeddings: set[Any] = {module.weight for module in root.modules() if isinstance(module, nn.Embedding)}
