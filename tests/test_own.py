@@ -21,7 +21,7 @@ from analysis.__main__ import main as analysis
 from analysis.pages import provenance
 from analysis.rows import Row
 from analysis.tables import frames
-from experiments import models
+from experiments import labels, models
 from experiments.__main__ import main
 from experiments.models import lengths
 from experiments.own import defaults, meanings, options, saved, tables
@@ -619,6 +619,20 @@ def test_what_mpt_calls_its_context_counts_where_nothing_else_is_said(tmp_path):
     model.config.max_seq_len = 32
     model.save_pretrained(tmp_path / "both")
     lengths.check(Run(str(tmp_path / "both"), pruners.Wanda(), Windows("c4/train", 1, 64), ()))
+
+
+def test_what_the_model_writes_is_drawn_by_its_seed_however_it_is_sampled():
+    drawn = [Run("m", pruners.Wanda(), Windows("own/text", 4, 32, seed, "first"), ()) for seed in (1, 2)]
+    assert [labels.seed(run) for run in drawn] == [1, 2]
+    assert labels.seed(Run("m", pruners.Wanda(), Windows("c4/train", 4, 32, 1, "first"), ())) is None
+
+
+def test_a_rehearsal_is_told_from_what_it_rehearses():
+    run = Run("m", pruners.Flap(), Windows("c4/train", 4, 32), ())
+    assert labels.distinct([run, replace(run, rehearsal=True)], 2 * [("FLAP", "20 %")]) == [
+        ("FLAP", "20 %"),
+        ("FLAP, rehearsal", "20 %"),
+    ]
 
 
 def test_what_a_class_says_of_its_fields_is_said_of_options():
