@@ -16,7 +16,7 @@ import pandas as pd
 
 from analysis.tables.frames import QUANTITIES
 from experiments import papers
-from experiments.labels import distinct, labels
+from experiments.labels import distinct, labels, seed_of
 from experiments.store import found, records
 from experiments.store.keys import run_key, stable_key
 from experiments.store.records import Record
@@ -88,7 +88,7 @@ def _cell(record: Record, known: Labels) -> dict[str, Any]:
         **_flat("method", spec["method"] or {"name": "dense"}),
         **_flat("recovery", spec.get("recovery") or {}),
         **{f"windows.{name}": value for name, value in windows.items()},
-        "seed": windows.get("seed", _seed_of(spec["method"] or {}, (spec.get("recovery") or {}).get("seed"))),
+        "seed": seed_of(spec),
         "sparsity": record.sparsity,
         "seconds": record.cost.seconds.get("total"),
         "peak_bytes": record.cost.peak_bytes,
@@ -97,11 +97,6 @@ def _cell(record: Record, known: Labels) -> dict[str, Any]:
         "dirty": made_by.dirty,
         "made_at": made_by.at,
     }
-
-
-def _seed_of(method: Mapping[str, Any], otherwise: int | None) -> int | None:
-    """Of what the method draws, where it draws anything."""
-    return method["seed"] if "seed" in method and method.get("importance", "random") == "random" else otherwise
 
 
 def _flat(name: str, described: Mapping[str, Any]) -> dict[str, Any]:

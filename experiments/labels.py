@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from itertools import chain
 from typing import Any
@@ -123,11 +123,17 @@ def full(label: tuple[str, str]) -> str:
 
 def seed(run: Run) -> int | None:
     """Of what is drawn for a cell: its calibration text, its groups or mask, or the order of its training text."""
-    if run.windows and (run.windows.sampling != "first" or run.windows.corpus in WRITTEN):
-        return run.windows.seed
-    if hasattr(run.method, "seed") and getattr(run.method, "importance", "random") == "random":
-        return int(run.method.seed)
-    return getattr(run.recovery, "seed", None)
+    return seed_of(run.spec())
+
+
+def seed_of(spec: Mapping[str, Any]) -> int | None:
+    """The same of a run as its record tells it."""
+    windows, method, after = (spec.get(part) or {} for part in ("windows", "method", "recovery"))
+    if windows and (windows["sampling"] != "first" or windows["corpus"] in WRITTEN):
+        return int(windows["seed"])
+    if "seed" in method and method.get("importance", "random") == "random":
+        return int(method["seed"])
+    return after.get("seed")
 
 
 def apart(runs: Sequence[Run], words: Sequence[tuple[str, str]]) -> list[str]:

@@ -15,6 +15,7 @@ import pruners
 from analysis import tidy
 from analysis.__main__ import main
 from experiments import papers
+from experiments.labels import seed_of
 from experiments.spec import Run, Windows
 from experiments.store import records
 
@@ -61,10 +62,11 @@ def test_experiments_of_one_name_are_told_apart(monkeypatch):
 
 
 def test_the_seed_is_that_of_what_is_drawn():
-    assert tidy._seed_of({"name": "random", "seed": 3}, None) == 3
-    assert tidy._seed_of({"name": "llm_pruner", "importance": "random", "seed": 3}, 5) == 3
-    assert tidy._seed_of({"name": "llm_pruner", "importance": "l2", "seed": 3}, 5) == 5
-    assert tidy._seed_of({"name": "magnitude"}, 5) == 5
+    retrained = {"recovery": {"seed": 5}}
+    assert seed_of({"method": {"name": "random", "seed": 3}}) == 3
+    assert seed_of({"method": {"name": "llm_pruner", "importance": "random", "seed": 3}, **retrained}) == 3
+    assert seed_of({"method": {"name": "llm_pruner", "importance": "l2", "seed": 3}, **retrained}) == 5
+    assert seed_of({"method": {"name": "magnitude"}, **retrained}) == 5
 
 
 def test_two_folders_stand_side_by_side(made):
