@@ -9,6 +9,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ from experiments.store.blocks import PrunedBlocks
 from pruners import anatomy, apply, checkpoint
 from pruners.apply import Kept
 from pruners.families import FAMILIES, Family
-from pruners.retrain import LoRA, Reconstruction, Trainable, finetune
+from pruners.retrain import LoRA, LoRAPrune, MaskLoRA, Reconstruction, ScaleLoRA, Trainable, finetune
 from pruners.run import inputs, matrices
 from pruners.run.stream import Stream
 from pruners.weights import opening
@@ -580,6 +581,18 @@ def test_pruned_weights_stay_zero_in_retraining(kind):
 
 def named(block):
     return [(f"{block.name}.{name}", linear) for name, linear in block.linears().items()]
+
+
+@pytest.mark.parametrize("adapters", [MaskLoRA, ScaleLoRA, LoRAPrune, partial(LoRA, merge=True)], ids=str)
+@pytest.mark.parametrize("kind", [kind for kind in DENSE if kind != "gpt2"])  # whose layers take none
+def test_adapters_train_in_every_family(kind, adapters):
+    """Also where a projection has got a bias, to whose output Falcon adds in place."""
+    model = tiny(kind)
+    pruners.prune(model, pruners.Flap(ratio=0.3), windows(kind))
+    report = finetune(
+        model, Trainable(adapters=adapters(rank=2)), windows(kind), steps=8, learning_rate=1e-2, batch_size=4
+    )
+    assert report.losses[-1] < report.losses[0]
 
 
 @pytest.mark.parametrize("kind", FUSED)

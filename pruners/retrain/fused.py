@@ -40,7 +40,9 @@ class FusedLinear(nn.Module):
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         bias = self.linear.bias if self.linear.bias is None else self.linear.bias.to(dtype)
-        return _Fused.apply(x.to(dtype), self.a, self.b, bias, self)
+        # as rows, whose product is no view: some families go on to add to it in place
+        rows = _Fused.apply(x.to(dtype).reshape(-1, x.shape[-1]), self.a, self.b, bias, self)
+        return rows.view(*x.shape[:-1], rows.shape[-1])
 
 
 class _Fused(torch.autograd.Function):
@@ -56,11 +58,10 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, a, b = ctx.saved_tensors
         layer: FusedLinear = ctx.layer
-        rows = grad.reshape(-1, grad.shape[-1])
         to_x = grad @ _weight(a, b, layer, grad.dtype) if ctx.needs_input_grad[0] else None
-        to_weight = (rows.T @ x.reshape(-1, x.shape[-1])).to(a.dtype)
+        to_weight = (grad.T @ x).to(a.dtype)
         to_product = layer.kind.to_product(to_weight, layer.linear.weight, layer.mask)
-        to_bias = rows.sum(0) if ctx.needs_input_grad[3] else None
+        to_bias = grad.sum(0) if ctx.needs_input_grad[3] else None
         return to_x, b.T @ to_product, to_product @ a.T, to_bias, None
 
 
