@@ -33,6 +33,8 @@ from pruners import anatomy, apply, families
 with install_import_hook(["pruners", "eval"], "beartype.beartype"):  # shapes in signatures hold, in tests
     import pruners
 
+from own_work import mine, ria, where  # noqa: F401  (fixtures)
+
 DROPPED = re.compile(r"deprecat|will be removed|no longer be supported", re.IGNORECASE)
 
 

@@ -7,7 +7,7 @@ import os
 import pytest
 import small_table as small
 import torch
-from test_own import TABLE
+from own_work import TABLE
 
 from experiments import cards
 from experiments.__main__ import main

@@ -18,7 +18,7 @@ from experiments.batch import run_table
 from experiments.measures.asked import MaskSample, OpenAnswers
 from experiments.settings import Settings
 from experiments.spec import Efficiency, Generation, MaskPatterns, Perplexity, Run, Table, ZeroShot
-from experiments.store import code, records
+from experiments.store import code, modules, own_files, records
 from pruners.calibrate import Moments
 from pruners.retrain import Reconstruction, Trainable
 from pruners.unstructured import Unstructured
@@ -39,9 +39,9 @@ needs_model = pytest.mark.skipif(not small.MODEL.is_dir(), reason=f"{small.MODEL
 @pytest.fixture
 def tree(tmp_path, monkeypatch) -> Path:
     """A copy of the code that a test may edit; digests are taken of it."""
-    for package in code.PACKAGES:
+    for package in modules.PACKAGES:
         shutil.copytree(ROOT / package, tmp_path / "tree" / package, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(code, "folder", lambda package: tmp_path / "tree" / package)
+    monkeypatch.setattr(modules, "folder", lambda package: tmp_path / "tree" / package)
     forget()
     yield tmp_path / "tree"
     forget()
@@ -49,7 +49,7 @@ def tree(tmp_path, monkeypatch) -> Path:
 
 def forget() -> None:
     """As another process, which has read nothing yet."""
-    for remembered in (code._imports, code._path, code._text, code._source, code._bytes):
+    for remembered in (modules._imports, modules._path, modules._text, modules.source, own_files.bytes_of):
         remembered.cache_clear()
 
 
@@ -94,7 +94,7 @@ def test_an_edit_moves_what_is_made_of_it_and_nothing_else(tree, file, old, new,
 
 
 def test_a_package_that_forgets_a_module_would_be_noticed(tree):
-    reached = {name for what in MEASURES for name in code._reached(measures.code_of(what))}
+    reached = {name for what in MEASURES for name in modules.reached(measures.code_of(what))}
     assert {name for name in reached if name.startswith("eval.")} == {
         ".".join(path.relative_to(tree).with_suffix("").parts)
         for path in (tree / "eval").rglob("*.py")
@@ -249,16 +249,16 @@ def test_what_python_and_installed_packages_hold_is_no_code_of_one_s_own(own):
         "if 0: import {name}_no",
     )
     kind, name = own("\n".join(lines))
-    assert set(code._imported_by(kind)) == {f"{name}_{part}" for part in ("between", "behind", "inside")}
+    assert set(own_files.imported_by(kind)) == {f"{name}_{part}" for part in ("between", "behind", "inside")}
 
 
 def test_a_package_that_is_installed_is_followed_for_its_own_classes_alone(own, tmp_path, monkeypatch):
     kind, name = own("import {name}_helper")
-    monkeypatch.setattr(code, "INSTALLED", {tmp_path.name})
-    assert not code._imported_by(kind)
+    monkeypatch.setattr(own_files, "INSTALLED", {tmp_path.name})
+    assert not own_files.imported_by(kind)
     module = importlib.import_module(f"{name}.core")
     module.Mine = type("Mine", (kind,), {"__module__": module.__name__})
-    assert set(code._imported_by(module.Mine)) == {name, f"{name}.part"}
+    assert set(own_files.imported_by(module.Mine)) == {name, f"{name}.part"}
 
 
 def test_recoveries_of_our_classes_alone_have_the_digests_of_our_modules():

@@ -1,8 +1,7 @@
-"""A bench of one's own: methods, tables and models from outside the repository, and the pruned model to keep."""
+"""`experiments prune`: a model of one's own, with what README says of it."""
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from argparse import Namespace
@@ -11,8 +10,7 @@ from pathlib import Path
 
 import pytest
 import small_table as small
-import torch
-from families import tiny
+from own_work import SHORT, needs_model, prune
 from transformers import AutoModelForCausalLM
 
 import pruners
@@ -21,76 +19,16 @@ from analysis.__main__ import main as analysis
 from analysis.pages import provenance
 from analysis.rows import Row
 from analysis.tables import frames
-from experiments import labels, models
+from experiments import labels
 from experiments.__main__ import main
-from experiments.models import lengths
-from experiments.own import defaults, meanings, options, saved, tables
+from experiments.own import defaults, meanings, options, saved
 from experiments.own import prune as own
 from experiments.recovery import Retraining
-from experiments.spec import Perplexity, Run, Windows
+from experiments.spec import Run, Windows
 from experiments.store import records
 from pruners.__main__ import main as pruners_main
-from pruners.interface import plugin
 from pruners.interface.suggest import UsageError
 from pruners.retrain import LoRA, Reconstruction, Trainable
-from slurm.__main__ import main as slurm
-
-needs_model = pytest.mark.skipif(not small.MODEL.is_dir(), reason=f"{small.MODEL} is absent")
-METHOD = '''"""RIA."""
-from dataclasses import dataclass
-
-from pruners.calibrate import InputNorm
-from pruners.unstructured import Unstructured
-
-
-@dataclass(frozen=True)
-class RIA(Unstructured):
-    """A weight's share of its row and column, times the root of its input's norm."""
-
-    power: float = 0.5
-
-    NEEDS = InputNorm
-
-    def score(self, name, weight, x, dense):
-        size = weight.float().abs()
-        return (size / size.sum(1, keepdim=True) + size / size.sum(0)) * x.norm**self.power
-'''
-TABLE = """
-from experiments.spec import Perplexity, Run, Table, Windows
-from pruners import Magnitude, Wanda
-
-
-def cell(method, model, sparsity):
-    windows = Windows("c4/train", 2, 32)
-    return Run(model, method and method(sparsity=sparsity), windows, (Perplexity("ptb/test", 64, 4),))
-
-
-mine = Table("mine", "Mine", (None, Magnitude, Wanda), tuple(({model!r}, share) for share in (0.3, 0.5)), cell)
-"""
-SHORT = "--calibration c4/train --nsamples 2 --seqlen 32 --measure ptb/test@64[:4]"
-
-
-@pytest.fixture
-def ria(tmp_path) -> Path:
-    path = tmp_path / "ria.py"
-    path.write_text(METHOD)
-    return path
-
-
-@pytest.fixture
-def mine(tmp_path) -> Path:
-    path = tmp_path / "mine.py"
-    path.write_text(TABLE.replace("{model!r}", repr(str(small.MODEL))))
-    return path
-
-
-@pytest.fixture
-def where(tmp_path) -> list[str]:
-    return ["--results", str(tmp_path / "results"), "--data-dir", str(small.data(tmp_path / "data"))]
-
-
-def prune(words: str, where: list[str]) -> int:
-    return main(["prune", str(small.MODEL), *shlex.split(words), *where])
 
 
 @needs_model
@@ -414,213 +352,6 @@ def test_an_unknown_option_is_never_passed_over():
         options.refuse(["--sparsty", "1"], {"a": ["sparsity"], "b": ["steps"]})
 
 
-@needs_model
-def test_a_method_of_a_file_runs_like_any_other_and_its_record_holds_the_file(ria, where, tmp_path):
-    asked = f"--plugin {ria} --method ria --sparsity 0.5 --power 1.0 {SHORT}"
-    assert prune(asked, where) == 0
-    (record,) = [r for r in records.load(tmp_path / "results", "adhoc").values() if r.spec["method"]]
-    assert record.spec["method"] == {"name": "ria", "sparsity": 0.5, "pattern": None, "power": 1.0}
-    assert list(record.code["file"]) == ["ria.py"]
-
-
-def test_a_method_that_is_plugged_twice_is_one_and_two_of_one_name_are_refused(ria, tmp_path):
-    plugin.use([ria, ria])
-    assert pruners.METHODS["ria"].__name__ == "RIA"
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other/ria.py").write_text(METHOD)
-    with pytest.raises(UsageError, match="Two methods are called ria"):
-        plugin.use([tmp_path / "other/ria.py"])
-    (tmp_path / "wanda.py").write_text(METHOD.replace("RIA(", "Wanda("))
-    with pytest.raises(UsageError, match="Two methods are called wanda"):
-        plugin.use([tmp_path / "wanda.py"])
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("import nowhere_at_all\n", r"line 1 \(import nowhere_at_all\): ModuleNotFoundError"),
-        ("x = 1\ny = x +\n", r"line 2 \(y = x \+\): invalid syntax"),
-        ("x = 1\n", "declares no method"),
-        (METHOD.replace("@dataclass(frozen=True)\n", ""), "not a frozen dataclass"),
-        (METHOD.replace("frozen=True", "frozen=False"), "cannot inherit non-frozen"),
-        ("raise SystemExit(3)\n", "SystemExit: 3"),
-        (
-            METHOD.replace("def score", "def scores"),
-            r"RIA in .* add a method `score\(self, name, weight, x, dense\)`",
-        ),
-    ],
-)
-def test_a_file_that_holds_no_method_says_why(text, said, tmp_path):
-    path = tmp_path / "bad.py"
-    path.write_text(text)
-    with pytest.raises(UsageError, match=said):
-        plugin.use([path])
-
-
-@needs_model
-def test_a_table_of_a_file_is_taken_by_every_command(mine, where, tmp_path, capsys):
-    words = [str(mine), *where]
-    assert main(["show", *words]) == 0
-    assert "Wanda 50 %" in capsys.readouterr().out
-    assert main(["run", *words, "--method", "dense", "magnitude"]) == 0
-    assert f"python -m analysis table {mine}" in capsys.readouterr().err
-    assert slurm(["submit", f"{mine}:mine", *where, "--executor", "debug"]) == 0
-    assert "cells submitted: 2" in capsys.readouterr().err
-    assert slurm(["submit", *words, "--executor", "local"]) == 0
-    assert len(records.load(tmp_path / "results", "mine")) == 5
-    assert slurm(["status", str(mine), *where[:2]]) == 0
-    assert analysis(["table", str(mine), *where[:2]]) == 0
-    assert "(`mine`)" in capsys.readouterr().out
-
-
-@needs_model
-def test_a_job_of_a_table_and_method_of_one_s_own_finds_both_in_its_own_process(ria, tmp_path, where, capsys):
-    text = TABLE.replace("{model!r}", repr(str(small.MODEL))).replace("Wanda)", "METHODS['ria'])")
-    path = tmp_path / "with_ria.py"
-    path.write_text(text.replace("import Magnitude, Wanda", "import METHODS, Magnitude"))
-    words = [str(path), "--plugin", str(ria), *where, "--method", "ria"]
-    assert slurm(["submit", *words, "--executor", "local"]) == 0
-    assert len(records.load(tmp_path / "results", "mine")) == 2
-
-
-@pytest.mark.parametrize(
-    ("text", "name", "said"),
-    [
-        ("x = 1\n", "", "declares no table"),
-        (TABLE, ":nobody", "Unknown table in"),
-        (TABLE + "other = Table('other', '', (), (), cell)\n", "", "declares 2 tables; choose one"),
-        (TABLE.replace('"mine"', '"../up"'), "", "needs a name that can be a folder"),
-        (TABLE.replace('"mine"', '"flap.perplexity"'), "", "like one of the papers' tables"),
-    ],
-)
-def test_a_file_that_leaves_the_table_open_says_so(text, name, said, tmp_path):
-    path = tmp_path / "tables.py"
-    path.write_text(text.replace("{model!r}", "'llama-7b'"))
-    with pytest.raises(UsageError, match=said):
-        tables.find(f"{path}{name}")
-
-
-def test_the_table_of_an_entry_point_has_a_name_that_can_be_a_folder(monkeypatch):
-    table = replace(small.table(), name="../up")
-    monkeypatch.setattr(tables.plugin, "loaded", lambda _: table)
-    monkeypatch.setattr(tables.metadata, "entry_points", lambda group: [Namespace(name="theirs")])
-    with pytest.raises(UsageError, match=r"'\.\./up' of the entry point theirs needs a name that can be a folder"):
-        tables.find("theirs")
-
-
-def test_a_file_that_is_not_there_is_said_to_be_absent(capsys):
-    assert main(["show", "nowhere.py"]) == 2
-    assert "nowhere.py is not a file" in capsys.readouterr().err
-
-
-@needs_model
-def test_models_of_a_table_s_cells_are_kept(mine, where, tmp_path):
-    assert main(["run", str(mine), *where, "--method", "dense", "wanda", "--save-models", str(tmp_path / "kept")]) == 0
-    folders = sorted(path.name for path in (tmp_path / "kept/mine").iterdir())
-    assert [name.rpartition("-")[0] for name in folders] == ["hf-wanda-30", "hf-wanda-50"]
-    model, _ = pruners.checkpoint.load(tmp_path / "kept/mine" / folders[1])
-    assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
-
-
-@needs_model
-def test_methods_are_compared_without_a_file(ria, where, tmp_path, capsys, monkeypatch):
-    other = small.data(tmp_path / "other")
-    texts = (other / "ptb/ptb_test.jsonl").read_text().splitlines(keepends=True)
-    (other / "ptb/ptb_test.jsonl").write_text("".join(reversed(texts)))
-    monkeypatch.setenv("PRUNING_DATA_DIR", str(other))  # whose texts are not those of --data-dir
-    words = f"--methods magnitude ria flap --plugin {ria} --settings 0.3 2:4 --seeds 2 {SHORT} --name beside"
-    assert main(["compare", str(small.MODEL), *shlex.split(words), *where]) == 0
-    written = {path.name for path in (tmp_path / "results").glob("beside*")}
-    assert {"beside.py", "beside.md", "beside.tex", "beside.csv", "beside.svg"} <= written
-    assert len(records.load(tmp_path / "results", "beside")) == 9  # dense, 2 x magnitude, 2 x 2 x ria, 2 x flap
-    text = (tmp_path / "results/beside.md").read_text()
-    assert "| RIA " in text
-    capsys.readouterr()
-    assert main(["compare", str(small.MODEL), *shlex.split(words.replace("0.3", "0.4")), *where]) == 2
-    assert "declares a different comparison" in capsys.readouterr().err
-
-
-def test_a_comparison_of_nonsense_is_refused(tmp_path, capsys):
-    where = ["--results", str(tmp_path)]
-    assert main(["compare", "llama-7b", "--methods", "wanda", "--settings", "half", *where]) == 2
-    assert "'half' is not a setting" in capsys.readouterr().err
-    assert main(["compare", "llama-7b", "--methods", "wnda", "--settings", "0.5", *where]) == 2
-    assert "Unknown method 'wnda'" in capsys.readouterr().err
-    words = ["--methods", "magnitude", "random", "--settings", "0.5", "--nsamples", "3"]
-    assert main(["compare", "llama-7b", *words, *where]) == 2
-    assert "None of magnitude, random uses calibration text; leave out --nsamples." in capsys.readouterr().err
-
-
-@needs_model
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("../evil", "The table '../evil' of --name needs a name that can be a folder"),
-        ("flap.perplexity", "is called like one of the papers' tables"),
-        ("bytes", "bytes.py is no file that compare wrote or can read; choose another --name"),
-        ("folder", "folder.py is no file that compare wrote or can read; choose another --name"),
-        ("n" * 300, "is no file that compare wrote or can read; choose another --name"),
-    ],
-)
-def test_a_comparison_whose_file_has_no_place_is_refused_and_writes_nothing(name, said, where, tmp_path, capsys):
-    (tmp_path / "results/folder.py").mkdir(parents=True)
-    (tmp_path / "results/bytes.py").write_bytes(b"\xff\xfe")
-    before = sorted(tmp_path.rglob("*"))
-    words = f"--methods magnitude --settings 0.5 --measure ptb/test@64[:4] --name {name}"
-    assert main(["compare", str(small.MODEL), *shlex.split(words), *where]) == 2
-    err = capsys.readouterr().err
-    assert said in err
-    assert len(err.splitlines()) == 1
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-@needs_model
-@pytest.mark.parametrize("long", ["--seqlen 5000", "--measure ptb/test@99999"])
-def test_a_comparison_whose_windows_are_too_long_for_a_model_is_refused_before_any_work(long, where, tmp_path, capsys):
-    words = ["--methods", "magnitude", "wanda", "--settings", "0.5", *shlex.split(long)]
-    assert main(["compare", str(small.MODEL), *words, *where]) == 2
-    (told,) = capsys.readouterr().err.splitlines()
-    assert "the context length of hf is 512; use shorter windows." in told
-    assert not (tmp_path / "results").exists()
-
-
-@needs_model
-def test_cells_whose_windows_are_too_long_fail_before_the_model_is_loaded_and_the_others_run(
-    mine, where, tmp_path, capsys, monkeypatch
-):
-    small.edit(mine, '(Perplexity("ptb/test", 64, 4),)', '(Perplexity("ptb/test", 64 if sparsity < 0.4 else 513, 4),)')
-    loaded: list[object] = []
-    load = models.load
-    monkeypatch.setattr(models, "load", lambda *a, **k: loaded.append(a) or load(*a, **k))
-    assert main(["run", str(mine), *where, "--method", "magnitude"]) == 1
-    assert "magnitude 50 %: failed: perplexity ptb/test@513[:4] takes 513 tokens" in capsys.readouterr().err.lower()
-    assert len(loaded) == 1
-    assert len(records.load(tmp_path / "results", "mine")) == 1
-
-
-@pytest.mark.parametrize(
-    ("family", "room", "calibrated"), [("bloom", 0, 0), ("llama", 64, 64), ("chatglm", 62, 64), ("mpt", 0, 64)]
-)
-def test_windows_fit_the_family_of_the_model(family, room, calibrated, tmp_path):
-    tiny(family).save_pretrained(tmp_path / family)
-    run = Run(str(tmp_path / family), pruners.Wanda(), Windows("c4/train", 1, 8), ())
-    for limit, long in (
-        (room, lambda length: replace(run, measures=(Perplexity("ptb/test", length),))),
-        (calibrated, lambda length: replace(run, windows=Windows("c4/train", 1, length))),
-    ):
-        lengths.check(long(limit or 10**6))
-        if limit:
-            with pytest.raises(UsageError, match=f"context length of {family} is {limit};"):
-                lengths.check(long(limit + 1))
-
-
-def test_what_mpt_calls_its_context_counts_where_nothing_else_is_said(tmp_path):
-    model = tiny("llama")
-    model.config.max_seq_len = 32
-    model.save_pretrained(tmp_path / "both")
-    lengths.check(Run(str(tmp_path / "both"), pruners.Wanda(), Windows("c4/train", 1, 64), ()))
-
-
 def test_what_the_model_writes_is_drawn_by_its_seed_however_it_is_sampled():
     drawn = [Run("m", pruners.Wanda(), Windows("own/text", 4, 32, seed, "first"), ()) for seed in (1, 2)]
     assert [labels.seed(run) for run in drawn] == [1, 2]
@@ -633,54 +364,6 @@ def test_a_rehearsal_is_told_from_what_it_rehearses():
         ("FLAP", "20 %"),
         ("FLAP, rehearsal", "20 %"),
     ]
-
-
-def test_what_a_class_says_of_its_fields_is_said_of_options():
-    told = options.in_options(
-        "learning_rate=0.1 with steps=3, granularity='block' and target_parameters=0.5; lr_x=True, x='a'",
-        Reconstruction,
-        {"steps": "n-steps"},
-    )
-    assert told == (
-        "--learning-rate 0.1 with --n-steps 3, --granularity block and target_parameters=0.5; lr_x=True, x='a'"
-    )
-
-
-def test_the_promises_of_a_method_are_checked(ria, tmp_path, capsys):
-    assert pruners_main(["check", str(ria), "--family", "llama", "opt"]) == 0
-    assert "RIA: 12 of 12 promises kept." in capsys.readouterr().out
-    broken = tmp_path / "broken.py"
-    broken.write_text(
-        METHOD.replace("RIA", "Drawn").replace(
-            "        size = weight", "        import torch\n        size = torch.rand_like(weight) * weight"
-        )
-    )
-    assert pruners_main(["check", str(broken), "--family", "llama"]) == 1
-    assert "llama, deterministic: " in capsys.readouterr().out
-    broken.write_text(METHOD.replace("x.norm**self.power", "x.nothing"))
-    assert pruners_main(["check", str(ria.with_name("ria2.py")), "--family", "llama"]) == 2
-    assert pruners_main(["check", str(ria), "--family", "lama"]) == 2
-
-
-def test_structured_methods_keep_their_promises(tmp_path, capsys):
-    path = tmp_path / "narrow.py"
-    path.write_text(
-        "from dataclasses import dataclass\nfrom pruners.structured_baselines import WandaSP\n\n\n"
-        "@dataclass(frozen=True)\nclass Narrow(WandaSP):\n    pass\n"
-    )
-    assert pruners_main(["check", str(path), "--family", "llama", "mixtral", "gpt2"]) == 0
-    assert "Narrow: 8 of 8 promises kept." in capsys.readouterr().out
-
-
-def test_the_digest_of_a_file_of_one_s_own_changes_with_it(ria, tmp_path):
-    from experiments.store import code
-
-    one = plugin.methods(plugin.module(ria))[0](sparsity=0.5)
-    changed = tmp_path / "changed.py"
-    changed.write_text(METHOD.replace("0.5\n", "0.7\n"))
-    other = plugin.methods(plugin.module(changed))[0](sparsity=0.5)
-    assert code.method(one) != code.method(other)
-    assert json.dumps(code._file(one)) != json.dumps(code._file(other))
 
 
 def readme_says() -> tuple[list[str], dict[str, str]]:
