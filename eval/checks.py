@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pruners.interface import checks
 from pruners.interface.checks import typed
+from pruners.run.inputs import whole_products
+from pruners.run.stream import evaluating
 
 Progress = Annotated[Callable[[int, int], None], checks.FUNCTION]
 
@@ -25,6 +29,10 @@ def check_model(model: Any, values: bool = True) -> None:
             f"{type(model).__module__}.{type(model).__qualname__}. Use the wrapped model, or load one with "
             "transformers.AutoModelForCausalLM."
         )
+    if not getattr(model.config, "return_dict", True):
+        raise ValueError(
+            "config.return_dict is False, so the model returns bare tuples; set model.config.return_dict = True."
+        )
     if head() is None:
         raise TypeError(
             f"{type(model).__name__} has no head that predicts the next token; load the model with "
@@ -35,6 +43,14 @@ def check_model(model: Any, values: bool = True) -> None:
             "Weights of the model are on the meta device and hold no values; load it whole, without offloading, or by "
             "pruners.weights.opening.open_folder(folder), which reads one block at a time from its files."
         )
+
+
+@contextmanager
+def measuring(model: nn.Module) -> Iterator[None]:
+    """What every measure does, whatever the caller has set: no dropout, no gradients, products in the dtype of the
+    weights; the model's modes are as before afterwards."""
+    with evaluating(model), whole_products(), torch.inference_mode():
+        yield
 
 
 def check_fits(model: PreTrainedModel, length: int, new_tokens: int) -> None:

@@ -24,6 +24,7 @@ from eval.marks import begun
 from eval.matrices import decoder_matrices
 from pruners.interface import checks
 from pruners.interface.checks import Count
+from pruners.run.stream import evaluating
 from pruners.weights import homes
 
 MACS_TOKENS = 64  # as LLM-Pruner counts, one sequence
@@ -124,7 +125,7 @@ def macs(model: PreTrainedModel, tokens: Count = MACS_TOKENS) -> int:
     check_fits(model, tokens, 0)
     ids = begun(model, torch.zeros(1, tokens, dtype=torch.long, device=model.device))
     counter = FlopCounterMode(display=False, custom_mapping=dict.fromkeys(GROUPED, _grouped_flops))
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _countable(model), as_floats(model), counter:
+    with evaluating(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _countable(model), as_floats(model), counter:
         model(ids, use_cache=True)  # with a cache transformers reads no values of the mask, which meta tensors lack
     return counter.get_total_flops() // 2
 

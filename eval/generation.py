@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from eval.checks import Progress, check_fits, check_model, check_tokenizer
+from eval.checks import Progress, check_fits, check_model, check_tokenizer, measuring
 from pruners.interface import checks
 from pruners.interface.checks import Count, Number, Positive, Rule, Seed
 from pruners.run import ranks
@@ -124,7 +124,7 @@ def written(
                               top_k=0, top_p=1.0, eos_token_id=_ends(model, tokenizer), pad_token_id=begin)  # fmt: skip
     devices = [model.device] if model.device.type == "cuda" else []
     parts = []
-    with torch.random.fork_rng(devices=devices), torch.inference_mode():
+    with torch.random.fork_rng(devices=devices), measuring(model):
         torch.manual_seed(seed)
         for at in range(0, count, WRITTEN_AT_ONCE):
             ids = torch.full((min(WRITTEN_AT_ONCE, count - at), 1), begin, device=model.device)
@@ -183,7 +183,7 @@ def _configs(new_tokens: int, sampling: Sampling) -> dict[str, GenerationConfig]
 
 def _continue(model: PreTrainedModel, ids: torch.Tensor, config: GenerationConfig, seed: int) -> list[int]:
     """The new tokens; transformers draws from the global state, which is therefore put back afterwards."""
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []), torch.inference_mode():
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []), measuring(model):
         torch.manual_seed(seed)
         output = continued(model, ids, config)
     return [int(token) for token in output[0, ids.shape[1] :].tolist()]

@@ -16,10 +16,9 @@ from decimal import Decimal
 from statistics import fmean
 from typing import Any
 
-import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from eval.checks import Progress, check_fits, check_model, check_tokenizer
+from eval.checks import Progress, check_fits, check_model, check_tokenizer, measuring
 from eval.generation import Prompts, continued
 from eval.intervals import standard_error
 from pruners.interface import checks
@@ -89,7 +88,7 @@ def greedy(
     def answer(number: int) -> list[int]:
         ids = tokenizer(prompts[number], return_tensors="pt").input_ids.to(model.device)
         check_fits(model, ids.shape[1], new_tokens)
-        with torch.inference_mode():
+        with measuring(model):
             output = continued(model, ids, config, tokenizer=tokenizer)
         return [int(token) for token in output[0, ids.shape[1] :].tolist()]
 

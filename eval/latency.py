@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from eval.checks import check_fits, check_model
+from eval.checks import check_fits, check_model, measuring
 from eval.marks import begun
 from pruners.interface import checks
 from pruners.interface.checks import Count
@@ -46,7 +46,7 @@ def measure(
     ids = torch.randint(model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
     prompt = begun(model, ids).to(model.device)
     forget_peak(model.device)
-    with torch.inference_mode():
+    with measuring(model):
         for _ in range(WARM_UP):
             _prefill(model, prompt)
         prefill = [_prefill(model, prompt)[0] for _ in range(repetitions)]

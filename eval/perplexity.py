@@ -22,12 +22,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from eval.checks import Progress, check_model
+from eval.checks import Progress, check_model, measuring
 from eval.marks import prefixed, text_prefix
 from pruners.interface import checks
 from pruners.interface.checks import Count, Whole
 from pruners.run import inputs, ranks
-from pruners.run.stream import evaluating, instead
+from pruners.run.stream import instead
 from pruners.weights import sweep
 
 LOGITS = 2**25  # float32 logits held at once (128 MiB)
@@ -84,7 +84,7 @@ def perplexity(
                 progress(min(done, len(windows)), len(windows))
         return found
 
-    with evaluating(model), torch.inference_mode():
+    with measuring(model):
         made = together.split(losses, len(batches))
     nll = torch.tensor([loss for batch in made for loss in batch], dtype=torch.float64)
     if not nll.isfinite().all():

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.answers import AnswerStore
 from eval.chatglm import scorer as scorer_of
-from eval.checks import Progress, check_model, check_tokenizer
+from eval.checks import Progress, check_model, check_tokenizer, measuring
 from eval.intervals import standard_error
 from eval.scorer import fingerprint
 from eval.tasks import check_names, load, task_manager
@@ -105,7 +105,7 @@ def zero_shot(
     check_model(model)
     check_tokenizer(model, tokenizer)
     check_names(tasks)
-    with _quiet():
+    with _quiet(), measuring(model):
         loaded, missing = load(tasks, examples, limit)
         each = {part: task for group in loaded.values() for part, task in group.items()}
         identity = fingerprint(model) if resume else ""

@@ -24,6 +24,7 @@ from pruners.interface import checks
 from pruners.interface.checks import Flag, Positive, Probability, Texts, Whole
 from pruners.lazy import Float, Tensor, nn, no_grad, torch
 from pruners.retrain.masks import BitMask
+from pruners.run.statistic import narrowed
 
 
 @dataclass
@@ -45,10 +46,12 @@ class Adapter:
 
     @no_grad
     def merge(self) -> None:
-        """Put what was learned into the linear's weight; raises AssertionError if a pruned weight came back."""
+        """Put what was learned into the linear's weight; AssertionError if a pruned weight came back,
+        ValueError if a sum is too large for the weight's dtype."""
         weight = self.linear.weight
         product = self.b.float() @ self.a.float()
-        weight.data = self.kind.merged(product, weight.data.float(), self.mask).to(weight.dtype)
+        merged = self.kind.merged(product, weight.data.float(), self.mask)
+        weight.data = narrowed(merged, weight.dtype, f"A weight of {self.name} with its adapter")
         if self.kind.keeps_sparsity:
             self.mask.check(self.name, weight)
 

@@ -44,6 +44,7 @@ from pruners.retrain.schedule import Diverged, Schedule, autocast, precision_for
 from pruners.retrain.trainable import Attached, Trainable
 from pruners.run import gradients, inputs, ranks
 from pruners.run.ranks import Ranks
+from pruners.run.stream import evaluating, modes_kept
 from pruners.weights import homes
 
 Watch = Annotated[Callable[[int, float, float], None], checks.FUNCTION]
@@ -135,7 +136,8 @@ def finetune(
     gone; the state in `folder` fits any number of ranks.
 
     Raises TypeError or ValueError for a model, examples, settings or checkpoints that do not fit, before anything is
-    trained, and Diverged where the loss does.
+    trained, and Diverged where the loss does; ValueError at the end for a weight too large for its dtype.  Whatever
+    stops it, a key too, leaves no adapters, and what else was trained as the last step did.
     """
     model = inputs.language_model(model)
     refuse_away(model, trainable)
@@ -183,7 +185,11 @@ def finetune(
         if not isinstance(error, Diverged) and not spread:
             attached.detach()
         raise
-    loop.merge()
+    try:
+        loop.merge()
+    except ValueError:
+        attached.detach()
+        raise
     return report
 
 
@@ -220,7 +226,7 @@ class _Loop:
         self.ranks.agree(f"{self.mark} from step {self.report.resumed_at}")
         model = self.layout.model
         with ExitStack() as stack:
-            stack.callback(model.train, model.training)
+            stack.enter_context(modes_kept(model))
             stack.enter_context(self.passes.drawing())
             if checkpointing and homes.of(model) is None:  # else blocks are recomputed as they come
                 cast = partial(autocast, self.passes.precision, self.passes.device, not self.passes.sharded)
@@ -344,19 +350,21 @@ class _Loop:
 
     def _last_loss(self, passes: Passes, precision: torch.dtype | None) -> float:
         indices = self.batches.indices(self.stop - 1)[: self.micro_batch_size]
-        model, training = passes.model, passes.model.training
-        model.eval()
-        try:
+        with evaluating(passes.model):
             return float(passes.loss(Micro(indices, self.batches.predicted(indices), 0), precision))
-        finally:
-            model.train(training)
 
 
 def refuse_away(model: PreTrainedModel, trainable: Trainable) -> None:
-    """ValueError for the training of all weights of a model whose weights are away from home."""
+    """ValueError for what cannot be trained while the weights are away from home: all of them, and blocks that drop
+    out whole."""
     if trainable.weights and homes.of(model) is not None:
         size = 1e-9 * sum(p.numel() for p in model.parameters())
         raise ValueError(
             f"Training all weights needs them, their gradients and moments on the device, {16 * size:.1f} GB, "
             "and they are offloaded; load the model whole, or train norms, biases or adapters."
+        )
+    if homes.of(model) is not None and getattr(model.config, "layerdrop", None):
+        raise ValueError(
+            f"layerdrop is {model.config.layerdrop}, which drops whole blocks in training, and this model's are "
+            "offloaded and come one by one; load the model whole, or set model.config.layerdrop = 0."
         )

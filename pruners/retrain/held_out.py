@@ -11,6 +11,7 @@ from pruners.interface.checks import Count
 from pruners.lazy import PreTrainedModel, Tensor, no_grad, torch
 from pruners.retrain.batches import Batches
 from pruners.run import inputs, loss
+from pruners.run.stream import evaluating
 from pruners.weights import sweep
 
 
@@ -30,7 +31,8 @@ def held_out_loss(
     """
     model = inputs.predicting_model(model)
     batches = Batches(examples, batch_size, seed=0, config=model.config)
-    return of_batches(model, batches, progress), batches.predicted(range(len(batches.examples)))
+    with inputs.whole_products():
+        return of_batches(model, batches, progress), batches.predicted(range(len(batches.examples)))
 
 
 @no_grad
@@ -40,9 +42,8 @@ def of_batches(
     """The same of examples that have been read, as many at once as their batches have; `whole`: all logits of them."""
     order = sorted(range(len(batches.examples)), key=lambda index: len(batches.examples[index][0]))  # little padding
     cut = [order[start : start + batches.batch_size] for start in range(0, len(order), batches.batch_size)]
-    tokens, total, done, training = batches.predicted(order), 0.0, 0, model.training
-    model.eval()
-    try:
+    tokens, total, done = batches.predicted(order), 0.0, 0
+    with evaluating(model):
         for number in sweep.over(model, [_asked(batches, indices) for indices in cut]):
             batch = batches.collated(cut[number], model.device)
             total += float(loss.of(model, batch, tokens, whole=whole))
@@ -54,8 +55,6 @@ def of_batches(
                 )
             if progress:
                 progress(done, len(order))
-    finally:
-        model.train(training)
     return total
 
 

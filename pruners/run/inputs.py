@@ -36,7 +36,7 @@ def labels(config: Any, tokens: Tensor) -> Tensor:
 @contextmanager
 def plain_torch() -> Iterator[None]:
     """torch as it comes, whatever the caller has set: compiled models run eagerly, new tensors are float32 on the CPU,
-    products of float32 matrices are not shortened to TF32, gradients are on.
+    products are whole (`whole_products`), gradients are on.
 
     Hooks on a compiled model would have it compiled anew for each of them.  Raises ValueError within
     `torch.inference_mode`, where no gradient is taken and what is made cannot be changed afterwards.
@@ -59,8 +59,8 @@ def plain_torch() -> Iterator[None]:
 
 @contextmanager
 def whole_products() -> Iterator[None]:
-    """On a GPU float32 matrices are multiplied in float32, which some containers turn off for all programs
-    (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE)."""
+    """Matrices are multiplied in their own dtype, whatever the caller has set: no autocast, and no TF32, which some
+    containers turn on for all programs (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE)."""
     known: Any = torch.backends
     backends = known.cuda.matmul, known.mkldnn.matmul
     each = [backend.fp32_precision for backend in backends]
@@ -70,7 +70,11 @@ def whole_products() -> Iterator[None]:
         before = None
     torch.set_float32_matmul_precision("highest")
     try:
-        yield
+        with ExitStack() as stack:
+            for kind in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
+            yield
     finally:
         if before is not None:
             torch.set_float32_matmul_precision(before)
@@ -156,6 +160,10 @@ def _with_head(model: Any) -> PreTrainedModel:
     model = getattr(model, "_orig_mod", model)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"The model is a transformers.PreTrainedModel; got {described(model)}")
+    if not getattr(model.config, "return_dict", True):
+        raise ValueError(
+            "config.return_dict is False, so the model returns bare tuples; set model.config.return_dict = True."
+        )
     if model.get_output_embeddings() is None:
         kind = type(model).__name__
         raise TypeError(

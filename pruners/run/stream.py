@@ -384,10 +384,18 @@ def _together(each: Sequence[Any]) -> Any:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off for a while."""
-    training = model.training
-    model.eval()
+    """Dropout off for a while; afterwards every module is in the mode that it was in."""
+    with modes_kept(model):
+        model.eval()
+        yield
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Whatever trains or does not train meanwhile: every module is then as it was, a frozen part of a model too."""
+    before = [(module, module.training) for module in model.modules()]
     try:
         yield
     finally:
-        model.train(training)
+        for module, training in before:
+            module.training = training
