@@ -168,8 +168,11 @@ def _timed(
     started = time.perf_counter()
     gathers = method.statistics_key is not None and statistics is None
     dense = method.gather(model, windows, how) if gathers else statistics or {}
+    checks.mapping(f"{type(method).__name__}: what gather returns", dense, "statistics by name")
     gathered = time.perf_counter() - started
     report = method.prune(model, windows, dense, how)
+    if not isinstance(report, Report):
+        raise TypeError(f"{type(method).__name__}'s prune returns a pruners.Report; got {checks.typed(report)}.")
     if gathers:
         report.seconds = {"gather": gathered, **report.seconds}
     return report

@@ -15,7 +15,7 @@ from pruners import anatomy, apply, select
 from pruners.anatomy import Block
 from pruners.apply import KINDS, Kept
 from pruners.calibrate import PLAIN, Execution
-from pruners.interface import checks
+from pruners.interface import checks, returned
 from pruners.interface.checks import Count, Share
 from pruners.interface.method import Method
 from pruners.lazy import Float, Int, Tensor, nn, torch
@@ -90,7 +90,7 @@ class Structured(Method):
         started = time.perf_counter()
         self.refuse(model)
         blocks, asked, before = anatomy.blocks(model), self.asked_parameters(model), State.of(model)
-        kept = self.choose(model, windows, dense, how)
+        kept = returned.kept(self, blocks, self.choose(model, windows, dense, how))
         rounding = sum(keep.rounding * block.unit_cost("mlp") for keep, block in zip(kept, blocks, strict=True))
         left = [_left(block, keep) for block, keep in zip(blocks, kept, strict=True)]
         gone = self._carry_out(model, kept, dense, how.cut)
@@ -215,15 +215,18 @@ class Structured(Method):
         return [(block, kind) for kind in KINDS for block in anatomy.blocks(model) if self.open(block, kind)]
 
     def _carry_out(self, model: nn.Module, kept: Sequence[Kept], dense: Mapping[str, Tensor], cut: bool) -> int:
-        """Remove units and add biases; returns how many parameters fewer cutting leaves."""
+        """Remove units and add biases; returns how many parameters fewer cutting leaves.
+
+        ValueError for biases that do not fit.
+        """
         pairs = list(zip(anatomy.blocks(model), kept, strict=True))
         gone = sum(block.lost(kind, keep[kind]) for block, keep in pairs for kind in KINDS)
         repaired = 0
         for block, keep in pairs:
             with homes.held(block.module, changes=True):
-                repairs = self.repairs(block, keep, dense)
-                gone -= sum(len(bias) for linear, bias in repairs if linear.bias is None)
+                repairs = returned.repairs(self, block, self.repairs(block, keep, dense))
                 for linear, bias in repairs:
+                    gone -= len(bias) if linear.bias is None else 0
                     apply.add_bias(linear, bias)
                 (apply.cut if cut else apply.zero)(block, keep)
                 repaired += len(repairs)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar
 from pruners import anatomy, calibrate, select
 from pruners.anatomy import Block
 from pruners.calibrate import PLAIN, Execution, Statistic
-from pruners.interface import checks
+from pruners.interface import checks, returned
 from pruners.interface.checks import Rule, Share
 from pruners.interface.method import Method
 from pruners.lazy import Bool, Float, Int, Tensor, nn
@@ -68,16 +68,10 @@ class Unstructured(Method):
         """Prune, in place, projections that share the input `x`, given by full name."""
         for name, linear in linears.items():
             weight = linear.weight.data
-            weight.masked_fill_(self.gone(self._sound(name, self.score(name, weight, x, dense), weight)), 0)
-
-    def _sound(self, name: str, score: Any, weight: Tensor) -> Tensor:
-        """The score itself; ValueError for one that ranks no weights: of another shape, or not a number."""
-        of = f"{type(self).__name__}'s score of {name}"
-        if not isinstance(score, Tensor) or score.shape != weight.shape:
-            found = f"is {list(score.shape)}" if isinstance(score, Tensor) else f"is {checks.typed(score)}"
-            raise ValueError(f"{of} {found}; it is one number for each of its weights, {list(weight.shape)}.")
-        select.refuse_nan(score, of)
-        return score
+            with returned.read_only(self, name, weight, x, dense):
+                score = returned.score(self, name, self.score(name, weight, x, dense), weight)
+                gone = returned.mask(self, name, self.gone(score), weight)
+            weight.masked_fill_(gone, 0)
 
     def prune(
         self,
@@ -86,7 +80,10 @@ class Unstructured(Method):
         dense: Mapping[str, Tensor],
         how: Execution = PLAIN,
     ) -> Report:
-        """Prune in place; `dense` is what `gather` returned.  Matrices are refused before the first is pruned."""
+        """Prune in place; `dense` is what `gather` returned.  Matrices are refused before the first is pruned.
+
+        ValueError where the method's own `score`, `gone` or `remove` returns or leaves what is of no use.
+        """
         report = Report(repr(self), self.asked)
         started = time.perf_counter()
         blocks = anatomy.blocks(model)
@@ -109,8 +106,11 @@ class Unstructured(Method):
                 if names in block.expert_groups and self._unreached(together, x, dense):
                     report.without_tokens += together
                     self._by_magnitude(together)
-                else:
+                elif type(self).remove is Unstructured.remove:
                     self.remove(together, x, dense)
+                else:
+                    with returned.in_place(self, together):
+                        self.remove(together, x, dense)
             how.report(block, len(blocks))
         report.seconds["prune"] = time.perf_counter() - started
         return report
@@ -122,9 +122,9 @@ class Unstructured(Method):
         return self.needs_windows and not any(dense[name].any() for name in linears)
 
     def _by_magnitude(self, linears: Mapping[str, Matrix]) -> None:
-        for linear in linears.values():
+        for name, linear in linears.items():
             weight = linear.weight.data
-            weight.masked_fill_(self.gone(weight.float().abs()), 0)
+            weight.masked_fill_(returned.mask(self, name, self.gone(weight.float().abs()), weight), 0)
 
     def _walk(
         self, model: nn.Module, windows: Tensor | None, how: Execution, finished: Callable[[Block], None]
