@@ -21,7 +21,7 @@ from pruners import anatomy
 from pruners.calibrate import NOTHING, Execution, Keeper, Progress
 from pruners.flap import Flap
 from pruners.gblm import GBLM, Gradient
-from pruners.interface import checks
+from pruners.interface import checks, returned
 from pruners.interface.checks import Count, Flag, Folder
 from pruners.lazy import PreTrainedModel, Tensor, torch
 from pruners.llm_pruner import LLMPruner
@@ -98,6 +98,7 @@ def gather(
         check_method(method)
         model = inputs.language_model(model, method.reads_weights)
         _check_family(model, method)
+        _check_saved(model)
         windows = _calibration(model, method, windows, needed=method.statistics_key is not None)
         with homes.lent(model, _place(model, method, device)):
             return (
@@ -144,9 +145,7 @@ def prune(
             raise ValueError("folder= stores the blocks of a reconstruction; drop it, or give reconstruct=.")
         model = inputs.language_model(model, method.reads_weights)
         _check_family(model, method)
-        from pruners import checkpoint
-
-        checkpoint.check(model)
+        _check_saved(model)
         if method.reads_weights:
             inputs.refuse_non_finite(model)
         windows = _calibration(model, method, windows, needed=method.needs_windows or reconstruct is not None)
@@ -170,7 +169,8 @@ def _timed(
     dense = method.gather(model, windows, how) if gathers else statistics or {}
     checks.mapping(f"{type(method).__name__}: what gather returns", dense, "statistics by name")
     gathered = time.perf_counter() - started
-    report = method.prune(model, windows, dense, how)
+    with returned.shared(method, dense):
+        report = method.prune(model, windows, dense, how)
     if not isinstance(report, Report):
         raise TypeError(f"{type(method).__name__}'s prune returns a pruners.Report; got {checks.typed(report)}.")
     if gathers:
@@ -202,6 +202,13 @@ def _check_family(model: PreTrainedModel, method: Any) -> None:
         method.check(model)
     else:
         method.check_widths(anatomy.blocks(model))
+
+
+def _check_saved(model: PreTrainedModel) -> None:
+    """TypeError or ValueError for a model that could not be saved once it is pruned."""
+    from pruners import checkpoint
+
+    checkpoint.check(model)
 
 
 def _calibration(model: PreTrainedModel, method: Any, windows: Any, needed: bool) -> Any:

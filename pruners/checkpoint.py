@@ -111,7 +111,8 @@ def check(model: Any) -> None:
     """Check, before any work, that `load` could open what `save` writes; reads no weight and needs no memory.
 
     Raises TypeError for anything but a transformers model, ValueError for one whose tensors are not the very ones that
-    its configuration makes (adapters beside their matrices), or whose configurations transformers refuses to save.
+    its configuration makes (adapters beside their matrices, parameters shared by hand), or whose configurations
+    transformers refuses to save.
     """
     model = getattr(model, "_orig_mod", model)
     if not isinstance(model, PreTrainedModel):
@@ -124,12 +125,13 @@ def check(model: Any) -> None:
         )
     try:
         config.validate()
-        kind, expected = _made(_Configured(type(config), config.to_json_string(use_diff=False), config))
+        kind, expected, tied = _made(_Configured(type(config), config.to_json_string(use_diff=False), config))
     except (StrictDataclassError, ValueError, TypeError) as error:
         raise ValueError(
             f"This model's configuration cannot be saved and loaded again: {described.brief(error)}"
         ) from error
     _check_tensors(model, kind, expected)
+    _check_tied(model, kind, tied)
     if model.can_generate() and model.generation_config is not None:
         _without_idle_flags(model.generation_config)
 
@@ -144,11 +146,19 @@ class _Configured:
 
 
 @lru_cache(maxsize=4)
-def _made(configured: _Configured) -> tuple[str, dict[str, torch.Size]]:
-    """The class that a configuration makes, and the shapes of its tensors by name."""
+def _made(configured: _Configured) -> tuple[str, dict[str, torch.Size], list[list[str]]]:
+    """The class that a configuration makes, the shapes of its tensors by name, and which parameters are one."""
     with torch.device("meta"):
         opened = AutoModelForCausalLM.from_config(configured.config, trust_remote_code=False)
-    return type(opened).__name__, {name: tensor.shape for name, tensor in opened.state_dict().items()}
+    return type(opened).__name__, {name: tensor.shape for name, tensor in opened.state_dict().items()}, _tied(opened)
+
+
+def _tied(model: Any) -> list[list[str]]:
+    """The names of parameters that lie in the same memory."""
+    names: dict[Any, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        names.setdefault((p.device, p.data_ptr()) if p.numel() and not p.is_meta else p, []).append(name)
+    return [several for several in names.values() if len(several) > 1]
 
 
 def _check_tensors(model: Any, kind: str, expected: Mapping[str, torch.Size]) -> None:
@@ -169,6 +179,21 @@ def _check_tensors(model: Any, kind: str, expected: Mapping[str, torch.Size]) ->
                 "saved folder could not be loaded; correct the configuration (after cutting blocks by hand: "
                 "pruners.apply.describe(model))."
             )
+
+
+def _check_tied(model: Any, kind: str, tied: list[list[str]]) -> None:
+    """ValueError where parameters are one that a model of that class has apart."""
+    for names in _tied(model):
+        if any(set(names) <= set(several) for several in tied):
+            continue
+        ends = [end.weight for end in (model.get_input_embeddings(), model.get_output_embeddings())]
+        head = all(any(model.get_parameter(name) is end for end in ends) for name in names)
+        raise ValueError(
+            f"{names[0]} and {names[1]} are one tensor, and {kind} has two by the model's configuration, so it could "
+            "not be pruned, saved and loaded as it is; "
+            + ("set model.config.tie_word_embeddings = True, or " if head else "")
+            + "give one of them its own, by copy.deepcopy of the module or parameter that stands in both places."
+        )
 
 
 def load(

@@ -68,7 +68,7 @@ class Unstructured(Method):
         """Prune, in place, projections that share the input `x`, given by full name."""
         for name, linear in linears.items():
             weight = linear.weight.data
-            with returned.read_only(self, name, weight, x, dense):
+            with returned.read_only(self, name, weight, x):
                 score = returned.score(self, name, self.score(name, weight, x, dense), weight)
                 gone = returned.mask(self, name, self.gone(score), weight)
             weight.masked_fill_(gone, 0)

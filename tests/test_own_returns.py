@@ -156,10 +156,10 @@ def in_dense(self, name, weight, x, dense):
 @pytest.mark.parametrize(
     ("base", "score", "told"),
     [
-        (Own, in_weight, "wrote over model.layers.0.self_attn.q_proj while it scored"),
+        (Own, in_weight, "wrote over model.layers.0.self_attn.q_proj; it computes"),
         (Own, in_view, "weight.abs.. in place of weight.abs_"),
-        (pruners.Wanda, in_statistic, "q_proj's statistic sum_of_squares while"),
-        (pruners.Gradient, in_dense, "the dense statistic model.layers.0.self_attn.q_proj while"),
+        (pruners.Wanda, in_statistic, "q_proj's statistic sum_of_squares;"),
+        (pruners.Gradient, in_dense, "the dense statistic model.layers.0.self_attn.q_proj;"),
     ],
 )
 def test_scores_computed_in_place_are_refused(base, score, told):
@@ -237,5 +237,5 @@ def test_what_a_remove_of_one_s_own_leaves_is_looked_at(spoil, told):
 
 @pytest.mark.parametrize("own", [{"prune": lambda *_: None}, {"gather": lambda *_: [1], "statistics_key": "mine"}])
 def test_a_method_s_report_and_statistics_are_looked_at(own):
-    with pytest.raises(TypeError, match="Mine.* got "):
+    with pytest.raises(TypeError, match=r"Mine.* got "):
         pruners.prune(tiny("llama"), method(Own, **own)(), TEXT)

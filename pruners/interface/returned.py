@@ -89,23 +89,35 @@ def repairs(method: Any, block: Block, found: Any) -> list[tuple[Matrix, Float[T
 
 
 @contextmanager
-def read_only(method: Any, name: str, weight: Tensor, x: Any, dense: Mapping[str, Tensor]) -> Iterator[None]:
-    """ValueError where a weight, what was seen of its inputs or the dense statistics are written over within.
+def read_only(method: Any, name: str, weight: Tensor, x: Any) -> Iterator[None]:
+    """ValueError where a method writes over a weight that it scores, or over what was seen of its inputs.
 
-    Reads no value; a method's own kind of statistic may compute in place.
+    A statistic of its own kind may compute in place.
     """
-    watched = {name: weight}
-    if type(x) in (InputNorm, Moments, Hessian):
-        watched |= {f"{name}'s statistic {which}": value for which, value in vars(x).items() if torch.is_tensor(value)}
-    if isinstance(dense, dict):  # others read each tensor anew
-        watched |= {f"the dense statistic {which}": value for which, value in dense.items()}
-    before = {what: tensor._version for what, tensor in watched.items() if not tensor.is_inference()}
+    seen = vars(x) if type(x) in (InputNorm, Moments, Hessian) else {}
+    tensors = {f"{name}'s statistic {which}": value for which, value in seen.items() if isinstance(value, Tensor)}
+    with _unwritten(method, {name: weight} | tensors):
+        yield
+
+
+@contextmanager
+def shared(method: Any, dense: Mapping[str, Tensor]) -> Iterator[None]:
+    """ValueError where a method writes over dense statistics, which its other settings share."""
+    tensors = dense.items() if isinstance(dense, dict) else ()  # others read each tensor anew
+    with _unwritten(method, {f"the dense statistic {name}": value for name, value in tensors}):
+        yield
+
+
+@contextmanager
+def _unwritten(method: Any, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """By torch's own count of changes: reads no value and takes no memory."""
+    before = {what: tensor._version for what, tensor in tensors.items() if not tensor.is_inference()}
     yield
     for what, version in before.items():
-        if watched[what]._version != version:
+        if tensors[what]._version != version:
             raise ValueError(
-                f"{type(method).__name__} wrote over {what} while it scored {name}; compute in a new tensor, e.g. "
-                f"weight.abs() in place of weight.abs_() (of float32, weight.float() is the weight itself). {AGAIN}"
+                f"{type(method).__name__} wrote over {what}; it computes in a new tensor, e.g. weight.abs() in place "
+                f"of weight.abs_() (of float32, weight.float() is the weight itself). {AGAIN}"
             )
 
 
