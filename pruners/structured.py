@@ -170,9 +170,7 @@ class Structured(Method):
     ) -> list[Kept]:
         """What stays when `choose(scores, costs)` says which go of all heads followed by all channels that may."""
         blocks, places = anatomy.blocks(model), self._places(model)
-        every = [scores[block.index][kind] for block, kind in places]
-        for part, (block, kind) in zip(every, places, strict=True):
-            self._refuse_nan(block, kind, part)
+        every = [returned.unit_score(self, block, kind, scores[block.index][kind]) for block, kind in places]
         costs = [self._costs(block, kind, part) for part, (block, kind) in zip(every, places, strict=True)]
         gone = [{kind: torch.zeros(block.units(kind), dtype=torch.bool) for kind in KINDS} for block in blocks]
         parts = choose(torch.cat(every), torch.cat(costs)).split([len(part) for part in every])
@@ -188,12 +186,8 @@ class Structured(Method):
     def lowest(self, block: Block, scores: Scores, counts: Mapping[str, int]) -> Kept:
         """What stays of a block that loses so many units of each kind, and `round_to` obeyed."""
         for kind in KINDS:
-            self._refuse_nan(block, kind, scores[kind])
+            returned.unit_score(self, block, kind, scores[kind])
         return self.settled(block, scores, {kind: select.lowest(scores[kind], counts[kind]) for kind in KINDS})
-
-    def _refuse_nan(self, block: Block, kind: str, score: Tensor) -> None:
-        units = {"attention": "heads", "mlp": "channels"}[kind]
-        select.refuse_nan(score, f"{type(self).__name__}'s score of the {units} of {block.name}")
 
     def settled(self, block: Block, scores: Scores, gone: Scores) -> Kept:
         """What stays of a block once `round_to` has given the best channels back."""

@@ -50,7 +50,10 @@ class Unstructured(Method):
         return self.NEEDS is not None
 
     def score(self, name: str, weight: Float[Tensor, "out inp"], x: Any, dense: Mapping[str, Tensor]) -> Tensor:
-        """How much each weight of projection `name` matters [out, inp]; `x` is what NEEDS saw of its inputs."""
+        """How much each weight of projection `name` matters [out, inp]; `x` is what NEEDS saw of its inputs.
+
+        A new tensor: of float32 `weight.float()` is the weight itself.
+        """
         raise TypeError(f"{type(self).__name__} does not implement score().")
 
     def gone(self, score: Float[Tensor, "out inp"]) -> Bool[Tensor, "out inp"]:

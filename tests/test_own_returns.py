@@ -9,7 +9,7 @@ import torch
 
 import pruners
 from pruners import anatomy
-from pruners.apply import Kept
+from pruners.apply import KINDS, Kept
 from pruners.calibrate import InputNorm
 from pruners.interface import contract
 from pruners.interface.contract import tiny, windows
@@ -71,6 +71,30 @@ def test_masks_of_units_that_are_none_are_refused_and_nothing_is_cut(spoil, told
     before = tiny("llama").state_dict()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert any(finding.broken for finding in contract.check(kind, ("llama",)))
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize(
+    ("made", "told"),
+    [
+        (
+            lambda units: torch.ones(units + 1),
+            r"score of the heads of model\.layers\.0 is a torch\.float32 tensor \[3\]",
+        ),
+        (lambda units: torch.ones(units, 1), r"one number for each of them, \[2\]"),
+        (lambda units: units, r"is 2 \(int\)"),
+    ],
+)
+def test_scores_of_units_that_rank_none_are_refused(made, told, together):
+    def choose(self, model, windows, dense, how=None):
+        blocks = anatomy.blocks(model)
+        scores = [{kind: made(block.units(kind)) for kind in KINDS} for block in blocks]
+        if together:
+            return self.ranked_together(model, scores, lambda score, costs: score < 1)
+        return [self.lowest(block, score, dict.fromkeys(KINDS, 1)) for block, score in zip(blocks, scores, strict=True)]
+
+    with pytest.raises(ValueError, match=told):
+        pruners.prune(tiny("llama"), method(Structured, choose=choose)(ratio=0.5), TEXT)
 
 
 @pytest.mark.parametrize(

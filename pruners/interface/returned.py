@@ -29,6 +29,16 @@ def score(method: Any, name: str, found: Any, weight: Tensor) -> Float[Tensor, "
     return found
 
 
+def unit_score(method: Any, block: Block, kind: str, found: Any) -> Float[Tensor, " units"]:
+    """The score itself; ValueError for one that ranks no units: of another shape, or not a number."""
+    units = {"attention": "heads", "mlp": "channels"}[kind]
+    of = f"{type(method).__name__}'s score of the {units} of {block.name}"
+    if not isinstance(found, Tensor) or found.shape != (block.units(kind),):
+        raise ValueError(f"{of} is {_told(found)}; it is one number for each of them, [{block.units(kind)}].")
+    select.refuse_nan(found, of)
+    return found
+
+
 def mask(method: Any, name: str, found: Any, weight: Tensor) -> Bool[Tensor, "out inp"]:
     """What `gone` condemns, where the weight is; ValueError for what does not say of each weight whether it goes."""
     if not _is_mask(found, tuple(weight.shape)):
@@ -103,8 +113,9 @@ def read_only(method: Any, name: str, weight: Tensor, x: Any) -> Iterator[None]:
 @contextmanager
 def shared(method: Any, dense: Mapping[str, Tensor]) -> Iterator[None]:
     """ValueError where a method writes over dense statistics, which its other settings share."""
-    tensors = dense.items() if isinstance(dense, dict) else ()  # others read each tensor anew
-    with _unwritten(method, {f"the dense statistic {name}": value for name, value in tensors}):
+    known = dense if isinstance(dense, dict) else {}  # others read each tensor anew
+    tensors = {f"the dense statistic {name}": value for name, value in known.items() if isinstance(value, Tensor)}
+    with _unwritten(method, tensors):
         yield
 
 
@@ -117,7 +128,8 @@ def _unwritten(method: Any, tensors: Mapping[str, Tensor]) -> Iterator[None]:
         if tensors[what]._version != version:
             raise ValueError(
                 f"{type(method).__name__} wrote over {what}; it computes in a new tensor, e.g. weight.abs() in place "
-                f"of weight.abs_() (of float32, weight.float() is the weight itself). {AGAIN}"
+                f"of weight.abs_() (of float32, weight.float() is the weight itself). Load the model again, and gather "
+                "its statistics again."
             )
 
 
