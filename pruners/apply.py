@@ -327,7 +327,8 @@ def _own_config(model: nn.Module) -> Any:
         if held is old:
             module.config = new
         elif getattr(held, "shared", None) is old:
-            held.shared = new
+            module.config = copy.copy(held)
+            module.config.shared = new
     return new
 
 
