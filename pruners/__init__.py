@@ -137,7 +137,8 @@ def prune(
 
     Raises TypeError or ValueError, with the model as it was, for invalid arguments, windows or statistics that
     do not fit the model, NaN or inf in weights, an unknown family, a model that checkpoint.save could not save;
-    ValueError for NaN or inf in activations.
+    ValueError for NaN or inf in activations.  After that and whatever else breaks the pruning off, a model whose
+    weights are at home on the disk is what it was opened as; one in memory may be pruned in part: load it again.
     """
     with inputs.plain_torch(), torch.no_grad():
         check_method(method)

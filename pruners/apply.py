@@ -7,14 +7,13 @@ ways remove it from every projection that holds a part of it, so masked and cut 
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import dataclass
 from typing import Any
 
 from pruners import anatomy
 from pruners.anatomy import Block
 from pruners.lazy import Bool, Float, Tensor, nn, torch
-from pruners.run import matrices
+from pruners.run import matrices, means
 from pruners.run.matrices import Matrix
 
 KINDS = ("attention", "mlp")
@@ -41,7 +40,12 @@ class Kept:
 
 
 def check(model: nn.Module) -> None:
-    """ValueError or TypeError for a model that `describe` could not describe once it is cut."""
+    """ValueError or TypeError for a model that `describe` could not describe once it is cut.
+
+    Such is one of an own subclass, whose overrides would be lost with its class.
+    """
+    from pruners import modeling_pruned
+
     kind = anatomy.family(model)
     if kind.experts:
         raise ValueError(
@@ -49,15 +53,18 @@ def check(model: nn.Module) -> None:
             "an unstructured method, e.g. pruners.Wanda."
         )
     stock = _stock_class(model)
-    if not isinstance(model, stock):
-        raise TypeError(f"Structured pruning needs a {stock.__name__}; got a {type(model).__name__}.")
+    if type(model) not in (stock, modeling_pruned.pruned(stock)):
+        raise TypeError(
+            f"Structured pruning needs a {stock.__name__} itself, whose class it replaces; got a "
+            f"{type(model).__name__}. Load the weights as a {stock.__name__}."
+        )
 
 
 def zero(block: Block, kept: Kept) -> None:
     """Zero every row, column and bias of the units that go; shapes stay.
 
-    A norm over all heads is rescaled, weight and epsilon, to what it does once the heads are cut out; its epsilon is
-    not part of what a model saves.
+    A norm over all heads is rescaled, weight and epsilon, to what it does once the heads are cut out; neither its
+    epsilon nor which heads it counts is part of what a model saves, so `checkpoint.save` refuses it.
     """
     for name, (rows, gone) in _gone(block, kept).items():
         linear = block.linear(name)
@@ -65,14 +72,18 @@ def zero(block: Block, kept: Kept) -> None:
         linear.weight.data.index_fill_(int(not rows), index, 0)
         if rows and linear.bias is not None:
             linear.bias.data.index_fill_(0, index, 0)
-    _rescale(block, float(kept.attention.float().mean()) if len(kept.attention) else 1.0)
+    for norm, index in means.over_heads(block):
+        counted = means.counted(norm)
+        counted[index[~kept.attention].flatten()] = False
+        means.count(norm, counted)
 
 
 def cut(block: Block, kept: Kept) -> None:
     """Slice the units that go out of their projections, and set every width that the block's forward pass reads."""
     from pruners.attention_pruned import settle, settle_layer
 
-    _rescale(block, 1.0)
+    for norm, index in means.over_heads(block):
+        means.count(norm, means.counted(norm)[index[kept.attention].flatten()])
     widths = widths_left(block, kept)
     followers = block.followers
     for name, (rows, gone) in _gone(block, kept).items():
@@ -224,7 +235,8 @@ def residual(model: nn.Module) -> dict[str, int]:
 def narrow(model: nn.Module, keep: Bool[Tensor, " width"]) -> None:
     """Cut channels of the residual stream out of the whole model."""
     chosen, width = keep.nonzero().squeeze(1), int(keep.sum())
-    head_dim = anatomy.blocks(model)[0].head_dim
+    head_dim, config = anatomy.blocks(model)[0].head_dim, _own_config(model)
+    means.count_channels(model, config, means.counted_channels(config)[keep])
     cuts: dict[int, nn.Parameter] = {}  # by the old parameter, so that what was tied stays tied
     for name, dim in residual(model).items():
         path, _, attribute = name.rpartition(".")
@@ -233,7 +245,6 @@ def narrow(model: nn.Module, keep: Bool[Tensor, " width"]) -> None:
         if id(old) not in cuts:
             cuts[id(old)] = _chosen(old, dim, chosen)
         setattr(owner, attribute, cuts[id(old)])
-    config = _own_config(model)
     for module in model.modules():
         _set_width(module, width)
     config.hidden_size, config.head_dim = width, head_dim
@@ -258,14 +269,8 @@ def zero_narrow(model: nn.Module, keep: Bool[Tensor, " width"]) -> None:
     for name, dim in residual(model).items():
         parameter = model.get_parameter(name)
         parameter.data.index_fill_(dim, gone.to(parameter.device), 0)
-    share = int(keep.sum()) / len(keep)
-    module: Any
-    for module in model.modules():
-        if hasattr(module, "variance_epsilon"):
-            module.variance_epsilon *= share
-            module.weight.data *= math.sqrt(share)
     config = _own_config(model)
-    config.rms_norm_eps *= share
+    means.count_channels(model, config, means.counted_channels(config) & keep)
 
 
 def _gone(block: Block, kept: Kept) -> dict[str, tuple[bool, Bool[Tensor, " index"]]]:
@@ -292,19 +297,6 @@ def _follow(norm: Any, follower: anatomy.Follower, kept: Bool[Tensor, " units"])
         return
     for name, parameter in norm.named_parameters(recurse=False):
         setattr(norm, name, _chosen(parameter, 0, chosen))
-
-
-def _rescale(block: Block, share: float) -> None:
-    """Let norms over all heads count `share` of the heads, as cutting the others would."""
-    for follower in block.followers if share else ():  # without heads there is nothing to normalise
-        if not follower.over_all_heads:
-            continue
-        norm: Any = block.module.get_submodule(follower.norm)
-        change = share / getattr(norm, "counted_share", 1.0)
-        if change != 1:
-            norm.weight.data *= math.sqrt(change)
-            norm.variance_epsilon *= change
-            norm.counted_share = share
 
 
 def _chosen(parameter: Tensor, dim: int, chosen: Tensor) -> nn.Parameter:
@@ -335,7 +327,8 @@ def _own_config(model: nn.Module) -> Any:
         if held is old:
             module.config = new
         elif getattr(held, "shared", None) is old:
-            held.shared = new
+            module.config = copy.copy(held)
+            module.config.shared = new
     return new
 
 

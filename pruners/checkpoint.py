@@ -42,7 +42,7 @@ from pruners.interface import checks, described
 from pruners.interface.checks import Folder, Rule
 from pruners.modeling_pruned import PrunedModel, check_complete, check_shards, configuration
 from pruners.retrain import peft_targets
-from pruners.run import inputs
+from pruners.run import inputs, means
 from pruners.weights import homes, storage
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,8 @@ def save(model: Any, tokenizer: Any, folder: Folder | str, *, max_shard_size: Sh
     One file of at most `max_shard_size` is in memory at a time where weights are away from home; None is 5GB, and 1GB
     there.
     Flags of the generation configuration that it does not use itself, such as a temperature without `do_sample`, are
-    dropped with a warning.  Raises what `check` does, FileExistsError for a folder that holds something,
+    dropped with a warning.  Raises what `check` does, ValueError for weights without values and for heads that are
+    zeroed under a norm over all of them (OLMo 2 and 3), FileExistsError for a folder that holds something,
     storage.StorageError where the disk refuses.
     """
     model = getattr(model, "_orig_mod", model)  # out of torch.compile's wrapper
@@ -75,6 +76,11 @@ def save(model: Any, tokenizer: Any, folder: Folder | str, *, max_shard_size: Sh
         raise TypeError(f"tokenizer is one of transformers, or None; got {checks.typed(tokenizer)}.")
     folder = Path(folder).expanduser().resolve()
     check(model)
+    if rescaled := means.rescaled(model):
+        raise ValueError(
+            f"Heads of this model are zeroed and its norms over all heads, e.g. {rescaled[0]}, rescaled to the others, "
+            "which no configuration can say; cut the heads out before saving: prune with cut=True."
+        )
     meta = next((name for name, p in model.named_parameters() if p.is_meta), None)
     if meta and not hasattr(model, "hf_device_map"):  # transformers fetches what accelerate has offloaded
         raise ValueError(f"{meta} is on the meta device and holds no values to save; load the model whole.")
@@ -111,8 +117,8 @@ def check(model: Any) -> None:
     """Check, before any work, that `load` could open what `save` writes; reads no weight and needs no memory.
 
     Raises TypeError for anything but a transformers model, ValueError for one whose tensors are not the very ones that
-    its configuration makes (adapters beside their matrices, parameters shared by hand), or whose configurations
-    transformers refuses to save.
+    its configuration makes (adapters beside their matrices, parameters shared by hand), whose class is not the one that
+    its configuration makes, or whose configurations transformers refuses to save.
     """
     model = getattr(model, "_orig_mod", model)
     if not isinstance(model, PreTrainedModel):
@@ -130,8 +136,13 @@ def check(model: Any) -> None:
         raise ValueError(
             f"This model's configuration cannot be saved and loaded again: {described.brief(error)}"
         ) from error
-    _check_tensors(model, kind, expected)
-    _check_tied(model, kind, tied)
+    _check_tensors(model, kind.__name__, expected)
+    _check_tied(model, kind.__name__, tied)
+    if type(model) is not kind:
+        raise ValueError(
+            f"This model is a {type(model).__name__}, and what is saved would open as a {kind.__name__}, without what "
+            f"the other class does otherwise; load the weights as a {kind.__name__}."
+        )
     if model.can_generate() and model.generation_config is not None:
         _without_idle_flags(model.generation_config)
 
@@ -146,11 +157,11 @@ class _Configured:
 
 
 @lru_cache(maxsize=4)
-def _made(configured: _Configured) -> tuple[str, dict[str, torch.Size], list[list[str]]]:
+def _made(configured: _Configured) -> tuple[type[Any], dict[str, torch.Size], list[list[str]]]:
     """The class that a configuration makes, the shapes of its tensors by name, and which parameters are one."""
     with torch.device("meta"):
         opened = AutoModelForCausalLM.from_config(configured.config, trust_remote_code=False)
-    return type(opened).__name__, {name: tensor.shape for name, tensor in opened.state_dict().items()}, _tied(opened)
+    return type(opened), {name: tensor.shape for name, tensor in opened.state_dict().items()}, _tied(opened)
 
 
 def _tied(model: Any) -> list[list[str]]:

@@ -9,9 +9,10 @@ import pickle
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaForCausalLM
 
-from pruners import anatomy, apply
+import pruners
+from pruners import anatomy, apply, checkpoint
 from pruners.apply import Kept
 from tests.conftest import CONFIGS, SLIDING, tiny
 
@@ -215,6 +216,28 @@ def test_a_masked_residual_stream_equals_the_cut_one(kind, windows):
 def test_layer_norms_have_no_masked_residual_stream():
     with pytest.raises(ValueError, match="use cut=True"):
         apply.zero_narrow(tiny("opt"), torch.arange(48) > 3)
+
+
+class Doubled(LlamaForCausalLM):
+    """A class of somebody's own, which computes something else."""
+
+    def forward(self, *args, **kwargs):
+        found = super().forward(*args, **kwargs)
+        found.logits = 2 * found.logits
+        return found
+
+
+@pytest.mark.parametrize("dense", [True, False], ids=["dense", "cut"])
+def test_an_own_subclass_whose_overrides_would_be_lost_is_refused(dense, windows, tmp_path):
+    model = tiny("llama multi-head")
+    if not dense:
+        pruners.prune(model, pruners.MagnitudeSP(ratio=0.5))
+    model.__class__ = Doubled if dense else type("Doubled", (Doubled, type(model)), {})
+    with pytest.raises(TypeError, match=r"needs a LlamaForCausalLM itself.*got a Doubled"):
+        pruners.prune(model, pruners.MagnitudeSP(ratio=0.5))
+    for refused in (lambda: pruners.prune(model, pruners.Magnitude()), lambda: checkpoint.save(model, None, tmp_path)):
+        with pytest.raises(ValueError, match=r"is a Doubled, and what is saved would open as a (Pruned)?LlamaForCaus"):
+            refused()
 
 
 def test_a_silent_block_is_a_dropped_block(kind, windows):

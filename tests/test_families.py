@@ -166,6 +166,30 @@ def test_norms_over_heads_count_what_is_there_however_often_they_are_masked(kind
         assert_close(masked(windows(kind)).logits, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("cut", [True, False])
+@pytest.mark.parametrize("kind", [kind for kind in DENSE if FAMILIES[model_type(kind)].query_norm])
+def test_heads_that_were_zeroed_and_stay_change_nothing(kind, cut):
+    model, tokens = tiny(kind), windows(kind)
+    pruners.prune(model, pruners.WandaSP(0.7), tokens, cut=False)
+    with torch.no_grad():
+        expected = model(tokens).logits
+        for ratio in (0.0, 0.5):  # of which the lowest are zeroed already
+            pruners.prune(model, pruners.WandaSP(ratio), tokens, cut=cut)
+            assert_close(model(tokens).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["olmo2", "olmo3"])
+def test_norms_that_no_configuration_can_say_are_not_saved_until_the_heads_are_cut_out(kind, tmp_path):
+    model, method = tiny(kind), pruners.MagnitudeSP(0.5)
+    pruners.prune(model, method, cut=False)
+    with pytest.raises(ValueError, match=r"Heads of this model are zeroed.*layers\.0\.self_attn\.q_norm.*cut=True"):
+        checkpoint.save(model, None, tmp_path / "out")
+    pruners.prune(model, method)
+    opened, _ = checkpoint.load(checkpoint.save(model, None, tmp_path / "out"))
+    with torch.no_grad():
+        assert torch.equal(opened(windows(kind)).logits, model(windows(kind)).logits)
+
+
 EVERY_BLOCK = pruners.LLMPruner(ratio=0.5, attention_blocks=(0, 3), mlp_blocks=(0, 3))
 
 

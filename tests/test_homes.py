@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -91,6 +92,47 @@ def test_every_method_prunes_the_same_from_every_home(home, method, cut, tmp_pat
     assert same_weights(model, plain)
     with torch.inference_mode():
         assert torch.equal(model(tokens).logits, plain(tokens).logits)
+
+
+@dataclass(frozen=True)
+class Interrupted(pruners.MagnitudeSP):
+    """All heads of the first block go, and a key is pressed at the second."""
+
+    def choose(self, *args, **how):
+        kept = super().choose(*args, **how)
+        kept[0]["attention"][:] = False
+        return kept
+
+    def repairs(self, block, kept, dense):
+        if block.index == 1:
+            raise KeyboardInterrupt
+        linear = block.linear(block.family.outward)
+        return [(linear, torch.ones(linear.out_features))]
+
+
+@pytest.mark.parametrize("before", ["dense", "magnitude_sp", "llm_pruner layers"])
+@pytest.mark.parametrize("family", ["llama", "olmo2", "bloom"], indirect=True)
+def test_a_cut_that_is_interrupted_leaves_the_model_of_the_folder(family, before, tmp_path):
+    plain, tokens = saved(family, tmp_path / "dense"), families.windows(family)
+    model = opening.open_folder(tmp_path / "dense")
+    if before == "llm_pruner layers":  # which changes no file, and stays
+        pruners.prune(plain, METHODS[before])
+        pruners.prune(model, METHODS[before])
+    told = model.config.to_dict()
+    if before == "magnitude_sp":
+        pruners.prune(model, METHODS[before])
+    with pytest.raises(KeyboardInterrupt):
+        pruners.prune(model, Interrupted(0.4))
+    assert (type(model), model.config.to_dict()) == (type(plain), told)
+    assert same_weights(model, plain)
+    with torch.inference_mode():
+        assert torch.equal(model(tokens).logits, plain(tokens).logits)
+    for subject in (plain, model):
+        pruners.prune(subject, pruners.MagnitudeSP(0.4))
+    with torch.inference_mode():
+        assert torch.equal(model(tokens).logits, plain(tokens).logits)
+    opened, _ = checkpoint.load(checkpoint.save(model, None, tmp_path / "out"))
+    assert same_weights(opened, plain)
 
 
 @pytest.mark.parametrize("method", ["gblm", "flap"])

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import pruners
-from pruners import anatomy, apply, llm_pruner
+from pruners import anatomy, apply, checkpoint, llm_pruner
 from pruners.apply import Kept
+from pruners.interface import contract
 from tests.conftest import tiny
 
 BLOCKS = {"attention_blocks": (0, 2), "mlp_blocks": (0, 2)}
@@ -201,6 +204,24 @@ def test_masked_channels_of_the_residual_stream_equal_cut_ones(kind, windows):
     told, report = pruners.prune(masked, method, windows, cut=False), pruners.prune(cut, method, windows)
     assert told.structure == report.structure
     assert_close(masked(windows).logits, cut(windows).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("reopened", [False, True], ids=["at once", "opened again"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "smollm3"])
+def test_masked_channels_are_masked_again_and_cut_out(family, reopened, tmp_path):
+    tokens, method = contract.windows(family), pruners.LLMPruner(ratio=0.5, granularity="channel", importance="l2")
+    cut, masked = contract.tiny(family), contract.tiny(family)
+    pruners.prune(cut, method)
+    expected = cut(tokens).logits
+    pruners.prune(masked, method, cut=False)
+    if reopened:
+        masked, _ = checkpoint.load(checkpoint.save(masked, None, tmp_path / "masked"))
+    steps = ((method, False), (replace(method, ratio=0.25), True), (replace(method, ratio=0.3), True))
+    for again, how in steps:  # a quarter of 32 channels, and 8 of the 24 that stay
+        pruners.prune(masked, again, cut=how)
+        assert_close(masked(tokens).logits, expected, rtol=1e-4, atol=1e-5)
+    assert masked.config.hidden_size == 16
+    assert not hasattr(masked.config, "masked_channels")
 
 
 @pytest.mark.parametrize("importance", ["vector", "element1", "l2"])

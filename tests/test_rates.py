@@ -10,6 +10,7 @@ import torch
 from conftest import tiny
 
 import pruners
+from pruners import checkpoint
 from pruners.retrain import (
     Diverged,
     LoRA,
@@ -22,6 +23,7 @@ from pruners.retrain import (
     finetune,
     held_out_loss,
 )
+from pruners.weights import opening
 
 RATES = (1e-2, 1e-4, 1e-3)
 
@@ -88,6 +90,32 @@ def test_a_reconstruction_is_tried_from_the_dense_model(windows):
     choice = choose_rate(model, attempt, RATES, kept)
     assert same(described(model), before)
     assert len(set(choice.losses)) == 3
+
+
+@pytest.mark.parametrize("home", ["device", "disk"])
+def test_attempts_that_cut_are_tried_from_the_dense_model(home, windows, tmp_path):
+    tiny("llama grouped-query").save_pretrained(tmp_path)
+
+    def opened() -> Any:
+        return opening.open_folder(tmp_path) if home == "disk" else checkpoint.load(tmp_path)[0]
+
+    def attempt(rate: float, model: Any) -> None:
+        pruners.prune(model, pruners.Flap(ratio=0.4), windows[:4])
+        finetune(model, Trainable(norms=True, biases=True), windows[:4], steps=2, learning_rate=rate)
+
+    def by_hand(rate: float) -> float:
+        attempt(rate, model := opened())
+        return held_out_loss(model, windows[4:])[0]
+
+    model = opened()
+    expected = model(windows).logits
+    kind, before = type(model), described(model)
+    choice = choose_rate(model, lambda rate: attempt(rate, model), RATES, windows[4:])
+    assert choice.losses == tuple(by_hand(rate) for rate in sorted(RATES))
+    assert type(model) is kind
+    assert torch.equal(model(windows).logits, expected)
+    if home == "device":
+        assert same(described(model), before)
 
 
 def test_a_rate_that_diverges_is_no_choice(windows):

@@ -6,7 +6,7 @@ Rows of a table that train different things need rates of their own: one rate fo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
@@ -18,7 +18,7 @@ from pruners.lazy import PreTrainedModel, Tensor, nn, torch
 from pruners.retrain.held_out import NotFiniteError, held_out_loss
 from pruners.retrain.schedule import Diverged
 from pruners.run import inputs
-from pruners.weights import homes
+from pruners.weights import homes, structure
 
 Rates = Annotated[
     tuple[float, ...],
@@ -68,10 +68,10 @@ def choose_rate(
 ) -> RateChoice:
     """The rate after whose `attempt(rate)` the loss of `model` on `held_out` is lowest; the model is left as it was.
 
-    `attempt` changes the model in place: it retrains it, or prunes it with a reconstruction.  `held_out` are examples
-    as for `finetune`, none of which an attempt may train on.  An attempt that raises Diverged, or leaves a loss that is
-    not finite, is no choice.  After every attempt `progress(done, len(rates))` is called.  The CPU's memory holds a
-    copy of the model meanwhile, unless its weights are at home on the disk.
+    `attempt` changes the model in place: it retrains it, or prunes it, cut or not, and rebuilds or retrains what is
+    left.  `held_out` are examples as for `finetune`, none of which an attempt may train on.  An attempt that raises
+    Diverged, or leaves a loss that is not finite, is no choice.  After every attempt `progress(done, len(rates))` is
+    called.  The CPU's memory holds a copy of the model meanwhile, unless its weights are at home on the disk.
 
     Raises ValueError for a grid without rates or with one twice, TypeError or ValueError for text that is none, before
     anything is trained; Diverged where every rate does.
@@ -98,33 +98,23 @@ def choose_rate(
 
 @contextmanager
 def _put_back(model: PreTrainedModel) -> Iterator[None]:
-    """The model as it was, bits and parts, once what is done here is over: adapters gone, a tied head tied again."""
+    """The model as it was, bits and parts, once what is done here is over.
+
+    Adapters are gone, a tied head is tied again, and what was cut out is back.
+    """
     flags = {p: p.requires_grad for p in model.parameters()}
     values = {p: p.detach().cpu().clone() for p in flags} if homes.of(model) is None else {}
-    parts = [(module, dict(module._modules), dict(module._parameters), module.training) for module in model.modules()]
-    tied, keys = getattr(model.config, "tie_word_embeddings", None), getattr(model, "all_tied_weights_keys", None)
+    put_back = structure.remembered(model)
     try:
         with homes.undone(model):
             yield
     finally:
-        for module, modules, parameters, training in parts:
-            _refill(module._modules, modules)
-            _refill(module._parameters, parameters)
-            module.training = training
+        put_back()
         for p, value in values.items():
             _fill(p, value)
         for p, wanted in flags.items():
             p.requires_grad_(wanted)
             p.grad = None
-        if tied is not None:
-            model.config.tie_word_embeddings = tied
-        if keys is not None:
-            model.all_tied_weights_keys = keys
-
-
-def _refill(now: dict[str, Any], before: Mapping[str, nn.Module | nn.Parameter | None]) -> None:
-    now.clear()
-    now.update(before)
 
 
 def _fill(p: nn.Parameter, value: Tensor) -> None:

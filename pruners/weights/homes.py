@@ -20,7 +20,7 @@ from typing import Any
 
 from pruners import anatomy
 from pruners.lazy import Tensor, nn, torch
-from pruners.weights import memory
+from pruners.weights import memory, structure
 from pruners.weights.sources import Disk, Memory, Source
 
 ATTRIBUTE = "_weights_home"  # of the model and of the module of every part
@@ -89,6 +89,7 @@ class Home:
             setattr(part.module, ATTRIBUTE, self)
         setattr(model, ATTRIBUTE, self)
         vars(model)["save_pretrained"] = _refuse_saving
+        self.put_back = structure.remembered(model)  # what the weights at home fit
 
     @property
     def parts(self) -> list[Part]:
@@ -338,12 +339,17 @@ def lent(model: nn.Module, device: torch.device | None) -> Iterator[None]:
 
 @contextmanager
 def intact(model: nn.Module) -> Iterator[None]:
-    """After an error within, a model at home on the disk is again what it was opened as."""
+    """After an error within, a model at home on the disk is again what it was opened as, cut blocks whole again."""
+    home, disk = of(model), on_disk(model)
+    if home is not None and disk is not None and not disk.changed:
+        home.put_back = structure.remembered(model)  # it is what it was opened as, however it was set since
     try:
         yield
     except BaseException:
-        if disk := on_disk(model):
+        if home is not None and disk is not None:
             disk.forget()
+            home.forget_ahead()
+            home.put_back()
         raise
 
 
