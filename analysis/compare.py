@@ -101,7 +101,9 @@ class Cell:
             return self.half_width_of_mean
         if not self._varies:
             return 0.0
-        return self.ours * _repeats(self.rows[0].run.method) if self.published else None  # what a rerun elsewhere moves
+        if not self.published or self.metric != "perplexity":
+            return None
+        return self.ours * _repeats(self.rows[0].run.method)  # what a rerun elsewhere moves
 
     @property
     def half_width_of_mean(self) -> float | None:
@@ -131,7 +133,8 @@ class Cell:
         if any(reasons):
             return f"not comparable: {'; '.join(reason for reason in reasons if reason)}"
         if self.half_width is None:
-            return "not comparable: no interval is computed for a spread over few seeds"
+            why = "no interval is computed for a spread over few seeds" if self.fold != "mean" else "no spread is known"
+            return f"not comparable: {why}"
         allowed = self.half_width + (self.published.rounding or 0.0)
         return MATCHES if abs(self.difference or 0.0) <= allowed else DIFFERS
 

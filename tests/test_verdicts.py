@@ -126,6 +126,21 @@ def test_the_papers_value_keeps_its_digits_whatever_ours_is(tmp_path):
         assert shown["Ours"].startswith("7.123" if rounding < 0.005 else "7.12")
 
 
+def test_only_a_perplexity_has_the_interval_of_reruns():
+    """An accuracy without a spread had one of width zero at 0, and a speed one of 1 %."""
+    table = papers.find("gblm.zero_shot")
+    made = made_up.rows(table)
+    for row in made:
+        for measured in row.record.measures.values():
+            measured |= {"score": 0.0, "standard_error": 0.0}
+            measured.pop("documents", None)
+    judged = {cell.verdict for cell in compare.cells(table, made) if cell.published and not cell.published.caveat}
+    assert judged == {"not comparable: no spread is known"}
+    table = papers.find("flap.speed")
+    speeds = [c for c in compare.cells(table, made_up.rows(table)) if c.metric == "tokens_per_second" and c.published]
+    assert {cell.half_width for cell in speeds} == {None}
+
+
 def test_every_number_beside_the_paper_says_what_it_is():
     units = {"perplexity", "score", "learning_rate", *compare.UNITS}  # the first three have keys that say so
     for table in papers.TABLES.values():
