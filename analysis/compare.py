@@ -5,7 +5,8 @@ added.  The interval says where a repeat of the experiment would land:
 
     several seeds     mean +- t(97.5 %) * s * sqrt(1/n + 1/m), m the number of draws that the paper averages (without
                       a printed value that of the mean itself: m infinite)
-    accuracies        the same with the standard error over documents, from one run
+    accuracies        the same with the standard error over documents, from one run; where all are right or all wrong,
+                      whose standard error is 0, the length of the exact interval (Clopper and Pearson)
     one perplexity    REPEATS, the relative distance at which independent runs of the released code have landed
 """
 
@@ -13,15 +14,16 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 
 from analysis import published
 from analysis.published import Published
 from analysis.rows import Row, repeats
-from eval.intervals import half_width, normal_half_width
+from eval.intervals import CONFIDENCE, half_width, normal_half_width
 from experiments.spec import Run, Table
 
 MATCHES, DIFFERS, MISSING, UNPUBLISHED = "matches", "differs", "missing", "not published"
@@ -35,6 +37,18 @@ FOLDS: dict[str, Callable[[list[float]], float]] = {
 }
 PERCENT = ("score",)
 COUNTED = ("parameters", "macs", "weight_bytes")  # the same at every repeat
+UNITS = {  # of quantities that their protocol key does not name
+    "parameters": ("parameters",),
+    "macs": ("MACs",),
+    "weight_bytes": ("bytes of weights",),
+    "tokens_per_second": ("tokens/s decoded",),
+    "exact_share": ("share of answers equal to dense",),
+    "first_difference": ("tokens before first difference",),
+    "column_dispersion": ("column overdispersion",),
+    "pruning_s": ("pruning, s",),
+    "training_tokens_per_second": ("retraining, tokens/s",),
+    "peak_bytes": ("peak memory, bytes",),
+}
 
 
 @dataclass(frozen=True)
@@ -87,7 +101,9 @@ class Cell:
             return self.half_width_of_mean
         if not self._varies:
             return 0.0
-        return self.ours * _repeats(self.rows[0].run.method) if self.published else None  # what a rerun elsewhere moves
+        if not self.published or self.metric != "perplexity":
+            return None
+        return self.ours * _repeats(self.rows[0].run.method)  # what a rerun elsewhere moves
 
     @property
     def half_width_of_mean(self) -> float | None:
@@ -96,8 +112,7 @@ class Cell:
             return None
         if len(self.values) > 1:
             return half_width(self.values)
-        error = (self.rows[0].measure(self.key) or {}).get("standard_error") if self.metric in PERCENT else None
-        return None if error is None else normal_half_width(error)
+        return _of_documents(self.ours, self.rows[0].measure(self.key) or {}) if self.metric in PERCENT else None
 
     @property
     def difference(self) -> float | None:
@@ -118,7 +133,8 @@ class Cell:
         if any(reasons):
             return f"not comparable: {'; '.join(reason for reason in reasons if reason)}"
         if self.half_width is None:
-            return "not comparable: no interval is computed for a spread over few seeds"
+            why = "no interval is computed for a spread over few seeds" if self.fold != "mean" else "no spread is known"
+            return f"not comparable: {why}"
         allowed = self.half_width + (self.published.rounding or 0.0)
         return MATCHES if abs(self.difference or 0.0) <= allowed else DIFFERS
 
@@ -178,13 +194,26 @@ def counts(found: Sequence[Cell]) -> str:
 
 
 def printed(value: float | None, cell: Cell, sign: str = "") -> str:
-    """A value with as many digits as the paper prints, accuracies in per cent."""
+    """The paper's value with its digits; what is ours with as many, two at least, and whole from 1,000.
+
+    Accuracies are in per cent.
+    """
     if value is None:
         return "—"
-    scale, digits = (100, 2) if cell.metric in PERCENT else (1, 0 if cell.metric in COUNTED else 2)
-    if cell.metric not in PERCENT and abs(cell.ours or value) >= 1000:
-        digits = 0
+    scale = 100 if cell.metric in PERCENT else 1
+    digits = _digits(cell, scale)
+    if not cell.published or value != cell.published.value:
+        whole = cell.metric in COUNTED or (scale == 1 and abs(cell.ours or value) >= 1000)
+        digits = 0 if whole else max(2, digits)
     return f"{scale * value:{sign},.{digits}f}"
+
+
+def _digits(cell: Cell, scale: int) -> int:
+    """After the point in what the paper prints, half of whose last digit is its rounding."""
+    rounding = cell.published.rounding if cell.published else None
+    if not rounding:
+        return 0 if cell.metric in COUNTED else 2
+    return max(0, -round(math.log10(2 * scale * rounding)))
 
 
 def _numbers(cell: Cell) -> dict[str, object]:
@@ -214,7 +243,7 @@ def _words(cell: Cell, several: bool) -> dict[str, str]:
         "Method": cell.method,
         **({"Model": cell.model} if several else {}),
         "Setting": cell.setting,
-        "Measured": cell.key + (f", {cell.fold} of seeds" if cell.fold != "mean" else ""),
+        "Measured": ", ".join([cell.key, *UNITS.get(cell.metric, ()), *_folded(cell)]),
         "Ours": ours + spread + _seeds_measured(cell),
         "Paper": printed(cell.published.value, cell) if cell.published else "—",
         "Difference": printed(cell.difference, cell, "+"),
@@ -222,11 +251,27 @@ def _words(cell: Cell, several: bool) -> dict[str, str]:
     }
 
 
+def _folded(cell: Cell) -> list[str]:
+    return [f"{cell.fold} of seeds"] if cell.fold != "mean" else []
+
+
 def _seeds_measured(cell: Cell) -> str:
     done, asked = len(cell.values), len(cell.rows)
     if asked == 1 or not done:
         return ""
     return f" ({asked} seeds)" if done == asked else f" ({done} of {asked} seeds)"
+
+
+def _of_documents(score: float, measured: Mapping[str, Any]) -> float | None:
+    error, documents = measured.get("standard_error"), measured.get("documents")
+    if error:
+        return normal_half_width(error)
+    if error is None or not documents or score not in (0.0, 1.0):
+        return None
+    from scipy import stats
+
+    exact = stats.binomtest(round(score * documents), documents).proportion_ci(CONFIDENCE, method="exact")
+    return float(exact.high - exact.low)
 
 
 def _repeats(method: object) -> float:

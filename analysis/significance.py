@@ -13,7 +13,8 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from analysis.claims.judge import HIGHER, difference
+from analysis.claims.evidence import difference
+from analysis.claims.judge import HIGHER
 from analysis.compare import Cell
 from analysis.rows import Row
 from analysis.tables.frames import shown
@@ -74,7 +75,8 @@ def _winner(column: Sequence[Cell]) -> Cell | None:
 
 
 def _better(first: Cell, other: Cell) -> bool:
-    interval = difference(first, other, 1.0)
-    if interval is None:  # no spread, no test
+    found = difference(first, other, 1.0)
+    if isinstance(found, str):  # no interval, no test
         return False
-    return interval[0] > 0 if first.metric in HIGHER else interval[1] < 0
+    low, high = found
+    return low > 0 if first.metric in HIGHER else high < 0

@@ -60,6 +60,16 @@ def test_seeds_are_one_mark_at_their_mean_with_a_t_interval(tmp_path):
     assert sorted(seeds.get_xdata()) == [10.0, 11.0, 12.0, 14.0, 15.0, 16.0]
 
 
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_mark_that_lacks_seeds_says_so(labelled, tmp_path, monkeypatch):
+    monkeypatch.setattr(perplexity, "LABELLED", 4 if labelled else 1)
+    made = [replace(row, record=None) if row.method == "Wanda" and row.seed else row for row in fill(table(), tmp_path)]
+    (axes,) = perplexity.perplexity(table(), made).axes
+    told = [text.get_text() for text in axes.texts]
+    assert [text for text in told if "of" in text] == ["10.0 (1 of 3 seeds)", "20.0 (1 of 3 seeds)"]
+    assert len(told) == (6 if labelled else 2)
+
+
 def test_the_dense_model_alone_is_drawn_without_a_warning(tmp_path, recwarn):
     made = [row for row in fill(table(), tmp_path) if row.run.method is None]
     perplexity.perplexity(table(), made)

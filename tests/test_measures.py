@@ -188,7 +188,7 @@ def test_comparing_changed_answers_or_an_unknown_baseline_is_refused(scored, tmp
         comparisons.task_tests(table, [(made[1], made[0])])
 
 
-BOUND, TO_BOUND = "bandwidth lower bound, ms per token", "decode / bandwidth bound at that time"
+BOUND, TO_BOUND = "bandwidth lower bound, ms/step", "decode / bandwidth bound at that time"
 
 
 def test_a_record_without_a_reference_stays_readable():
@@ -223,7 +223,7 @@ def test_cost_and_text_are_measured_and_shown(tmp_path, data):
     assert dense["decode_bound_s"] < dense["decode_s"]
     shown = markdown.markdown(table, made)
     assert dense["decode_to_bound_q1"] <= dense["decode_to_bound"] <= dense["decode_to_bound_q3"]
-    assert {"parameters, M", "MACs, G", "decode, ms/token", BOUND, TO_BOUND} <= set(frames.text(made).columns)
+    assert {"parameters, M", "MACs, G", "decode, ms/step", BOUND, TO_BOUND} <= set(frames.text(made).columns)
     assert "Magnitude 50 %: Unstructured: no speed-up from dense kernels, which move" in shown
     assert "2:4 kernels were not timed: semi-structured kernels need a CUDA device" in shown
     lines = [line.split("|")[1:4] for line in speed.page(table, made).splitlines() if "| 16 " in line]

@@ -112,6 +112,47 @@ def test_the_text_has_the_papers_digits(found):
     assert text.to_list() == ["Wanda", "50 %", "wikitext2/test@2048", "7.30 ± 0.07", "7.26", "+0.04", "matches"]
 
 
+def test_the_papers_value_keeps_its_digits_whatever_ours_is(tmp_path):
+    values = {("llama-7b", "Wanda", "50 %"): 12345.678, ("llama-7b", "SparseGPT", "50 %"): 7.1234}
+    found = made(tmp_path, gblm.perplexity, values)
+    large, small_one = (found[(*name, "mean")] for name in values)
+    shown = compare.text([large]).iloc[0]
+    assert shown.to_list()[3:6] == ["12,346 ± 123", "7.26", "+12,338"]
+    assert compare.printed(7.26, large) == "7.26"  # as the report prints it
+    for rounding, value, told in ((0.0005, 0.01, "0.010"), (0.05, 7.1, "7.1"), (50.0, 1000.0, "1,000")):
+        paper = replace(small_one.published, value=value, rounding=rounding)
+        shown = compare.text([replace(small_one, published=paper)]).iloc[0]
+        assert shown["Paper"] == told
+        assert shown["Ours"].startswith("7.123" if rounding < 0.005 else "7.12")
+
+
+def test_only_a_perplexity_has_the_interval_of_reruns():
+    """An accuracy without a spread had one of width zero at 0, and a speed one of 1 %."""
+    table = papers.find("gblm.zero_shot")
+    made = made_up.rows(table)
+    for row in made:
+        for measured in row.record.measures.values():
+            measured |= {"score": 0.0, "standard_error": 0.0}
+            measured.pop("documents", None)
+    judged = {cell.verdict for cell in compare.cells(table, made) if cell.published and not cell.published.caveat}
+    assert judged == {"not comparable: no spread is known"}
+    table = papers.find("flap.speed")
+    speeds = [c for c in compare.cells(table, made_up.rows(table)) if c.metric == "tokens_per_second" and c.published]
+    assert {cell.half_width for cell in speeds} == {None}
+
+
+def test_every_number_beside_the_paper_says_what_it_is():
+    units = {"perplexity", "score", "learning_rate", *compare.UNITS}  # the first three have keys that say so
+    for table in papers.TABLES.values():
+        assert units >= {metric for run in table.runs() for _, metric in compare.quantities(run)}
+    for name in ("llm_pruner.statistics", "flap.speed"):
+        table = papers.find(name)
+        lines = compare.text(compare.cells(table, made_up.rows(table)))
+        where = ["Method", "Setting", "Measured", "Paper", *lines.columns.intersection(["Model"])]
+        assert not lines.duplicated(where).any()
+        assert {"efficiency, parameters", "efficiency, MACs", "efficiency, bytes of weights"} <= set(lines["Measured"])
+
+
 def test_seeds_without_a_paper_stand_as_their_mean(tmp_path):
     found = made(tmp_path, headlines.flap, {("smollm2-135m", "Wanda-sp", "20 %"): [40.0, 41.0, 42.0]})
     mean = found["smollm2-135m", "Wanda-sp", "20 %", "mean"]

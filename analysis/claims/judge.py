@@ -2,43 +2,38 @@
 
 A claim is a list of comparisons "left is better than factor * right" between cells of a table, for every model and
 number that it speaks of.  Better is lower for perplexities, counts and shares, and higher for accuracies and speed.
-With noise a comparison is decided only where its 95 % interval leaves no doubt:
-
-    three seeds, more  log ratio of perplexities, or difference of accuracies, a t interval over the common seeds
-    one run each       perplexity: t interval over the same windows' log-likelihoods, paired
-                       accuracy: normal interval from both standard errors, as if unpaired, which is the cautious side
-    counts             exact
+With noise a comparison is decided only where its 95 % interval (`evidence`) leaves no doubt; counts have no noise.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from analysis import published
+from analysis.claims.evidence import difference
 from analysis.compare import Cell, cells
 from analysis.rows import COST, Folders, Row, declared
-from eval.intervals import half_width, normal_half_width
 from experiments import papers
 
 HIGHER = ("score", "tokens_per_second", "column_dispersion")
 EXACT = ("parameters", "macs", "weight_bytes", "retraining_hours")
-FEWEST_SEEDS = 3
 Words = tuple[str, str]  # the paper's for a method and its setting
+Sign = int | str | None  # +1 holds, -1 fails, 0 or a reason cannot be told, None has no numbers
 
 
 @dataclass(frozen=True)
 class Better:
-    """`left` is better than `factor` times `right`, which is another cell or a plain number."""
+    """`left` is better than `factor` times `right`, which is another cell or a plain number.
+
+    `or_equal` where the claim allows as much ("within", "at most").
+    """
 
     left: Words
     right: Words | float
     factor: float = 1.0
+    or_equal: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,7 +72,8 @@ class Answer:
     `untuned` are cells without which a claim is undecided, as their learning rates were not chosen.
 
     `of` counts the comparisons with numbers and `without` those that lack them, for the reason that `lack` says;
-    `against` names the comparisons that fail and `open` those that noise leaves undecided.
+    `against` names the comparisons that fail and `open` those that noise leaves undecided, with the reason where no
+    interval could be had.
     """
 
     verdict: str
@@ -192,17 +188,33 @@ def _asked(places: Sequence[Place], comparisons: Sequence[Better]) -> Iterator[t
                 yield place, model, side
 
 
-def _judged(signs: Sequence[int | None], asked: Sequence[tuple[Place, str, Better]], partly: str) -> Answer:
-    """Signs: +1 holds, -1 fails, 0 cannot be told, None has no numbers; `partly` is said where all others hold."""
-    known = [(sign, one) for sign, one in zip(signs, asked, strict=True) if sign is not None]
+def _judged(signs: Sequence[Sign], asked: Sequence[tuple[Place, str, Better]], partly: str) -> Answer:
+    """`partly` is said where all that have numbers hold and others have none."""
+    known = [(sign, name) for sign, name in zip(signs, _names(asked), strict=True) if sign is not None]
     if not known:
         return Answer("no numbers")
-    against, undecided = ([f"{model} {' '.join(side.left)}" for sign, (_, model, side) in known if sign == which]
-                          for which in (-1, 0))  # fmt: skip
-    held = sum(sign > 0 for sign, _ in known)
+    against = [name for sign, name in known if sign == -1]
+    undecided = [f"{name} ({sign})" if isinstance(sign, str) else name for sign, name in known if sign not in (1, -1)]
+    held = len(known) - len(against) - len(undecided)
     whole = "holds" if len(known) == len(asked) else partly
     verdict = "fails" if against else whole if held == len(known) else "undecided"
     return Answer(verdict, held, len(known), against, undecided, without=len(asked) - len(known))
+
+
+def _names(asked: Sequence[tuple[Place, str, Better]]) -> list[str]:
+    """Each comparison's model and left side; where several have the same, what tells them apart."""
+    named = [f"{model} {' '.join(side.left)}" for _, model, side in asked]
+    tells = ([f" against {_words(side.right)}" for _, _, side in asked], [f" at {place.key}" for place, _, _ in asked])
+    for tell in tells:
+        same: dict[str, set[str]] = {}
+        for name, more in zip(named, tell, strict=True):
+            same.setdefault(name, set()).add(more)
+        named = [name + more if len(same[name]) > 1 else name for name, more in zip(named, tell, strict=True)]
+    return named
+
+
+def _words(right: Words | float) -> str:
+    return f"{right:,g}" if isinstance(right, float) else " ".join(right).strip()
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -224,7 +236,7 @@ def _sign(left: float | None, right: float | None, side: Better, place: Place) -
         return None
     gain = side.factor * right - left
     better = -gain if place.metric in HIGHER else gain
-    return 1 if better > 0 else -1
+    return 1 if better > 0 or (side.or_equal and better == 0) else -1
 
 
 def _plain(ours: Ours, place: Place, model: str, side: Better) -> int | None:
@@ -235,74 +247,16 @@ def _plain(ours: Ours, place: Place, model: str, side: Better) -> int | None:
     return _sign(left.ours, right if isinstance(right, float) else right.ours, side, place)
 
 
-def _noisy(ours: Ours, place: Place, model: str, side: Better) -> int | None:
+def _noisy(ours: Ours, place: Place, model: str, side: Better) -> Sign:
+    if place.metric in EXACT:
+        return _plain(ours, place, model, side)
     left = ours.cell(place, model, side.left)
     right = side.right if isinstance(side.right, float) else ours.cell(place, model, side.right)
     if left is None or right is None:
         return None
-    interval = difference(left, right, side.factor)
-    if interval is None:
-        return 0
-    low, high = interval
+    found = difference(left, right, side.factor)
+    if isinstance(found, str):
+        return found
+    low, high = found
     sign = 1 if high < 0 else -1 if low > 0 else 0
     return -sign if place.metric in HIGHER else sign
-
-
-def difference(left: Cell, right: Cell | float, factor: float) -> tuple[float, float] | None:
-    """95 % interval of left - factor * right (of log left - log(factor * right) for perplexities); None: no spread."""
-    if left.metric in EXACT:
-        gap = (left.ours or 0) - factor * (right if isinstance(right, float) else right.ours or 0)
-        return gap, gap
-    if left.metric == "score":
-        return _accuracies(left, right, factor)
-    samples = _log_ratios(left, right, factor)
-    return _t_interval(samples) if samples is not None and len(samples) > 1 else None
-
-
-def _log_ratios(left: Cell, right: Cell | float, factor: float) -> Any:
-    """By seed where there are enough of them, otherwise by window; None where neither can be paired.
-
-    A method that sees no data has one run, which stands beside every seed of the other.
-    """
-    if isinstance(right, float):
-        return np.asarray(_seeds(left) if len(left.values) >= FEWEST_SEEDS else _windows(left)) - math.log(
-            factor * right
-        )
-    a, b = _seeds(left), _seeds(right)
-    if max(len(a), len(b)) >= FEWEST_SEEDS:
-        return np.subtract(a, b) - math.log(factor) if _pair(a, b) else None
-    first, second = (cell.rows[0].measure(cell.key) or {} for cell in (left, right))
-    if first.get("token_sha256") != second.get("token_sha256"):
-        return None
-    return np.subtract(_windows(left), _windows(right)) - math.log(factor)
-
-
-def _pair(a: Sequence[float], b: Sequence[float]) -> bool:
-    return len(a) == len(b) or 1 in (len(a), len(b))
-
-
-def _seeds(cell: Cell) -> list[float]:
-    return [math.log(value) for value in cell.values]
-
-
-def _windows(cell: Cell) -> list[float]:
-    return (cell.rows[0].measure(cell.key) or {}).get("nll_per_window", [])
-
-
-def _accuracies(left: Cell, right: Cell | float, factor: float) -> tuple[float, float] | None:
-    a, b = left.values, [right] if isinstance(right, float) else right.values
-    if max(len(a), len(b)) >= FEWEST_SEEDS:
-        return _t_interval(np.subtract(a, factor * np.asarray(b))) if _pair(a, b) else None
-    sides = [(left, 1.0)] if isinstance(right, float) else [(left, 1.0), (right, factor)]
-    errors = [(cell.rows[0].measure(cell.key) or {}).get("standard_error") for cell, _ in sides]
-    if None in errors:
-        return None
-    weighed = [weight * error for error, (_, weight) in zip(errors, sides, strict=True) if error is not None]
-    half = normal_half_width(math.hypot(*weighed))
-    gap = (left.ours or 0.0) - factor * (right if isinstance(right, float) else right.ours or 0.0)
-    return gap - half, gap + half
-
-
-def _t_interval(samples: Any) -> tuple[float, float]:
-    mean, half = float(np.mean(samples)), half_width(samples)
-    return mean - half, mean + half

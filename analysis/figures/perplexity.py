@@ -37,11 +37,15 @@ ACCURACY = Quantity("score", "accuracy, %", 100, "higher", "documents")
 
 @dataclass(frozen=True)
 class Point:
-    """One method at one setting: values by seed, and the length of the bar to each side (0: none)."""
+    """One method at one setting: values by seed, and the length of the bar to each side (0: none).
+
+    `seeds` are those that the table declares, of which some may be missing.
+    """
 
     model: str
     method: str
     setting: str
+    seeds: int
     values: tuple[float, ...]
     half_width: float
 
@@ -49,11 +53,17 @@ class Point:
     def mean(self) -> float:
         return statistics.fmean(self.values)
 
+    @property
+    def lacks(self) -> str:
+        """E.g. ` (1 of 3 seeds)`; empty where none is missing."""
+        return f" ({len(self.values)} of {self.seeds} seeds)" if len(self.values) < self.seeds else ""
+
 
 def perplexity(table: Table, rows: Sequence[Row], key: str | None = None) -> Figure:
     """Methods downwards, perplexity to the right; a panel per model, its dense perplexity as a line.
 
-    Settings have their own colour and marker; several seeds are one mark at their mean.  Raises ValueError if several
+    Settings have their own colour and marker; several seeds are one mark at their mean, which says where some are
+    missing.  Raises ValueError if several
     protocol keys were measured and none is asked for, UsageError for a key that nobody measured.
     """
     return _by_method(table, rows, one_key(rows, key, "perplexity"), PERPLEXITY)
@@ -65,8 +75,7 @@ def accuracy(table: Table, rows: Sequence[Row], key: str | None = None) -> Figur
 
 
 def _by_method(table: Table, rows: Sequence[Row], key: str, what: Quantity) -> Figure:
-    measured = [row for row in rows if what.name in (row.measure(key) or {})]
-    found = _points(measured, key, what)
+    found = _points(rows, key, what)
     pruned = [point for point in found if point.method]
     methods, settings, models = (
         list(dict.fromkeys(getattr(point, name) for point in points))
@@ -84,22 +93,21 @@ def _by_method(table: Table, rows: Sequence[Row], key: str, what: Quantity) -> F
 
 
 def _points(rows: Sequence[Row], key: str, what: Quantity) -> list[Point]:
-    return [
-        _point(
-            (row.run.model_name, "" if row.is_dense else row.method, row.setting),
-            [one.measure(key) or {} for one in group],
-            what,
-        )
-        for group in repeats(rows)
-        for row in group[:1]
-    ]
+    found = []
+    for group in repeats(rows):
+        measured = [one for row in group if what.name in (one := row.measure(key) or {})]
+        if measured:
+            row = group[0]
+            name = (row.run.model_name, "" if row.is_dense else row.method, row.setting)
+            found.append(_point(name, len(group), measured, what))
+    return found
 
 
-def _point(name: tuple[str, str, str], measured: Sequence[dict[str, Any]], what: Quantity) -> Point:
+def _point(name: tuple[str, str, str], seeds: int, measured: Sequence[dict[str, Any]], what: Quantity) -> Point:
     values = tuple(what.scale * one[what.name] for one in measured)
     if len(values) == 1:
-        return Point(*name, values, what.scale * (measured[0].get("standard_error") or 0.0))
-    return Point(*name, values, half_width(values))
+        return Point(*name, seeds, values, what.scale * (measured[0].get("standard_error") or 0.0))
+    return Point(*name, seeds, values, half_width(values))
 
 
 def _bars(points: Sequence[Point], what: Quantity) -> str:
@@ -120,8 +128,8 @@ def _draw(axes: Axes, points: Sequence[Point], methods: list[str], settings: lis
         drawn = {point: heights[point] for point in pruned if point.setting == setting}
         if drawn:
             _draw_setting(axes, drawn, look(index, line=False) | {"label": setting})
-        if labelled:
-            _label(axes, drawn, COLOURS[index % len(COLOURS)])
+        told = drawn if labelled else {point: at for point, at in drawn.items() if point.lacks}
+        _label(axes, told, COLOURS[index % len(COLOURS)])
     _dress(axes, points, methods)
     axes.set_title(f"{points[0].model}{f', dense {_short(dense.mean)}' if dense else ''}", loc="left", fontsize=9)
 
@@ -155,7 +163,7 @@ def _draw_setting(axes: Axes, drawn: dict[Point, float], style: dict[str, Any]) 
 def _label(axes: Axes, drawn: dict[Point, float], colour: str) -> None:
     for point, at in drawn.items():
         axes.annotate(
-            _short(point.mean), (max(point.mean + point.half_width, *point.values), at), xytext=(5, 0),
+            _short(point.mean) + point.lacks, (max(point.mean + point.half_width, *point.values), at), xytext=(5, 0),
             textcoords="offset points", verticalalignment="center", fontsize=7.5, color=colour,
         )  # fmt: skip
 

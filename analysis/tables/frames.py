@@ -39,8 +39,8 @@ QUANTITIES = (
     Quantity("score", "standard_error", digits=1, title="{}, %", scale=100),
     Quantity("parameters", digits=1, title="parameters, M", scale=1e-6),
     Quantity("macs", digits=2, title="MACs, G", scale=1e-9),
-    Quantity("decode_s", digits=1, title="decode, ms/token", scale=1e3, quartiles=("decode_q1_s", "decode_q3_s")),
-    Quantity("decode_bound_s", digits=1, title="bandwidth lower bound, ms per token", scale=1e3),
+    Quantity("decode_s", digits=1, title="decode, ms/step", scale=1e3, quartiles=("decode_q1_s", "decode_q3_s")),
+    Quantity("decode_bound_s", digits=1, title="bandwidth lower bound, ms/step", scale=1e3),
     Quantity(
         "decode_to_bound",
         digits=2,
