@@ -162,10 +162,22 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def bytes_per_step(model: PreTrainedModel) -> int:
-    """Weight bytes that decoding one token must read: all, but for input embeddings that are no output head, too."""
+    """Weight bytes that a decoding step must read at least, whatever its tokens.
+
+    All, but for input embeddings that are no output head, too, and for routed experts beyond those that one token
+    takes: those of a batch may all take the same.
+    """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is not None and embedding.weight is head.weight
-    return weight_bytes(model) - (0 if tied else weight_bytes(embedding))
+    return weight_bytes(model) - (0 if tied else weight_bytes(embedding)) - _idle_bytes(model)
+
+
+def _idle_bytes(model: PreTrainedModel) -> int:
+    """Of the routed experts that no token of a step needs to take; transformers stacks a block's [experts, ...]."""
+    used = getattr(model.config.get_text_config(), "num_experts_per_tok", None) or 1
+    stacked = [weight for name, module in model.named_modules() if name.endswith(".experts")
+               for weight in module.parameters()]  # fmt: skip
+    return sum(max(len(weight) - used, 0) * weight[0].numel() * weight.element_size() for weight in stacked)
 
 
 def speed_note(model: PreTrainedModel) -> str | None:

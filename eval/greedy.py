@@ -44,7 +44,8 @@ PROMPTS = (
     "The most important thing about learning is",
 )
 STOP = "Question:"  # where a model goes on with a problem of its own
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+# A sign stands behind nothing that could be subtracted from; commas separate thousands, or else numbers.
+NUMBER = re.compile(r"(?:(?<![\w.)%])[-\u2212])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])\.\d+)")
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def agreement(one: Sequence[Sequence[int]], other: Sequence[Sequence[int]]) -> A
 def last_number(text: str) -> Decimal | None:
     """The last number of a text, thousands separated by commas or not; None without any."""
     found = NUMBER.findall(text)
-    return Decimal(found[-1].replace(",", "")) if found else None
+    return Decimal(found[-1].replace(",", "").replace("\u2212", "-")) if found else None
 
 
 def prompt(problem: Mapping[str, str], examples: Sequence[Mapping[str, str]] = ()) -> str:

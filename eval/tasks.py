@@ -19,6 +19,8 @@ import datasets
 import lm_eval
 from huggingface_hub.errors import HfHubHTTPError
 from jinja2 import TemplateError
+from lm_eval.api.metrics import mean
+from lm_eval.api.registry import DEFAULT_METRIC_REGISTRY, METRIC_AGGREGATION_REGISTRY
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
@@ -29,8 +31,11 @@ from pruners.interface.suggest import UsageError
 UNAVAILABLE = (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError, *HfHubHTTPError.__bases__)
 # what lm-eval and a task's own functions raise for documents of another form than theirs
 MISSHAPEN = (LookupError, TypeError, AttributeError, ArithmeticError, TemplateError)
-ACCURACIES = [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")]
+ACCURACIES: list[dict[str, Any]] = [
+    {"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")
+]
 EXAMPLES_SEED = 1234  # lm-eval's own, for tasks that draw their examples at random
+PERPLEXITY = "measure a perplexity by its protocol key, such as wikitext2/test@2048"
 Loaded = dict[str, dict[str, Task]]  # by name what was asked for, of that every task by name: one, or those of a group
 
 
@@ -109,6 +114,41 @@ def check_names(tasks: Sequence[str] | Mapping[str, Any]) -> None:
                 f"{name!r} is a group for which lm-eval {lm_eval.__version__} gives no accuracy over all documents; "
                 "ask for its tasks by their names."
             )
+
+
+def check_metric(name: str, metric: str) -> None:
+    """UsageError for a metric that the task, as lm-eval declares it, does not have or takes no mean of.
+
+    A task that is a class of its own, or whose metrics are not named one by one, is believed.
+    """
+    for part in parts(name):
+        known = _metrics(task_manager(name).task_index[part].cfg or {})
+        if known is None or known.get(metric):
+            continue
+        means = [called for called, is_mean in known.items() if is_mean]
+        instead = f"ask for {' or '.join(means)} in a table of your own" if means else PERPLEXITY
+        raise UsageError(
+            f"{name} has no {metric} that is a mean over its documents: lm-eval {lm_eval.__version__} scores {part} by "
+            f"{', '.join(known)}; leave the task out, or {instead}."
+        )
+
+
+def _metrics(config: Mapping[str, Any]) -> dict[str, bool] | None:
+    """By name, as `zero_shot` calls them, whether each is a mean; None where the declaration does not tell."""
+    kind = config.get("output_type", "generate_until")  # lm-eval's own default
+    declared = ACCURACIES if kind == "multiple_choice" else config.get("metric_list")
+    if declared is None:
+        declared = [{"metric": metric} for metric in DEFAULT_METRIC_REGISTRY.get(kind, ())]
+    if not declared or "class" in config or any(told.get("hf_evaluate") for told in declared):
+        return None
+    ways = [way["name"] for way in config.get("filter_list") or ()]
+    found: dict[str, bool] = {}
+    for told in declared:
+        metric = told["metric"].rpartition(".")[2] if "/" in told["metric"] else told["metric"]  # a function's path
+        aggregate = told.get("aggregation") or METRIC_AGGREGATION_REGISTRY.get(metric)
+        for called in [f"{metric},{way}" for way in ways] if len(ways) > 1 else [metric]:
+            found[called] = aggregate in ("mean", mean)
+    return found
 
 
 def parts(name: str) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from typing import Any
 import datasets
 import lm_eval
 import lm_eval.api.task
-from lm_eval.api.metrics import pooled_sample_stderr
+from lm_eval.api.metrics import mean, pooled_sample_stderr
 from lm_eval.api.task import Task
 from lm_eval.evaluator import evaluate
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,8 +40,10 @@ from pruners.run import ranks
 
 @dataclass(frozen=True)
 class TaskScore:
-    """One task: its metrics with standard errors, and every document's own score for each metric.
+    """One task: its metrics, and of those that are means the standard error and every document's own score.
 
+    Where lm-eval reads an answer in several ways (its filters), each gives metrics of its own, such as
+    `exact_match,strict-match`.
     `documents_sha256` names the prompts and answers scored; two models may only be compared where it is equal.
     `truncated` counts documents whose beginning did not fit the model's positions.  `revision` is the Hub's commit of
     the documents, None for other sources.  A group's scores are those of all its documents, one task after the other.
@@ -115,27 +117,51 @@ def zero_shot(
     scored = {part: _score(task, outcome, scorer.truncated[part]) for part, task in each.items()}
     scores = {name: scored[name] if name in group else _pooled(name, group, scored, outcome["samples"])
               for name, group in loaded.items()}  # fmt: skip
-    samples = [_row(name, part, row) for name, group in loaded.items() for part in group
-               for row in outcome["samples"][part]]  # fmt: skip
+    samples = [_row(name, part, rows) for name, group in loaded.items() for part in group
+               for rows in zip(*_by_filter(outcome["samples"][part]).values(), strict=True)]  # fmt: skip
     return ZeroShotResult(scores, missing, samples, apart=scorer.apart)
 
 
 def _score(task: Task, outcome: Mapping[str, Any], truncated: int) -> TaskScore:
     name = task.task_name
-    samples = outcome["samples"][name]
-    values = {metric: [sample[metric] for sample in samples] for metric in samples[0]["metrics"]}
-    per_document = {m: [float(v) for v in scores] for m, scores in values.items() if _are_numbers(scores)}
-    results = {key.split(",")[0]: value for key, value in outcome["results"][name].items()}
+    ways, means = _by_filter(outcome["samples"][name]), _means(task)
+    metrics: dict[str, float] = {}
+    per_document: dict[str, list[float]] = {}
+    for way, samples in ways.items():
+        for metric in samples[0]["metrics"]:
+            called = _called(metric, way, len(ways))
+            metrics[called] = float(outcome["results"][name][f"{metric},{way}"])
+            scores = [sample[metric] for sample in samples]
+            if metric in means and _are_numbers(scores):
+                per_document[called] = [float(score) for score in scores]
+    documents = next(iter(ways.values()))
     return TaskScore(
         version=outcome["versions"][name],
         revision=_revision(task),
-        documents=len(samples),
-        documents_sha256=_digest(samples),
+        documents=len(documents),
+        documents_sha256=_digest(documents),
         truncated=truncated,
-        metrics={metric: float(results[metric]) for metric in values},
+        metrics=metrics,
         standard_errors={metric: standard_error(scores) for metric, scores in per_document.items()},
         per_document=per_document,
     )
+
+
+def _by_filter(samples: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """lm-eval has every document once for each way in which an answer is read."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for sample in samples:
+        found.setdefault(sample["filter"], []).append(sample)
+    return found
+
+
+def _called(metric: str, way: str, ways: int) -> str:
+    return f"{metric},{way}" if ways > 1 else metric
+
+
+def _means(task: Task) -> set[str]:
+    """The metrics that are means of the documents' scores; of others the scores' spread is no error."""
+    return {metric for metric, aggregate in task.aggregation().items() if aggregate is mean}
 
 
 def _pooled(
@@ -148,7 +174,7 @@ def _pooled(
         version=(task_manager(name).task_index[name].cfg or {}).get("metadata", {}).get("version"),
         revision=", ".join(sorted({score.revision for score in found if score.revision})) or None,
         documents=sum(score.documents for score in found),
-        documents_sha256=_digest([sample for part in group for sample in samples[part]]),
+        documents_sha256=_digest([s for part in group for s in next(iter(_by_filter(samples[part]).values()))]),
         truncated=sum(score.truncated for score in found),
         metrics={metric: fmean(values) for metric, values in per_document.items()},
         standard_errors={metric: _pooled_error(metric, found) for metric in per_document},
@@ -181,12 +207,20 @@ def _digest(samples: Sequence[Mapping[str, Any]]) -> str:
     return hashlib.sha256(json.dumps(asked, default=str).encode()).hexdigest()
 
 
-def _row(name: str, part: str, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """What is kept of a document: its number in its task, its hash, the answers' log-likelihoods and its scores."""
-    answers = [answer[0] if isinstance(answer, tuple | list) else answer for answer in sample["filtered_resps"]]
-    scores = {metric: sample[metric] for metric in sample["metrics"]}
+def _row(name: str, part: str, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What is kept of a document: its number in its task, its hash, the answers' log-likelihoods and its scores.
+
+    Answers that are read in several ways stand there by the way.
+    """
+    answers = {sample["filter"]: [_answer(one) for one in sample["filtered_resps"]] for sample in samples}
+    scores = {_called(m, sample["filter"], len(samples)): sample[m] for sample in samples for m in sample["metrics"]}
     whose = {"task": name} if part == name else {"task": name, "part": part}
-    return {**whose, "document": sample["doc_id"], "sha256": sample["doc_hash"], "answers": answers, **scores}
+    read = answers if len(samples) > 1 else next(iter(answers.values()))
+    return {**whose, "document": samples[0]["doc_id"], "sha256": samples[0]["doc_hash"], "answers": read, **scores}
+
+
+def _answer(response: Any) -> Any:
+    return response[0] if isinstance(response, tuple | list) else response
 
 
 @contextmanager

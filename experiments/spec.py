@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Annotated, Any, ClassVar
 
@@ -213,7 +213,8 @@ class Run:
     A `rehearsal` is none of the table's numbers.
     `model` is a name of the catalogue, a local folder, or NAME=FOLDER for a folder that is a model of the catalogue;
     `identity` is filled in by `experiments.models` (hub id and revision, or a fingerprint of the folder), so that two
-    models never share an id.
+    models never share an id.  Raises TypeError or ValueError for fields that make no cell, such as two measures of one
+    key (`merged` makes one of tasks).
     """
 
     model: Text
@@ -234,6 +235,12 @@ class Run:
                 raise TypeError(f"Run: {name} is made with its settings, or None; got {checks.typed(value)}.")
         if self.tuning and not hasattr(self.recovery, "learning_rate"):
             raise ValueError("Run: tuning chooses the learning rate of a recovery, and there is none.")
+        keys = [getattr(what, "key", repr(what)) for what in self.measures]
+        if twice := [key for key in dict.fromkeys(keys) if keys.count(key) > 1]:
+            raise ValueError(
+                f"Run: {keys.count(twice[0])} measures have the key {twice[0]!r}, under which a record holds one "
+                "result; make one measure of them, or leave out all but one."
+            )
 
     @property
     def model_name(self) -> str:
@@ -310,6 +317,29 @@ class Table:
         cells = [self.run(row, model or name, *rest) for row in self.rows for name, *rest in self.columns]
         runs = [run if run.calibrates else replace(run, windows=None) for run in cells if run is not None]
         return list(dict.fromkeys(runs))
+
+
+def merged(measures: Sequence[Any]) -> tuple[Any, ...]:
+    """The measures, each once; tasks that are asked in the same way as one measure, since they have one key."""
+    found: list[Any] = []
+    for what in dict.fromkeys(measures):
+        same = [at for at, other in enumerate(found) if isinstance(what, ZeroShot) and _fit(other, what)]
+        if same:
+            before = found[same[0]]
+            pairs = tuple(dict.fromkeys((*before.metrics, *what.metrics)))
+            found[same[0]] = replace(before, metrics=pairs, detail=before.detail or what.detail)
+        else:
+            found.append(what)
+    return tuple(found)
+
+
+def _fit(one: Any, other: ZeroShot) -> bool:
+    """Whether one measure can say what both do: two means of a name, and two metrics of a task, need two."""
+    if not isinstance(one, ZeroShot) or one.key != other.key:
+        return False
+    tasks = dict(one.metrics)
+    agree = all(tasks.get(task, metric) == metric for task, metric in other.metrics)
+    return agree if one.convention is None else one.metrics == other.metrics
 
 
 def needs_windows(method: Any) -> bool:

@@ -9,7 +9,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 import pruners
 from eval import latency, semi_structured
 from eval.efficiency import NO_SPEED_UP, TWO_FOUR, bytes_per_step, counts, decoder_blocks, efficiency, macs, speed_note
+from pruners import anatomy
 from tests.conftest import hollow
+from tests.families import tiny
 
 SMALL = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 88, "num_hidden_layers": 3, "num_attention_heads": 4}
 LLAMA_7B = {"vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32,
@@ -99,6 +101,15 @@ def test_tied_embeddings_count_once_and_are_read_in_every_step():
     tied, untied = llama(tie_word_embeddings=True), llama(tie_word_embeddings=False)
     assert counts(untied).parameters - counts(tied).parameters == 96 * 32
     assert bytes_per_step(tied) == bytes_per_step(untied) == counts(tied).weight_bytes
+
+
+def test_a_step_need_not_read_experts_that_no_token_takes():
+    model = tiny("mixtral")
+    experts = [p for block in anatomy.blocks(model) for p in block.experts.parameters()]
+    every, used = len(experts[0]), model.config.num_experts_per_tok
+    idle = sum(4 * p.numel() for p in experts) * (every - used) // every
+    others = counts(model).weight_bytes - 4 * model.get_input_embeddings().weight.numel()
+    assert bytes_per_step(model) == others - idle < others
 
 
 def test_reports_say_which_zeros_bring_no_speed():

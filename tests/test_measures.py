@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -29,8 +30,9 @@ from experiments.data import eval_tasks
 from experiments.measures import dense_gate, zero_shot
 from experiments.models import catalogue
 from experiments.recovery import Retraining
+from experiments.selection import rehearsal
 from experiments.settings import Settings
-from experiments.spec import Efficiency, Generation, Perplexity, Table, ZeroShot
+from experiments.spec import Efficiency, Generation, Perplexity, Run, Table, ZeroShot, merged
 from experiments.store import records
 from pruners.retrain import Trainable
 
@@ -155,6 +157,56 @@ def test_tasks_and_conventions_can_be_asked_for_by_name(capsys):
     assert papers.runs(table, tasks=["piqa"], limit=3)[0].measures[1].keys == ("piqa.acc@0shot[:3]",)
     assert main(["run", "embedded.demo", "--tasks", "hela_swag"]) == 2
     assert "nearest: hellaswag" in capsys.readouterr().err
+
+
+def test_tasks_that_a_limit_or_a_name_makes_alike_are_one_measure():
+    mmlu, rte = protocols.tasks("mmlu", limit=10), protocols.tasks("rte")
+    table = small.table(METHODS, measures=(small.PPL, mmlu, rte))
+    assert papers.runs(table)[0].measures == (small.PPL, mmlu, rte)
+    limited = papers.runs(table, limit=2)[0].measures
+    assert limited == (small.PPL, protocols.tasks("mmlu", "rte", limit=2))
+    named = papers.runs(table, tasks=["sciq", "rte"])[0].measures
+    assert named == (small.PPL, mmlu, protocols.tasks("rte", "sciq"))
+    assert papers.runs(table, tasks=["sciq"], limit=2)[0].measures[1] == protocols.tasks("mmlu", "rte", "sciq", limit=2)
+    mean = protocols.zero_shot("wanda")
+    short = small.table(METHODS, measures=(replace(mean, detail=False),))
+    assert papers.runs(short, tasks=["wanda"])[0].measures == (mean,)
+    toy = rehearsal.rehearsed(papers.find("embedded.tasks")).runs()[0].measures
+    assert toy == (protocols.tasks("mmlu", "rte", limit=2),)
+
+
+@pytest.mark.parametrize(
+    "measures",
+    [
+        (protocols.tasks("rte"), protocols.tasks("sciq")),
+        (Efficiency(repetitions=3), Efficiency(repetitions=5)),
+        merged([ZeroShot(None, (("rte", "acc"),)), ZeroShot(None, (("rte", "acc_norm"),))]),
+        merged([ZeroShot("mine", (("rte", "acc"),)), ZeroShot("mine", (("sciq", "acc"),))]),
+    ],
+)
+def test_two_measures_of_one_key_are_refused(measures):
+    with pytest.raises(ValueError, match=re.escape(f"2 measures have the key '{measures[0].key}', under")):
+        Run(str(small.MODEL), None, None, measures)
+
+
+def test_a_task_without_documents_is_incomplete_beside_another_until_it_has_some(tmp_path):
+    (tmp_path / "tasks").mkdir()
+    piqa = (small.SHARED / "data/tasks/piqa_validation.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "tasks/piqa_validation.jsonl").write_text("".join(piqa[:2]))
+    table = small.table((None,), measures=(protocols.tasks("rte", limit=9), protocols.tasks("piqa")))
+    found = cells.cells(papers.runs(table, limit=2))
+    settings = Settings(tmp_path / "r", "cpu", data_dir=tmp_path)
+    assert run_table(table.name, found, settings).failed == []
+    (record,) = records.load(tmp_path / "r", table.name).values()
+    assert list(measures.missing(record.measures)) == ["rte"]
+    assert measures.missing(record.measures)["rte"].startswith("there is no tasks/rte_validation.jsonl")
+    shutil.copy(small.SHARED / "data/tasks/rte_validation.jsonl", tmp_path / "tasks")
+    assert len(run_table(table.name, found, settings).done) == 1
+    (record,) = records.load(tmp_path / "r", table.name).values()
+    shared = record.measures["tasks@0shot[:2]"]
+    kept = read_samples(records.folder(tmp_path / "r", table.name) / shared["samples"]["file"])
+    assert shared["missing"] == {}
+    assert [sample["task"] for sample in kept] == ["rte", "rte", "piqa", "piqa"]
 
 
 def test_cells_are_compared_on_the_same_documents(scored):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments.cli.options import RESULTS
-from experiments.data import eval_tasks, sources
+from experiments.data import sources
 from experiments.measures import zero_shot
 
 if TYPE_CHECKING:
@@ -176,13 +176,8 @@ def refuse_absent(data_dir: Path | None) -> None:
 
 
 def refuse_unknown(tasks: Sequence[str]) -> None:
-    """UsageError with the nearest names, before any work; lm-eval's index is read only for names that it may know."""
+    """UsageError, before any work, for names that lm-eval does not know, and for tasks without an accuracy to show."""
     from experiments import protocols
 
-    if not tasks:
-        return
-    protocols.named(tasks)
-    if unfamiliar := [name for name in tasks if name not in protocols.TASK_SETS and name not in eval_tasks.SOURCES]:
-        from eval.tasks import check_names
-
-        check_names(unfamiliar)
+    if tasks:
+        zero_shot.check(protocols.named(tasks))

@@ -67,6 +67,7 @@ SOURCES = {
     "wikitext": Source({split: (f"wikitext2/pages_{split}",) for split in ("validation", "test")}, ("page",)),
     "winogrande": _validated("winogrande_xl", "sentence", "option1", "option2", "answer"),
 }  # fmt: skip
+TEXTS = frozenset({"wikitext"})  # those that have a perplexity and no accuracy
 
 
 def is_group(task: str) -> bool:

@@ -19,6 +19,7 @@ from pruners.run import ranks
 
 Progress = Callable[[int, int], None]
 Values = dict[str, dict[str, Any]]
+ACCURACIES = ("acc", "acc_norm")  # that every task of multiple choice has
 UNREACHABLE = (
     "the Hub cannot be reached; run again with their documents in a --data-dir, or with HF_HUB_OFFLINE=1 where they "
     "were downloaded before"
@@ -59,6 +60,10 @@ def measure(
     missing |= {
         task: {"reason": reason, "tried": provenance(task, place_of_texts)} for task, reason in result.missing.items()
     }
+    for task, metric in what.metrics:  # of a task that is a class of its own, the metrics are known only now
+        if task in result.tasks and metric not in result.tasks[task].per_document:
+            reason = f"lm-eval scores it by {', '.join(result.tasks[task].metrics)}, not by a mean {metric}"
+            missing[task] = {"reason": reason, "tried": provenance(task, place_of_texts)}
     for task, score in result.tasks.items():
         values |= _task(what, task, score)
     values[what.key] |= {
@@ -69,6 +74,22 @@ def measure(
         "data": {task: provenance(task, place_of_texts) for task in found if task not in missing},
     }
     return values
+
+
+def check(what: ZeroShot) -> None:
+    """UsageError for tasks that lm-eval does not have, and for a metric that is none of its task's means.
+
+    lm-eval's index is read only for what it may not have.
+    """
+    familiar = eval_tasks.SOURCES.keys() - eval_tasks.TEXTS
+    asked = [(task, metric) for task, metric in what.metrics if task not in familiar or metric not in ACCURACIES]
+    if not asked:
+        return
+    from eval import tasks  # lm-eval takes seconds to import
+
+    tasks.check_names([task for task, _ in asked])
+    for task, metric in asked:
+        tasks.check_metric(task, metric)
 
 
 def documents(
@@ -137,14 +158,16 @@ def _task(what: ZeroShot, task: str, score: Any) -> Values:
         "revision": score.revision,
     }
     return {
-        what.task_key(task, metric): {"score": value, "standard_error": score.standard_errors.get(metric), **about}
+        what.task_key(task, metric): {"score": value, "standard_error": score.standard_errors[metric], **about}
+        if metric in score.per_document
+        else {"value": value, **about}  # no mean over documents, such as a perplexity
         for metric, value in score.metrics.items()
     }
 
 
 def _mean(what: ZeroShot, scores: Mapping[str, Mapping[str, list[float]]]) -> dict[str, Any]:
     """The task set's mean with its interval; nothing where a task is missing, since another mean is no such mean."""
-    if not what.convention or any(task not in scores for task, _ in what.metrics):
+    if not what.convention or any(metric not in scores.get(task, ()) for task, metric in what.metrics):
         return {}
     from eval.intervals import mean_over_tasks
 

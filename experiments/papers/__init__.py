@@ -8,7 +8,7 @@ from typing import Any
 
 from experiments import models, protocols
 from experiments.papers import embedded, flap, gblm, headlines, llm_pruner, llm_pruner_chatglm, perp, wanda_sparsegpt
-from experiments.spec import Run, Table, ZeroShot
+from experiments.spec import Run, Table, ZeroShot, merged
 from pruners.interface.suggest import UsageError, unknown
 
 MODULES = (
@@ -54,8 +54,8 @@ def runs(
     if dtype:
         asked = [replace(run, dtype=dtype) for run in asked]
     if tasks:
-        asked = [replace(run, measures=(*run.measures, _named(tasks, run))) for run in asked]
-    return [replace(run, measures=_limited(run.measures, limit)) for run in asked] if limit else asked
+        asked = [replace(run, measures=merged((*run.measures, _named(tasks, run)))) for run in asked]
+    return [replace(run, measures=merged(_limited(run.measures, limit))) for run in asked] if limit else asked
 
 
 def _named(tasks: Sequence[str], run: Run) -> ZeroShot:

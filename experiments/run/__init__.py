@@ -11,7 +11,7 @@ import pruners
 from eval import int8
 from experiments import cells, placement, provenance, rates, resume
 from experiments.data import corpora
-from experiments.measures import made
+from experiments.measures import made, zero_shot
 from experiments.models import kept, lengths
 from experiments.own import saved
 from experiments.progress import Board
@@ -20,7 +20,7 @@ from experiments.run.making import after_pruning, choose, prune
 from experiments.run.measuring import measure, pass_dense_gate
 from experiments.run.session import Session, gated, made_model, open_session, peak_bytes
 from experiments.settings import Settings
-from experiments.spec import Run
+from experiments.spec import Run, ZeroShot
 from experiments.store import code, records
 from experiments.store.records import Record
 from pruners.run import inputs
@@ -33,6 +33,8 @@ def execute(run: Run, table: str, settings: Settings, board: Board | None = None
     All ranks of a launch call this for the same cell; rank 0 stores.
     """
     made.check(run)
+    for what in (what for what in run.measures if isinstance(what, ZeroShot)):
+        zero_shot.check(what)
     lengths.check(run)
     if run.quantised:
         int8.library()
