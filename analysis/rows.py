@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import cli, models, papers
-from experiments.labels import distinct, experiment, full, labels, seed
+from experiments.labels import apart, distinct, experiment, full, labels, seed
 from experiments.models.catalogue import CATALOGUE, halves, split
 from experiments.models.fingerprint import fingerprint
 from experiments.spec import Run, Table
@@ -33,7 +33,8 @@ class NoRecordsError(UsageError):
 @dataclass(frozen=True)
 class Row:
     """`method` and `setting` are what a reader calls the cell, `words` the paper's words for them, by which numbers are
-    joined; `folder` is the results folder that its record is in;
+    joined; `called` tells the cell from every other one of its table, by model and seed where words do not; `folder` is
+    the results folder that its record is in;
     `withheld` are the texts, each with its file, from which a record would have to be made and is not, so that its
     number is not shown."""
 
@@ -45,6 +46,7 @@ class Row:
     withheld: tuple[str, ...] = ()
     folder: Path | None = None
     words: tuple[str, str] = ("", "")
+    called: str = ""
 
     @property
     def code(self) -> str | None:
@@ -58,6 +60,10 @@ class Row:
     @property
     def label(self) -> str:
         return full((self.method, self.setting))
+
+    @property
+    def name(self) -> str:
+        return self.called or self.label
 
     @property
     def is_dense(self) -> bool:
@@ -120,8 +126,8 @@ def declared(table: Table, root: Folders, runs: Sequence[Run], data_dir: Path | 
     words = labels(runs, table.label)
     titles = distinct(runs, [table.title_of(told) for told in words])
     made = [
-        Row(*title, run, _newest(done[run_key(run)], run), _newest(broken[run_key(run)], run), words=told)
-        for run, title, told in zip(runs, titles, words, strict=True)
+        Row(*title, run, _newest(done[run_key(run)], run), _newest(broken[run_key(run)], run), words=told, called=name)
+        for run, title, told, name in zip(runs, titles, words, apart(runs, titles), strict=True)
     ]
     made = [replace(row, folder=_holder(row.record, stored)) for row in made]
     return [_of_these_texts(row, data_dir) for row in made] if data_dir else made
@@ -165,6 +171,14 @@ def repeats(made: Iterable[Row]) -> list[tuple[Row, ...]]:
     for row in made:
         groups.setdefault((row.method, row.setting, experiment(row.run)), []).append(row)
     return [tuple(group) for group in groups.values()]
+
+
+def called(some: Sequence[Row], made: Sequence[Row]) -> str:
+    """Some of the rows `made` by name, in their order: by label where all rows of it are among them."""
+    ids = {id(row) for row in some}
+    others = {row.label for row in made if id(row) not in ids}
+    names = dict.fromkeys(row.name if row.label in others else row.label for row in some)
+    return ("; " if any(", " in name for name in names) else ", ").join(names)
 
 
 def keys(made: Iterable[Row]) -> list[str]:

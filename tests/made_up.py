@@ -35,7 +35,10 @@ def rows(table: Table) -> list[Row]:
     """The table's rows with such records, without a disk and without single answers."""
     found = cells(table.runs(), table)
     made = [_record(table, cell, Path(), answers=False) for cell in found]
-    return [Row(*cell.title, cell.run, one, None, words=cell.words) for cell, one in zip(found, made, strict=True)]
+    return [
+        Row(*cell.title, cell.run, one, None, words=cell.words, called=cell.label)
+        for cell, one in zip(found, made, strict=True)
+    ]
 
 
 def _record(table: Table, cell: Cell, root: Path, answers: bool) -> records.Record:

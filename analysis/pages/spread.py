@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.rows import Row
+from analysis.tables.markdown import marked
 from analysis.tables.notes import title
 from experiments.labels import setting
 from experiments.measures.asked import MaskSample
@@ -21,6 +22,7 @@ from experiments.spec import Perplexity, Table, Windows
 from pruners.interface.suggest import UsageError
 
 AXES = {"order": "order of the windows", "seed": "draw of the windows", "corpus": "text"}
+WORDS = ("Model", "Method", "Setting", "What varies", "Measured")
 NOTE = (
     "Each line compares cells that differ in this alone. Masks agree where both keep a weight or both remove it (of "
     "structured methods: a row of queries, keys, values, gate or up), at places that are the same in every cell: mean "
@@ -36,7 +38,7 @@ def page(table: Table, rows: Sequence[Row]) -> str:
             f"No two measured cells of {table.name} differ only in the order, draw or text of their calibration "
             "windows; run more of them, or another table (embedded.order, embedded.sources)."
         )
-    frame = pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True)
+    frame = marked(pd.DataFrame(lines), words=WORDS)
     return "\n\n".join([f"**{title(table, rows)}** (`{table.name}`)", frame, NOTE]) + "\n"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from analysis.rows import Row
+from analysis.rows import Row, called
 from experiments.measures.asked import DenseAnswers, OpenAnswers
 from experiments.spec import Efficiency, Generation, ZeroShot
 
@@ -118,11 +118,11 @@ SENTENCES: dict[type, tuple[Callable[[Any, Row], list[str]], ...]] = {
 
 
 def _merged(rows: Sequence[Row], what: Any, sentences: Callable[[Any, Row], list[str]]) -> list[str]:
-    holders: dict[str, list[str]] = {}
+    holders: dict[str, list[Row]] = {}
     for row in rows:
         for sentence in sentences(what, row):
-            holders.setdefault(sentence, []).append(row.label)
+            holders.setdefault(sentence, []).append(row)
     return [
-        sentence if len(labels) == len(rows) else f"{', '.join(labels)}: {sentence}"
-        for sentence, labels in holders.items()
+        sentence if len(some) == len(rows) else f"{called(some, rows)}: {sentence}"
+        for sentence, some in holders.items()
     ]
