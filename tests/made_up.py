@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from eval.answers import write_samples
 from experiments.cells import Cell, cells
 from experiments.models import catalogue
 from experiments.recovery import Retraining
-from experiments.spec import Efficiency, Generation, MaskPatterns, Perplexity, Table, ZeroShot
+from experiments.spec import Efficiency, Generation, MaskPatterns, Perplexity, Run, Table, ZeroShot
 from experiments.store import records
 
 WINDOWS = 8
@@ -23,9 +24,9 @@ SHA = "ab" * 32
 MATRICES = ("self_attn.q_proj", "mlp.down_proj")
 
 
-def fill(table: Table, root: Path, *, answers: bool = True, every: int = 1) -> int:
-    """A record for every cell, or for one of `every` so many; how many there are."""
-    found = cells(table.runs(), table)[::every]
+def fill(table: Table, root: Path, *, answers: bool = True, every: int = 1, runs: Sequence[Run] | None = None) -> int:
+    """A record for every cell, or for those of `runs`, or for one of `every` so many; how many there are."""
+    found = cells(table.runs() if runs is None else runs, table)[::every]
     for cell in found:
         records.write(_record(table, cell, root, answers), root)
     return len(found)
