@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from experiments import cli, models, papers
+from experiments.data import eval_tasks
 from experiments.labels import apart, distinct, experiment, full, labels, seed
 from experiments.models.catalogue import CATALOGUE, halves, split
 from experiments.models.fingerprint import fingerprint
-from experiments.spec import Run, Table
+from experiments.spec import Run, Table, ZeroShot
 from experiments.store import code, found, records
 from experiments.store.keys import run_key, stable_key
 from experiments.store.records import Failure, Record
@@ -74,6 +75,19 @@ class Row:
         """The corpora of which only a part was at hand."""
         data = self.record.data if self.record else {}
         return [name for name, source in data.items() if source.get("complete") is False]
+
+    def partial_of(self, key: str) -> list[str]:
+        """The same for one number, with the tasks behind it that had fewer documents than they have in all."""
+        return self.partial + [told for keys, told in self._partial_tasks() if key in keys]
+
+    def _partial_tasks(self) -> Iterator[tuple[tuple[str, str], str]]:
+        """With the keys of its score and of the mean; of tasks that were not limited to their first documents."""
+        zero_shot = [what for what in self.run.measures if isinstance(what, ZeroShot) and not what.limit]
+        for asked, task, metric in ((what, *pair) for what in zero_shot for pair in what.metrics):
+            key = asked.task_key(task, metric)
+            found, whole = (self.measure(key) or {}).get("documents"), eval_tasks.documents(task)
+            if found and whole and found < whole:
+                yield (key, asked.key), f"{task} ({found:,} of {whole:,} documents)"
 
     @property
     def seed(self) -> int | None:

@@ -14,6 +14,7 @@ import small_table as small
 from analysis.rows import Row
 from eval.answers import write_samples
 from experiments.cells import Cell, cells
+from experiments.data.eval_tasks import documents
 from experiments.models import catalogue
 from experiments.recovery import Retraining
 from experiments.spec import Efficiency, Generation, MaskPatterns, Perplexity, Run, Table, ZeroShot
@@ -66,8 +67,8 @@ def _measured(
         return {what.key: {**told, "token_sha256": SHA, "nll_per_window": likelihoods}}
     if isinstance(what, ZeroShot):
         scores = {
-            what.task_key(task, metric): {"score": draw.random(), "standard_error": 0.01, "documents": 4,
-                                          "documents_sha256": SHA, "truncated": 0}
+            what.task_key(task, metric): {"score": draw.random(), "standard_error": 0.01, "truncated": 0,
+                                          "documents_sha256": SHA, "documents": what.limit or documents(task) or 4}
             for task, metric in what.metrics
         }  # fmt: skip
         mean: dict[str, Any] = {"missing": {}, "lm_eval": "0"}

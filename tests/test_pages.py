@@ -6,12 +6,14 @@ from dataclasses import replace
 
 import made_up
 import pandas as pd
+import pytest
 import small_table as small
 
 import pruners
 from analysis import rows
 from analysis.__main__ import main
-from analysis.pages import comparisons, generation
+from analysis.claims import statements
+from analysis.pages import comparisons, generation, spread
 from analysis.rows import Row
 from analysis.tables import notes
 from analysis.tables.markdown import marked
@@ -167,3 +169,31 @@ def test_bars_and_ends_of_lines_stay_in_their_cell():
     assert text.splitlines()[0].strip("| ") == r"a\|b"
     assert text.splitlines()[-1].strip("| ") == r"x\|y z"
     assert len(text.splitlines()) == 3
+
+
+@pytest.mark.parametrize("documents", [1_000, 10_042])
+def test_a_task_of_which_only_a_part_was_at_hand_is_said_to_be_one(documents, tmp_path):
+    asked = ZeroShot("wanda", (("boolq", "acc"), ("hellaswag", "acc_norm")))
+    declared = table((None,), measures=(asked,), models=MODELS[:1], seeds=(0,))
+    made_up.fill(declared, tmp_path, answers=False)
+    (row,) = rows.rows(declared, tmp_path)
+    row.measure("hellaswag.acc_norm@0shot")["documents"] = documents
+    part = ["hellaswag (1,000 of 10,042 documents)"] if documents < 10_042 else []
+    assert row.partial_of("hellaswag.acc_norm@0shot") == row.partial_of(asked.key) == part
+    assert row.partial_of("boolq.acc@0shot") == []
+    (note,) = [note for note in notes.notes(declared, [row]) if note.startswith(asked.key)]
+    assert ("all documents at hand, only a part of hellaswag (1,000" in note) == bool(part)
+    assert ("all documents;" in note) == (not part)
+
+
+def test_bars_in_a_method_or_a_claim_break_no_page(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(statements, "frame", lambda *_, **__: pd.DataFrame({"Claim": ["a|b"], "Paper": ["c"]}))
+    assert main(["claims", "--results", str(tmp_path)]) == 0
+    pages = [capsys.readouterr().out]
+    declared = table((None, BASE), models=MODELS[:1])
+    made = [replace(row, method="|W|") for row in filled(declared, tmp_path, likelihoods)]
+    pages.append(comparisons.page(declared, made, {MODELS[0]: made[:1]}))
+    pages.append(spread.page(declared, made))
+    for page in pages:
+        lines = [line for line in page.splitlines() if line.startswith("|")]
+        assert len({len(cells(line)) for line in lines}) == 1

@@ -30,6 +30,8 @@ def _tasks(what: ZeroShot, row: Row) -> list[str]:
         return []
     reported = ", ".join(f"{task} {metric}" for task, metric in what.metrics)
     limit = f"the first {what.limit} documents of each task" if what.limit else "all documents"
+    if partial := [name for name in row.partial_of(what.key) if name not in row.partial]:
+        limit += f" at hand, only a part of {', '.join(partial)}"
     spread = (row.measure(what.key) or {}).get("note") or "± one standard error over documents"
     return [f"{what.key}: {reported}; lm-eval {version}, {limit}; {spread}."]
 
