@@ -23,7 +23,7 @@ def page(table: Table, rows: Sequence[Row], again: str = "") -> str:
     lines = [line for row in rows for line in _lines(row)]
     if not lines:
         raise UsageError(f"No cell of {table.name} was timed; add `Efficiency()` to a run's measures.")
-    frame = marked(pd.DataFrame(lines), words=("Cell",))
+    frame = marked(pd.DataFrame(lines), words=list(lines[0]))
     return "\n\n".join([f"**{title(table, rows)}** (`{table.name}`)", frame, _listed(rows, again or table.name)]) + "\n"
 
 

@@ -22,7 +22,6 @@ from experiments.spec import Perplexity, Table, Windows
 from pruners.interface.suggest import UsageError
 
 AXES = {"order": "order of the windows", "seed": "draw of the windows", "corpus": "text"}
-WORDS = ("Model", "Method", "Setting", "What varies", "Measured")
 NOTE = (
     "Each line compares cells that differ in this alone. Masks agree where both keep a weight or both remove it (of "
     "structured methods: a row of queries, keys, values, gate or up), at places that are the same in every cell: mean "
@@ -38,7 +37,7 @@ def page(table: Table, rows: Sequence[Row]) -> str:
             f"No two measured cells of {table.name} differ only in the order, draw or text of their calibration "
             "windows; run more of them, or another table (embedded.order, embedded.sources)."
         )
-    frame = marked(pd.DataFrame(lines), words=WORDS)
+    frame = marked(pd.DataFrame(lines), words=list(lines[0]))
     return "\n\n".join([f"**{title(table, rows)}** (`{table.name}`)", frame, NOTE]) + "\n"
 
 
