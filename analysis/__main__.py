@@ -208,11 +208,12 @@ def _spread(asked: argparse.Namespace) -> None:
 
 def _claims(asked: argparse.Namespace) -> None:
     from analysis.claims import statements
+    from analysis.tables import markdown
 
     cli.refuse_absent(asked.data_dir)
     made = statements.frame(asked.results, data_dir=asked.data_dir)
     atomic.write(asked.results[0] / "claims.csv", made.to_csv(index=False))
-    print(made.to_markdown(index=False))
+    print(markdown.marked(made, words=list(made.columns)))
 
 
 def _report(asked: argparse.Namespace) -> None:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from experiments import cli, models, papers
-from experiments.labels import distinct, experiment, full, labels, seed
+from experiments.data import eval_tasks
+from experiments.labels import apart, distinct, experiment, full, labels, seed
 from experiments.models.catalogue import CATALOGUE, halves, split
 from experiments.models.fingerprint import fingerprint
-from experiments.spec import Run, Table
+from experiments.spec import Run, Table, ZeroShot
 from experiments.store import code, found, records
 from experiments.store.keys import run_key, stable_key
 from experiments.store.records import Failure, Record
@@ -33,7 +34,8 @@ class NoRecordsError(UsageError):
 @dataclass(frozen=True)
 class Row:
     """`method` and `setting` are what a reader calls the cell, `words` the paper's words for them, by which numbers are
-    joined; `folder` is the results folder that its record is in;
+    joined; `called` tells the cell from every other one of its table, by model and seed where words do not; `folder` is
+    the results folder that its record is in;
     `withheld` are the texts, each with its file, from which a record would have to be made and is not, so that its
     number is not shown."""
 
@@ -45,6 +47,7 @@ class Row:
     withheld: tuple[str, ...] = ()
     folder: Path | None = None
     words: tuple[str, str] = ("", "")
+    called: str = ""
 
     @property
     def code(self) -> str | None:
@@ -60,6 +63,10 @@ class Row:
         return full((self.method, self.setting))
 
     @property
+    def name(self) -> str:
+        return self.called or self.label
+
+    @property
     def is_dense(self) -> bool:
         return self.run.method is None and self.run.recovery is None and not self.run.quantised
 
@@ -68,6 +75,19 @@ class Row:
         """The corpora of which only a part was at hand."""
         data = self.record.data if self.record else {}
         return [name for name, source in data.items() if source.get("complete") is False]
+
+    def partial_of(self, key: str) -> list[str]:
+        """The same for one number, with the tasks behind it that had fewer documents than they have in all."""
+        return self.partial + [told for keys, told in self._partial_tasks() if key in keys]
+
+    def _partial_tasks(self) -> Iterator[tuple[tuple[str, str], str]]:
+        """With the keys of its score and of the mean; of tasks that were not limited to their first documents."""
+        zero_shot = [what for what in self.run.measures if isinstance(what, ZeroShot) and not what.limit]
+        for asked, task, metric in ((what, *pair) for what in zero_shot for pair in what.metrics):
+            key = asked.task_key(task, metric)
+            found, whole = (self.measure(key) or {}).get("documents"), eval_tasks.documents(task)
+            if found and whole and found < whole:
+                yield (key, asked.key), f"{task} ({found:,} of {whole:,} documents)"
 
     @property
     def seed(self) -> int | None:
@@ -120,8 +140,8 @@ def declared(table: Table, root: Folders, runs: Sequence[Run], data_dir: Path | 
     words = labels(runs, table.label)
     titles = distinct(runs, [table.title_of(told) for told in words])
     made = [
-        Row(*title, run, _newest(done[run_key(run)], run), _newest(broken[run_key(run)], run), words=told)
-        for run, title, told in zip(runs, titles, words, strict=True)
+        Row(*title, run, _newest(done[run_key(run)], run), _newest(broken[run_key(run)], run), words=told, called=name)
+        for run, title, told, name in zip(runs, titles, words, apart(runs, titles), strict=True)
     ]
     made = [replace(row, folder=_holder(row.record, stored)) for row in made]
     return [_of_these_texts(row, data_dir) for row in made] if data_dir else made
@@ -165,6 +185,14 @@ def repeats(made: Iterable[Row]) -> list[tuple[Row, ...]]:
     for row in made:
         groups.setdefault((row.method, row.setting, experiment(row.run)), []).append(row)
     return [tuple(group) for group in groups.values()]
+
+
+def called(some: Sequence[Row], made: Sequence[Row]) -> str:
+    """Some of the rows `made` by name, in their order: by label where all rows of it are among them."""
+    ids = {id(row) for row in some}
+    others = {row.label for row in made if id(row) not in ids}
+    names = dict.fromkeys(row.name if row.label in others else row.label for row in some)
+    return ("; " if any(", " in name for name in names) else ", ").join(names)
 
 
 def keys(made: Iterable[Row]) -> list[str]:

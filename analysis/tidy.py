@@ -2,13 +2,15 @@
 
 import analysis
 frame = analysis.frame("results", "/data/of-a-colleague")
-frame[frame.metric == "perplexity"].groupby(["model", "label", "setting"]).value.agg(["mean", "std"])
+cell = ["table", "model", "dtype", "label", "setting", "measure"]
+frame[frame.metric == "perplexity"].groupby(cell).value.agg(["mean", "std"])
 """
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +18,28 @@ import pandas as pd
 
 from analysis.tables.frames import QUANTITIES
 from experiments import papers
-from experiments.labels import distinct, labels, seed_of
-from experiments.store import found, records
+from experiments.labels import SETTINGS, distinct, labels, seed_of
+from experiments.spec import Run, describe, digest
+from experiments.store import code, found, records
 from experiments.store.keys import run_key, stable_key
 from experiments.store.records import Record
 from pruners.interface.suggest import UsageError
 
-Labels = Mapping[str, tuple[str, str]]
+Words = tuple[str, str]
+Declared = dict[str, dict[Words, Run]]  # by the keys of a spec; of several words it is none's
 WRITERS = {".csv": "to_csv", ".parquet": "to_parquet"}
 
 
 def frame(*results: Path | str, data_dir: Path | None = None) -> pd.DataFrame:
     """A row for each value of each trustworthy record under the results folders (default: `results`).
 
-    Columns: `results` (the folder), `table`, `id`; `label` and `setting`, the paper's words for the cell (empty for a
-    table that is not declared here); `model`, `dtype`, `method` and its hyperparameters `method.NAME`; `recovery` and
-    its fields `recovery.NAME`; calibration `windows.NAME`; `seed`; `sparsity` (the share removed); `measure` (the
-    protocol key), `metric`, `value`, `standard_error` (in the value's unit); the cell's cost, `seconds` and
-    `peak_bytes`; `device`, `commit`, `dirty`, `code` (digest of the source that made it, if recorded), `made_at`.
+    Columns: `results` (the folder), `table`, `id`; `label` and `setting`, the paper's words for the cell, on whatever
+    model and in whatever dtype (its method with every hyperparameter where no table here declares it); `model`,
+    `dtype`, `method` and its hyperparameters `method.NAME`; `recovery` and its fields `recovery.NAME`; calibration
+    `windows.NAME`; `seed`; `sparsity` (the share removed); `measure` (the protocol key), `metric`, `value`,
+    `standard_error` (in the value's unit); the cell's cost, `seconds` and `peak_bytes`; `device`, `commit`, `dirty`,
+    `code` (by which code of its method and measures it was made: `same` as here, `other`, or `unknown`: not recorded,
+    or of a cell that no table here declares), `made_at`.
 
     Rehearsals are left out, with `data_dir` also records of other texts than lie there.  Raises FileNotFoundError for a
     folder without records.
@@ -58,25 +64,60 @@ def refuse_place(path: Path) -> None:
 
 def _folder(root: Path, data_dir: Path | None) -> Iterator[dict[str, Any]]:
     for folder in records.folders(root):
-        known = _labels(folder.name)
+        known = functools.cache(functools.partial(_declared, folder.name))
         for record in records.load(root, folder.name).values():
             if record.spec.get("rehearsal") or (data_dir and found.other_data(record, data_dir)):
                 continue
             yield from _values(record, {"results": str(root), **_cell(record, known)})
 
 
-def _labels(table: str) -> Labels:
-    """By `stable_key` what a reader calls each declared cell of the table; empty for a table of another project."""
+def _declared(table: str, model: str | None = None) -> Declared:
+    """Each declared cell of the table, or the same cells on another model, with what a reader calls it; empty for a
+    table of another project, and for a model that its cells cannot be had of."""
     declared = papers.TABLES.get(table)
-    if declared is None:
-        return {}
-    runs = declared.runs()
-    return dict(zip(map(run_key, runs), distinct(runs, labels(runs, declared.label)), strict=True))
+    try:
+        runs = declared.runs(model) if declared and model else declared.runs() if declared else []
+    except ValueError:  # a folder of which only the name is known
+        runs = []
+    found: Declared = {}
+    for run, words in zip(runs, distinct(runs, labels(runs, declared.label if declared else None)), strict=True):
+        for key in [run_key(run), *_keys(run.spec())]:
+            found.setdefault(key, {})[words] = run
+    return found
 
 
-def _cell(record: Record, known: Labels) -> dict[str, Any]:
+def _keys(spec: Mapping[str, Any]) -> list[str]:
+    """Of a cell on any model and in any dtype, and of that whatever is measured."""
+    left = ("model", "dtype"), ("model", "dtype", "measures")
+    return [digest({name: told for name, told in spec.items() if name not in names}) for names in left]
+
+
+def _whose(record: Record, known: Callable[..., Declared]) -> tuple[Words, str]:
+    """What a reader calls the cell, and by which code it was made."""
+    spec = record.spec
+    tries = [(known(), stable_key(spec))]
+    tries += [(found, key) for key in _keys(spec) for found in (known(spec["model"]["name"]), known())]
+    for declared, key in tries:
+        if len(named := declared.get(key, {})) == 1:
+            ((words, run),) = named.items()
+            measured = [describe(what) for what in run.measures] == spec["measures"]
+            return words, code.made_by(record.code, run) if measured else "unknown"
+    return _own_words(record), "unknown"
+
+
+def _own_words(record: Record) -> Words:
+    """Of a cell that is declared elsewhere: its method's name and hyperparameters, and what follows pruning."""
+    spec = record.spec
+    method = spec["method"] or {"name": "dense"}
+    told = [f"{name}={value}" for name, value in method.items() if name not in ("name", "seed", *SETTINGS)]
+    after = [spec.get("recovery", {}).get("name"), spec.get("quantised")]
+    setting = method.get("pattern") or (f"{100 * record.achieved.get('asked', 0):g} %" if spec["method"] else "")
+    return " ".join([method["name"], *told, *(f"+ {name}" for name in after if name)]), setting
+
+
+def _cell(record: Record, known: Callable[..., Declared]) -> dict[str, Any]:
     spec, made_by = record.spec, record.made_by
-    label, setting = known.get(stable_key(spec), ("", ""))
+    (label, setting), made_with = _whose(record, known)
     windows = spec["windows"] or {}
     return {
         "table": record.table,
@@ -95,6 +136,7 @@ def _cell(record: Record, known: Labels) -> dict[str, Any]:
         "device": made_by.device,
         "commit": made_by.commit,
         "dirty": made_by.dirty,
+        "code": made_with,
         "made_at": made_by.at,
     }
 

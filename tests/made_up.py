@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ import small_table as small
 from analysis.rows import Row
 from eval.answers import write_samples
 from experiments.cells import Cell, cells
+from experiments.data.eval_tasks import documents
 from experiments.models import catalogue
 from experiments.recovery import Retraining
-from experiments.spec import Efficiency, Generation, MaskPatterns, Perplexity, Table, ZeroShot
+from experiments.spec import Efficiency, Generation, MaskPatterns, Perplexity, Run, Table, ZeroShot
 from experiments.store import records
 
 WINDOWS = 8
@@ -23,9 +25,9 @@ SHA = "ab" * 32
 MATRICES = ("self_attn.q_proj", "mlp.down_proj")
 
 
-def fill(table: Table, root: Path, *, answers: bool = True, every: int = 1) -> int:
-    """A record for every cell, or for one of `every` so many; how many there are."""
-    found = cells(table.runs(), table)[::every]
+def fill(table: Table, root: Path, *, answers: bool = True, every: int = 1, runs: Sequence[Run] | None = None) -> int:
+    """A record for every cell, or for those of `runs`, or for one of `every` so many; how many there are."""
+    found = cells(table.runs() if runs is None else runs, table)[::every]
     for cell in found:
         records.write(_record(table, cell, root, answers), root)
     return len(found)
@@ -35,7 +37,10 @@ def rows(table: Table) -> list[Row]:
     """The table's rows with such records, without a disk and without single answers."""
     found = cells(table.runs(), table)
     made = [_record(table, cell, Path(), answers=False) for cell in found]
-    return [Row(*cell.title, cell.run, one, None, words=cell.words) for cell, one in zip(found, made, strict=True)]
+    return [
+        Row(*cell.title, cell.run, one, None, words=cell.words, called=cell.label)
+        for cell, one in zip(found, made, strict=True)
+    ]
 
 
 def _record(table: Table, cell: Cell, root: Path, answers: bool) -> records.Record:
@@ -62,8 +67,8 @@ def _measured(
         return {what.key: {**told, "token_sha256": SHA, "nll_per_window": likelihoods}}
     if isinstance(what, ZeroShot):
         scores = {
-            what.task_key(task, metric): {"score": draw.random(), "standard_error": 0.01, "documents": 4,
-                                          "documents_sha256": SHA, "truncated": 0}
+            what.task_key(task, metric): {"score": draw.random(), "standard_error": 0.01, "truncated": 0,
+                                          "documents_sha256": SHA, "documents": what.limit or documents(task) or 4}
             for task, metric in what.metrics
         }  # fmt: skip
         mean: dict[str, Any] = {"missing": {}, "lm_eval": "0"}

@@ -6,6 +6,7 @@ import io
 from dataclasses import replace
 from itertools import product
 
+import made_up
 import numpy as np
 import pytest
 import small_table as small
@@ -13,7 +14,8 @@ from PIL import Image
 
 import pruners
 from analysis import rows
-from analysis.figures import cost, perplexity, sweeps, training
+from analysis.figures import cost, numbers, perplexity, structure, sweeps, training
+from experiments import papers
 from experiments.spec import Run, Table, needs_windows
 from experiments.store import records
 
@@ -144,3 +146,25 @@ def test_retraining_curves_have_a_panel_a_setting(tmp_path):
     panels = training.losses(table(), made).axes
     assert [axes.get_title("left") for axes in panels] == ["40 %", "50 %"]
     assert [len(axes.lines) for axes in panels] == [3, 3]  # of three seeds the first
+
+
+@pytest.mark.parametrize("heads", [(0, 8, 8), (0, 0, 0)])
+def test_what_a_block_keeps_stands_in_its_own_place_beside_blocks_without_any(heads):
+    declared = papers.find("embedded.flap")
+    made = [row for row in made_up.rows(declared) if row.run.method is not None]
+    before = [{"heads": count, "channels": 10} for count in heads]
+    after = [{"heads": count // 2, "channels": 5} for count in heads]
+    for row in made:
+        row.record.achieved["structure"] = {"before": {"blocks": before}, "after": {"blocks": after}}
+    panel, channels, *_ = structure.kept(declared, made).axes
+    expected = [50.0 if count else np.nan for count in heads]
+    assert panel.lines[0].get_ydata().tolist() == pytest.approx(expected, nan_ok=True)
+    assert channels.lines[0].get_ydata().tolist() == [50.0] * 3
+
+
+def test_a_cell_that_was_not_run_has_no_bar():
+    declared = papers.find("llm_pruner.statistics")
+    made = made_up.rows(declared)
+    made[2] = replace(made[2], record=None)
+    for axes in numbers.numbers(declared, made).axes:
+        assert [bool(np.isnan(bar.get_width())) for bar in axes.patches] == [False, False, True, False, False]

@@ -14,6 +14,7 @@ import small_table as small
 import pruners
 from analysis import compare, rows, significance
 from analysis.tables import latex, markdown
+from analysis.tables.frames import OTHER_CODE
 from experiments import papers
 from experiments.spec import Run, Table, needs_windows
 from experiments.store import records
@@ -165,4 +166,5 @@ def test_every_special_sign_is_escaped():
         r"a\_b \& 50 \% Element\textasciicircum{}1 \#\{x\}\textasciitilde{}"
     )
     assert latex.escaped("-3.5") == "$-$3.5"
+    assert latex.escaped(f"{OTHER_CODE} 1–2") == r"$\dagger$ 1--2"
     assert latex.escaped("日") == "$<$U+65E5$>$"

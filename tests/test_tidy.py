@@ -7,17 +7,19 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import made_up
 import pandas as pd
 import pytest
+import small_table as small
 
 import analysis
 import pruners
 from analysis import tidy
 from analysis.__main__ import main
 from experiments import papers
-from experiments.labels import seed_of
+from experiments.labels import labels, seed_of
 from experiments.spec import Run, Windows
-from experiments.store import records
+from experiments.store import code, records
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
@@ -58,7 +60,34 @@ def test_experiments_of_one_name_are_told_apart(monkeypatch):
     windows = [Windows("c4/train", count, 64) for count in (1, 16)]
     runs = [Run("llama-7b", pruners.Wanda(0.5), some, ()) for some in windows]
     monkeypatch.setitem(papers.TABLES, "mine", SimpleNamespace(runs=lambda: runs, label=None))
-    assert set(tidy._labels("mine").values()) == {("Wanda", "50 %, 1 window"), ("Wanda", "50 %, 16 windows")}
+    told = [set(words) for words in tidy._declared("mine").values() if len(words) == 1]
+    assert set().union(*told) == {("Wanda", "50 %, 1 window"), ("Wanda", "50 %, 16 windows")}
+
+
+@pytest.mark.parametrize(("name", "model", "dtype"), [("gblm", "opt-125m", None), ("flap", "opt-125m", "float32")])
+def test_cells_on_another_model_or_in_another_dtype_have_the_papers_words(name, model, dtype, tmp_path):
+    table = papers.find(f"embedded.{name}")
+    asked = papers.runs(table, model, dtype)
+    made_up.fill(table, tmp_path, runs=asked)
+    found = analysis.frame(tmp_path)
+    assert set(zip(found.label, found.setting, strict=True)) == set(labels(asked, table.label))
+
+
+def test_a_cell_that_no_table_declares_is_named_by_its_method(tmp_path):
+    runs = [Run("opt-125m", pruners.GBLM(0.5, norm=norm), small.WINDOWS, (small.PPL,)) for norm in ("l1", "l2")]
+    for run in runs:
+        records.write(small.record(run), tmp_path)
+    assert len(set(analysis.frame(tmp_path).label)) == 2
+
+
+def test_every_value_says_by_which_code_it_was_made(tmp_path):
+    table = papers.find("embedded.gblm")
+    runs = table.runs()[1:4]
+    for run, change in zip(runs, ({}, {"method": "other"}, None), strict=True):
+        recorded = {} if change is None else {**code.of(run), **change}
+        records.write(small.record(run, table=table.name, code=recorded), tmp_path)
+    found = analysis.frame(tmp_path).drop_duplicates("id").set_index("id").code
+    assert [found[small.record(run).id] for run in runs] == ["same", "other", "unknown"]
 
 
 def test_the_seed_is_that_of_what_is_drawn():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 
@@ -27,7 +28,7 @@ def numbers(table: Table, rows: Sequence[Row]) -> Figure:
     figure, panels = grid(table.title, len(columns), (3.2, 0.5 + 0.24 * len(groups)))
     for index, (axes, column) in enumerate(zip(panels, columns, strict=True)):
         bars = {name: value for name, some in groups.items() if (value := _mean(column, some)) is not None}
-        axes.barh(list(groups), [bars.get(name, 0.0) for name in groups], color=COLOURS[index % len(COLOURS)])
+        axes.barh(list(groups), [bars.get(name, math.nan) for name in groups], color=COLOURS[index % len(COLOURS)])
         axes.set_xlabel(column.title)
         axes.margins(y=0.01)
     panels[0].invert_yaxis()  # which all panels share

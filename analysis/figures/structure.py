@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -62,8 +63,9 @@ def _told(row: Row) -> dict[str, Any]:
 
 
 def _shares(row: Row, kind: str) -> list[float]:
+    """A block each, NaN for one whose dense block has none of them."""
     pairs = zip(_told(row)["before"]["blocks"], _told(row)["after"]["blocks"], strict=False)
-    return [100 * after[kind] / before[kind] for before, after in pairs if before[kind]]
+    return [100 * after[kind] / before[kind] if before[kind] else math.nan for before, after in pairs]
 
 
 def _structure(row: Row) -> bool:

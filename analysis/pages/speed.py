@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.rows import Row
+from analysis.tables.markdown import marked
 from analysis.tables.measured_notes import notes
 from analysis.tables.notes import title
 from experiments.spec import Efficiency, Table
@@ -22,7 +23,7 @@ def page(table: Table, rows: Sequence[Row], again: str = "") -> str:
     lines = [line for row in rows for line in _lines(row)]
     if not lines:
         raise UsageError(f"No cell of {table.name} was timed; add `Efficiency()` to a run's measures.")
-    frame = pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True)
+    frame = marked(pd.DataFrame(lines), words=list(lines[0]))
     return "\n\n".join([f"**{title(table, rows)}** (`{table.name}`)", frame, _listed(rows, again or table.name)]) + "\n"
 
 
@@ -33,7 +34,7 @@ def _lines(row: Row) -> list[dict[str, str]]:
 
 def _line(row: Row, timing: dict[str, Any], run: dict[str, Any]) -> dict[str, str]:
     return {
-        "Cell": row.label,
+        "Cell": row.name,
         "Batch": str(run["batch"]),
         "Prompt": str(run["length"]),
         "Prefill, ms": _spread(run["prefill_s"]),

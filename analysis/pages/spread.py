@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.rows import Row
+from analysis.tables.markdown import marked
 from analysis.tables.notes import title
 from experiments.labels import setting
 from experiments.measures.asked import MaskSample
@@ -36,7 +37,7 @@ def page(table: Table, rows: Sequence[Row]) -> str:
             f"No two measured cells of {table.name} differ only in the order, draw or text of their calibration "
             "windows; run more of them, or another table (embedded.order, embedded.sources)."
         )
-    frame = pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True)
+    frame = marked(pd.DataFrame(lines), words=list(lines[0]))
     return "\n\n".join([f"**{title(table, rows)}** (`{table.name}`)", frame, NOTE]) + "\n"
 
 

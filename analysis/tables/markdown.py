@@ -103,10 +103,16 @@ def _heading(table: Table, found: Sequence[compare.Cell]) -> str:
     return f"Beside the paper ({table.published}): {compare.counts(found)}."
 
 
-def marked(frame: pd.DataFrame, bold: pd.DataFrame, words: Sequence[str] = WORDS) -> str:
+def marked(frame: pd.DataFrame, bold: pd.DataFrame | None = None, words: Sequence[str] = WORDS) -> str:
     """A frame of text as Markdown, bold where `bold` has a column and is True; columns in `words` stand left."""
     sides = ["left" if name in words else "right" for name in frame.columns]
-    shown = frame.map(lambda text: text.replace("|", "\\|"))
-    for name in bold.columns:
-        shown[name] = [f"**{text}**" if best else text for text, best in zip(shown[name], bold[name], strict=True)]
+    shown = frame.map(_in_a_cell)
+    for name, best_of in () if bold is None else bold.items():
+        shown[name] = [f"**{text}**" if best else text for text, best in zip(shown[name], best_of, strict=True)]
+    shown.columns = pd.Index([_in_a_cell(name) for name in shown.columns])
     return shown.to_markdown(index=False, colalign=sides, disable_numparse=True)
+
+
+def _in_a_cell(text: str) -> str:
+    """Bars and ends of lines would end the cell."""
+    return " ".join(text.split("\n")).replace("|", "\\|")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from analysis.rows import Row
+from analysis.rows import Row, called
 from experiments.measures.asked import DenseAnswers, OpenAnswers
 from experiments.spec import Efficiency, Generation, ZeroShot
 
@@ -30,6 +30,8 @@ def _tasks(what: ZeroShot, row: Row) -> list[str]:
         return []
     reported = ", ".join(f"{task} {metric}" for task, metric in what.metrics)
     limit = f"the first {what.limit} documents of each task" if what.limit else "all documents"
+    if partial := [name for name in row.partial_of(what.key) if name not in row.partial]:
+        limit += f" at hand, only a part of {', '.join(partial)}"
     spread = (row.measure(what.key) or {}).get("note") or "± one standard error over documents"
     return [f"{what.key}: {reported}; lm-eval {version}, {limit}; {spread}."]
 
@@ -118,11 +120,11 @@ SENTENCES: dict[type, tuple[Callable[[Any, Row], list[str]], ...]] = {
 
 
 def _merged(rows: Sequence[Row], what: Any, sentences: Callable[[Any, Row], list[str]]) -> list[str]:
-    holders: dict[str, list[str]] = {}
+    holders: dict[str, list[Row]] = {}
     for row in rows:
         for sentence in sentences(what, row):
-            holders.setdefault(sentence, []).append(row.label)
+            holders.setdefault(sentence, []).append(row)
     return [
-        sentence if len(labels) == len(rows) else f"{', '.join(labels)}: {sentence}"
-        for sentence, labels in holders.items()
+        sentence if len(some) == len(rows) else f"{called(some, rows)}: {sentence}"
+        for sentence, some in holders.items()
     ]

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from analysis.rows import Row, keys
+from analysis.rows import Row, called, keys
 from analysis.tables import measured_notes
 from analysis.tables.frames import OTHER_CODE
+from experiments.labels import beside_model
 from experiments.spec import Table
 from experiments.store.records import Record
 
@@ -25,7 +26,7 @@ def notes(table: Table, rows: Sequence[Row], again: str = "") -> list[str]:
     again = again or table.name
     done = [row.record for row in rows if row.record]
     return [
-        *(_protocol(key, rows) for key in keys(rows) if any("perplexity" in (row.measure(key) or {}) for row in rows)),
+        *(note for key in keys(rows) for note in _protocol(key, rows)),
         *measured_notes.notes(rows, again),
         *_calibration(done),
         *([f"{table.rates}."] if table.rates else []),
@@ -35,21 +36,27 @@ def notes(table: Table, rows: Sequence[Row], again: str = "") -> list[str]:
         *_distinct(_origin(record) for record in done),
         *_away(rows),
         *_distinct(f"Only a part of {name} was available." for row in rows for name in row.partial),
-        *(f"{row.label} failed: {row.failure.message}" for row in rows if row.failure and not row.record),
+        *(f"{row.name} failed: {row.failure.message}" for row in rows if row.failure and not row.record),
         *_withheld(rows),
         *_of_other_code(rows, again),
         *_missing(rows, again),
     ]
 
 
-def _protocol(key: str, rows: Sequence[Row]) -> str:
-    measured = next(found for row in rows if (found := row.measure(key)) is not None)
-    counts = ""
-    if "windows" in measured and "tokens" in measured:
-        counts = f": {measured['windows']:,} windows, {measured['tokens']:,} tokens"
-    spread = "; ± one standard error over windows" if measured.get("standard_error") is not None else ""
-    stream = f"; tokens {measured['token_sha256'][:12]}" if "token_sha256" in measured else ""
-    return f"{key}{counts}{spread}{stream}."
+def _protocol(key: str, rows: Sequence[Row]) -> Iterator[str]:
+    """On which tokens a perplexity was measured; of several tokenizers each with its models."""
+    models: dict[str, dict[str, None]] = {}
+    found = [(row, told) for row in rows if (told := row.measure(key)) is not None and "perplexity" in told]
+    has_spread = any(told.get("standard_error") is not None for _, told in found)
+    spread = "; ± one standard error over windows" if has_spread else ""
+    for row, told in found:
+        is_counted = "windows" in told and "tokens" in told
+        counts = f": {told['windows']:,} windows, {told['tokens']:,} tokens" if is_counted else ""
+        stream = f"; tokens {told['token_sha256'][:12]}" if "token_sha256" in told else ""
+        models.setdefault(f"{key}{counts}{spread}{stream}", {})[row.run.model_name] = None
+    for sentence, of in models.items():
+        whose = f" ({', '.join(of)})" if len(models) > 1 else ""
+        yield f"{sentence}{whose}."
 
 
 def _calibration(records: Iterable[Record]) -> Iterator[str]:
@@ -82,7 +89,7 @@ def _away(rows: Sequence[Row]) -> Iterator[str]:
         about = row.record.made_by.weights if row.record else None
         if about and about.get("sweeps") is not None:
             sweeps = f"{about['sweeps']:,} sweep{'s' * (about['sweeps'] != 1)}"
-            read.setdefault(about["home"], []).append(f"{row.label} {sweeps}, {about['bytes_read'] / 1e9:,.1f} GB read")
+            read.setdefault(about["home"], []).append(f"{row.name} {sweeps}, {about['bytes_read'] / 1e9:,.1f} GB read")
     for home, cells in read.items():
         yield f"Weights {AWAY[home]}, a block at a time on the device: {'; '.join(cells)}."
 
@@ -119,10 +126,14 @@ def _kept_steps(rows: Sequence[Row]) -> Iterator[str]:
     for row in rows:
         told = row.record.achieved.get("recovery") or {} if row.record else {}
         if (step := told.get("kept_step")) is not None:
-            kept.setdefault(step, {})[f"{row.run.model_name} {row.label}"] = None
+            kept.setdefault(step, {})[_beside_model(row)] = None
     if kept:
         told = "; ".join(f"{step:,} for {', '.join(names)}" for step, names in sorted(kept.items()))
         yield f"Steps kept: {told}."
+
+
+def _beside_model(row: Row) -> str:
+    return f"{row.run.model_name} {beside_model(row.name, row.run.model_name)}"
 
 
 def _rates(rows: Sequence[Row]) -> Iterator[str]:
@@ -133,7 +144,7 @@ def _rates(rows: Sequence[Row]) -> Iterator[str]:
         if row.record and (about := row.record.achieved.get("rate_choice")):
             text, tried = about["text"], ", ".join(f"{rate:g}" for rate in about["rates"])
             grid = f"from {tried} by the loss on {text['count']} x {text['length']:,} tokens of {text['corpus']}"
-            name = f"{row.run.model_name} {row.label}"
+            name = _beside_model(row)
             taken.setdefault(grid, {}).setdefault(about["learning_rate"], {})[name] = None
             edges |= {name: None} if about["at_edge"] else {}
     for grid, rates in taken.items():
@@ -154,14 +165,14 @@ def _origin(record: Record) -> str:
 
 def _withheld(rows: Sequence[Row]) -> Iterator[str]:
     for text in dict.fromkeys(text for row in rows for text in row.withheld):
-        labels = ", ".join(dict.fromkeys(row.label for row in rows if text in row.withheld))
-        yield f"Not shown, as their records were made from a different {text} than the one in --data-dir: {labels}."
+        names = called([row for row in rows if text in row.withheld], rows)
+        yield f"Not shown, as their records were made from a different {text} than the one in --data-dir: {names}."
 
 
 def _of_other_code(rows: Sequence[Row], again: str) -> Iterator[str]:
-    if labels := list(dict.fromkeys(row.label for row in rows if row.code == "other")):
+    if others := [row for row in rows if row.code == "other"]:
         yield (
-            f"{OTHER_CODE} made by a different version of the method's or measures' code: {', '.join(labels)}; "
+            f"{OTHER_CODE} made by a different version of the method's or measures' code: {called(others, rows)}; "
             f"python -m experiments run {again} --again reruns them."
         )
 

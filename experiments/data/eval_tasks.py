@@ -29,7 +29,8 @@ OTHERS: dict[str, tuple[type, ...]] = {  # columns that hold no text
 
 @dataclass(frozen=True)
 class Source:
-    """Files by split, each the first that exists of the names given, and the columns that the task reads.
+    """Files by split, each the first that exists of the names given, the columns that the task reads, and how many
+    documents it asks in all.
 
     `examples` names the split that few-shot examples come from; empty where it is not among the files.  A `group`
     has such files for each of its tasks, whose name stands for `{part}`.
@@ -37,35 +38,36 @@ class Source:
 
     splits: dict[str, tuple[str, ...]]
     columns: tuple[str, ...]
+    documents: int
     examples: str = ""
     group: bool = False
 
 
-def _tested(task: str, *columns: str) -> Source:
-    return Source({split: (f"tasks/{task}_{split}",) for split in ("validation", "test")}, columns)
+def _tested(task: str, documents: int, *columns: str) -> Source:
+    return Source({split: (f"tasks/{task}_{split}",) for split in ("validation", "test")}, columns, documents)
 
 
-def _validated(task: str, *columns: str, also: tuple[str, ...] = ()) -> Source:
-    return Source({"validation": (f"tasks/{task}_validation", *also)}, columns)
+def _validated(task: str, documents: int, *columns: str, also: tuple[str, ...] = ()) -> Source:
+    return Source({"validation": (f"tasks/{task}_validation", *also)}, columns, documents)
 
 
 SOURCES = {
-    "arc_challenge": _tested("arc_challenge", "question", "choices", "answerKey"),
-    "arc_easy": _tested("arc_easy", "question", "choices", "answerKey"),
-    "boolq": _validated("boolq", "passage", "question", "label"),
+    "arc_challenge": _tested("arc_challenge", 1_172, "question", "choices", "answerKey"),
+    "arc_easy": _tested("arc_easy", 2_376, "question", "choices", "answerKey"),
+    "boolq": _validated("boolq", 3_270, "passage", "question", "label"),
     "hellaswag": _validated(
-        "hellaswag", "activity_label", "ctx_a", "ctx_b", "endings", "label",
+        "hellaswag", 10_042, "activity_label", "ctx_a", "ctx_b", "endings", "label",
         also=("tasks/hellaswag_validation_full_reconstructed", "tasks/hellaswag_validation_1000"),
     ),
     "mmlu": Source(
         {split: (f"tasks/{{part}}_{split}",) for split in ("dev", "test")}, ("question", "choices", "answer"),
-        examples="dev", group=True,
+        14_042, examples="dev", group=True,
     ),
-    "openbookqa": _tested("openbookqa", "question_stem", "choices", "answerKey"),
-    "piqa": _validated("piqa", "goal", "sol1", "sol2", "label"),
-    "rte": _validated("rte", "sentence1", "sentence2", "label"),
-    "wikitext": Source({split: (f"wikitext2/pages_{split}",) for split in ("validation", "test")}, ("page",)),
-    "winogrande": _validated("winogrande_xl", "sentence", "option1", "option2", "answer"),
+    "openbookqa": _tested("openbookqa", 500, "question_stem", "choices", "answerKey"),
+    "piqa": _validated("piqa", 1_838, "goal", "sol1", "sol2", "label"),
+    "rte": _validated("rte", 277, "sentence1", "sentence2", "label"),
+    "wikitext": Source({split: (f"wikitext2/pages_{split}",) for split in ("validation", "test")}, ("page",), 62),
+    "winogrande": _validated("winogrande_xl", 1_267, "sentence", "option1", "option2", "answer"),
 }  # fmt: skip
 TEXTS = frozenset({"wikitext"})  # those that have a perplexity and no accuracy
 
@@ -73,6 +75,11 @@ TEXTS = frozenset({"wikitext"})  # those that have a perplexity and no accuracy
 def is_group(task: str) -> bool:
     """Whether a data folder has the files of each of its tasks."""
     return task in SOURCES and SOURCES[task].group
+
+
+def documents(task: str) -> int | None:
+    """How many a task asks in all; None of one that is not known here."""
+    return SOURCES[task].documents if task in SOURCES else None
 
 
 def changes(task: str, data_dir: Path | None, part: str = "", examples: int = 0) -> dict[str, Any]:
