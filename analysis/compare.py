@@ -75,8 +75,8 @@ class Cell:
 
     @property
     def partial(self) -> list[str]:
-        """The corpora of which only a part was at hand."""
-        return list(dict.fromkeys(name for row in self.rows for name in row.partial))
+        """The corpora and tasks of which only a part was at hand."""
+        return list(dict.fromkeys(name for row in self.rows for name in row.partial_of(self.key)))
 
     @property
     def values(self) -> list[float]:

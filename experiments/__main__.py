@@ -147,7 +147,7 @@ def _show(asked: argparse.Namespace) -> int:
 
 def _states(asked: argparse.Namespace, chosen: Sequence[Cell]) -> dict[Cell, str]:
     done, failed = records.load(asked.results, asked.table), records.load_failures(asked.results, asked.table)
-    return {cell: _state(cell, done.get(cell.id), cell.id in failed, asked.data_dir) for cell in chosen}
+    return {cell: _state(cell, done.get(cell.id), cell.id in failed, asked) for cell in chosen}
 
 
 def _shown(asked: argparse.Namespace, states: Mapping[Cell, str]) -> str:
@@ -175,14 +175,15 @@ def _shown(asked: argparse.Namespace, states: Mapping[Cell, str]) -> str:
     return "\n".join([*heading, tabulate(rows, heads, disable_numparse=True), summary, *partly * bool(lacking)])
 
 
-def _state(cell: Cell, record: Record | None, failed: bool, data_dir: Path | None) -> str:
-    """`outdated`: of other texts than `run` would read; `incomplete`: without a task, which `run` cannot make good."""
+def _state(cell: Cell, record: Record | None, failed: bool, asked: argparse.Namespace) -> str:
+    """`outdated`: of other texts than `run` would read, or at another learning rate; `incomplete`: without a task,
+    which `run` cannot make good."""
     from experiments import measures
     from experiments.store import found
 
     if record is None:
         return "failed" if failed else "missing"
-    if not found.stands(record, cell.run, data_dir):
+    if not found.stands(record, cell.run, asked.results, asked.data_dir):
         return "outdated"
     return "incomplete" if measures.missing(record.measures) else "done"
 

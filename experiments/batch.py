@@ -20,7 +20,7 @@ from experiments.progress import Board, duration
 from experiments.recovery import Retraining
 from experiments.resume import unfinished
 from experiments.settings import Settings
-from experiments.store import atomic, elsewhere, found, records
+from experiments.store import atomic, code, elsewhere, found, records
 from experiments.store.locks import held
 from experiments.store.records import Failure, Record
 from pruners.retrain import Reconstruction
@@ -113,7 +113,7 @@ def refuse_unshared(chosen: Sequence[Cell], processes: int) -> None:
 
 def finished(chosen: Sequence[Cell], known: Mapping[str, Record], settings: Settings) -> dict[str, Record]:
     """Of these cells, by id, the records that are to be kept and whose model is where it was asked for."""
-    standing = found.finished(chosen, known, settings.data_dir, settings.again)
+    standing = found.finished(chosen, known, settings.root, settings.data_dir, settings.again)
     return {id: record for id, record in standing.items() if _is_kept(id, settings)}
 
 
@@ -149,11 +149,12 @@ def _run_table(
     outcome, watcher = Outcome([cell.label for cell in chosen if cell.id in standing]), Watchers(watchers)
     with Board([cell.work for cell in todo], _pace(chosen, standing), watcher) as board:
         for line in found.lines(
-            [pair for pair in recorded if pair[0].id not in taken], settings.data_dir, settings.again
+            [pair for pair in recorded if pair[0].id not in taken], settings.root, settings.data_dir, settings.again
         ):
             board.say(line)
         if taken:
             board.say(f"Reused from other tables: {len(taken)} of {len(chosen)} cells.")
+        code.load(cell.run for cell in todo)
         worker = _Worker(table, settings, board, outcome, watcher, together)
         busy = [cell for cell in todo if not worker.attempt(cell, wait=False)]
         for cell in busy:
@@ -199,7 +200,7 @@ class _Worker:
             return False
         root, data_dir = self.settings.root, self.settings.data_dir
         record = records.find(root, self.table, cell.id)
-        if record is not None and found.stands(record, cell.run, data_dir, self.settings.again):
+        if record is not None and found.stands(record, cell.run, root, data_dir, self.settings.again):
             return True
         return elsewhere.adopt(root, self.table, cell, data_dir) is not None
 

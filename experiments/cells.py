@@ -11,6 +11,9 @@ from experiments import measures, models, rates, recovery
 from experiments.labels import apart, distinct, labels
 from experiments.measures.asked import Costs, DenseAnswers, MaskSample
 from experiments.spec import Efficiency, Run, Table, digest, needs_windows
+from experiments.store import code
+from pruners.interface import plugin
+from pruners.interface.suggest import UsageError
 
 T = TypeVar("T")
 ALONE = (Costs, DenseAnswers, Efficiency, MaskSample)  # measures of the making, of the dense model too, or of memory
@@ -51,12 +54,32 @@ class Cell:
 
 
 def cells(runs: Sequence[Run], table: Table | None = None) -> list[Cell]:
-    """One cell per run, called as its table says; raises UsageError for a model nobody knows."""
+    """One cell per run, called as its table says; raises UsageError for a model nobody knows, and for methods of
+    different classes that would have one record."""
+    for run in runs:
+        for method in filter(None, (run.method, run.tuning and run.tuning.at)):
+            plugin.check(method)
     identities = {name: _identity(name) for name in dict.fromkeys(run.model for run in runs)}
     words = labels(runs, table.label if table else None)
     titles = distinct(runs, [table.title_of(told) for told in words] if table else words)
     named = zip(runs, apart(runs, titles), words, titles, strict=True)
-    return [Cell(run, run.id(identities[run.model]), name, told, seen) for run, name, told, seen in named]
+    made = [Cell(run, run.id(identities[run.model]), name, told, seen) for run, name, told, seen in named]
+    _refuse_namesakes(made)
+    return made
+
+
+def _refuse_namesakes(made: Sequence[Cell]) -> None:
+    """UsageError where two cells are made of different classes of one name, which no id tells apart."""
+    first: dict[tuple[str, str], type[Any]] = {}
+    for cell in made:
+        for kind in code.kinds(cell.run):
+            other = first.setdefault((cell.id, kind.__name__.lower()), kind)
+            if other is not kind:
+                one, two = (f"{part.__module__}.{part.__name__}" for part in (other, kind))
+                raise UsageError(
+                    f"{one} and {two} are called alike, so that {cell.label} would have one record for both; give one "
+                    "class another name."
+                )
 
 
 def method_name(run: Run) -> str:

@@ -13,7 +13,7 @@ from experiments.callbacks import Watcher
 from experiments.cells import Cell
 from experiments.models import kept
 from experiments.settings import Settings
-from experiments.store import records
+from experiments.store import code, records
 from pruners.run import ranks
 
 
@@ -50,18 +50,21 @@ def run(chosen: selection.Asked) -> int:
 def _fitting(asked: argparse.Namespace, chosen: Sequence[Cell]) -> _Table:
     settings = cli.settings(asked, chosen if asked.save_models else ())
     together = ranks.here(settings.device or "cpu")
-    large = together.first(lambda: _too_large(asked, chosen, settings, together.count))
+    large, todo = together.first(lambda: _too_large(asked, chosen, settings, together.count))
     cli.say_lines(selection.left_out(asked.table, {cell.label: large[cell.id] for cell in chosen if cell.id in large}))
     fitting = [cell for cell in chosen if cell.id not in large]
+    code.load(cell.run for cell in fitting if cell.id in todo)  # of every table, before the first of them is run
     return _Table(asked, settings, fitting, len(large), cli.watchers(asked))
 
 
-def _too_large(asked: argparse.Namespace, chosen: Sequence[Cell], settings: Settings, cards: int) -> dict[str, str]:
-    """Why the device cannot take them, by the ids of such cells among those that have yet to be run."""
+def _too_large(
+    asked: argparse.Namespace, chosen: Sequence[Cell], settings: Settings, cards: int
+) -> tuple[dict[str, str], list[str]]:
+    """Why the device cannot take them, by the ids of such cells among those that have yet to be run, and all these."""
     finished = batch.finished(chosen, records.load(settings.root, asked.table), settings)
     todo = [cell for cell in chosen if cell.id not in finished]
     reasons = ((cell.id, placement.too_large(cell.run, settings, asked.card, cards)) for cell in todo)
-    return {id: why for id, why in reasons if why}
+    return {id: why for id, why in reasons if why}, [cell.id for cell in todo]
 
 
 def _finish(table: _Table) -> int:

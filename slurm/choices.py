@@ -60,7 +60,7 @@ class Choices:
         id = wanted.id(models.identity(wanted.model))
         if id not in self.known:
             record = records.find(self.root, cell.run.tuning.table, id)
-            self.known[id] = record is not None and found.stands(record, wanted, self.data_dir, self.again)
+            self.known[id] = record is not None and found.stands(record, wanted, self.root, self.data_dir, self.again)
         return None if self.known[id] else id
 
 

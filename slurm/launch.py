@@ -56,7 +56,7 @@ def missing(plan: Work, chosen: Chosen, dry: bool = False) -> Todo:
     cells: dict[str, Cell] = {}
     tables: dict[str, list[str]] = {}
     for table, asked in chosen.items():
-        known = found.finished(asked, records.load(plan.root, table), plan.data_dir, plan.again)
+        known = found.finished(asked, records.load(plan.root, table), plan.root, plan.data_dir, plan.again)
         left = [cell for cell in asked if cell.id not in known]
         if not dry:
             _ask(table, [cell.id for cell in left if cell.id in taken], taken)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import pydoc
 from argparse import Namespace
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -13,8 +15,10 @@ from own_work import METHOD, SHORT, TABLE, needs_model, prune
 
 import pruners
 from analysis.__main__ import main as analysis
+from experiments import cells
 from experiments.__main__ import main
 from experiments.own import options, tables
+from experiments.spec import Perplexity, Run
 from experiments.store import records
 from pruners.__main__ import main as pruners_main
 from pruners.interface import plugin
@@ -42,6 +46,37 @@ def test_a_method_that_is_plugged_twice_is_one_and_two_of_one_name_are_refused(r
     (tmp_path / "wanda.py").write_text(METHOD.replace("RIA(", "Wanda("))
     with pytest.raises(UsageError, match="Two methods are called wanda"):
         plugin.use([tmp_path / "wanda.py"])
+
+
+IMPORTED = """
+from dataclasses import dataclass
+import pruners
+
+@dataclass(frozen=True)
+class {name}(pruners.Magnitude):
+    def score(self, name, weight, x, dense):
+        return {sign}weight.abs()
+"""
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "said"),
+    [
+        ("m_one_score.Score", "m_two_score.Score", "m_one_score.Score and m_two_score.Score are called alike, so that"),
+        ("pruners.Wanda", "m_own_wanda.Wanda", r"Wanda of .*m_own_wanda.py is called like the method wanda of"),
+        ("m_one_score.Score", "m_own_wanda.Wanda", r"Wanda of .*m_own_wanda.py is called like the method wanda of"),
+        ("m_one_score.Score", "m_one_score.Score", ""),
+    ],
+)
+def test_imported_methods_of_one_name_are_refused(one, other, said, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("m_one_score.Score", "m_two_score.Score", "m_own_wanda.Wanda"):
+        module, _, kind = name.partition(".")
+        (tmp_path / f"{module}.py").write_text(IMPORTED.format(name=kind, sign="-" * (module != "m_one_score")))
+    made = [pydoc.locate(name)(sparsity=0.5) for name in (one, other)]
+    runs = [Run("smollm2-135m", method, None, (Perplexity("ptb/test", 64),)) for method in made]
+    with pytest.raises(UsageError, match=said) if said else nullcontext():
+        cells.cells(runs)
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,39 @@ def test_a_choice_is_a_cell_that_can_be_run_first(tmp_path, monkeypatch):
 
 
 @needs_shared
+@pytest.mark.parametrize("first", ["choice", "cell"])
+def test_a_choice_that_is_made_again_reaches_the_cells_that_took_it(first, tmp_path, capsys):
+    data_dir = small.data(tmp_path / "data")
+    grid = replace(GRID, rates=(1e-4, 1.0), text=Windows("ptb/validation", 4, 32, sampling="first"))
+    text = data_dir / "ptb/ptb_valid.jsonl"
+    text.write_text((data_dir / "ptb/ptb_test.jsonl").read_text())
+    cell = replace(run(RETRAINING, 0.6), tuning=replace(TUNING, grid=grid))
+    tables = {"tiny.rates": cells.cells([choice(cell)]), "tiny": cells.cells([cell])}
+    settings = Settings(tmp_path, data_dir=data_dir)
+    assert run_table("tiny", tables["tiny"], settings).done
+    (record,) = records.load(tmp_path, "tiny").values()
+    assert "ptb/validation" in record.data
+    # as a record of an earlier day, whose text is told by its choice alone
+    records.write(record.model_copy(update={"data": {"ptb/test": record.data["ptb/test"]}}), tmp_path)
+    assert not run_table("tiny", tables["tiny"], settings).done
+    (chosen,) = records.load(tmp_path, "tiny.rates").values()
+    if first == "choice":  # as if it had been made again, with another outcome
+        other = {**chosen.measures[grid.key], "learning_rate": 0.5}
+        records.write(chosen.model_copy(update={"measures": {grid.key: other}}), tmp_path)
+    else:
+        text.write_text("".join(reversed(text.read_text().splitlines(keepends=True))))
+    capsys.readouterr()
+    assert run_table("tiny", tables["tiny"], settings).done
+    said = "The learning rate of Magnitude + norms 60 % is not the one that is chosen now; rerunning."
+    assert said in capsys.readouterr().err
+    (record,) = records.load(tmp_path, "tiny").values()
+    (chosen,) = records.load(tmp_path, "tiny.rates").values()
+    assert record.achieved["rate_choice"]["losses"] == chosen.measures[grid.key]["losses"]
+    assert (record.achieved["rate_choice"]["learning_rate"] == 0.5) == (first == "choice")
+    assert not run_table("tiny", tables["tiny"], settings).done
+
+
+@needs_shared
 def test_a_table_says_which_rate_each_row_took_and_which_lies_at_the_edge(tmp_path):
     table = Table("tiny", "", (0.4, 0.5), ((str(small.MODEL),),), lambda share, model: run(RETRAINING, share))
     data_dir = small.data(tmp_path / "data")

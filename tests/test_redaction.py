@@ -135,6 +135,18 @@ def test_sealed_files_are_without_secrets_and_stay_whole():
     assert checksummed_json.loads(text)["measures"]["a"][0]["missing"]["piqa"] == "https://***@mirror.example.org/path"
 
 
+@pytest.mark.parametrize("password", ["tiny", "{digest}"])
+def test_a_password_that_is_a_table_s_name_or_a_part_of_a_digest_spoils_no_record(tmp_path, monkeypatch, password):
+    digest = "ab12cd34" * 8
+    monkeypatch.setenv("HTTPS_PROXY", f"http://me:{password.format(digest=digest[2:8])}@proxy:3128")
+    made = small.record(small.table().runs()[0], data={"ptb/test": {"files": {"a": digest}}}, code={"method": digest},
+                        achieved={"asked": 0.5, "sparsity": 0.5, "told": "it is tiny " + digest})  # fmt: skip
+    found = records.read(records.write(made, tmp_path))
+    assert (found.table, found.data, found.code) == (made.table, made.data, made.code)
+    assert "***" in found.achieved["told"]
+    assert list(records.load(tmp_path, "tiny")) == [made.id]
+
+
 def test_a_failure_of_an_earlier_version_is_shown_without_secrets(tmp_path, monkeypatch, capsys):
     table = small.table()
     monkeypatch.setitem(papers.TABLES, "tiny", table)

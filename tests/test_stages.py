@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import pytest
+import small_table as small
 import torch
-from conftest import tiny
+from conftest import needs_shared, tiny
 
 import pruners
-from experiments.store import blocks, cache
+from experiments import cells
+from experiments.batch import run_table
+from experiments.recovery import Retraining
+from experiments.settings import Settings
+from experiments.store import blocks, cache, records
 from experiments.store.blocks import PrunedBlocks
+from pruners.calibrate import NOTHING, PLAIN
+from pruners.retrain import MaskLoRA, Trainable
 from pruners.unstructured import Unstructured
 
 METHODS = (pruners.Wanda(sparsity=0.5), pruners.SparseGPT(sparsity=0.5), pruners.GBLM(pattern="2:4"))
@@ -80,3 +89,45 @@ def test_beyond_the_limit_blocks_are_not_kept(tmp_path, windows, monkeypatch, ca
     pruners.prune(tiny("opt"), METHODS[0], windows, keeper=PrunedBlocks(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["000.safetensors"]
     assert "beyond" in caplog.text
+
+
+@dataclass(frozen=True)
+class Balanced(pruners.Wanda):
+    """Changes a bias with its matrix."""
+
+    def remove(self, linears, x, dense):
+        super().remove(linears, x, dense)
+        for linear in linears.values():
+            linear.bias.data += 1.0
+
+
+def test_what_a_method_changes_beside_a_block_s_matrices_is_kept_with_them(tmp_path, windows, monkeypatch):
+    method, whole, resumed = Balanced(sparsity=0.5), tiny("opt"), tiny("opt")
+    pruners.prune(whole, method, windows)
+    break_off(tiny("opt"), method, windows, tmp_path, monkeypatch, calls=6)
+    pruners.prune(resumed, method, windows, keeper=PrunedBlocks(tmp_path))
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+@dataclass(frozen=True)
+class Tweaked(pruners.Wanda):
+    """Makes up for what is gone in the norms, in a loop of its own."""
+
+    def prune(self, model, windows, dense, how=PLAIN):
+        report = super().prune(model, windows, dense, how)
+        for layer in model.model.layers:
+            layer.post_attention_layernorm.weight.data *= 3.0
+        return report
+
+
+@needs_shared
+def test_what_a_method_of_one_s_own_changes_is_so_in_every_cell_that_trains_the_same_pruned_model(tmp_path):
+    data_dir = small.data(tmp_path / "data")
+    training = Retraining(Trainable(adapters=MaskLoRA(rank=2)), small.WINDOWS, steps=2, learning_rate=1e-4)
+    (run,) = small.table((Tweaked(sparsity=0.5),)).runs()
+    made = cells.cells([replace(run, recovery=replace(training, steps=steps)) for steps in (2, 3)])
+    for name, some in (("both", made), ("alone", made[1:])):
+        assert not run_table("tiny", some, Settings(tmp_path / name, data_dir=data_dir)).failed
+    both, alone = (records.find(tmp_path / name, "tiny", made[1].id) for name in ("both", "alone"))
+    assert both.measures == alone.measures
+    assert blocks.keeper(None, Tweaked(sparsity=0.5), tmp_path) is NOTHING

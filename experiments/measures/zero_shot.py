@@ -45,6 +45,8 @@ def measure(
         return values
     from eval import zero_shot  # lm-eval takes seconds to import, and its index of tasks more
 
+    place_of_texts = folder(data_dir)
+    origins = {task: provenance(task, place_of_texts) for task in found}
     store = place.unfinished / f"{_name(what)}.answers"
     result = zero_shot.zero_shot(
         model,
@@ -56,14 +58,16 @@ def measure(
         examples=what.examples,
         released_marks=what.released_marks,
     )
-    place_of_texts = folder(data_dir)
-    missing |= {
-        task: {"reason": reason, "tried": provenance(task, place_of_texts)} for task, reason in result.missing.items()
-    }
+    if changed := [task for task, origin in origins.items() if provenance(task, place_of_texts) != origin]:
+        raise ValueError(
+            f"The documents of {', '.join(changed)} changed while they were evaluated; run again, so that the record "
+            "is of one text."
+        )
+    missing |= {task: {"reason": reason, "tried": origins[task]} for task, reason in result.missing.items()}
     for task, metric in what.metrics:  # of a task that is a class of its own, the metrics are known only now
         if task in result.tasks and metric not in result.tasks[task].per_document:
             reason = f"lm-eval scores it by {', '.join(result.tasks[task].metrics)}, not by a mean {metric}"
-            missing[task] = {"reason": reason, "tried": provenance(task, place_of_texts)}
+            missing[task] = {"reason": reason, "tried": origins[task]}
     for task, score in result.tasks.items():
         values |= _task(what, task, score)
     values[what.key] |= {
@@ -71,7 +75,7 @@ def measure(
         "lm_eval": result.lm_eval,
         **({"every_request_by_itself": result.apart} if result.apart else {}),
         "samples": ranks.here().first(lambda: _keep(result.samples, what, place)),
-        "data": {task: provenance(task, place_of_texts) for task in found if task not in missing},
+        "data": {task: origin for task, origin in origins.items() if task not in missing},
     }
     return values
 

@@ -18,8 +18,11 @@ from experiments.store.records import Record
 from pruners.run import ranks
 
 
-def settled(run: Run, settings: Settings, choose: Callable[[Run, str], Record]) -> tuple[Run, dict[str, Any]]:
-    """A run with a Tuning at the rate that was chosen, and what its record keeps of that: every rate with its loss.
+def settled(
+    run: Run, settings: Settings, choose: Callable[[Run, str], Record]
+) -> tuple[Run, dict[str, Any], dict[str, dict[str, Any]]]:
+    """A run with a Tuning at the rate that was chosen, what its record keeps of that (every rate with its loss), and
+    where the text came from on which losses were taken.
 
     A choice without a record that stands is made by `choose(run, table)`, by one of several processes that ask.  The
     others wait, as it is a training for every rate and two processes would write the same unfinished state; jobs of a
@@ -29,15 +32,21 @@ def settled(run: Run, settings: Settings, choose: Callable[[Run, str], Record]) 
     id = wanted.id(models.identity(run.model))
     together = ranks.here()
 
-    def chosen() -> dict[str, Any] | None:
+    def chosen() -> list[dict[str, Any]] | None:
         record = records.find(settings.root, table, id)
-        stands = record is not None and found.stands(record, wanted, settings.data_dir, settings.again)
-        return record.measures[run.tuning.grid.key] if record is not None and stands else None
+        if record is None or not found.stands(record, wanted, settings.root, settings.data_dir, settings.again):
+            return None
+        return told(record)
+
+    def told(record: Record) -> list[dict[str, Any]]:
+        grid = run.tuning.grid
+        return [record.measures[grid.key], {grid.corpus: record.data[grid.corpus]}]
 
     with shared(settings.root / ".cache" / "started" / table / f"{id}.lock"):
-        about = together.first(chosen)
-        if about is None:
-            about = choose(wanted, table).measures[run.tuning.grid.key]
+        known = together.first(chosen)
+        if known is None:
+            known = told(choose(wanted, table))
             together.first(lambda: shutil.rmtree(unfinished(settings.root, table, id), ignore_errors=True))
+    about, text = known
     recovery = replace(run.recovery, learning_rate=about["learning_rate"])
-    return replace(run, recovery=recovery), {"rate_choice": {**about, "table": table, "record": id}}
+    return replace(run, recovery=recovery), {"rate_choice": {**about, "table": table, "record": id}}, text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ from pruners.run import inputs
 def execute(run: Run, table: str, settings: Settings, board: Board | None = None, resumed: int = 0) -> Record:
     """One cell from its model to its record, which is stored before the model is kept, if it is to be.
 
-    All ranks of a launch call this for the same cell; rank 0 stores.
+    All ranks of a launch call this for the same cell; rank 0 stores.  Raises ValueError where a text was replaced
+    meanwhile.
     """
     made.check(run)
     for what in (what for what in run.measures if isinstance(what, ZeroShot)):
@@ -39,7 +41,8 @@ def execute(run: Run, table: str, settings: Settings, board: Board | None = None
     if run.quantised:
         int8.library()
     board = board or Board()
-    run, chosen = _settled(run, settings, board)
+    run, chosen, texts = _settled(run, settings, board)
+    read = {name: corpora.version(name, settings.data_dir) for name in resume.read_by(run)}
     session = open_session(run, table, settings, board)
     together, folder = session.together, settings.save.get(session.id)
     if folder:
@@ -70,24 +73,33 @@ def execute(run: Run, table: str, settings: Settings, board: Board | None = None
         achieved=achieved | chosen,
         measures=measured if grid else measure(session, achieved.get("recovery", {}), dense),
         dense_gate=passed,
-        data={name: corpora.provenance(name, settings.data_dir) for name in resume.read_by(run)},
+        data=texts | {name: corpora.provenance(name, settings.data_dir) for name in read},
         cost=_cost(session),
         made_by=_made_by(session),
         resumed=resumed,
         code=code.of(run),
     )
+    together.each(lambda: _refuse_changed(read, settings.data_dir))
     together.first(lambda: _keep(record, folder, session))
     if finished:
         kept.hand_over(finished)
     return record
 
 
-def _settled(run: Run, settings: Settings, board: Board) -> tuple[Run, dict[str, Any]]:
-    """The run at its learning rate, which is chosen now where it was not yet, and what to record of the choice."""
+def _settled(run: Run, settings: Settings, board: Board) -> tuple[Run, dict[str, Any], dict[str, dict[str, Any]]]:
+    """The run at its learning rate, which is chosen now where it was not yet, what to record of the choice, and from
+    which text it was made."""
     if not run.tuning:
-        return run, {}
+        return run, {}, {}
     alone = replace(settings, save={})
     return settled(run, settings, lambda wanted, table: execute(wanted, table, alone, board))
+
+
+def _refuse_changed(read: Mapping[str, str | None], data_dir: Path | None) -> None:
+    """ValueError for a corpus that is another than the one of that version, which the cell began with."""
+    for name, version in read.items():
+        if corpora.version(name, data_dir) != version:
+            raise ValueError(f"{name} changed while the cell ran; run again, so that the record is of one text.")
 
 
 def _keep(record: Record, folder: Path | None, session: Session) -> None:

@@ -49,7 +49,7 @@ def prune(session: Session) -> dict[str, Any]:
         statistics=statistics,
         reconstruct=run.recovery if rebuilds else None,
         folder=session.begun if rebuilds else None,
-        keeper=blocks.keeper(model, session.begun, settings.root),
+        keeper=blocks.keeper(model, run.method, session.begun, settings.root),
         progress=session.board.stage("pruning", work),
     )
     with session.stages("prune"):

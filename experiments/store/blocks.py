@@ -15,10 +15,21 @@ from pruners.anatomy import Block
 from pruners.calibrate import NOTHING, Keeper
 from pruners.run import ranks
 from pruners.run.ranks import Ranks
+from pruners.unstructured import Unstructured
 from pruners.weights import homes, sources
 
 SECONDS_BETWEEN = 30.0
 logger = logging.getLogger(__name__)
+
+
+def weights(block: Block) -> dict[str, Any]:
+    """By full name everything of a block that a method may change with its matrices: biases and norms, too."""
+    return {name: parameter.data for name, parameter in block.module.named_parameters(block.name)}
+
+
+def change_alone(method: Any) -> bool:
+    """Whether nothing but blocks, each once, is changed by a method: it has the loop over them of its base."""
+    return isinstance(method, Unstructured) and type(method).prune is Unstructured.prune
 
 
 class WrittenBlocks(Keeper):
@@ -51,9 +62,9 @@ class PrunedBlocks(Keeper):
         tensors = cache.read(self._path(block), self._key(block))
         if tensors is None:
             return False
-        for name, linear in block.linears().items():
-            linear.weight.data.copy_(tensors[name])
-            self.bytes += linear.weight.nbytes
+        for name, here in weights(block).items():
+            here.copy_(tensors[name])
+            self.bytes += here.nbytes
         return True
 
     def keep(self, block: Block) -> None:
@@ -66,7 +77,7 @@ class PrunedBlocks(Keeper):
     def _write(self, block: Block) -> None:
         if self.refused:
             return
-        tensors = {name: linear.weight.data.contiguous() for name, linear in block.linears().items()}
+        tensors = {name: tensor.contiguous() for name, tensor in weights(block).items()}
         size, limit = sum(tensor.nbytes for tensor in tensors.values()), cache.limit_bytes()
         self.bytes += size
         if self.bytes > limit:
@@ -88,7 +99,7 @@ class PrunedBlocks(Keeper):
 
     def _key(self, block: Block) -> str:
         """Cell, origin and block: a file of another place is noticed, wherever the results folder lies."""
-        return "/".join(self._path(block).absolute().parts[-4:])
+        return "/".join(("whole", *self._path(block).absolute().parts[-4:]))
 
 
 class Together(Keeper):
@@ -114,9 +125,11 @@ class Together(Keeper):
         return True
 
 
-def keeper(model: Any, folder: Path, root: Path | None = None) -> Keeper:
+def keeper(model: Any, method: Any, folder: Path, root: Path | None = None) -> Keeper:
     """For this model: one at home on the disk has its finished blocks there anyhow, but of several ranks each its own,
-    which are begun anew together."""
+    which are begun anew together.  A method that prunes in its own way begins anew."""
+    if not change_alone(method):
+        return NOTHING
     disk, together = homes.on_disk(model), ranks.here()
     if together.count > 1:
         return Together(PrunedBlocks(folder, root), together) if disk is None else NOTHING

@@ -10,6 +10,10 @@ from typing import Any
 from experiments.store.redaction import cleaned
 
 FOUND_BY = ("id", "spec", "key")
+RECORDED = ("table", "data", "code", "samples", "tried", "rate_choice", "commit", "model_commit", "revision")
+DIGESTS = ("sha256", "token_sha256", "documents_sha256", "state", "digest", "files")
+SENT = ("name", "tables", "jobs", "root")  # to a cluster
+COMPARED = frozenset((*RECORDED, *DIGESTS, *SENT))
 
 
 class _NotFiniteError(ValueError):
@@ -21,13 +25,9 @@ def dumps(content: dict[str, Any]) -> str:
     where = next(_not_finite(content), None)
     if where is not None:
         raise ValueError(f"{where} is NaN or infinite and cannot be recorded; the model's outputs overflow.")
-    plain = json.loads(json.dumps({key: _open(key, value) for key, value in content.items()}))
+    found_by = {key: value for key, value in content.items() if key in FOUND_BY}  # whose every letter counts
+    plain = json.loads(json.dumps({**cleaned(content, COMPARED), **found_by}))
     return _text({**plain, "sha256": seal(plain)})
-
-
-def _open(key: str, value: Any) -> Any:
-    """Without secrets, but for what a file is found again by, whose every letter counts."""
-    return value if key in FOUND_BY else cleaned(value)
 
 
 def loads(text: str) -> dict[str, Any]:

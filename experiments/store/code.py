@@ -1,11 +1,11 @@
 """Which code makes a number: digests of the source that a method, a recovery and a measure are made of.
 
 A digest covers the module of a class and of its bases, `pruners.prune`, and every module of `pruners` and `eval` that
-these import, directly or through others (`modules`), as the files stand on disk when they are first asked for:
-committed, changed or new.  A method's digest says nothing of other methods.  Of a class that is none of ours, a
-method's or one that stands in a field of a method or of a recovery, it covers every file that its own imports, too
-(`own_files`).  Not covered: what `experiments` does around them (texts and windows stand in a key by their tokens) and
-installed packages, whose versions a record keeps.
+these import, directly or through others (`modules`), committed, changed or new: as the files stand on disk when they
+are first asked for, of cells that are to run when the first of them begins (`load`).  A method's digest says nothing of
+other methods.  Of a class that is none of ours, a method's or one that stands in a field of a method or of a recovery,
+it covers every file that its own imports, too (`own_files`).  Not covered: what `experiments` does around them (texts
+and windows stand in a key by their tokens) and installed packages, whose versions a record keeps.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -57,20 +59,46 @@ def made_by(recorded: dict[str, Any], run: Run) -> str:
     return "unknown" if not recorded else "same" if recorded == of(run) else "other"
 
 
+def load(runs: Iterable[Run]) -> None:
+    """Import and read now what these runs are made of, and which commit this is, so that what is edited while they run
+    is neither run nor recorded as what ran."""
+    names: set[str] = set()
+    for run in {tuple(kinds(run)): run for run in runs}.values():
+        of(run)
+        parts = (_of_method(run.method), _of_recovery(run.recovery), *map(_of_measure, run.measures))
+        names |= {name for part in parts for name in part if modules.package(name) in modules.PACKAGES}
+    for name in sorted(names):
+        with suppress(ImportError):  # of what a device or a package that is not here would need
+            import_module(name)
+    provenance.commit()
+
+
 def method(thing: Any) -> str | None:
     """Of a pruning method with the statistics that it gathers; None of none."""
-    return None if thing is None else _digest({**_classes(type(thing)), **_own(thing), DRIVER: modules.source(DRIVER)})
+    return None if thing is None else _digest(_of_method(thing))
+
+
+def _of_method(thing: Any) -> dict[str, str]:
+    return {} if thing is None else {**_classes(type(thing)), **_own(thing), DRIVER: modules.source(DRIVER)}
 
 
 def recovery(thing: Any) -> str | None:
+    return None if thing is None else _digest(_of_recovery(thing))
+
+
+def _of_recovery(thing: Any) -> dict[str, str]:
     if thing is None:
-        return None
+        return {}
     ours = _sources(RETRAINING) if isinstance(thing, Retraining) else _classes(type(thing))
-    return _digest({**ours, **_own(thing)})
+    return {**ours, **_own(thing)}
 
 
 def measure(what: Any) -> str:
-    return _modules(measures.code_of(what))
+    return _digest(_of_measure(what))
+
+
+def _of_measure(what: Any) -> dict[str, str]:
+    return _sources(measures.code_of(what))
 
 
 def packages() -> dict[str, str]:
@@ -93,17 +121,18 @@ def _own(thing: Any) -> dict[str, str]:
 
 def _own_kinds(thing: Any) -> Iterator[type[Any]]:
     """The classes that are none of ours, of a thing and of the dataclasses in its fields."""
-    return (kind for kind in _kinds(thing) if modules.package(kind.__module__) not in modules.PACKAGES + modules.AROUND)
+    return (kind for kind in kinds(thing) if modules.package(kind.__module__) not in modules.PACKAGES + modules.AROUND)
 
 
-def _kinds(thing: Any) -> Iterator[type[Any]]:
+def kinds(thing: Any) -> Iterator[type[Any]]:
+    """The classes of a dataclass and of those in its fields."""
     if is_dataclass(thing) and not isinstance(thing, type):
         yield type(thing)
         parts: Iterable[Any] = [getattr(thing, field.name) for field in fields(thing)]
     else:
         parts = thing.values() if isinstance(thing, Mapping) else thing if isinstance(thing, list | tuple) else ()
     for part in parts:
-        yield from _kinds(part)
+        yield from kinds(part)
 
 
 def _classes(kind: type[Any]) -> dict[str, str]:

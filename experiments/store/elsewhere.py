@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def known(root: Path, table: str, cell: Cell, data_dir: Path | None) -> Record | None:
     """The newest record of this very cell in another table, with its answers beside it; None where there is none."""
-    there = (record for record in _others(root, table, cell.id) if found.stands(record, cell.run, data_dir, True))
+    there = (record for record in _others(root, table, cell.id) if found.stands(record, cell.run, root, data_dir, True))
     whole = (record for record in there if None not in _answers(root, record))
     return max(whole, key=lambda record: record.made_by.at, default=None)
 

@@ -7,47 +7,67 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import measures
+from experiments import measures, rates
 from experiments.cells import Cell
 from experiments.data import corpora
 from experiments.measures import zero_shot
 from experiments.spec import Run
-from experiments.store import code
+from experiments.store import code, records
 from experiments.store.records import Record
 
 ABSENT = (FileNotFoundError, ModuleNotFoundError)
 
 
-def stands(record: Record, run: Run, data_dir: Path | None, again: bool = False) -> bool:
+def stands(record: Record, run: Run, root: Path, data_dir: Path | None, again: bool = False) -> bool:
     """Whether the record is to be kept: it lacks nothing that can be measured now and was made from the texts that the
-    run would read; with `again` also by the code that the run would use."""
+    run would read, at the learning rate that it would take; with `again` also by the code that the run would use."""
     if measures.lacking(record.measures, data_dir) or other_data(record, data_dir):
+        return False
+    if chosen_anew(record, run, root, data_dir, again):
         return False
     return not again or code.made_by(record.code, run) == "same"
 
 
+def chosen_anew(record: Record, run: Run, root: Path, data_dir: Path | None, again: bool = False) -> bool:
+    """Whether the learning rate of a tuned run, whose choice is another cell, is by now another than the record's, or
+    is to be chosen again."""
+    about = record.achieved.get("rate_choice")
+    if not about or not run.tuning:
+        return False
+    choice = records.find(root, run.tuning.table, about["record"])
+    if choice is None:  # nothing to compare with; the record has the text that its rate was chosen on
+        return False
+    now = choice.measures[run.tuning.grid.key]["learning_rate"]
+    return now != about["learning_rate"] or not stands(choice, rates.choice(run), root, data_dir, again)
+
+
 def finished(
-    chosen: Sequence[Cell], known: Mapping[str, Record], data_dir: Path | None, again: bool = False
+    chosen: Sequence[Cell], known: Mapping[str, Record], root: Path, data_dir: Path | None, again: bool = False
 ) -> dict[str, Record]:
     """Of these cells, by id, the records that are to be kept."""
     return {
         cell.id: known[cell.id]
         for cell in chosen
-        if cell.id in known and stands(known[cell.id], cell.run, data_dir, again)
+        if cell.id in known and stands(known[cell.id], cell.run, root, data_dir, again)
     }
 
 
-def lines(recorded: Sequence[tuple[Cell, Record]], data_dir: Path | None, again: bool = False) -> list[str]:
-    """What a user is told of the records of these cells: which were made from other texts, how many by other code."""
+def lines(recorded: Sequence[tuple[Cell, Record]], root: Path, data_dir: Path | None, again: bool = False) -> list[str]:
+    """What a user is told of the records of these cells: which were made from other texts or at another learning rate,
+    how many by other code."""
     other: dict[str, list[str]] = {}
+    anew: list[str] = []
     makers: Counter[str] = Counter()
     for cell, record in recorded:
         texts = other_data(record, data_dir)
         for text in texts:
             other.setdefault(text, []).append(cell.label)
-        if not texts:
+        if not texts and chosen_anew(record, cell.run, root, data_dir, again):
+            anew.append(cell.label)
+        elif not texts:
             makers[code.made_by(record.code, cell.run)] += 1
-    return [*(_from_other(text, labels) for text, labels in other.items()), *_by_other(makers, again)]
+    told = [f"The learning rate of {_some(anew)} is not the one that is chosen now; rerunning."] if anew else []
+    return [*(_from_other(text, labels) for text, labels in other.items()), *told, *_by_other(makers, again)]
 
 
 def _from_other(text: str, labels: Sequence[str]) -> str:

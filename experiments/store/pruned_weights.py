@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from experiments.store import cache
+from experiments.store import blocks, cache
 from pruners import Report, anatomy
 from pruners.run.report import Projection
 from pruners.weights import homes
@@ -15,9 +15,10 @@ from pruners.weights import homes
 def shared(root: Path, key: dict[str, Any], model: Any, method: Any, prune: Callable[[], Report]) -> Report:
     """What `prune` does to `model` and reports, from the cache where it was done before; `key` is all that moves it.
 
-    A model at home on the disk keeps its pruned blocks there for the cell alone.
+    A model at home on the disk keeps its pruned blocks there for the cell alone; a method that prunes in its own way
+    may change what lies outside the blocks, and does so for every cell.
     """
-    if homes.on_disk(model) is not None:
+    if homes.on_disk(model) is not None or not blocks.change_alone(method):
         return prune()
     done: list[Report] = []
 
@@ -26,21 +27,23 @@ def shared(root: Path, key: dict[str, Any], model: Any, method: Any, prune: Call
         kept: dict[str, Any] = {}
         for block in anatomy.blocks(model):
             with homes.held(block.module):
-                kept |= {f"{block.name}.{name}": _copy(linear) for name, linear in block.linears().items()}
+                kept |= {name: _copy(weights) for name, weights in blocks.weights(block).items()}
         return kept
 
-    tensors = cache.statistics(root, key, weights)
+    tensors = cache.statistics(root, {**key, "of": "whole blocks"}, weights)
     if done:
         return done[0]
     projections = []
     for block in anatomy.blocks(model):
         with homes.held(block.module, changes=True):
-            for name, linear in block.linears().items():
-                linear.weight.data.copy_(tensors[f"{block.name}.{name}"])
-                projections.append(Projection.of(f"{block.name}.{name}", linear, method.asked))
+            for name, weights_here in blocks.weights(block).items():
+                weights_here.copy_(tensors[name])
+            projections += [
+                Projection.of(f"{block.name}.{name}", linear, method.asked) for name, linear in block.linears().items()
+            ]
     return Report(repr(method), method.asked, projections)
 
 
-def _copy(linear: Any) -> Any:
+def _copy(weights: Any) -> Any:
     """On the CPU, which a model whose weights are away from its device needs."""
-    return linear.weight.data.contiguous().cpu()
+    return weights.contiguous().cpu()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import quote, quote_plus, unquote
@@ -57,9 +57,10 @@ def redacted(text: str) -> str:
     return _redacted(text, _own())
 
 
-def cleaned(value: Any) -> Any:
-    """Plain JSON with every text in it redacted."""
-    return _cleaned(value, _own())
+def cleaned(value: Any, compared: Collection[str] = ()) -> Any:
+    """Plain JSON with every text in it redacted; what stands under a name of `compared`, which a program will compare
+    letter by letter, only of what looks like a secret, for a password may be a word or a few digits of a digest."""
+    return _cleaned(value, _own(), compared)
 
 
 def _redacted(text: str, own: list[str]) -> str:
@@ -73,13 +74,13 @@ def _redacted(text: str, own: list[str]) -> str:
     return TOKENS.sub(HIDDEN, text)
 
 
-def _cleaned(value: Any, own: list[str]) -> Any:
+def _cleaned(value: Any, own: list[str], compared: Collection[str]) -> Any:
     if isinstance(value, str):
         return _redacted(value, own)
     if isinstance(value, dict):
-        return {key: _cleaned(item, own) for key, item in value.items()}
+        return {key: _cleaned(item, [] if key in compared else own, compared) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_cleaned(item, own) for item in value]
+        return [_cleaned(item, own, compared) for item in value]
     return value
 
 

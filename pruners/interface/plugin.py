@@ -56,11 +56,30 @@ def register(kind: type[Any], name: str | None = None) -> str:
     """Make a method known by its name, which is returned; UsageError where another one has it."""
     name = name or called(kind)
     known = pruners.METHODS.setdefault(name, kind)
-    if known is not kind and inspect.getsourcefile(known) != inspect.getsourcefile(kind):
-        places = " and ".join(str(inspect.getsourcefile(one)) for one in (known, kind))
+    if known is not kind and _place(known) != _place(kind):
+        places = " and ".join(map(_place, (known, kind)))
         raise UsageError(f"Two methods are called {name}, in {places}; give one class another name.")
     pruners.METHODS[name] = kind
     return name
+
+
+def check(method: Any) -> None:
+    """UsageError for a method that is called like a known one and is another, so that both would have one record."""
+    kind = type(method)
+    known = pruners.METHODS.get(kind.__name__.lower())
+    if known is not None and kind not in pruners.METHODS.values() and _place(known) != _place(kind):
+        raise UsageError(
+            f"{kind.__name__} of {_place(kind)} is called like the method {kind.__name__.lower()} of {_place(known)}; "
+            "give its class another name."
+        )
+
+
+def _place(kind: type[Any]) -> str:
+    """The file that declares a class, or where there is none its module."""
+    try:
+        return inspect.getsourcefile(kind) or kind.__module__
+    except TypeError:
+        return kind.__module__
 
 
 def methods(made: ModuleType) -> list[type[Any]]:
