@@ -11,6 +11,7 @@ from experiments import measures, models, rates, recovery
 from experiments.labels import apart, distinct, labels
 from experiments.measures.asked import Costs, DenseAnswers, MaskSample
 from experiments.spec import Efficiency, Run, Table, digest, needs_windows
+from pruners.interface.suggest import UsageError
 
 T = TypeVar("T")
 ALONE = (Costs, DenseAnswers, Efficiency, MaskSample)  # measures of the making, of the dense model too, or of memory
@@ -51,12 +52,23 @@ class Cell:
 
 
 def cells(runs: Sequence[Run], table: Table | None = None) -> list[Cell]:
-    """One cell per run, called as its table says; raises UsageError for a model nobody knows."""
+    """One cell per run, called as its table says; UsageError for a model nobody knows, and for what no record can hold
+    or a label that is none."""
     identities = {name: _identity(name) for name in dict.fromkeys(run.model for run in runs)}
-    words = labels(runs, table.label if table else None)
+    try:
+        ids = [_id(run, identities[run.model]) for run in runs]
+        words = labels(runs, table.label if table else None)
+    except UsageError as error:
+        raise UsageError(f"{table.called}: {error}" if table else str(error)) from error
     titles = distinct(runs, [table.title_of(told) for told in words] if table else words)
-    named = zip(runs, apart(runs, titles), words, titles, strict=True)
-    return [Cell(run, run.id(identities[run.model]), name, told, seen) for run, name, told, seen in named]
+    return [Cell(*told) for told in zip(runs, ids, apart(runs, titles), words, titles, strict=True)]
+
+
+def _id(run: Run, identity: dict[str, str]) -> str:
+    try:
+        return run.id(identity)
+    except (TypeError, ValueError) as error:
+        raise UsageError(str(error)) from error
 
 
 def method_name(run: Run) -> str:
