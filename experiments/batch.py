@@ -15,6 +15,7 @@ from experiments import errors, measures, models
 from experiments.callbacks import Watcher, Watchers
 from experiments.cells import Cell, ordered
 from experiments.models import kept
+from experiments.own import saved
 from experiments.placement import several
 from experiments.progress import Board, duration
 from experiments.recovery import Retraining
@@ -114,7 +115,7 @@ def refuse_unshared(chosen: Sequence[Cell], processes: int) -> None:
 def finished(chosen: Sequence[Cell], known: Mapping[str, Record], settings: Settings) -> dict[str, Record]:
     """Of these cells, by id, the records that are to be kept and whose model is where it was asked for."""
     standing = found.finished(chosen, known, settings.root, settings.data_dir, settings.again)
-    return {id: record for id, record in standing.items() if _is_kept(id, settings)}
+    return {id: record for id, record in standing.items() if _is_kept(record, settings)}
 
 
 def _run_along(table: str, chosen: Sequence[Cell], settings: Settings, together: Ranks) -> None:
@@ -142,7 +143,7 @@ def _run_table(
     standing = finished(chosen, known, settings)
     if any(cell.id not in standing for cell in chosen):
         atomic.check_writable(records.folder(settings.root, table))
-    unmade = [cell for cell in chosen if cell.id not in standing and _is_kept(cell.id, settings)]
+    unmade = [cell for cell in chosen if cell.id not in standing and _adoptable(cell, table, settings)]
     taken = elsewhere.adopt_all(settings.root, table, unmade, settings.data_dir)
     standing |= taken
     todo = ordered([cell for cell in chosen if cell.id not in standing])
@@ -196,13 +197,14 @@ class _Worker:
 
     def _is_done(self, cell: Cell) -> bool:
         """Another process may have been faster, for this table or for another one."""
-        if not _is_kept(cell.id, self.settings):
-            return False
         root, data_dir = self.settings.root, self.settings.data_dir
         record = records.find(root, self.table, cell.id)
-        if record is not None and found.stands(record, cell.run, root, data_dir, self.settings.again):
+        if record is not None and finished([cell], {cell.id: record}, self.settings):
             return True
-        return elsewhere.adopt(root, self.table, cell, data_dir) is not None
+        return (
+            _adoptable(cell, self.table, self.settings)
+            and elsewhere.adopt(root, self.table, cell, data_dir) is not None
+        )
 
     def _run(self, cell: Cell, resumed: int) -> None:
         from experiments.run import execute  # with the libraries, which nobody waits for where all is done
@@ -267,9 +269,17 @@ class _Worker:
             self.board.say(str(second))
 
 
-def _is_kept(id: str, settings: Settings) -> bool:
-    """Whether the model of a cell lies where it is wanted, if it is."""
-    return id not in settings.save or (settings.save[id] / "config.json").is_file()
+def _is_kept(record: Record, settings: Settings) -> bool:
+    """Whether the model that this record measured lies where it is wanted, if it is."""
+    return record.id not in settings.save or saved.holds(settings.save[record.id], record)
+
+
+def _adoptable(cell: Cell, table: str, settings: Settings) -> bool:
+    """Whether another table's record would do: its model is where it is wanted, if it is."""
+    if cell.id not in settings.save:
+        return True
+    record = elsewhere.known(settings.root, table, cell, settings.data_dir)
+    return record is not None and _is_kept(record, settings)
 
 
 def _pace(chosen: Sequence[Cell], finished: Mapping[str, Record]) -> float | None:

@@ -54,18 +54,28 @@ class Cell:
 
 
 def cells(runs: Sequence[Run], table: Table | None = None) -> list[Cell]:
-    """One cell per run, called as its table says; raises UsageError for a model nobody knows, and for methods of
-    different classes that would have one record."""
+    """One cell per run, called as its table says; UsageError for a model nobody knows, for what no record can hold, a
+    label that is none, and methods of different classes that would have one record."""
     for run in runs:
         for method in filter(None, (run.method, run.tuning and run.tuning.at)):
             plugin.check(method)
     identities = {name: _identity(name) for name in dict.fromkeys(run.model for run in runs)}
-    words = labels(runs, table.label if table else None)
+    try:
+        ids = [_id(run, identities[run.model]) for run in runs]
+        words = labels(runs, table.label if table else None)
+    except UsageError as error:
+        raise UsageError(f"{table.called}: {error}" if table else str(error)) from error
     titles = distinct(runs, [table.title_of(told) for told in words] if table else words)
-    named = zip(runs, apart(runs, titles), words, titles, strict=True)
-    made = [Cell(run, run.id(identities[run.model]), name, told, seen) for run, name, told, seen in named]
+    made = [Cell(*told) for told in zip(runs, ids, apart(runs, titles), words, titles, strict=True)]
     _refuse_namesakes(made)
     return made
+
+
+def _id(run: Run, identity: dict[str, str]) -> str:
+    try:
+        return run.id(identity)
+    except (TypeError, ValueError) as error:
+        raise UsageError(str(error)) from error
 
 
 def _refuse_namesakes(made: Sequence[Cell]) -> None:

@@ -32,7 +32,7 @@ def sentence(error: BaseException) -> str:
         return message
     told = f"{type(error).__name__}: {message}"
     place = _place(error)
-    return f"{told} (this is a bug in {place})" if place and is_fault(error) else told
+    return f"{told.rstrip('.')} ({place})" if place and is_fault(error) else told
 
 
 def is_fault(error: BaseException) -> bool:
@@ -61,7 +61,11 @@ def _first_line(error: BaseException) -> str:
 
 
 def _place(error: BaseException) -> str:
-    """The innermost line of this project's that it passed; empty where there is none."""
-    passed = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).is_relative_to(ROOT)]
-    ours = [frame for frame in passed if "site-packages" not in frame.filename]
-    return f"{Path(ours[-1].filename).relative_to(ROOT)}, line {ours[-1].lineno}" if ours else ""
+    """The innermost line that it passed of a file of the user's own, or else of this project's; empty without one."""
+    passed = traceback.extract_tb(error.__traceback__)
+    own = {getattr(made, "__file__", "") for name, made in list(sys.modules.items()) if name.startswith("own_")}
+    if theirs := [frame for frame in passed if frame.filename in own]:
+        return f"raised by {theirs[-1].filename}, line {theirs[-1].lineno}"
+    below = [frame for frame in passed if Path(frame.filename).is_relative_to(ROOT)]
+    ours = [frame for frame in below if "site-packages" not in frame.filename]
+    return f"this is a bug in {Path(ours[-1].filename).relative_to(ROOT)}, line {ours[-1].lineno}" if ours else ""

@@ -10,6 +10,8 @@ from typing import Any
 from experiments import recovery
 from experiments.data.sources import SOURCES
 from experiments.spec import Run, digest
+from pruners.interface import checks
+from pruners.interface.suggest import UsageError
 
 SETTINGS = ("sparsity", "pattern", "ratio", "target_parameters")
 COLUMNS = ("model", "windows", "measures", "dtype", *(f"method.{name}" for name in SETTINGS))  # what a setting tells
@@ -22,12 +24,18 @@ def labels(runs: Sequence[Run], label: Callable[[Run], tuple[str, str]] | None =
     """(method, setting) of every run, in the words of `label` where a table has them.
 
     Otherwise a hyperparameter is named where it differs from its default or between the table's runs of the same
-    method.
+    method.  UsageError for words that are no such pair.
     """
     if label:
-        return [label(run) for run in runs]
+        return [_pair(label(run)) for run in runs]
     varying = _varying([run.method for run in runs if run.method is not None])
     return [(_method(run.method, varying) + _stages(run), setting(run.method)) for run in runs]
+
+
+def _pair(words: Any) -> tuple[str, str]:
+    if not isinstance(words, tuple) or len(words) != 2 or not all(isinstance(word, str) for word in words):
+        raise UsageError(f"label gives two texts, for the method and its setting; got {checks.typed(words)}.")
+    return words
 
 
 def distinct(runs: Sequence[Run], named: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import resource
 import subprocess
@@ -110,5 +111,6 @@ def commit() -> tuple[str | None, bool | None]:
 def _git(*arguments: str) -> str | None:
     with suppress(OSError, subprocess.CalledProcessError):
         command = ["git", "-C", str(REPOSITORY), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        ours = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # a hook's are not
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=ours).stdout.strip()
     return None

@@ -6,6 +6,7 @@ A Run's id hashes every field that can move the number and nothing else: where a
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,13 @@ import pruners
 from experiments.models import catalogue
 from pruners.interface import checks
 from pruners.interface.checks import Count, Counts, Flag, Number, Rule, Seed, Text
+from pruners.interface.suggest import UsageError
 
+COLUMNS = Rule(
+    "a tuple of columns, each a tuple that begins with its model, such as (('llama-7b',),)",
+    (tuple, list),
+    lambda columns: all(isinstance(one, tuple | list) and one and isinstance(one[0], str) for one in columns),
+)
 SAMPLING = ("documents", "stream", "sentences", "first", "dialogues")
 DTYPES = ("float32", "bfloat16", "float16")
 Metrics = Annotated[
@@ -294,15 +301,25 @@ class Table:
     learning rates were chosen that the table names itself.
     """
 
-    name: str
+    name: Text
     title: str
-    rows: tuple[Any, ...]
-    columns: tuple[tuple[Any, ...], ...]
-    run: Callable[..., Run | None]
+    rows: Annotated[tuple[Any, ...], Rule("a tuple of rows, such as methods, None for the dense model", (tuple, list))]
+    columns: Annotated[tuple[tuple[Any, ...], ...], COLUMNS]
+    run: Annotated[Callable[..., Run | None], checks.FUNCTION]
     published: str | None = None
-    label: Callable[[Run], tuple[str, str]] | None = None
+    label: Annotated[Callable[[Run], tuple[str, str]], checks.FUNCTION] | None = None
     rates: str | None = None
     titles: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        checks.fields(self)
+        checks.mapping("Table: titles", self.titles, "words for readers by the paper's")
+
+    @property
+    def called(self) -> str:
+        """With the file of its cells, for a reader who is to mend it."""
+        file = getattr(getattr(self.run, "__code__", None), "co_filename", "")
+        return f"The table {self.name}{f' ({file})' if file else ''}"
 
     def title_of(self, words: tuple[str, str]) -> tuple[str, str]:
         """What readers see of a method and a setting."""
@@ -313,10 +330,32 @@ class Table:
         """The table's runs in reading order, each once; `model` asks for the same experiment on another model.
 
         Windows that nobody reads are left out, so that a method without data is one run whatever the seeds.
+        UsageError, with the row and the column, where `run` does not take them or gives what is no cell.
         """
-        cells = [self.run(row, model or name, *rest) for row in self.rows for name, *rest in self.columns]
+        takes = inspect.signature(self.run)
+        cells = [self._cell(takes, row, model or name, *rest) for row in self.rows for name, *rest in self.columns]
         runs = [run if run.calibrates else replace(run, windows=None) for run in cells if run is not None]
-        return list(dict.fromkeys(runs))
+        try:
+            return list(dict.fromkeys(runs))
+        except TypeError as error:
+            why = f"a cell is found by all that it holds, and here is an {error}; use tuples in the place of it."
+            raise UsageError(f"{self.called}: {why}") from error
+
+    def _cell(self, takes: inspect.Signature, row: Any, *column: Any) -> Run | None:
+        try:
+            takes.bind(row, *column)
+        except TypeError as error:
+            raise UsageError(f"{self._at(row, column)}: run does not take them: {error}.") from error
+        run = self.run(row, *column)
+        if run is not None and not isinstance(run, Run):
+            raise UsageError(f"{self._at(row, column)}: run gives a Run, or None for no cell; got {checks.typed(run)}.")
+        for what in run.measures if run else ():
+            if isinstance(what, type) or not hasattr(what, "key"):
+                raise UsageError(f"{self._at(row, column)}: {checks.typed(what)} is no measure, as a Perplexity is.")
+        return run
+
+    def _at(self, row: Any, column: tuple[Any, ...]) -> str:
+        return f"{self.called}, row {checks.shown(row)}, column {checks.shown(column)}"
 
 
 def merged(measures: Sequence[Any]) -> tuple[Any, ...]:
@@ -351,14 +390,15 @@ def describe(thing: Any) -> dict[str, Any] | None:
 
     Fields whose metadata says `{"result": False}` cannot move the number and are left out, or move it only where the
     flag is set that `{"result": "flag"}` names; so is a field that came after records were made, `{"since": "later"}`,
-    where it has its default.
+    where it has its default.  TypeError and ValueError for what no record can hold.
     """
     if thing is None:
         return None
     if not is_dataclass(thing):
         raise TypeError(f"{thing!r} is not a dataclass; methods and measures of a Run are frozen dataclasses.")
+    of = type(thing).__name__
     kept = {f.name: getattr(thing, f.name) for f in fields(thing) if _is_told(f, thing)}
-    return {"name": _name(thing), **{key: _plain(value) for key, value in kept.items()}}
+    return {"name": _name(thing), **{key: _plain(value, f"{of}: {key}") for key, value in kept.items()}}
 
 
 def _is_told(field: Field[Any], thing: Any) -> bool:
@@ -382,9 +422,11 @@ def _name(thing: Any) -> str:
     return names.get(type(thing), type(thing).__name__.lower())
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, name: str) -> Any:
     if is_dataclass(value):
         return describe(value)
     if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
-    return value
+        return [_plain(item, name) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item, name) for key, item in value.items()}
+    return checks.PLAIN.checked(name, value)

@@ -280,7 +280,9 @@ def _plan(asked: argparse.Namespace, chosen: selection.Asked) -> Work:
     places = {name: _absolute(told[name]) for name in ("data_dir", "save_models")}  # jobs may run in another folder
     model = told["model"] and catalogue.absolute(told["model"])
     sources = {one.table: tables.absolute(one.source) for one, _ in chosen}
+    limits = {one.table: one.limit for one, _ in chosen}  # None for a table without tasks to cut
     own: dict[str, Any] = {"plugin": [_absolute(file) for file in asked.plugin], "sources": sources}
+    own |= {"limit": next(filter(None, limits.values()), None), "limits": limits}
     return Work({**told, "model": model, "results": str(asked.results), **places, **own})
 
 

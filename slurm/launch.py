@@ -23,8 +23,9 @@ from submitit.core.utils import FailedJobError
 from submitit.helpers import clean_env
 from submitit.slurm.slurm import _make_sbatch_string  # the only way to see the script without sending it
 
+from experiments import batch
 from experiments.cells import Cell
-from experiments.store import elsewhere, found, records
+from experiments.store import elsewhere, records
 from slurm import choices, jobs, ledger, queue, state
 from slurm.jobs import Array
 from slurm.ledger import Entry
@@ -56,7 +57,7 @@ def missing(plan: Work, chosen: Chosen, dry: bool = False) -> Todo:
     cells: dict[str, Cell] = {}
     tables: dict[str, list[str]] = {}
     for table, asked in chosen.items():
-        known = found.finished(asked, records.load(plan.root, table), plan.root, plan.data_dir, plan.again)
+        known = batch.finished(asked, records.load(plan.root, table), plan.settings(table, asked))
         left = [cell for cell in asked if cell.id not in known]
         if not dry:
             _ask(table, [cell.id for cell in left if cell.id in taken], taken)

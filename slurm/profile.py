@@ -233,7 +233,7 @@ def load(name: str) -> Profile:
     """
     path = FOLDER / f"{name}.toml"
     if not path.is_file():
-        path = Path(name)
+        path = Path(name).expanduser()
     if not path.is_file():
         raise UsageError(f"{unknown('profile', name, names())} The path of a TOML file works as well.")
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from experiments.store.redaction import BARE, HARMLESS, NAME, TOKENS
+from experiments.store.redaction import BARE, HARMLESS, NAME, OF_HEADER, TOKENS
 
 REFERENCE = re.compile(
     r"['\"]*(?:(?:\$\w+|\$\{\w+\}|\$\((?:cat\s|<)[^()]*\)|`cat\s[^`]*`|\*+)['\"]*)*"
@@ -22,11 +22,11 @@ KEPT = (
 )
 PASSING = re.compile(r"--(?:host|username|registry|cloud|base-url)[=\s]+\S+")
 KINDS: tuple[tuple[str, str], ...] = (
-    ("{name}", rf"{NAMED}['\"]?\s*(?:\+=|[=:])\s*{VALUE}"),
+    ("{name}", rf"{NAMED}['\"]?\]?\s*(?:\+=|[=:])\s*{VALUE}"),
     ("{name}", rf"\b(?:set|setenv|set-env|config|put)\b[^|;&]*?\s{NAMED}\s+(?!=){VALUE}"),
-    ("{name}", rf"(?P<name>--(?:[\w-]+[-_])?(?:token|password|passwd|pass|secret|api[-_]?key|key|auth"
+    ("{name}", rf"(?P<name>--(?:[\w-]+[-_])?(?:token|password|passwd|passphrase|pass|secret|api[-_]?key|key|auth"
                rf"|credentials?))[=\s]\s*{VALUE}"),
-    ("{name}", rf"(?P<name>(?i:authorization|x-api-key|x-auth-token|private-token|api-key|cookie))['\"]?\s*[:=]\s*"
+    ("{name}", rf"(?P<name>(?i:authorization|{OF_HEADER}|private-token|api-key|cookie))['\"]?\s*[:=]\s*"
                rf"['\"]?(?:(?i:bearer|basic|token|digest)\s+)?{VALUE}"),
     ("{name}", rf"(?P<name>(?i:bearer))\s+{VALUE}"),
     ("an address with a password", rf"://[^\s/:@'\"]*:(?!\s|\d+/){VALUE}@"),
@@ -42,6 +42,8 @@ KINDS: tuple[tuple[str, str], ...] = (
     ("what is written to a file of secrets", rf"(?:>>?|\btee)\s*{KEPT}\s*<<<\s*{VALUE}"),
     ("{name} of .netrc", rf"\blogin\s+\S+\s+(?P<name>password)\s+{VALUE}"),
     ("{name}", rf"(?P<name>\bcurl\b(?:(?!&&)[^|;])*\s(?:-[A-Za-z]*[uU]|--(?:proxy-)?user))\s*['\"]?[^\s:'\"]+:{VALUE}"),
+    ("{name}", rf"(?P<name>\blftp\s(?:[^|;&]*\s)?(?:-u|--user))[=\s]*['\"]?[^\s,'\"]+,{VALUE}"),
+    ("{name}", rf"(?P<name>\b(?:smb\w+|rpcclient)\s(?:[^|;&]*\s)?(?:-U|--user))[=\s]*['\"]?[^\s%'\"]+%{VALUE}"),
     ("{name}", rf"(?P<name>\bsshpass\s+-p)\s*{VALUE}"),
     ("{name}", rf"(?P<name>\blogin\b[^|;&]*?\s-p)\s*{VALUE}"),  # docker, podman, az
     ("{name}", rf"(?P<name>\b(?:mysql|mysqldump|mariadb)\s(?:[^|;&]*\s)?-p)(?!\s|$){VALUE}"),

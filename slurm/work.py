@@ -9,11 +9,11 @@ from __future__ import annotations
 import os
 import signal
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from submitit import JobEnvironment
 from submitit.core.utils import DelayedSubmission
@@ -24,13 +24,19 @@ from experiments.store import redaction
 from pruners.run import ranks
 from slurm import launched
 
+if TYPE_CHECKING:
+    from experiments.cells import Cell
+    from experiments.settings import Settings
+    from slurm.ledger import Entry
+
 PATHS = ("results", "data_dir", "save_models")
+CHANGED = "The model or the table was changed after this cell was submitted; submit it again."
 
 
 @dataclass(frozen=True)
 class Work:
     """Cells by id with the tables that ask for each, and the `arguments` of `python -m experiments run` by name, paths
-    as text; `sources` says by table what it was asked for by.
+    as text; `sources` says by table what it was asked for by, and `limits` by table the `limit` of its tasks.
 
     The first table of a cell runs it and the others take its record over, those too that ask for it later.
     On several `cards` a process for each runs all cells together with the others (`launched`).
@@ -62,16 +68,18 @@ class Work:
 
         total: dict[str, list[str]] = {"found": [], "done": [], "failed": []}
         failed: dict[str, str] = {}  # by cell the table where it failed
+        message = ""
         with redaction.quiet_logs(), kept.lasting():
             for table, ids in self._parts():
                 outcome = self._run(table, [id for id in ids if id not in failed])
                 for name, labels in total.items():
                     labels += outcome[name]
                 failed |= dict.fromkeys(outcome["failed ids"], table)
+                message = CHANGED if outcome["gone"] else message
                 self._share_failures(table, [id for id in ids if failed.get(id, table) != table], failed)
         if ranks.rank() == 0:
             self._hand_on(failed)
-            self.log().write("job finished", **total)
+            self.log().write("job finished", **total, **({"message": message} if message else {}))
 
     def checkpoint(self) -> DelayedSubmission:
         """What to go on with; leaves the process instead where going on has led nowhere too often."""
@@ -106,6 +114,15 @@ class Work:
     def saves(self) -> bool:
         return bool(self.arguments.get("save_models"))
 
+    def settings(self, table: str, cells: Sequence[Cell]) -> Settings:
+        """By which a record stands, and its model is where it was asked for."""
+        from experiments.own import saved
+        from experiments.settings import Settings
+
+        folder = self.arguments.get("save_models")
+        save = saved.places(list(cells), Path(folder), table) if folder else {}
+        return Settings(self.root, data_dir=self.data_dir, again=self.again, save=save)
+
     def asked(self, table: str) -> Namespace:
         """As a command line gives it, for one table; options that are younger than the job are at their defaults."""
         parser = ArgumentParser()
@@ -115,6 +132,8 @@ class Work:
         source = self.arguments["sources"][table]
         defaults = vars(parser.parse_args([source]))
         told = {name: value for name, value in self.arguments.items() if name not in ("tables", "all")}
+        limits = self.arguments.get("limits", {})
+        told["limit"] = limits.get(table, self.arguments.get("limit"))
         paths = {name: Path(value) for name in PATHS if (value := self.arguments.get(name))}
         asked = Namespace(**{**defaults, **told, **paths, "method": [], "only": [], "all": False})
         cli.resolve(asked)
@@ -132,20 +151,45 @@ class Work:
         from experiments import batch
 
         asked = self.asked(table)
-        chosen = [cell for cell in cli.declared(asked) if cell.id in ids]
+        declared = cli.declared(asked)
+        chosen = [cell for cell in declared if cell.id in ids]
+        gone = self._gone(table, set(ids), declared)
         watchers = [self.log(table), *cli.watchers(asked)] if ranks.rank() == 0 else []
         outcome = batch.run_table(asked.table, chosen, cli.settings(asked, chosen), watchers)
         failed = [cell.id for cell in chosen if cell.label in outcome.failed]
-        return {"found": outcome.found, "done": outcome.done, "failed": outcome.failed, "failed ids": failed}
+        return {
+            "found": outcome.found, "done": outcome.done, "failed": [*outcome.failed, *gone], "failed ids": failed,
+            "gone": gone,
+        }  # fmt: skip
+
+    def _gone(self, table: str, ids: set[str], declared: Sequence[Cell]) -> list[str]:
+        """The labels of cells that no longer are what was submitted; one of the same label in its place has failed."""
+        gone = ids - {cell.id for cell in declared}
+        if not gone:
+            return []
+        from experiments import models
+        from experiments.store import records
+        from experiments.store.records import Failure
+
+        entry = self._entry()
+        sent = entry.of(table) if entry else {}
+        labels = [sent.get(id, id) for id in gone]
+        if ranks.rank() == 0:
+            known = records.load(self.root, table)
+            for cell in declared:
+                if cell.label in labels and cell.id not in known:
+                    spec = cell.run.spec(models.identity(cell.run.model))
+                    records.write_failure(
+                        Failure(id=cell.id, table=table, spec=spec, message=CHANGED, traceback=[], at=records.now()),
+                        self.root,
+                    )
+        return sorted(labels)
 
     def _hand_on(self, failed: Mapping[str, str]) -> None:
         """What became of its cells, to tables that submissions after its own have asked for them."""
         from experiments.store import elsewhere
-        from slurm import ledger
 
-        place = Path(self.events).with_name("entry.json")
-        entry = ledger.read(place, self.root) if place.is_file() else None
-        if entry is None:
+        if (entry := self._entry()) is None:
             return
         late = {id: [table for table in entry.asking(id) if table not in self.cells[id]] for id in self.cells}
         for first in {self.cells[id][0] for id, tables in late.items() if tables}:
@@ -155,6 +199,13 @@ class Work:
                         self._share_failures(table, [cell.id], failed)
                     else:
                         elsewhere.adopt(self.root, table, cell, self.data_dir)
+
+    def _entry(self) -> Entry | None:
+        """The submission that this job belongs to."""
+        from slurm import ledger
+
+        place = Path(self.events).with_name("entry.json")
+        return ledger.read(place, self.root) if place.is_file() else None
 
     def _share_failures(self, table: str, ids: list[str], failed: Mapping[str, str]) -> None:
         """A cell that failed for one table is not tried again for the next."""

@@ -90,7 +90,14 @@ def test_what_is_kept_is_never_written_over_and_a_finished_cell_is_kept_later(wh
     assert prune(asked.partition(" --save")[0], where) == 0
     assert prune(asked, where) == 0
     assert (tmp_path / "kept/config.json").is_file()
+    card = (tmp_path / "kept/README.md").read_text()
     capsys.readouterr()
+    assert prune(asked, where) == 0  # it is all there
+    assert f"model: {tmp_path / 'kept'}" in capsys.readouterr().err
+    assert prune(asked.replace("0.5", "0.4"), where) == 2
+    assert "already holds a model, of the record" in capsys.readouterr().err
+    assert (tmp_path / "kept/README.md").read_text() == card
+    (tmp_path / "kept/README.md").unlink()
     assert prune(asked, where) == 2
     assert "already exists and is not empty" in capsys.readouterr().err
 
@@ -214,6 +221,9 @@ def test_a_model_whose_pruned_weights_were_filled_is_nowhere_said_to_be_sparse(h
         ("--method wanda --sparsity 0.5 --measure ppl", "is not a protocol key"),
         ("--method wanda --sparsity 0.5 --limit 3", "--limit applies to the documents of --tasks"),
         ("--method wanda --sparsity 0.5 --calibration nowhere/train", "nowhere/train"),
+        ("--method wanda --recover norms --calibration own/text --seqlen 32", "Retraining on own/text cannot be: the "),
+        ("--method wanda --recover norms --steps 2 --held-out own/text", "Retraining on own/text cannot be"),
+        ("--method magnitude --measure own/text@64", "Perplexity own/text@64 cannot be: the dense model writes own/t"),
         ("--method wanda --sparsity 0.5 --calibration wikitext2/train", "the Hub does not answer: wikitext2/train"),
         ("--method wanda --sparsity 0.5 --plugin README.md", "README.md is not a Python file"),
         ("--sparsity 0.5", "prune needs a MODEL and a --method NAME"),

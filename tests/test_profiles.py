@@ -176,7 +176,20 @@ echo -n "SECRET" >> ~/.hf_token
 printf '%s\\n' SECRET > token.txt
 echo SECRET | tee $HF_HOME/token
 cat > $HF_HOME/token <<< SECRET
-echo hf_abcdefghijklmnopqrstuvwxyz > ~/.cache/huggingface/token""".splitlines()
+echo hf_abcdefghijklmnopqrstuvwxyz > ~/.cache/huggingface/token
+export HF_TOKEN2=SECRET
+python -c 'import os; os.environ["HF_TOKEN"]="SECRET"'
+python -c "import os; os.environ['HF_TOKEN'] = 'SECRET'"
+curl -H "X-Vault-Token: SECRET" https://vault.example.org
+curl -H 'X-My-Api-Key: SECRET' https://example.org
+gpg --batch --passphrase SECRET -d a.gpg
+gpg --passphrase=SECRET -d a.gpg
+export STORE="DefaultEndpointsProtocol=https;AccountName=a;AccountKey=SECRET;EndpointSuffix=core.windows.net"
+curl -d "{}" https://hooks.slack.com/services/T00000000/B00000000/SECRETSECRETSECRET
+lftp -u me,SECRET sftp://example.org
+lftp -e "mirror a b" -u "me,SECRET" example.org
+smbclient -U me%SECRET //host/share
+smbclient -U "DOMAIN/me%SECRET" //host/share""".splitlines()
 HARMLESS = """module load cuda/12.4
 source .venv/bin/activate
 set -x
@@ -246,6 +259,20 @@ echo ok > status.token
 echo $(date) > job.token
 export PATH=$PATH:$HOME/bin
 export BYPASS=1
+export USE_OAUTH2=1
+export NUM_TOKEN2=5
+export PASS2=1
+export HF_TOKEN2=$HF_TOKEN2
+curl -H "X-Vault-Token: $VAULT_TOKEN" https://vault.example.org
+curl -H "X-Cache-Key: abc" https://example.org
+gpg --batch --passphrase-fd 0 -d a.gpg < ~/.passphrase
+gpg --passphrase "$PASSPHRASE" -d a.gpg
+lftp -u me sftp://example.org
+lftp -u "me,$PASSWORD" sftp://example.org
+lftp -u me example.org -e "mirror a b, c"
+smbclient -U me //host/share
+smbclient -U me%$PASSWORD //host/share
+curl https://hooks.slack.com/services/$SLACK_PATH
 export PYTHONPATH=$PWD:$PYTHONPATH
 export XDG_CACHE_HOME=$SCRATCH/cache
 apptainer exec --nv --bind $PWD pruning.sif python
@@ -268,7 +295,19 @@ def test_a_line_without_a_secret_is_let_through(tmp_path, line):
     assert profile.load(write(tmp_path, quoted(line))).setup == (line,)
 
 
-@pytest.mark.parametrize("line", ["echo " + 500 * "`a`" + " y", 3000 * "token_", "export A=" + 300 * "`hostname`-"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "echo " + 500 * "`a`" + " y",
+        3000 * "token_",
+        "export A=" + 300 * "`hostname`-",
+        500 * "lftp -u a ",
+        500 * "smbclient -U a ",
+        1500 * "x-a-",
+        500 * "AccountKey ",
+        500 * "--passphrase-fd 0 ",
+    ],
+)
 def test_no_line_takes_long_to_be_looked_at(tmp_path, line):
     """For ever, if it were looked at in every way in which it can be read."""
     assert profile.load(write(tmp_path, quoted(line))).setup == (line,)

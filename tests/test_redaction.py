@@ -33,6 +33,10 @@ FORMS = [
     f"Cookie: id=5; session={SECRET}; theme=dark",
     f"HF_TOKEN={SECRET}",
     f"HF_TOKEN_READ={SECRET}",
+    f"HF_TOKEN2={SECRET}",
+    f"X-Vault-Token: {SECRET}",
+    f"AccountName=a;AccountKey={SECRET}",
+    f"https://hooks.slack.com/services/T0/B0/{3 * SECRET}",
     f"WANDB_API_KEY_TEAM={SECRET}",
     f"TOKEN_HF={SECRET}",
     f"HF_TOKEN+={SECRET}",
@@ -98,6 +102,7 @@ def test_the_secrets_of_the_environment_are_hidden_wherever_they_stand(monkeypat
         ("PIP_EXTRA_INDEX_URL", "https://a:Pa55word@b/simple https://c:second@d/simple", "Pa55word"),
         ("http_proxy", "a:Pa55word@proxy:3128", "Pa55word"),
         ("VAULT_SECRET_ID", "Pa55word", "Pa55word"),
+        ("HF_TOKEN2", "Pa55word", "Pa55word"),
     ],
 )
 def test_what_a_variable_holds_is_hidden(monkeypatch, name, value, secret):

@@ -43,7 +43,7 @@ def resolve(asked: argparse.Namespace) -> None:
         asked.source, asked.table = source, tables.find(source).name
         _SOURCES[asked.table] = (source, options)
     elif several:
-        asked.sources = {tables.find(word).name: word for word in _named(asked)}
+        asked.sources = tables.named(_named(asked))
         _SOURCES.update({name: (word, options) for name, word in asked.sources.items()})
     _rehearse(asked)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
+import unicodedata
 from pathlib import Path
 
 LARGEST_GB = 100_000
@@ -15,14 +16,17 @@ def word(text: str) -> str:
     """A name that asks for something; an unset variable of a shell leaves it empty."""
     if not text.strip():
         raise argparse.ArgumentTypeError("empty value (an unset variable?); give one or leave the option out")
-    if not text.isprintable():
+    if any(unicodedata.category(sign) in ("Cc", "Cs") for sign in text):  # other signs stand in names of folders
         raise argparse.ArgumentTypeError(f"{text!r} contains a control character, which names cannot have")
     return text
 
 
 def path(text: str) -> Path:
-    """A file or folder."""
-    return Path(word(text))
+    """A file or folder; `~` is the home folder also where a shell leaves it, as in `--results=~/x`."""
+    try:
+        return Path(word(text)).expanduser()
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} begins with a user who has no home folder here") from error
 
 
 def device(text: str) -> str:

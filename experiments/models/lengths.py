@@ -1,4 +1,4 @@
-"""Refuses windows that a model cannot read, by its configuration alone: before anything is loaded or measured."""
+"""Refuses texts that a cell cannot read, by configurations alone: before anything is loaded or measured."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from experiments import models
+from experiments.labels import WRITTEN
 from experiments.rates import RateGrid
 from experiments.recovery import Documents, Retraining
 from experiments.spec import Efficiency, Perplexity, Run, Windows
@@ -15,10 +16,16 @@ from pruners.interface.suggest import UsageError
 
 
 def check(*runs: Run) -> None:
-    """UsageError for windows that are longer than the context length; some families have none, such as BLOOM."""
+    """UsageError for windows that are longer than the context length (some families have none, such as BLOOM), and for
+    a corpus that the dense model writes as calibration text where another text is read."""
     rooms = {model: _rooms(model) for model in {run.model for run in runs}}
     for run in runs:
-        for what, length in _read(run):
+        for what, corpus, length in _read(run):
+            if corpus in WRITTEN:
+                raise UsageError(
+                    f"{what} cannot be: the dense model writes {corpus}, which is calibration text alone; name "
+                    "another corpus."
+                )
             room = rooms[run.model][what.partition(" ")[0]]
             if length > room:
                 raise UsageError(
@@ -40,18 +47,18 @@ def _rooms(model: str) -> Mapping[str, float]:
     return rooms
 
 
-def _read(run: Run) -> Iterator[tuple[str, int]]:
-    """What is read and how many tokens of it stand in a sequence."""
+def _read(run: Run) -> Iterator[tuple[str, str, int]]:
+    """What is read, from which corpus where it has to be one of texts, and how many tokens stand in a sequence."""
     if run.windows and run.calibrates:
-        yield f"Calibration on {run.windows.corpus}", run.windows.length
+        yield f"Calibration on {run.windows.corpus}", "", run.windows.length
     if isinstance(run.recovery, Retraining):
         for text in (run.recovery.text, run.recovery.held_out):
             if isinstance(text, Windows | Documents):
-                yield f"Retraining on {text.corpus}", text.length
+                yield f"Retraining on {text.corpus}", text.corpus, text.length
     for measure in run.measures:
         if isinstance(measure, Perplexity):
-            yield f"Perplexity {measure.key}", measure.window
+            yield f"Perplexity {measure.key}", measure.corpus, measure.window
         elif isinstance(measure, RateGrid):
-            yield f"The {measure.key} on {measure.text.corpus}", measure.text.length
+            yield f"The {measure.key} on {measure.text.corpus}", measure.text.corpus, measure.text.length
         elif isinstance(measure, Efficiency) and measure.batch_sizes and measure.lengths:
-            yield f"The measure {measure.key}", max(measure.lengths) + measure.new_tokens
+            yield f"The measure {measure.key}", "", max(measure.lengths) + measure.new_tokens

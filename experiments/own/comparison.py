@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pruners
-from experiments.models import canonical, lengths, own_dtype
+from experiments.models import canonical, catalogue, lengths, own_dtype
 from experiments.own import defaults, tables
 from experiments.spec import Run, Table
 from experiments.store import atomic
@@ -106,9 +106,15 @@ def file(asked: argparse.Namespace) -> Path:
     """
     tables.check_name(asked.name, "of --name")
     names = ("methods", "settings", "seeds", "measures", "tasks", "limit", "calibration", "nsamples", "seqlen", "dtype")
-    told: dict[str, Any] = {"models": tuple(map(canonical, asked.models)), "name": asked.name}
+    told: dict[str, Any] = {
+        "models": tuple(catalogue.absolute(canonical(model)) for model in asked.models),
+        "name": asked.name,
+    }
     told |= {name: getattr(asked, name) for name in names if getattr(asked, name)}
-    runs = comparison(**told).runs()  # before anything is written, whatever is wrong with it
+    try:
+        runs = comparison(**told).runs()  # before anything is written, whatever is wrong with it
+    except ValueError as error:
+        raise error if isinstance(error, UsageError) else UsageError(str(error)) from error
     unread = [f"--{name}" for name in ("calibration", "nsamples", "seqlen") if name in told]
     if unread and not any(run.calibrates for run in runs):
         raise UsageError(f"None of {', '.join(asked.methods)} uses calibration text; leave out {', '.join(unread)}.")

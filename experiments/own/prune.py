@@ -62,7 +62,7 @@ def run(asked: argparse.Namespace) -> int:
     if asked.help is not None:
         print(explained(asked.help) if asked.help else asked.parser.format_help())
         return 0
-    from experiments.batch import run_table
+    from experiments import batch
 
     if asked.model is None or asked.method is None:
         raise UsageError("prune needs a MODEL and a --method NAME; see --help.")
@@ -71,18 +71,18 @@ def run(asked: argparse.Namespace) -> int:
     _refuse_lacking(runs, asked.data_dir)
     _refuse_unfit(runs[-1])
     lengths.check(*runs)
-    if asked.save:
-        _refuse_unkept(runs[-1], asked.save)
-    for line in _choices(runs[-1]):
-        cli.say(line)
     settings = cli.settings(asked)
     if asked.save:
         settings = replace(settings, save={found[-1].id: asked.save})
+        if not batch.finished(found[-1:], records.load(asked.results, TABLE), settings):
+            _refuse_unkept(runs[-1], asked.save)
+    for line in _choices(runs[-1]):
+        cli.say(line)
     watchers = cli.watchers(asked)
     with kept.lasting():
-        outcome = run_table(TABLE, found[:1], settings, watchers)
+        outcome = batch.run_table(TABLE, found[:1], settings, watchers)
         if not outcome.failed:  # what fails on the dense model would fail on the pruned one
-            outcome.add(run_table(TABLE, found[1:], settings, watchers))
+            outcome.add(batch.run_table(TABLE, found[1:], settings, watchers))
     known = records.load(asked.results, TABLE)
     if all(cell.id in known for cell in found):
         print(beside(found, known))

@@ -36,6 +36,7 @@ Calibration: {calibration}.{retraining}
 
 Record {id} of the table {table}, made {at} on {device} by commit {commit} with {packages}.{licence}
 """
+MADE = re.compile(r"^Record (?P<id>\w+) of the table \S+, made (?P<at>\S+) on ", re.MULTILINE)  # in a card
 STOCK = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -55,8 +56,27 @@ def places(cells: list[Cell], folder: Path, table: str) -> dict[str, Path]:
     return {cell.id: folder / table / f"{_slug(f'{cell.run.model_name} {cell.label}')}-{cell.id}" for cell in changed}
 
 
+def holds(folder: Path, record: Record) -> bool:
+    """Whether the model that this very record measured lies there, by its card."""
+    return (folder / "config.json").is_file() and _made(folder) == (record.id, record.made_by.at)
+
+
+def _made(folder: Path) -> tuple[str, str] | None:
+    """Of which record the model there is, by its id and when it was made; None where that is not said."""
+    try:
+        told = MADE.search(atomic.read(folder / "README.md"))
+    except (OSError, ValueError):
+        return None
+    return (told["id"], told["at"]) if told else None
+
+
 def check(run: Run, folder: Path) -> None:
     """ValueError, before any work, for what `write` could not keep, StorageError where the disk refuses."""
+    if made := _made(folder):
+        raise ValueError(
+            f"{folder} already holds a model, of the record {made[0]} as it was made {made[1]}, and is never written "
+            "over; name another folder, or move that one away."
+        )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} already exists and is not empty; name another folder for the model, or empty it.")
     if run.quantised:

@@ -7,6 +7,7 @@ package offers its own by the entry point group `llm_pruning.tables`.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -37,10 +38,29 @@ def find(asked: str) -> Table:
         return papers.find(asked)
     made = plugin.module(file)
     plugin.taken(made)
-    declared = {thing.name: thing for thing in vars(made).values() if isinstance(thing, Table)}
-    found = _chosen(declared, {key: t for key, t in vars(made).items() if isinstance(t, Table)}, name, file)
+    variables = {key: thing for key, thing in vars(made).items() if isinstance(thing, Table)}
+    declared: dict[str, Table] = {}
+    for thing in variables.values():
+        if declared.setdefault(thing.name, thing) is not thing:
+            raise UsageError(f"{file} declares two tables called {thing.name}; give one of them another name.")
+    found = _chosen(declared, variables, name, file)
     check_name(found.name, f"in {file}")
     papers.TABLES[found.name] = found
+    return found
+
+
+def named(words: Sequence[str]) -> dict[str, str]:
+    """By the names of tables the words that ask for them; UsageError for two tables of one name, or one of `find`'s."""
+    made: dict[str, Table] = {}
+    found: dict[str, str] = {}
+    for word in words:
+        table = find(word)
+        if made.setdefault(table.name, table) is not table:
+            raise UsageError(
+                f"{found[table.name]} and {word} both declare a table called {table.name}, and records lie under its "
+                "name; give one of them another name."
+            )
+        found.setdefault(table.name, word)
     return found
 
 

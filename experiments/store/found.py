@@ -93,7 +93,7 @@ def incomplete(made: Sequence[tuple[str, Record]]) -> list[str]:
             cells.setdefault(reason, {})[label] = None
             tasks.setdefault(reason, {})[task] = None
     return [
-        f"Incomplete: {_some(list(labels))}, without {', '.join(tasks[reason])}: {reason}."
+        f"Incomplete: {_some(list(labels))}, without {', '.join(tasks[reason])}: {reason.rstrip('.')}."
         for reason, labels in cells.items()
     ]
 

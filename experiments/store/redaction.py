@@ -16,8 +16,8 @@ from urllib.parse import quote, quote_plus, unquote
 HIDDEN = "***"
 SHORTEST = 4  # a shorter secret would blot out ordinary words
 NAME = re.compile(
-    r"(?:\w{0,64}?(?:token|secret\w{0,64}|passw\w{0,64}|passphrase|(?<!by)(?<!com)(?<!tres)pass|apikey|_key|credentials?"
-    r"|_auth|_pat|_pwd)"
+    r"(?:\w{0,64}?(?:(?:token|passphrase|(?:api|account|access|secret|private)key|_key|credentials?)\d{0,3}"
+    r"|secret\w{0,64}|passw\w{0,64}|(?<!by)(?<!com)(?<!tres)pass|_auth|_pat|_pwd)"
     r"|\w{0,64}?(?:token|api_?key|access_key|credentials?|passphrase|_pat)_"  # as HF_TOKEN_READ, but not token_id
     r"(?!(?:\w{1,64}_)?(?:url|endpoint|ids?|types?|limit|count|len|length|size|budget|sha256|cache|root|home|mode|helper"
     r"|provider|backend|format|version|ttl|threshold|dim|dropout|embeddings?|vocab|prob|weight|rate)(?!\w))\w{1,64}"
@@ -30,24 +30,26 @@ HARMLESS = re.compile(
 )
 TOKENS = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{20,}|api_org_\w{20,}|gh[pousr]_\w{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}|sk-[\w-]{20,}"
-    r"|xox[abprs]-[\w-]{10,}|npm_\w{20,}|pypi-[\w-]{20,}|AKIA[0-9A-Z]{16}|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]*)"
+    r"|xox[abprs]-[\w-]{10,}|npm_\w{20,}|pypi-[\w-]{20,}|AKIA[0-9A-Z]{16}|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]*"
+    r"|hooks\.slack\.com/services/[\w/]{20,}|discord(?:app)?\.com/api/webhooks/[\w/-]{20,})"
 )
 USERINFO = re.compile(r"(?P<scheme>\b[a-z][a-z0-9+.-]*://)(?P<who>[^\s/?#'\"<>]+)@", re.IGNORECASE)
 BARE = re.compile(  # an address without a scheme
     r"(?<![\w./%+@:-])[\w.%+-]+:(?P<password>(?![\d.]+@)[^\s/'\"<>,;]{2,256})@(?=[\w.-]{1,253}:\d{2,5}(?!\w))"
 )
+OF_HEADER = r"x-(?:[a-z0-9]+-){0,4}(?:token|secret|password|(?:api|access)-?key)"  # as X-Vault-Token
 COOKIES = re.compile(
     r"(?P<name>\b(?:set-)?cookie['\"]?\s*:\s*['\"]?)(?P<value>[^\s'\",;]+(?:;\s*[^\s'\",;=]+=[^\s'\",;]*)*)",
     re.IGNORECASE,
 )
 HEADER = re.compile(
     r"(?P<name>\b(?:proxy-)?authorization['\"]?\s*[:=]\s*['\"]?(?:(?:bearer|basic|token|digest)\s+)?"
-    r"|\bbearer\s+|\b(?:x-api-key|x-auth-token|x-amz-security-token|private-token|api-key)['\"]?\s*:\s*['\"]?)"
+    r"|\bbearer\s+|\b(?:" + OF_HEADER + r"|private-token|api-key)['\"]?\s*:\s*['\"]?)"
     r"(?P<value>[^\s'\",;]+)",
     re.IGNORECASE,
 )
 GIVEN = re.compile(  # in any text: NAME=value of an environment, a parameter of an address, a plain word for a password
-    r"(?P<start>\b[A-Z][A-Z0-9_]*\s*\+?=\s*|(?:[?&]|\bX-Amz-)[\w-]+=|\b(?:password|passwd|secret|api_?key|access_token)['\"]?\s*[:=]\s*)"
+    r"(?P<start>\b[A-Z][A-Z0-9_]*\s*\+?=\s*|(?:[?&]|\bX-Amz-)[\w-]+=|\b(?:password|passwd|secret|api_?key|access_token|AccountKey|SharedAccessKey)['\"]?\s*[:=]\s*)"
     r"(?P<value>['\"]?[^\s'\",;&]+(?:['\"]+[\w$][^\s'\",;&]*)*)"
 )
 

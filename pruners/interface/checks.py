@@ -110,6 +110,11 @@ Share = Annotated[float, Rule("the share removed, a number in [0, 1)", (int, flo
 Probability = Annotated[float, Rule("a probability, a number in [0, 1)", (int, float), lambda value: 0 <= value < 1)]
 Positive = Annotated[float, Rule("a positive number that is finite", (int, float), lambda value: 0 < value < math.inf)]
 Finite = Annotated[float, Rule("a finite number, 0 or more", (int, float), lambda value: 0 <= value < math.inf)]
+PLAIN = Rule(
+    "text, a finite number, True, False, None or a tuple of them, which a record can hold",
+    (str, int, float, bool, type(None)),
+    lambda value: not isinstance(value, float) or math.isfinite(value),
+)
 PathLike = Annotated[
     Path, Rule("the path of a file", (str, os.PathLike), lambda path: _is_path(path) and not os.path.isdir(path))
 ]

@@ -164,4 +164,4 @@ def _failed(path: Path, error: BaseException) -> str:
         place, line = (frames[-1].lineno, str(frames[-1].line)) if frames else (None, "")
     where = f" at line {place} ({line})" if place else ""
     said = error.msg if isinstance(error, SyntaxError) else f"{type(error).__name__}: {error}"
-    return f"{path} cannot be imported{where}: {said}."
+    return f"{path} cannot be imported{where}: {said.rstrip('.')}."
