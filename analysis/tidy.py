@@ -19,8 +19,9 @@ import pandas as pd
 from analysis.tables.frames import QUANTITIES
 from experiments import papers
 from experiments.labels import SETTINGS, distinct, labels, seed_of
-from experiments.spec import Run, describe, digest
+from experiments.spec import Run
 from experiments.store import code, found, records
+from experiments.store.described import describe, digest
 from experiments.store.keys import run_key, stable_key
 from experiments.store.records import Record
 from pruners.interface.suggest import UsageError

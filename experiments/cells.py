@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 from experiments import measures, models, rates, recovery
 from experiments.labels import apart, distinct, labels
 from experiments.measures.asked import Costs, DenseAnswers, MaskSample
-from experiments.spec import Efficiency, Run, Table, digest, needs_windows
+from experiments.spec import Efficiency, Run, Table, needs_windows
 from experiments.store import code
+from experiments.store.described import digest
 from pruners.interface import plugin
 from pruners.interface.suggest import UsageError
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from experiments import recovery
 from experiments.data.sources import SOURCES
-from experiments.spec import Run, digest
+from experiments.spec import Run
+from experiments.store.described import digest
 from pruners.interface import checks
 from pruners.interface.suggest import UsageError
 

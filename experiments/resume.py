@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from experiments import measures, models, provenance
 from experiments.data import corpora
 from experiments.recovery import Retraining, schedule
-from experiments.spec import Run, digest
+from experiments.spec import Run
 from experiments.store import code, records
+from experiments.store.described import digest
 from pruners.lazy import torch
 
 if TYPE_CHECKING:

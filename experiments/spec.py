@@ -5,16 +5,14 @@ A Run's id hashes every field that can move the number and nothing else: where a
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, ClassVar
 
-import pruners
 from experiments.models import catalogue
+from experiments.store.described import describe, digest
 from pruners.interface import checks
 from pruners.interface.checks import Count, Counts, Flag, Number, Rule, Seed, Text
 from pruners.interface.suggest import UsageError
@@ -385,48 +383,5 @@ def needs_windows(method: Any) -> bool:
     return method is not None and method.needs_windows
 
 
-def describe(thing: Any) -> dict[str, Any] | None:
-    """A method or measure as `{"name": ..., **hyperparameters}`.
-
-    Fields whose metadata says `{"result": False}` cannot move the number and are left out, or move it only where the
-    flag is set that `{"result": "flag"}` names; so is a field that came after records were made, `{"since": "later"}`,
-    where it has its default.  TypeError and ValueError for what no record can hold.
-    """
-    if thing is None:
-        return None
-    if not is_dataclass(thing):
-        raise TypeError(f"{thing!r} is not a dataclass; methods and measures of a Run are frozen dataclasses.")
-    of = type(thing).__name__
-    kept = {f.name: getattr(thing, f.name) for f in fields(thing) if _is_told(f, thing)}
-    return {"name": _name(thing), **{key: _plain(value, f"{of}: {key}") for key, value in kept.items()}}
-
-
-def _is_told(field: Field[Any], thing: Any) -> bool:
-    moves = field.metadata.get("result", True)
-    told = getattr(thing, moves) if isinstance(moves, str) else moves
-    return told and not (field.metadata.get("since") and getattr(thing, field.name) == field.default)
-
-
-def digest(spec: dict[str, Any]) -> str:
-    """Ten hexadecimal digits of the SHA-256 of the canonical JSON."""
-    text = json.dumps(spec, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:10]
-
-
 def _head(limit: int | None) -> str:
     return f"[:{limit}]" if limit else ""
-
-
-def _name(thing: Any) -> str:
-    names = {cls: name for name, cls in pruners.METHODS.items()}
-    return names.get(type(thing), type(thing).__name__.lower())
-
-
-def _plain(value: Any, name: str) -> Any:
-    if is_dataclass(value):
-        return describe(value)
-    if isinstance(value, tuple | list):
-        return [_plain(item, name) for item in value]
-    if isinstance(value, dict):
-        return {key: _plain(item, name) for key, item in value.items()}
-    return checks.PLAIN.checked(name, value)

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from filelock import Timeout
 
-from experiments.spec import digest
 from experiments.store import atomic, checksummed_json, records
+from experiments.store.described import digest
 from experiments.store.locks import held
 from slurm.jobs import Array
 

@@ -16,8 +16,9 @@ from experiments import cells
 from experiments.batch import Outcome, run_table
 from experiments.recovery import Retraining
 from experiments.settings import Settings
-from experiments.spec import Perplexity, Run, Table, Windows, digest
+from experiments.spec import Perplexity, Run, Table, Windows
 from experiments.store import records
+from experiments.store.described import digest
 from pruners.retrain import Trainable
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"

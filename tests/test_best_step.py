@@ -19,8 +19,9 @@ from experiments import cells, estimate
 from experiments.batch import run_table
 from experiments.recovery import POST_TRAINING, Documents, Instructions, Retraining, label, work_tokens
 from experiments.settings import Settings
-from experiments.spec import Windows, describe
+from experiments.spec import Windows
 from experiments.store import records
+from experiments.store.described import describe
 from pruners.retrain import Diverged, LoRA, MaskLoRA, ScaleLoRA, Trainable, finetune, held_out_loss
 from pruners.retrain.held_out import NotFiniteError
 from pruners.weights import homes, opening, sources

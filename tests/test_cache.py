@@ -15,8 +15,8 @@ from small_table import full_disk
 from torch.testing import assert_close
 
 from experiments.measures import dense_gate
-from experiments.spec import digest
 from experiments.store import cache, locks, room
+from experiments.store.described import digest
 from pruners.weights import storage
 from pruners.weights.shards import Shards
 

@@ -19,7 +19,7 @@ from eval.answers import read_samples
 from experiments import measures, protocols
 from experiments.data import eval_tasks
 from experiments.measures import zero_shot
-from experiments.spec import describe
+from experiments.store.described import describe
 from tests import golden
 
 MODEL = Path(__file__).resolve().parents[1].parent / "shared/data/models/stories260K/hf"

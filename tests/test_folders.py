@@ -22,8 +22,9 @@ from experiments.__main__ import main
 from experiments.models import catalogue
 from experiments.models.catalogue import CATALOGUE
 from experiments.papers import embedded, flap, headlines, llm_pruner, perp, wanda_sparsegpt
-from experiments.spec import Table, digest
+from experiments.spec import Table
 from experiments.store import records
+from experiments.store.described import digest
 from slurm.__main__ import main as slurm
 
 needs_shared = pytest.mark.skipif(not small.MODEL.is_dir(), reason=f"needs the trained model in {small.MODEL}")

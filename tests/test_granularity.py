@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 import pruners
 from experiments.recovery import label
-from experiments.spec import describe
+from experiments.store.described import describe
 from pruners import anatomy
 from pruners.retrain import MaskLoRA, Reconstruction, Trainable
 from pruners.retrain.schedule import Schedule

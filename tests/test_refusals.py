@@ -21,7 +21,8 @@ from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 import pruners
-from experiments.spec import Efficiency, describe
+from experiments.spec import Efficiency
+from experiments.store.described import describe
 from pruners import gblm
 from pruners.retrain import LoRA, MaskLoRA, Reconstruction, Trainable, finetune
 from tests.conftest import CONFIGS, tiny

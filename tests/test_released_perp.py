@@ -17,7 +17,8 @@ import pruners
 from experiments.batch import refuse_unshared
 from experiments.cells import Cell
 from experiments.recovery import Retraining
-from experiments.spec import Run, Windows, describe
+from experiments.spec import Run, Windows
+from experiments.store.described import describe
 from pruners import anatomy
 from pruners.retrain import LoRA, LoRAPrune, MaskLoRA, Reconstruction, ScaleLoRA, Trainable, finetune
 from pruners.retrain.trainable import Attached

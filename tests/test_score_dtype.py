@@ -16,8 +16,9 @@ from experiments import cells
 from experiments.batch import run_table
 from experiments.placement import needs
 from experiments.settings import Settings
-from experiments.spec import Run, describe
+from experiments.spec import Run
 from experiments.store import records
+from experiments.store.described import describe
 from pruners import gather
 from pruners.run import gradients
 from pruners.weights import dtypes, homes

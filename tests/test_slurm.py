@@ -17,8 +17,9 @@ import small_table as small
 import pruners
 from experiments import callbacks, cells, cli, papers
 from experiments.cells import Cell
-from experiments.spec import Perplexity, Run, Windows, digest
+from experiments.spec import Perplexity, Run, Windows
 from experiments.store import checksummed_json, records
+from experiments.store.described import digest
 from slurm import estimate, jobs, launch, ledger, profile, queue, state
 from slurm.__main__ import main
 from slurm.profile import Profile

@@ -17,8 +17,9 @@ from test_slurm import GPU, found, with_changes, work
 from analysis.__main__ import main as analysis
 from experiments import cells, models, papers, rates
 from experiments.callbacks import Events
-from experiments.spec import Run, digest
+from experiments.spec import Run
 from experiments.store import records
+from experiments.store.described import digest
 from slurm import choices, collect, estimate, jobs, launch, ledger, overview, pace, profile, queue, reasons, state
 from slurm.__main__ import main
 

@@ -25,7 +25,8 @@ from analysis import coverage, published
 from experiments import cells, models, papers, protocols
 from experiments.labels import labels
 from experiments.papers import llm_pruner
-from experiments.spec import Table, digest
+from experiments.spec import Table
+from experiments.store.described import digest
 
 SNAPSHOT = Path(__file__).with_name("snapshot.json")
 PAPERS = {name: table for name, table in papers.TABLES.items() if not name.startswith("embedded.")}

@@ -16,8 +16,9 @@ from typing import Any
 from experiments import errors
 from experiments.measures.zero_shot import Values
 from experiments.models.catalogue import Model
-from experiments.spec import Perplexity, digest
+from experiments.spec import Perplexity
 from experiments.store import atomic, checksummed_json, locks
+from experiments.store.described import digest
 from pruners.run import ranks
 
 logger = logging.getLogger(__name__)

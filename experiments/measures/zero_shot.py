@@ -13,8 +13,9 @@ from eval.answers import write_samples
 from experiments.data import eval_tasks
 from experiments.data.sources import DATA_DIR
 from experiments.models import hub
-from experiments.spec import ZeroShot, describe, digest
+from experiments.spec import ZeroShot
 from experiments.store import atomic
+from experiments.store.described import describe, digest
 from pruners.run import ranks
 
 Progress = Callable[[int, int], None]

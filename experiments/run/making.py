@@ -16,8 +16,8 @@ from experiments.measures.zero_shot import Values
 from experiments.rates import RateGrid
 from experiments.recovery import Retraining, work_tokens
 from experiments.run.session import Session
-from experiments.spec import describe
 from experiments.store import blocks, cache, code, pruned_weights
+from experiments.store.described import describe
 from pruners import retrain
 from pruners.lazy import torch
 from pruners.retrain import Reconstruction

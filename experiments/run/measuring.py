@@ -13,8 +13,9 @@ from experiments.measures import dense_gate, made
 from experiments.measures.asked import Costs
 from experiments.measures.zero_shot import Values
 from experiments.run.session import Session
-from experiments.spec import Perplexity, describe
+from experiments.spec import Perplexity
 from experiments.store import code
+from experiments.store.described import describe
 
 
 def pass_dense_gate(session: Session) -> dict[str, Any]:

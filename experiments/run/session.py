@@ -18,8 +18,9 @@ from experiments.models import kept
 from experiments.progress import Board
 from experiments.recovery import Retraining
 from experiments.settings import Settings
-from experiments.spec import Efficiency, Run, digest
+from experiments.spec import Efficiency, Run
 from experiments.store import records
+from experiments.store.described import digest
 from pruners.run import ranks
 from pruners.run.ranks import Ranks
 from pruners.weights import storage

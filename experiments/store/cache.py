@@ -18,8 +18,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from experiments.spec import digest
 from experiments.store import atomic, locks, room
+from experiments.store.described import digest
 from experiments.store.room import DEFAULT_LIMIT_GB, LIMIT_VARIABLE, limit_bytes
 from pruners.lazy import Tensor
 from pruners.run import ranks

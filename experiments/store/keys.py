@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments.models.catalogue import CATALOGUE, halves, is_hub_id
-from experiments.spec import Run, digest
+from experiments.spec import Run
+from experiments.store.described import digest
 
 
 def stable_key(spec: dict[str, Any]) -> str:

@@ -15,8 +15,8 @@ from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from experiments.spec import digest
 from experiments.store import atomic, checksummed_json
+from experiments.store.described import digest
 from experiments.store.redaction import redacted
 
 SCHEMA_VERSION = 1
