@@ -44,8 +44,8 @@ PROMPTS = (
     "The most important thing about learning is",
 )
 STOP = "Question:"  # where a model goes on with a problem of its own
-# A sign stands behind nothing that could be subtracted from; commas separate thousands, or else numbers.
-NUMBER = re.compile(r"(?:(?<![\w.)%])[-\u2212])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])\.\d+)")
+# A sign stands behind nothing that could be subtracted from.
+NUMBER = re.compile(r"(?:(?<![^\W_])(?<![.)%])[-\u2212])?(?:\d+(?:,\d+)*(?:\.\d+)?|(?<![\w.])\.\d+)")
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,14 @@ def agreement(one: Sequence[Sequence[int]], other: Sequence[Sequence[int]]) -> A
 def last_number(text: str) -> Decimal | None:
     """The last number of a text, thousands separated by commas or not; None without any."""
     found = NUMBER.findall(text)
-    return Decimal(found[-1].replace(",", "").replace("\u2212", "-")) if found else None
+    if not found:
+        return None
+    whole, point, decimals = found[-1].replace("\u2212", "-").partition(".")
+    groups = whole.split(",")
+    first = len(groups) - 1
+    while first and len(groups[-1]) == 3 and len(groups[first]) in (2, 3):  # else commas separate numbers
+        first -= 1
+    return Decimal("".join(groups[first:]) + point + decimals)
 
 
 def prompt(problem: Mapping[str, str], examples: Sequence[Mapping[str, str]] = ()) -> str:

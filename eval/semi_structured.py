@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.sparse import to_sparse_semi_structured
 from transformers import PreTrainedModel
 
-from eval.checks import check_model
+from eval.checks import check_model, measuring
 from eval.efficiency import is_two_four
 from eval.latency import WARM_UP, timed
 from eval.matrices import decoder_matrices
@@ -28,6 +28,11 @@ def probe(model: PreTrainedModel, tokens: Count = 2_048, repetitions: Count = 20
     check_model(model)
     if reason := _why_not(model):
         return {"skipped": reason}
+    with measuring(model):
+        return _probed(model, tokens, repetitions)
+
+
+def _probed(model: PreTrainedModel, tokens: int, repetitions: int) -> dict[str, Any]:
     first: dict[tuple[int, ...], tuple[str, Tensor]] = {}
     for block, name, weight in decoder_matrices(model):
         if block == 0 and weight.numel() and is_two_four(weight):
@@ -56,6 +61,5 @@ def _times(weight: Tensor, tokens: int, repetitions: int) -> dict[str, Any]:
 
 
 def _median(inputs: torch.Tensor, weight: torch.Tensor, repetitions: int) -> float:
-    with torch.inference_mode():
-        times = [timed(lambda: F.linear(inputs, weight), inputs.device)[0] for _ in range(WARM_UP + repetitions)]
+    times = [timed(lambda: F.linear(inputs, weight), inputs.device)[0] for _ in range(WARM_UP + repetitions)]
     return float(np.median(times[WARM_UP:]))

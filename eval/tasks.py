@@ -145,7 +145,7 @@ def _metrics(config: Mapping[str, Any]) -> dict[str, bool] | None:
     found: dict[str, bool] = {}
     for told in declared:
         metric = told["metric"].rpartition(".")[2] if "/" in told["metric"] else told["metric"]  # a function's path
-        aggregate = told.get("aggregation") or METRIC_AGGREGATION_REGISTRY.get(metric)
+        aggregate = told.get("aggregation") or METRIC_AGGREGATION_REGISTRY.get(metric, None)
         for called in [f"{metric},{way}" for way in ways] if len(ways) > 1 else [metric]:
             found[called] = aggregate in ("mean", mean)
     return found

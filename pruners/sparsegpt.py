@@ -28,7 +28,6 @@ from pruners.interface.checks import Count, Flag, Rule, Text
 from pruners.kernels import choice
 from pruners.lazy import Bool, Float, Tensor, torch
 from pruners.run.matrices import Matrix
-from pruners.run.statistic import narrowed
 from pruners.select import Pattern
 from pruners.unstructured import Unstructured
 from pruners.weights import memory
@@ -90,9 +89,8 @@ class SparseGPT(Unstructured):
         else:
             gone = self._chosen(stacked, factor, rows, norm)
             self.solve(stacked, factor, rows, norm, gone) if self.update else stacked.masked_fill_(gone, 0)
-        for (name, linear), solved in zip(linears.items(), stacked.split(rows), strict=True):
-            weight = linear.weight.data
-            weight.copy_(narrowed(solved, weight.dtype, f"A weight of {name} that SparseGPT updated"))
+        for weight, solved in zip(weights, stacked.split(rows), strict=True):
+            weight.copy_(solved)
 
     def _chosen(self, weight: Tensor, factor: Tensor, rows: list[int], norm: Tensor) -> Bool[Tensor, "out inp"]:
         """The mask of weights that nothing was done to; diag(H^-1) = diag(U^T U) are the squared columns of U."""

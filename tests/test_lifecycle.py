@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,8 @@ from eval.efficiency import macs
 from eval.generation import generate, written
 from eval.greedy import greedy
 from eval.perplexity import perplexity
-from pruners.retrain import MaskLoRA, Trainable, finetune, held_out_loss
+from pruners.retrain import Diverged, MaskLoRA, Reconstruction, Trainable, choose_rate, finetune, held_out_loss
+from pruners.retrain.finetune import refuse_layerdrop
 from pruners.weights.opening import open_folder
 
 WINDOWS = torch.arange(3, 67).view(4, 16)
@@ -99,25 +101,54 @@ def test_a_weight_too_large_for_its_dtype_is_no_infinity():
     for block in model.model.layers:
         weight = block.mlp.down_proj.weight
         weight.data = 60_000 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)).sign()
-    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.down_proj.* is too large for torch\.float16"):
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.down_proj"):
         pruners.prune(model.half(), pruners.SparseGPT(0.5), WINDOWS)
 
 
-@pytest.mark.parametrize(
-    ("trainable", "said"),
-    [
-        (Trainable(adapters=MaskLoRA(rank=2, targets=("down_proj",), alpha=1e6)), "with its adapter is too large"),
-        (Trainable(norms=True), "A trained parameter is too large for torch.float16"),
-    ],
-)
-def test_what_was_trained_beyond_its_dtype_is_said(trainable, said):
+def too_large(trainable: Trainable) -> tuple[Any, dict[str, Any]]:
+    """A model and a training that ends beyond float16, with a loss that is finite."""
     model = tiny("llama").half()
     for block in model.model.layers:
         block.mlp.down_proj.weight.data.sign_().mul_(65_500)
         block.mlp.up_proj.weight.data *= 1e-5
-    with pytest.raises(ValueError, match=said):
-        finetune(model, trainable, WINDOWS, steps=2, learning_rate=1e5 if trainable.norms else 0.1, clip=1e9)
-    assert all("adapter" not in type(module).__name__.lower() for module in model.modules())
+    return model, {"steps": 2, "learning_rate": 1e5 if trainable.norms else 0.1, "clip": 1e9}
+
+
+@pytest.mark.parametrize(
+    ("trainable", "where"),
+    [
+        (Trainable(adapters=MaskLoRA(rank=2, targets=("down_proj",), alpha=1e6)), r"down_proj\.weight"),
+        (Trainable(norms=True), r"norm\.weight"),
+    ],
+)
+def test_what_was_trained_beyond_its_dtype_has_diverged(trainable, where):
+    model, how = too_large(trainable)
+    with pytest.raises(Diverged, match=rf"a number in model\.\S*{where} too large for torch\.float16"):
+        finetune(model, trainable, WINDOWS, **how)
+    assert not any("Lora" in type(module).__name__ for module in model.modules())
+
+
+def test_a_rate_that_leads_beyond_float16_is_no_choice():
+    model = tiny("llama").half()
+    before = copy.deepcopy(model.state_dict())
+    train = Trainable(norms=True)
+    found = choose_rate(
+        model,
+        lambda rate: finetune(model, train, WINDOWS, steps=1, learning_rate=rate, warmup=0, clip=1e9),
+        (1e-3, 1e5),
+        WINDOWS,
+    )
+    assert (found.chosen, found.losses[1]) == (1e-3, None)
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+
+
+def test_a_reconstruction_beyond_float16_leaves_the_block_as_it_was_pruned():
+    plain, model = (tiny("llama").half() for _ in range(2))
+    rebuilding = Reconstruction(Trainable(adapters=MaskLoRA(rank=2)), steps=2, learning_rate=1e5)
+    pruners.prune(plain, pruners.Magnitude(0.5))
+    report = pruners.prune(model, pruners.Magnitude(0.5), WINDOWS, reconstruct=rebuilding)
+    assert not any(block["lowered"] for block in report.reconstruction)
+    assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), model.parameters(), strict=True))
 
 
 def test_blocks_that_drop_out_whole_are_not_trained_one_by_one(tmp_path):
@@ -127,6 +158,8 @@ def test_blocks_that_drop_out_whole_are_not_trained_one_by_one(tmp_path):
     model = open_folder(tmp_path)
     with pytest.raises(ValueError, match=r"layerdrop is 0\.9"):
         finetune(model, Trainable(norms=True), WINDOWS, steps=2, learning_rate=1e-3)
+    with pytest.raises(ValueError, match="shared by several ranks"):
+        refuse_layerdrop(OPTForCausalLM(config), 2)
 
 
 def test_a_model_that_returns_tuples_is_refused():

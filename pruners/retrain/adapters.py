@@ -24,7 +24,6 @@ from pruners.interface import checks
 from pruners.interface.checks import Flag, Positive, Probability, Texts, Whole
 from pruners.lazy import Float, Tensor, nn, no_grad, torch
 from pruners.retrain.masks import BitMask
-from pruners.run.statistic import narrowed
 
 
 @dataclass
@@ -46,12 +45,10 @@ class Adapter:
 
     @no_grad
     def merge(self) -> None:
-        """Put what was learned into the linear's weight; AssertionError if a pruned weight came back,
-        ValueError if a sum is too large for the weight's dtype."""
+        """Put what was learned into the linear's weight; raises AssertionError if a pruned weight came back."""
         weight = self.linear.weight
         product = self.b.float() @ self.a.float()
-        merged = self.kind.merged(product, weight.data.float(), self.mask)
-        weight.data = narrowed(merged, weight.dtype, f"A weight of {self.name} with its adapter")
+        weight.data = self.kind.merged(product, weight.data.float(), self.mask).to(weight.dtype)
         if self.kind.keeps_sparsity:
             self.mask.check(self.name, weight)
 

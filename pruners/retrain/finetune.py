@@ -44,6 +44,7 @@ from pruners.retrain.schedule import Diverged, Schedule, autocast, precision_for
 from pruners.retrain.trainable import Attached, Trainable
 from pruners.run import gradients, inputs, ranks
 from pruners.run.ranks import Ranks
+from pruners.run.statistic import is_finite
 from pruners.run.stream import evaluating, modes_kept
 from pruners.weights import homes
 
@@ -136,8 +137,8 @@ def finetune(
     gone; the state in `folder` fits any number of ranks.
 
     Raises TypeError or ValueError for a model, examples, settings or checkpoints that do not fit, before anything is
-    trained, and Diverged where the loss does; ValueError at the end for a weight too large for its dtype.  Whatever
-    stops it, a key too, leaves no adapters, and what else was trained as the last step did.
+    trained, and Diverged where the loss does, or where a weight has become too large for float16.  Interrupted in a
+    step, it takes its adapters out and leaves what else was trained as it is then.
     """
     model = inputs.language_model(model)
     refuse_away(model, trainable)
@@ -153,6 +154,7 @@ def finetune(
     mark = state.fingerprint(model, schedule, trainable, clip, seed, cast, batches.digest(), *unusual)
     path = Path(folder) / "retrain.safetensors" if folder else None
     together = ranks.here(model.device)
+    refuse_layerdrop(model, together.count)
     share(together, list(range(batch_size)), micro_batch_size, reference)  # refused now if at all
     together.agree(f"{mark} {stop} {micro_batch_size} {save_every} {checkpointing} {folder is None}")
     spread = together.count > 1 and homes.of(model) is None
@@ -185,11 +187,8 @@ def finetune(
         if not isinstance(error, Diverged) and not spread:
             attached.detach()
         raise
-    try:
-        loop.merge()
-    except ValueError:
-        attached.detach()
-        raise
+    loop.merge()
+    refuse_infinite(model, steps)
     return report
 
 
@@ -355,16 +354,33 @@ class _Loop:
 
 
 def refuse_away(model: PreTrainedModel, trainable: Trainable) -> None:
-    """ValueError for what cannot be trained while the weights are away from home: all of them, and blocks that drop
-    out whole."""
+    """ValueError for the training of all weights of a model whose weights are away from home."""
     if trainable.weights and homes.of(model) is not None:
         size = 1e-9 * sum(p.numel() for p in model.parameters())
         raise ValueError(
             f"Training all weights needs them, their gradients and moments on the device, {16 * size:.1f} GB, "
             "and they are offloaded; load the model whole, or train norms, biases or adapters."
         )
-    if homes.of(model) is not None and getattr(model.config, "layerdrop", None):
+
+
+def refuse_layerdrop(model: PreTrainedModel, ranks: int) -> None:
+    """ValueError for blocks that drop out whole, where they come one by one or are spread over ranks."""
+    if getattr(model.config, "layerdrop", None) and (ranks > 1 or homes.of(model) is not None):
         raise ValueError(
             f"layerdrop is {model.config.layerdrop}, which drops whole blocks in training, and this model's are "
-            "offloaded and come one by one; load the model whole, or set model.config.layerdrop = 0."
+            f"{'shared by several ranks' if ranks > 1 else 'offloaded and come one by one'}; set "
+            "model.config.layerdrop = 0, or train the model whole, in one process."
         )
+
+
+def refuse_infinite(model: PreTrainedModel, steps: int) -> None:
+    """Diverged, naming the first, for a weight that training has made too large for float16."""
+    if model.dtype != torch.float16:
+        return
+    for held in homes.each(model):
+        for name, weight in held.items():
+            if not weight.is_meta and not is_finite(weight):
+                raise Diverged(
+                    f"Training for {steps} steps made a number in {name} too large for torch.float16; the model has to "
+                    "be loaded again. Use a lower learning rate, or load it in bfloat16 or float32."
+                )

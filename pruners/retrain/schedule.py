@@ -16,7 +16,8 @@ FORMATS = ("float32", "bfloat16")
 
 
 class Diverged(ArithmeticError):  # noqa: N818  (what happened, in one word)
-    """The loss is not finite or keeps rising; the model is left as it was at the last checkpoint."""
+    """The loss is not finite or keeps rising, and the model is left as it was at the last checkpoint; or, at the end, a
+    weight is too large for float16, and the model has to be loaded again."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from pruners.lazy import Tensor, nn, torch
 from pruners.retrain.adapters import Adapter, LoRA, LoRAPrune, LowRank
 from pruners.retrain.masks import BitMask
 from pruners.run.matrices import Matrix
-from pruners.run.statistic import narrowed
 from pruners.weights import homes
 
 ADAPTERS = "pruners.retrain.LoRA, LoRAPrune, ScaleLoRA or MaskLoRA with its rank"
@@ -227,8 +226,8 @@ class Attached:
         return p.data.float() if p in self._dtypes else p.data
 
     def narrowed(self, p: nn.Parameter, value: Tensor) -> Tensor:
-        """`value` in the type that the parameter had before; ValueError where that is too narrow."""
-        return narrowed(value, self._dtypes.get(p, value.dtype), "A trained parameter")
+        """`value` in the type that the parameter had before."""
+        return value.to(self._dtypes.get(p, value.dtype))
 
     def mask_gradients(self) -> None:
         """No gradient, hence no step, for pruned weights."""
@@ -246,7 +245,7 @@ class Attached:
     def merge(self) -> None:
         """Adapters into their matrices, dtypes and gradient flags as before; plain LoRA stays unless it is to merge.
 
-        Raises AssertionError if a weight that was pruned is not zero, ValueError if a value is too large for its dtype.
+        Raises AssertionError if a weight that was pruned is not zero.
         """
         self._end(list(filter(_merges, self.adapters)), merging=True)
 
@@ -261,7 +260,7 @@ class Attached:
             here, mine = set(block.module.parameters()), [a for a in leaving if a.name.startswith(f"{block.name}.")]
             with homes.held(block.module, changes=bool(mine) or not here.isdisjoint(self._dtypes)):
                 self._out(mine, merging)
-                self._restore(left & here, merging)
+                self._restore(left & here)
                 for name, mask in self.masks.items() if merging and self.keeps_sparsity else ():
                     if name.startswith(where):
                         mask.check(name, self.matrices[name])
@@ -270,7 +269,7 @@ class Attached:
         mine = [a for a in leaving if a.on_head]
         with homes.held(*around, changes=bool(mine) or not left.isdisjoint(self._dtypes)):
             self._out(mine, merging)
-            self._restore(left, merging)
+            self._restore(left)
 
     def _out(self, adapters: Sequence[Adapter], merging: bool) -> None:
         for adapter in adapters:
@@ -281,9 +280,9 @@ class Attached:
                 adapter.merge()
             homes.go(self.root, (adapter.a, adapter.b))
 
-    def _restore(self, parameters: set[nn.Parameter], merging: bool) -> None:
+    def _restore(self, parameters: set[nn.Parameter]) -> None:
         for p in parameters:
-            p.data = self.narrowed(p, p.data) if merging else p.data.to(self._dtypes.get(p, p.dtype))
+            p.data = self.narrowed(p, p.data)
             p.requires_grad_(self.required[p])
             p.grad = None
         homes.go(self.root, parameters)
@@ -338,8 +337,6 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _replace(root: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    name = next((name for name, module in root.named_modules() if module is old), None)
-    if name is None:  # out already, where merging ended in an error
-        return
+    name = next(name for name, module in root.named_modules() if module is old)
     parent, _, leaf = name.rpartition(".")
     setattr(root.get_submodule(parent), leaf, new)

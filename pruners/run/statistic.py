@@ -20,14 +20,6 @@ def finite(tensor: Tensor) -> Bool[Tensor, ""]:
     return lowest.isfinite() & highest.isfinite()
 
 
-def narrowed(values: Tensor, dtype: torch.dtype, what: str) -> Tensor:
-    """The values in this dtype; ValueError where it makes an infinity of a number."""
-    found = values.to(dtype)
-    if dtype != values.dtype and not is_finite(found) and is_finite(values):
-        raise ValueError(f"{what} is too large for {dtype}; load the model in bfloat16 or float32.")
-    return found
-
-
 class Statistic(ABC):
     """What is kept of a projection's inputs; made with their width and device, fed batch by batch."""
 
