@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import wrapt
 
-from pruners import anatomy
+from pruners import anatomy, apply
 from pruners.calibrate import NOTHING, Execution, Keeper, Progress
 from pruners.flap import Flap
 from pruners.gblm import GBLM, Gradient
@@ -124,7 +124,8 @@ def prune(
     """Prune `model` in place.
 
     Structured methods cut heads and channels out, or with `cut=False` zero them and keep the dense shapes; the logits
-    are the same.  Unstructured methods zero single weights either way.
+    are the same.  Unstructured methods zero single weights either way.  Of OLMo 2 and 3, whose norms are over all
+    heads, `checkpoint.save` refuses zeroed heads, once they are: cut what is to be saved.
 
     `windows` are calibration tokens [count, length] (None for methods that need none); `statistics` what `gather`
     returned for them, computed here if absent; `batch_size` windows (on a GPU more short ones) go through a block at
@@ -138,7 +139,8 @@ def prune(
     Raises TypeError or ValueError, with the model as it was, for invalid arguments, windows or statistics that
     do not fit the model, NaN or inf in weights, an unknown family, a model that checkpoint.save could not save;
     ValueError for NaN or inf in activations.  After that and whatever else breaks the pruning off, a model whose
-    weights are at home on the disk is what it was opened as; one in memory may be pruned in part: load it again.
+    weights are at home on the disk has those and the widths that it was opened with, whatever it had lost since; one in
+    memory may be pruned in part: load it again.
     """
     with inputs.plain_torch(), torch.no_grad():
         check_method(method)
@@ -197,8 +199,9 @@ def check_method(method: Any) -> None:
 
 
 def _check_family(model: PreTrainedModel, method: Any) -> None:
-    """ValueError or TypeError for a structured method on a model that it cannot cut as asked, and for a pattern that
-    does not divide the width of a matrix."""
+    """ValueError or TypeError for a model of an own subclass, a structured method on one that it cannot cut as asked,
+    and a pattern that does not divide the width of a matrix."""
+    apply.check_class(model)
     if isinstance(method, Structured):
         method.check(model)
     else:

@@ -40,23 +40,29 @@ class Kept:
 
 
 def check(model: nn.Module) -> None:
-    """ValueError or TypeError for a model that `describe` could not describe once it is cut.
-
-    Such is one of an own subclass, whose overrides would be lost with its class.
-    """
-    from pruners import modeling_pruned
-
+    """ValueError for a model that `describe` could not describe once it is cut."""
     kind = anatomy.family(model)
     if kind.experts:
         raise ValueError(
             f"{type(model).__name__} has routed experts, for which structured pruning is not supported; use "
             "an unstructured method, e.g. pruners.Wanda."
         )
-    stock = _stock_class(model)
-    if type(model) not in (stock, modeling_pruned.pruned(stock)):
-        raise TypeError(
-            f"Structured pruning needs a {stock.__name__} itself, whose class it replaces; got a "
-            f"{type(model).__name__}. Load the weights as a {stock.__name__}."
+
+
+def check_class(model: nn.Module, kind: type[Any] | None = None) -> None:
+    """ValueError for a model of an own subclass, whose overrides would be lost once it is cut, or saved and opened.
+
+    `kind` is the class that its configuration makes; None: the one of its family, dense or pruned.
+    """
+    from pruners import modeling_pruned
+
+    if kind is None:
+        stock = _stock_class(model)
+        kind = modeling_pruned.pruned(stock) if isinstance(model, modeling_pruned.PrunedModel) else stock
+    if type(model) is not kind:
+        raise ValueError(
+            f"This model is a {type(model).__name__}, and what is saved would open as a {kind.__name__}, without what "
+            f"the other class does otherwise; load the weights as a {kind.__name__}."
         )
 
 

@@ -35,7 +35,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from pruners import anatomy, chatglm  # noqa: F401  (registers its model type)
+from pruners import anatomy, apply, chatglm  # noqa: F401  (registers its model type)
 from pruners.anatomy import Block
 from pruners.families import FAMILIES
 from pruners.interface import checks, described
@@ -119,6 +119,7 @@ def check(model: Any) -> None:
     Raises TypeError for anything but a transformers model, ValueError for one whose tensors are not the very ones that
     its configuration makes (adapters beside their matrices, parameters shared by hand), whose class is not the one that
     its configuration makes, or whose configurations transformers refuses to save.
+    Not seen here: heads that `cut=False` will zero under a norm over all of them (OLMo 2 and 3), which `save` refuses.
     """
     model = getattr(model, "_orig_mod", model)
     if not isinstance(model, PreTrainedModel):
@@ -138,11 +139,7 @@ def check(model: Any) -> None:
         ) from error
     _check_tensors(model, kind.__name__, expected)
     _check_tied(model, kind.__name__, tied)
-    if type(model) is not kind:
-        raise ValueError(
-            f"This model is a {type(model).__name__}, and what is saved would open as a {kind.__name__}, without what "
-            f"the other class does otherwise; load the weights as a {kind.__name__}."
-        )
+    apply.check_class(model, kind)
     if model.can_generate() and model.generation_config is not None:
         _without_idle_flags(model.generation_config)
 

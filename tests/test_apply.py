@@ -233,9 +233,14 @@ def test_an_own_subclass_whose_overrides_would_be_lost_is_refused(dense, windows
     if not dense:
         pruners.prune(model, pruners.MagnitudeSP(ratio=0.5))
     model.__class__ = Doubled if dense else type("Doubled", (Doubled, type(model)), {})
-    with pytest.raises(TypeError, match=r"needs a LlamaForCausalLM itself.*got a Doubled"):
-        pruners.prune(model, pruners.MagnitudeSP(ratio=0.5))
-    for refused in (lambda: pruners.prune(model, pruners.Magnitude()), lambda: checkpoint.save(model, None, tmp_path)):
+    for refused in (
+        lambda: pruners.check(model, pruners.Wanda()),
+        lambda: pruners.check(model, pruners.MagnitudeSP(ratio=0.5)),
+        lambda: pruners.gather(model, pruners.GBLM(), windows),
+        lambda: pruners.prune(model, pruners.MagnitudeSP(ratio=0.5)),
+        lambda: pruners.prune(model, pruners.Magnitude()),
+        lambda: checkpoint.save(model, None, tmp_path),
+    ):
         with pytest.raises(ValueError, match=r"is a Doubled, and what is saved would open as a (Pruned)?LlamaForCaus"):
             refused()
 

@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM
 
 import pruners
 from eval.perplexity import perplexity
-from pruners import anatomy, checkpoint
+from pruners import anatomy, apply, checkpoint
+from pruners.apply import Kept
 from pruners.run import loss
-from pruners.weights import homes, opening, sources, sweep
+from pruners.weights import homes, opening, sources, structure, sweep
 from tests import families
 
 
@@ -115,11 +116,8 @@ class Interrupted(pruners.MagnitudeSP):
 def test_a_cut_that_is_interrupted_leaves_the_model_of_the_folder(family, before, tmp_path):
     plain, tokens = saved(family, tmp_path / "dense"), families.windows(family)
     model = opening.open_folder(tmp_path / "dense")
-    if before == "llm_pruner layers":  # which changes no file, and stays
-        pruners.prune(plain, METHODS[before])
-        pruners.prune(model, METHODS[before])
     told = model.config.to_dict()
-    if before == "magnitude_sp":
+    if before != "dense":
         pruners.prune(model, METHODS[before])
     with pytest.raises(KeyboardInterrupt):
         pruners.prune(model, Interrupted(0.4))
@@ -133,6 +131,67 @@ def test_a_cut_that_is_interrupted_leaves_the_model_of_the_folder(family, before
         assert torch.equal(model(tokens).logits, plain(tokens).logits)
     opened, _ = checkpoint.load(checkpoint.save(model, None, tmp_path / "out"))
     assert same_weights(opened, plain)
+
+
+@pytest.mark.parametrize("before", ["magnitude", "magnitude_sp"])
+def test_a_pruning_that_is_broken_off_leaves_what_was_set_since(before, tmp_path):
+    saved("bloom", tmp_path)
+    model, seen = opening.open_folder(tmp_path), []
+    pruners.prune(model, METHODS[before])
+    attention = anatomy.blocks(model)[0].attention
+    attention.register_forward_pre_hook(lambda *_: seen.append(1))
+    model.note = "mine"
+    model.train()
+    with pytest.raises(KeyboardInterrupt):
+        pruners.prune(model, Interrupted(0.4))
+    assert (model.note, model.training) == ("mine", True)
+    with torch.inference_mode():
+        model(families.windows("bloom"))
+    assert seen == [1]
+
+
+def test_how_a_model_in_memory_was_made_is_not_remembered(tmp_path):
+    for home in ("host", "disk"):
+        saved(KIND, tmp_path / home)
+        assert (homes.of(at_home(home, tmp_path / home)).uncut is None) == (home == "host")
+
+
+def made_of(model):
+    """Every attribute of every module, hooks and configurations included."""
+    return [
+        (one, type(one), {name: dict(v) if isinstance(v, dict) else v for name, v in vars(one).items()})
+        for one in model.modules()
+    ]
+
+
+@pytest.mark.parametrize("family", sorted(families.TINY.keys() - families.EXPERTS), indirect=True)
+@pytest.mark.parametrize("dense", [True, False], ids=["dense", "cut"])
+@pytest.mark.parametrize("remove", [apply.cut, apply.zero])
+def test_what_cutting_sets_is_put_back(family, dense, remove):
+    model = families.tiny(family)
+    if not dense:
+        pruners.prune(model, pruners.MagnitudeSP(0.4))
+    attention = anatomy.blocks(model)[0].attention
+    model._weight_conversions, attention.forward = [], attention.forward  # as transformers and accelerate may
+    before, put_back = made_of(model), structure.uncut(model)
+    for block in anatomy.blocks(model):
+        keep = Kept.all(block)
+        keep.mlp[0], keep.attention[: 1 if block.index else None] = False, False
+        remove(block, keep)
+    if remove is apply.cut:
+        apply.describe(model)
+    put_back()
+    assert made_of(model) == before
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"], indirect=True)
+@pytest.mark.parametrize("granularity", ["layer", "channel"])
+def test_what_goes_of_the_whole_model_is_put_back(family, granularity):
+    model = families.tiny(family)
+    before, put_back = made_of(model), structure.uncut(model)
+    pruners.prune(model, pruners.LLMPruner(0.5, granularity=granularity), families.windows(family))
+    put_back()
+    assert made_of(model) == before
 
 
 @pytest.mark.parametrize("method", ["gblm", "flap"])

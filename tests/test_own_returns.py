@@ -10,7 +10,7 @@ import torch
 import pruners
 from pruners import anatomy
 from pruners.apply import KINDS, Kept
-from pruners.calibrate import InputNorm
+from pruners.calibrate import Hessian, InputNorm
 from pruners.interface import contract
 from pruners.interface.contract import tiny, windows
 from pruners.structured import Structured
@@ -113,8 +113,10 @@ def test_biases_that_fit_no_projection_are_refused(family, bias, told):
         return [(linear, bias(linear))]
 
     kind = method(Units, repairs=repairs)
-    with pytest.raises(ValueError, match=told if family == "llama" else "as bias of transformer.h.0.mlp.c_proj"):
+    told = told if family == "llama" else "as bias of transformer.h.0.mlp.c_proj"
+    with pytest.raises(ValueError, match=told) as caught:
         pruners.prune(tiny(family), kind(ratio=0.5), windows(family))
+    assert "load it again" not in str(caught.value)  # nothing was changed yet
 
 
 @pytest.mark.parametrize(
@@ -132,6 +134,22 @@ def test_repairs_that_are_none_are_refused(found, told):
         pruners.prune(tiny("llama"), kind(ratio=0.5), TEXT)
 
 
+@pytest.mark.parametrize("given", [lambda pairs: [list(one) for one in pairs], lambda pairs: dict(pairs).items(), iter])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_repairs_may_be_any_pairs(given, family):
+    def pairs(self, block, kept, dense):
+        linear = block.linear(block.family.outward)
+        return [(linear, torch.ones(linear.out_features))]
+
+    ours, plain = tiny(family), tiny(family)
+    pruners.prune(
+        ours, method(Units, repairs=lambda *asked: given(pairs(*asked)))(ratio=0.5), windows(family), cut=False
+    )
+    pruners.prune(plain, method(Units, repairs=pairs)(ratio=0.5), windows(family), cut=False)
+    assert ours.state_dict().keys() == plain.state_dict().keys()
+    assert all(map(torch.equal, ours.parameters(), plain.parameters()))
+
+
 def test_a_projection_repaired_twice_has_one_bias_more_in_the_report():
     def repairs(self, block, kept, dense):
         linear = block.linear("mlp.down_proj")
@@ -146,7 +164,10 @@ def test_a_projection_repaired_twice_has_one_bias_more_in_the_report():
 @pytest.mark.parametrize(
     ("gone", "told"),
     [
-        (lambda score: score[0] < 0.1, r"gone returned a torch\.bool tensor \[32\] for model\.layers\.0\.self_attn"),
+        (
+            lambda score: score[0, 1:] < 0.1,
+            r"gone returned a torch\.bool tensor \[31\] for model\.layers\.0\.self_attn",
+        ),
         (lambda score: (score < 0.1).float(), r"a torch\.float32 tensor \[32, 32\]"),
         (lambda score: (score < 0.1).long(), r"a torch\.int64 tensor"),
         (lambda score: None, "gone returned None"),
@@ -158,6 +179,29 @@ def test_masks_of_weights_that_are_none_are_refused(gone, told):
         pruners.prune(model, kind())
     before = tiny("llama").state_dict()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("short", [lambda score: score.sum(0, keepdim=True), lambda score: score.sum(1, keepdim=True)])
+def test_a_mask_of_whole_rows_or_columns_is_one(short):
+    def gone(self, score):
+        return short(score) < short(score).median()
+
+    def whole(self, score):
+        return gone(self, score).expand_as(score).clone()
+
+    ours, plain = tiny("llama"), tiny("llama")
+    pruners.prune(ours, method(Own, gone=gone)())
+    pruners.prune(plain, method(Own, gone=whole)())
+    assert all(map(torch.equal, ours.parameters(), plain.parameters()))
+
+
+def test_a_score_that_takes_a_hessian_twice_hears_what_to_use():
+    def score(self, name, weight, x, dense):
+        return weight.abs() * x.taken().diagonal()
+
+    kind = method(Own, NEEDS=Hessian, score=score)
+    with pytest.raises(ValueError, match="already consumed; gather it again, or use its `matrix` instead"):
+        pruners.prune(tiny("llama"), kind(), TEXT)
 
 
 def in_weight(self, name, weight, x, dense):

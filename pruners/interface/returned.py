@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -14,9 +14,7 @@ from pruners.interface import checks
 from pruners.lazy import Bool, Float, Tensor, torch
 from pruners.run import matrices
 from pruners.run.matrices import Matrix
-from pruners.run.statistic import Hessian, InputNorm, Moments, is_finite
-
-AGAIN = "The model is no longer what it was; load it again."
+from pruners.run.statistic import InputNorm, Moments, is_finite
 
 
 def score(method: Any, name: str, found: Any, weight: Tensor) -> Float[Tensor, "out inp"]:
@@ -40,7 +38,13 @@ def unit_score(method: Any, block: Block, kind: str, found: Any) -> Float[Tensor
 
 
 def mask(method: Any, name: str, found: Any, weight: Tensor) -> Bool[Tensor, "out inp"]:
-    """What `gone` condemns, where the weight is; ValueError for what does not say of each weight whether it goes."""
+    """What `gone` condemns, where the weight is; ValueError for what does not say of each weight whether it goes.
+
+    It may say so of whole rows or columns, as torch broadcasts.
+    """
+    if isinstance(found, Tensor):
+        with suppress(RuntimeError):  # told below
+            found = found.expand(weight.shape)
     if not _is_mask(found, tuple(weight.shape)):
         raise ValueError(
             f"{type(method).__name__}'s gone returned {_told(found)} for {name}; it returns True for each weight that "
@@ -75,36 +79,37 @@ def kept(method: Any, blocks: Sequence[Block], found: Any) -> list[Kept]:
 def repairs(method: Any, block: Block, found: Any) -> list[tuple[Matrix, Float[Tensor, " out"]]]:
     """The biases themselves; ValueError for one that is not finite or not one number for each output of a matrix."""
     name = type(method).__name__
-    if not isinstance(found, list | tuple) or any(not isinstance(one, tuple) or len(one) != 2 for one in found):
+    pairs = list(found) if isinstance(found, Iterable) else [found]
+    if any(not isinstance(one, list | tuple) or len(one) != 2 for one in pairs):
         raise ValueError(
-            f"{name}'s repairs returned {_told(found)} for {block.name}; it returns a list of (block.linear(name), "
-            f"bias). {AGAIN}"
+            f"{name}'s repairs returned {_told(found)} for {block.name}; it returns a list of pairs, "
+            "(block.linear(name), bias)."
         )
     own = {projection: matrices.owner(linear) for projection, linear in block.linears().items()}
-    for linear, bias in found:
+    for linear, bias in pairs:
         projection = next((name for name, owner in own.items() if owner is getattr(linear, "module", linear)), None)
         if projection is None:
             raise ValueError(
                 f"{name}'s repairs returned a bias for {checks.typed(linear)}, which is no projection of "
-                f"{block.name}; it names one by block.linear(name). {AGAIN}"
+                f"{block.name}; it names one by block.linear(name)."
             )
         outputs = linear.weight.shape[0]
         fits = isinstance(bias, Tensor) and tuple(bias.shape) == (outputs,)
         if not fits or not is_finite(bias.to(linear.weight)):
             raise ValueError(
                 f"{name}'s repairs returned {'NaN or inf' if fits else _told(bias)} as bias of "
-                f"{block.name}.{projection}; it is one finite number for each of its {outputs} outputs. {AGAIN}"
+                f"{block.name}.{projection}; it is one finite number for each of its {outputs} outputs."
             )
-    return list(found)
+    return [(linear, bias) for linear, bias in pairs]
 
 
 @contextmanager
 def read_only(method: Any, name: str, weight: Tensor, x: Any) -> Iterator[None]:
     """ValueError where a method writes over a weight that it scores, or over what was seen of its inputs.
 
-    A statistic of its own kind may compute in place.
+    A statistic of its own kind may compute in place, and a Hessian be taken, which it refuses itself a second time.
     """
-    seen = vars(x) if type(x) in (InputNorm, Moments, Hessian) else {}
+    seen = vars(x) if type(x) in (InputNorm, Moments) else {}
     tensors = {f"{name}'s statistic {which}": value for which, value in seen.items() if isinstance(value, Tensor)}
     with _unwritten(method, {name: weight} | tensors):
         yield
@@ -115,12 +120,12 @@ def shared(method: Any, dense: Mapping[str, Tensor]) -> Iterator[None]:
     """ValueError where a method writes over dense statistics, which its other settings share."""
     known = dense if isinstance(dense, dict) else {}  # others read each tensor anew
     tensors = {f"the dense statistic {name}": value for name, value in known.items() if isinstance(value, Tensor)}
-    with _unwritten(method, tensors):
+    with _unwritten(method, tensors, " Gather the statistics again."):
         yield
 
 
 @contextmanager
-def _unwritten(method: Any, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+def _unwritten(method: Any, tensors: Mapping[str, Tensor], then: str = "") -> Iterator[None]:
     """By torch's own count of changes: reads no value and takes no memory."""
     before = {what: tensor._version for what, tensor in tensors.items() if not tensor.is_inference()}
     yield
@@ -128,8 +133,7 @@ def _unwritten(method: Any, tensors: Mapping[str, Tensor]) -> Iterator[None]:
         if tensors[what]._version != version:
             raise ValueError(
                 f"{type(method).__name__} wrote over {what}; it computes in a new tensor, e.g. weight.abs() in place "
-                f"of weight.abs_() (of float32, weight.float() is the weight itself). Load the model again, and gather "
-                "its statistics again."
+                f"of weight.abs_() (of float32, weight.float() is the weight itself).{then}"
             )
 
 
@@ -144,7 +148,7 @@ def in_place(method: Any, linears: Mapping[str, Matrix]) -> Iterator[None]:
             same = weight.shape == shape and weight.dtype == dtype
             raise ValueError(
                 f"{type(method).__name__}'s remove left {'NaN or inf in' if same else f'{_told(weight)} of'} {name}; "
-                f"it prunes in place, and what is left is finite, {dtype} {list(shape)}. {AGAIN}"
+                f"it prunes in place, and what is left is finite, {dtype} {list(shape)}."
             )
 
 

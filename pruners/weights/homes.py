@@ -89,7 +89,8 @@ class Home:
             setattr(part.module, ATTRIBUTE, self)
         setattr(model, ATTRIBUTE, self)
         vars(model)["save_pretrained"] = _refuse_saving
-        self.put_back = structure.remembered(model)  # what the weights at home fit
+        # to what the files' weights fit; one in memory stays as it is cut
+        self.uncut = structure.uncut(model) if isinstance(source, Disk) else None
 
     @property
     def parts(self) -> list[Part]:
@@ -339,17 +340,15 @@ def lent(model: nn.Module, device: torch.device | None) -> Iterator[None]:
 
 @contextmanager
 def intact(model: nn.Module) -> Iterator[None]:
-    """After an error within, a model at home on the disk is again what it was opened as, cut blocks whole again."""
+    """After an error within, a model at home on the disk is as whole as it was opened, whatever was pruned before."""
     home, disk = of(model), on_disk(model)
-    if home is not None and disk is not None and not disk.changed:
-        home.put_back = structure.remembered(model)  # it is what it was opened as, however it was set since
     try:
         yield
     except BaseException:
-        if home is not None and disk is not None:
+        if home is not None and home.uncut is not None and disk is not None:
             disk.forget()
             home.forget_ahead()
-            home.put_back()
+            home.uncut()
         raise
 
 

@@ -124,11 +124,6 @@ class Disk(Source):
     def enter(self, stage: str) -> None:
         self.stage = f"{self.stage}/{stage}" if self.stage else stage
 
-    @property
-    def changed(self) -> bool:
-        """Whether anything is read from elsewhere than the checkpoint."""
-        return bool(self._changed)
-
     def forget(self) -> None:
         self._changed.clear()
 
