@@ -146,9 +146,11 @@ def in_place(method: Any, linears: Mapping[str, Matrix]) -> Iterator[None]:
         weight = linears[name].weight
         if weight.shape != shape or weight.dtype != dtype or not is_finite(weight):
             same = weight.shape == shape and weight.dtype == dtype
+            found = f"NaN or inf in {name}" if same else f"{_told(weight)} of {name}"
+            small = ", of which numbers may be too large: load the model in bfloat16 or float32"
             raise ValueError(
-                f"{type(method).__name__}'s remove left {'NaN or inf in' if same else f'{_told(weight)} of'} {name}; "
-                f"it prunes in place, and what is left is finite, {dtype} {list(shape)}."
+                f"{type(method).__name__}'s remove left {found}; it prunes in place, and what is left is finite, "
+                f"{dtype} {list(shape)}{small if same and dtype == torch.float16 else ''}."
             )
 
 
