@@ -36,8 +36,8 @@ class Row:
     """`method` and `setting` are what a reader calls the cell, `words` the paper's words for them, by which numbers are
     joined; `called` tells the cell from every other one of its table, by model and seed where words do not; `folder` is
     the results folder that its record is in;
-    `withheld` are the texts, each with its file, from which a record would have to be made and is not, so that its
-    number is not shown."""
+    `withheld` says why its record is not shown, a clause a reason, e.g. a text, with its file, that the record was not
+    made from."""
 
     method: str
     setting: str
@@ -94,6 +94,12 @@ class Row:
         """What tells rows with the same words apart."""
         return seed(self.run)
 
+    @property
+    def draw(self) -> tuple[int | None, int | None]:
+        """The seed with the order of the windows, where that is not as they were drawn; both None of what draws
+        nothing."""
+        return self.seed, self.run.windows.order if self.run.windows else None
+
     def measure(self, key: str) -> dict[str, Any] | None:
         """What was measured under this very protocol key, if anything.
 
@@ -118,7 +124,8 @@ def rows(
     """One row per declared cell, in the table's order; raises NoRecordsError if none was ever run.
 
     A cell that several results folders have is shown from the first of them, with a warning where their numbers differ.
-    With `data_dir` a record that was made from other texts than lie there is withheld.
+    With `data_dir` a record is withheld that was made from other texts than lie there, or at a learning rate that is
+    by now chosen anew.
     """
     made = declared(table, root, papers.runs(table, model, dtype, limit, tasks), data_dir)
     if all(row.state == "missing" and not row.withheld for row in made):
@@ -144,7 +151,7 @@ def declared(table: Table, root: Folders, runs: Sequence[Run], data_dir: Path | 
         for run, title, told, name in zip(runs, titles, words, apart(runs, titles), strict=True)
     ]
     made = [replace(row, folder=_holder(row.record, stored)) for row in made]
-    return [_of_these_texts(row, data_dir) for row in made] if data_dir else made
+    return [_as_now(row, data_dir) for row in made] if data_dir else made
 
 
 def folders(root: Folders) -> list[Path]:
@@ -174,9 +181,15 @@ def _tell_apart(stored: Mapping[Path, Mapping[str, Record]]) -> None:
                 logger.warning("%s differs between %s, which is shown, and %s.", id, shown, place)
 
 
-def _of_these_texts(row: Row, data_dir: Path) -> Row:
-    other = found.other_data(row.record, data_dir) if row.record else []
-    return replace(row, record=None, failure=None, withheld=tuple(other)) if other else row
+def _as_now(row: Row, data_dir: Path) -> Row:
+    """Without a record that a run would make again from other texts or at another learning rate."""
+    if not row.record or not row.folder:
+        return row
+    texts = found.other_data(row.record, data_dir)
+    why = [f"their records were made from a different {text} than the one in --data-dir" for text in texts]
+    if not why and found.chosen_anew(row.record, row.run, row.folder, data_dir):
+        why = ["their learning rate is not the one that is chosen now"]
+    return replace(row, record=None, failure=None, withheld=tuple(why)) if why else row
 
 
 def repeats(made: Iterable[Row]) -> list[tuple[Row, ...]]:

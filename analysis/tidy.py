@@ -40,10 +40,10 @@ def frame(*results: Path | str, data_dir: Path | None = None) -> pd.DataFrame:
     `windows.NAME`; `seed`; `sparsity` (the share removed); `measure` (the protocol key), `metric`, `value`,
     `standard_error` (in the value's unit); the cell's cost, `seconds` and `peak_bytes`; `device`, `commit`, `dirty`,
     `code` (by which code of its method and measures it was made: `same` as here, `other`, or `unknown`: not recorded,
-    or of a cell that no table here declares), `made_at`.
+    or of a cell that no table here declares with these measures, e.g. one run with `--limit`), `made_at`.
 
-    Rehearsals are left out, with `data_dir` also records of other texts than lie there.  Raises FileNotFoundError for a
-    folder without records.
+    Rehearsals are left out, with `data_dir` also records of other texts than lie there and of learning rates that are
+    by now chosen anew.  Raises FileNotFoundError for a folder without records.
     """
     rows = [row for root in results or ("results",) for row in _folder(Path(root), data_dir)]
     return pd.DataFrame(rows)
@@ -67,9 +67,16 @@ def _folder(root: Path, data_dir: Path | None) -> Iterator[dict[str, Any]]:
     for folder in records.folders(root):
         known = functools.cache(functools.partial(_declared, folder.name))
         for record in records.load(root, folder.name).values():
-            if record.spec.get("rehearsal") or (data_dir and found.other_data(record, data_dir)):
+            if record.spec.get("rehearsal"):
                 continue
-            yield from _values(record, {"results": str(root), **_cell(record, known)})
+            words, run = _whose(record, known)
+            if not (data_dir and _outdated(record, run, root, data_dir)):
+                yield from _values(record, {"results": str(root), **_cell(record, words, run)})
+
+
+def _outdated(record: Record, run: Run | None, root: Path, data_dir: Path) -> bool:
+    anew = run is not None and found.chosen_anew(record, run, root, data_dir)
+    return anew or bool(found.other_data(record, data_dir))
 
 
 def _declared(table: str, model: str | None = None) -> Declared:
@@ -93,17 +100,21 @@ def _keys(spec: Mapping[str, Any]) -> list[str]:
     return [digest({name: told for name, told in spec.items() if name not in names}) for names in left]
 
 
-def _whose(record: Record, known: Callable[..., Declared]) -> tuple[Words, str]:
-    """What a reader calls the cell, and by which code it was made."""
+def _whose(record: Record, known: Callable[..., Declared]) -> tuple[Words, Run | None]:
+    """What a reader calls the cell, and as which it is declared, on whatever model and whatever is measured."""
     spec = record.spec
     tries = [(known(), stable_key(spec))]
     tries += [(found, key) for key in _keys(spec) for found in (known(spec["model"]["name"]), known())]
     for declared, key in tries:
         if len(named := declared.get(key, {})) == 1:
-            ((words, run),) = named.items()
-            measured = [describe(what) for what in run.measures] == spec["measures"]
-            return words, code.made_by(record.code, run) if measured else "unknown"
-    return _own_words(record), "unknown"
+            return next(iter(named.items()))
+    return _own_words(record), None
+
+
+def _code(record: Record, run: Run | None) -> str:
+    if run is None or [describe(what) for what in run.measures] != record.spec["measures"]:
+        return "unknown"
+    return code.made_by(record.code, run)
 
 
 def _own_words(record: Record) -> Words:
@@ -116,9 +127,9 @@ def _own_words(record: Record) -> Words:
     return " ".join([method["name"], *told, *(f"+ {name}" for name in after if name)]), setting
 
 
-def _cell(record: Record, known: Callable[..., Declared]) -> dict[str, Any]:
+def _cell(record: Record, words: Words, run: Run | None) -> dict[str, Any]:
     spec, made_by = record.spec, record.made_by
-    (label, setting), made_with = _whose(record, known)
+    label, setting = words
     windows = spec["windows"] or {}
     return {
         "table": record.table,
@@ -137,7 +148,7 @@ def _cell(record: Record, known: Callable[..., Declared]) -> dict[str, Any]:
         "device": made_by.device,
         "commit": made_by.commit,
         "dirty": made_by.dirty,
-        "code": made_with,
+        "code": _code(record, run),
         "made_at": made_by.at,
     }
 

@@ -8,9 +8,10 @@ import pytest
 import small_table as small
 from conftest import needs_shared
 
+import analysis
 import pruners
 from analysis.claims.judge import Better, Claim, Ours, Place, on_ours
-from analysis.rows import declared
+from analysis.rows import declared, rows
 from analysis.tables.notes import notes
 from experiments import cells, estimate, measures, papers, rates
 from experiments.batch import run_table
@@ -136,6 +137,27 @@ def test_a_table_says_which_rate_each_row_took_and_which_lies_at_the_edge(tmp_pa
     rate = record.measures[GRID.key]["learning_rate"]
     assert f"from 0.0001, 0.01, 0.1 by the loss on 4 x 32 tokens of c4/train: {rate:g} for" in told[0]
     assert "Magnitude + norms 40 %" in told[0]
+
+
+@needs_shared
+def test_a_table_withholds_what_was_trained_at_another_rate_than_is_chosen_now(tmp_path, monkeypatch):
+    dense = Run(str(small.MODEL), None, None, (small.PPL,))
+    table = Table("tiny", "", (0.4, None), ((str(small.MODEL),),), lambda s, _: run(RETRAINING, s) if s else dense)
+    monkeypatch.setitem(papers.TABLES, "tiny", table)
+    data_dir = small.data(tmp_path / "data")
+    assert not run_table("tiny", cells.cells(table.runs()), Settings(tmp_path, data_dir=data_dir)).failed
+    assert [row.state for row in rows(table, tmp_path, data_dir=data_dir)] == ["done", "done"]
+    (chosen,) = records.load(tmp_path, "tiny.rates").values()
+    other = {**chosen.measures[GRID.key], "learning_rate": 0.5}
+    records.write(chosen.model_copy(update={"measures": {GRID.key: other}}), tmp_path)
+    assert [row.state for row in rows(table, tmp_path)] == ["done", "done"]
+    made = rows(table, tmp_path, data_dir=data_dir)
+    assert [row.state for row in made] == ["missing", "done"]
+    told = "Not shown, as their learning rate is not the one that is chosen now: Magnitude + norms 40 %."
+    assert told in notes(table, made)
+    frame = analysis.frame(tmp_path, data_dir=data_dir)
+    assert set(frame[frame.table == "tiny"].method) == {"dense"}
+    assert len(analysis.frame(tmp_path)) > len(frame)
 
 
 @needs_shared

@@ -164,9 +164,8 @@ def _origin(record: Record) -> str:
 
 
 def _withheld(rows: Sequence[Row]) -> Iterator[str]:
-    for text in dict.fromkeys(text for row in rows for text in row.withheld):
-        names = called([row for row in rows if text in row.withheld], rows)
-        yield f"Not shown, as their records were made from a different {text} than the one in --data-dir: {names}."
+    for why in dict.fromkeys(why for row in rows for why in row.withheld):
+        yield f"Not shown, as {why}: {called([row for row in rows if why in row.withheld], rows)}."
 
 
 def _of_other_code(rows: Sequence[Row], again: str) -> Iterator[str]:
