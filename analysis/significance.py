@@ -2,8 +2,7 @@
 
 A column is one number (protocol key) of one model at one setting; its cells are the table's methods.  The best is
 marked only where all of them were measured and the 95 % interval of its difference from every other excludes zero: over
-the same windows, or over the seeds that both have, as `evidence.difference` pairs them.  The dense model does not
-compete.
+the same windows, or over seeds, as `evidence.difference` pairs them.  The dense model does not compete.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ from analysis.tables.frames import shown
 COMPARED = ("perplexity", "score")
 NOTE = (
     "Bold: better than every other method of the same model, setting and measure, by a 95 % interval of the paired "
-    "difference (accuracies of one run: unpaired); where none is bold, none is clearly the best or a method is "
-    "missing. The dense model does not compete."
+    "difference (unpaired: accuracies of one run, seeds of which fewer than two are common); where none is bold, none "
+    "is clearly the best or a method is missing. The dense model does not compete."
 )
 Name = tuple[str, str, str, str, str]
 

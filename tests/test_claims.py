@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import small_table as small
@@ -79,9 +81,10 @@ def test_three_seeds_of_an_accuracy_are_paired(gains, sign):
 
 def scores(values):
     """A cell with these accuracies and a standard error over documents that would hide any gap between them."""
-    run = next(run for run in papers.find("gblm.zero_shot").runs() if run.method is not None)
+    drawn = next(run for run in papers.find("gblm.zero_shot").runs() if run.windows)
+    runs = [replace(drawn, windows=replace(drawn.windows, seed=seed)) for seed in range(len(values))]
     measured = [{"k": {"score": value, "standard_error": 0.1}} for value in values]
-    found = [rows.Row("m", "s", run, small.record(run, measures=one), None) for one in measured]
+    found = [rows.Row("m", "s", r, small.record(r, measures=one), None) for r, one in zip(runs, measured, strict=True)]
     return compare.Cell("llama-7b", "m", "s", "k", "score", tuple(found))
 
 

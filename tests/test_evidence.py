@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import small_table as small
 
@@ -22,8 +24,21 @@ from experiments.store import records
 def cell(metric: str, *measured: dict, method: str = "Wanda") -> Cell:
     """A pruned cell of so many seeds, each of which measured this."""
     run = next(c for c in cells(papers.find("gblm.perplexity").runs()) if c.run.windows).run
-    made = [rows.Row(method, "50 %", run, small.record(run, measures={"k": one}), None) for one in measured]
+    runs = [replace(run, windows=replace(run.windows, seed=seed)) for seed in range(len(measured))]
+    made = [
+        rows.Row(method, "50 %", run, small.record(run, measures={"k": one}), None)
+        for run, one in zip(runs, measured, strict=True)
+    ]
     return Cell("m", method, "50 %", "k", metric, tuple(made))
+
+
+def seeds(found: Cell, *drawn: int) -> Cell:
+    """The same values of other seeds, in this order."""
+    made = [
+        replace(row, run=replace(row.run, windows=replace(row.run.windows, seed=seed)))
+        for row, seed in zip(found.rows, drawn, strict=True)
+    ]
+    return replace(found, rows=tuple(made))
 
 
 def perplexities(*values: float, method: str = "Wanda") -> Cell:
@@ -60,10 +75,44 @@ def test_two_seeds_that_agree_do():
 def test_several_seeds_stand_beside_one_run_only_where_it_draws_nothing():
     several, drawn = perplexities(10.0, 10.1, 10.2), perplexities(15.0, method="Other")
     assert difference(several, drawn, 1.0) == "several seeds beside one"
-    assert difference(several, perplexities(15.0, 15.1), 1.0) == "other numbers of seeds"
     (row,) = drawn.rows
     dense = rows.Row("Dense", "", papers.find("gblm.perplexity").runs()[0], row.record, None)
     assert difference(several, Cell("m", "Dense", "", "k", "perplexity", (dense,)), 1.0)[1] < 0
+
+
+def test_seeds_are_paired_by_seed_wherever_they_stand():
+    first = accuracies(0.50, 0.60, 0.70)
+    placed = accuracies(0.69, 0.485, 0.59, method="Other")  # each a little below the same seed of the first
+    low, high = difference(first, seeds(placed, 2, 0, 1), 1.0)
+    turned = difference(seeds(first, 2, 1, 0), seeds(placed, 0, 2, 1), 1.0)
+    assert (low, high) == pytest.approx(turned)
+    assert 0 < low < high < 0.02
+    assert significance.best([first, seeds(placed, 2, 0, 1)]) == {significance.name(first)}
+    assert difference(first, placed, 1.0)[0] < 0
+
+
+def test_of_other_seeds_the_common_ones_are_paired():
+    three, two = perplexities(10.0, 11.0, 30.0), perplexities(15.0, 16.6, method="Other")
+    assert difference(three, two, 1.0) == difference(perplexities(10.0, 11.0), two, 1.0)
+    assert difference(two, three, 1.0)[0] > 0
+
+
+@pytest.mark.parametrize("drawn", [(3, 4, 5), (2, 3, 4), (0, 0, 0)])
+def test_fewer_than_two_common_seeds_are_compared_unpaired(drawn):
+    first, second = perplexities(10.0, 11.0, 12.0), seeds(perplexities(10.1, 11.1, 12.1, method="Other"), *drawn)
+    a, b = np.log(first.values), np.log(second.values)
+    spread = math.sqrt(np.var(a, ddof=1) / 3 + np.var(b, ddof=1) / 3)
+    low, high = difference(first, second, 1.0)
+    assert (low + high) / 2 == pytest.approx(np.mean(a) - np.mean(b))
+    assert 2.776 * spread < (high - low) / 2 < 2.79 * spread  # t of all but 4 degrees of freedom
+    assert difference(first, perplexities(10.1, 11.1, 12.1), 1.0)[1] < 0
+
+
+def test_unpaired_seeds_without_a_spread():
+    same, other = accuracies(0.5, 0.5), seeds(accuracies(0.6, 0.6), 2, 3)
+    assert difference(same, other, 1.0) == "no spread over seeds"
+    none, some = (cell("column_dispersion", *[{"column_dispersion": v}] * 2) for v in (0.0, 2.0))
+    assert difference(none, seeds(some, 2, 3), 1.0) == (-2.0, -2.0)
 
 
 def test_a_dispersion_of_zero_has_a_difference_too():
@@ -121,6 +170,28 @@ def test_speeds_are_decided_where_their_notches_lie_apart(tmp_path, flap_step, v
 def test_speeds_that_cannot_be_compared_say_why(tmp_path, told, why):
     answer = timed(tmp_path, {"FLAP": (0.01, 0.0099, 0.0101), "LLM-Pruner": (0.02, 0.0199, 0.0201)}, **told)
     assert (answer.verdict, answer.open) == ("undecided", [f"llama-7b FLAP 20 % ({why})"])
+
+
+def speed(median: float, q1: float, q3: float, repetitions: int = 4) -> Cell:
+    step = {"median": median, "q1": q1, "q3": q3, "repetitions": repetitions}
+    timing = {"device": "cpu: x", "threads": 1, "runs": [{"batch": 1, "decode_s": step}]}
+    return cell("tokens_per_second", {"tokens_per_second": 1 / median, "timing": timing})
+
+
+def test_a_timing_without_an_interval_says_what_its_spread_is():
+    good, equal, wide = speed(0.010, 0.009, 0.011), speed(0.01, 0.01, 0.01, 100), speed(0.010, 0.001, 0.020)
+    for pair in ((equal, good), (good, equal), (equal, 90.0)):
+        assert difference(*pair, 1.0) == "no spread of the timing"
+    for pair in ((wide, good), (good, wide), (wide, 90.0)):
+        assert difference(*pair, 1.0) == "too wide a spread of the timing"
+
+
+def test_the_interval_of_one_median_is_wider_than_the_notch_of_two():
+    good = speed(0.010, 0.009, 0.011)
+    notch, alone = 1.57 * 0.001, 1.815 * 0.001
+    assert difference(good, 90.0, 1.0) == pytest.approx((1 / (0.01 + alone) - 90, 1 / (0.01 - alone) - 90), abs=1e-2)
+    widest = 1 / (0.01 - notch) - 1 / (0.01 + notch)
+    assert difference(good, good, 1.0) == pytest.approx((-widest, widest))
 
 
 @pytest.mark.parametrize(("or_equal", "verdict"), [(False, "fails"), (True, "holds")])

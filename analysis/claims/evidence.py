@@ -2,26 +2,31 @@
 
 Wherever one of both has several seeds the seeds are compared; a single run speaks for itself alone:
 
-    several seeds      a t interval over the common ones, of log ratios of perplexities, otherwise of differences
+    several seeds      a t interval over the common ones, of log ratios of perplexities, otherwise of differences; with
+                       fewer than two in common as if unpaired, by Welch's t interval over all
     one perplexity     a t interval over the same windows' log-likelihoods, paired
     one accuracy       from both intervals over documents, as if unpaired, which is the cautious side
     one timing         from the notches around both medians, on the same machine
+
+What the same seed draws moves both cells alike, so that the difference within it says more than both numbers apart; a
+seed that only one of them has says nothing of such a difference, and to pair it with any other would be arbitrary.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import numpy as np
 
 from analysis.compare import Cell
-from eval.intervals import half_width
+from eval.intervals import CONFIDENCE, half_width
 
-NOTCH = (
-    1.57  # times the quartiles' distance / sqrt(n): two notches apart tell medians apart at 95 % (McGill et al. 1978)
-)
+# Times the quartiles' distance / sqrt(n), as a median's standard error is 1.25 / 1.35 of it (McGill et al. 1978):
+NOTCH = 1.57  # two notches apart tell two medians apart at 95 %
+MEDIAN = 1.96 * 1.25 / 1.35  # the 95 % interval of a median alone
+NOTHING = (None, None)  # the `draw` of a method that draws nothing
 Interval = tuple[float, float]
 
 
@@ -39,17 +44,27 @@ def _sides(left: Cell, right: Cell | float) -> list[Cell]:
 
 def _over_seeds(left: Cell, right: Cell | float, factor: float) -> Interval | str:
     """The one run of a method that draws nothing stands beside every seed of the other."""
-    if any(len(cell.values) == 1 and cell.rows[0].seed is not None for cell in _sides(left, right)):
+    first, second = _drawn(left), _drawn(right)
+    if any(len(side) == 1 and NOTHING not in side for side in (first, second)):
         return "several seeds beside one"
-    a, b = np.asarray(left.values), np.asarray([right] if isinstance(right, float) else right.values)
-    if len(a) != len(b) and 1 not in (len(a), len(b)):
-        return "other numbers of seeds"
-    if left.metric == "perplexity":
-        return _t_interval(np.log(a) - np.log(b) - math.log(factor))
-    samples = a - factor * b
-    if left.metric == "score" and np.allclose(samples, samples[0], rtol=0, atol=1e-12):  # shares of few documents do so
-        return "no spread over seeds"
-    return _t_interval(samples)
+    common = [draw for draw in first if draw in second]
+    paired = len(common) > 1
+    a, b = (np.asarray([side[draw] for draw in (common if paired else side)]) for side in (first, second))
+    a, b = (np.log(a), np.log(factor * b)) if left.metric == "perplexity" else (a, factor * b)
+    samples = [a - b] if paired or 1 in (len(a), len(b)) else [a, b]
+    if all(np.allclose(some, some[0], rtol=0, atol=1e-12) for some in samples) and left.metric == "score":
+        return "no spread over seeds"  # shares of few documents have none
+    return _t_interval(*samples) if len(samples) == 1 else _welch(a, b)
+
+
+def _drawn(cell: Cell | float) -> dict[Hashable, float]:
+    """The values by what was drawn for them; by nothing that could be common where that does not tell them apart."""
+    if isinstance(cell, float):
+        return {NOTHING: cell}
+    told = [(row.draw, (row.measure(cell.key) or {}).get(cell.metric)) for row in cell.rows]
+    known = [(draw, value) for draw, value in told if value is not None]
+    found: dict[Hashable, float] = dict(known)
+    return found if len(found) == len(known) else {object(): value for _, value in known}
 
 
 def _perplexities(left: Cell, right: Cell | float, factor: float) -> Interval | str:
@@ -81,20 +96,22 @@ def _speeds(left: Cell, right: Cell | float, factor: float) -> Interval | str:
         return "timed on other machines"
     if any(one["runs"][0].get("noisy") for one in timed):
         return "timed on an unsteady machine"
-    ranges = [_tokens_per_second(one["runs"][0]) for one in timed]
+    shapes = [one["runs"][0] for one in timed]
+    steps = [shape["decode_s"] for shape in shapes]
+    halves = [
+        (NOTCH if len(steps) > 1 else MEDIAN) * (step["q3"] - step["q1"]) / math.sqrt(step["repetitions"])
+        for step in steps
+    ]
+    if not all(halves):
+        return "no spread of the timing"
+    if any(half >= step["median"] for half, step in zip(halves, steps, strict=True)):  # reaches below no time at all
+        return "too wide a spread of the timing"
+    ranges = [
+        (shape["batch"] / (step["median"] + half), shape["batch"] / (step["median"] - half))
+        for shape, step, half in zip(shapes, steps, halves, strict=True)
+    ]
     (low, high), (least, most) = ranges[0], ranges[1] if len(ranges) > 1 else (_value(right), _value(right))
-    if not 0 < low < high or not 0 < least <= most:
-        return "too few repetitions"
     return low - factor * most, high - factor * least
-
-
-def _tokens_per_second(shape: Mapping[str, Any]) -> Interval:
-    """At both ends of the notch around the median step; 0 where it reaches below no time at all."""
-    step = shape["decode_s"]
-    half = NOTCH * (step["q3"] - step["q1"]) / math.sqrt(step["repetitions"])
-    if half >= step["median"]:
-        return 0.0, 0.0
-    return shape["batch"] / (step["median"] + half), shape["batch"] / (step["median"] - half)
 
 
 ALONE: dict[str, Callable[[Cell, Cell | float, float], Interval | str]] = {
@@ -110,6 +127,18 @@ def _measured(cell: Cell) -> dict[str, Any]:
 
 def _value(right: Cell | float) -> float:
     return right if isinstance(right, float) else right.ours or 0.0
+
+
+def _welch(a: Any, b: Any) -> Interval:
+    """Of mean a - mean b, of independent draws."""
+    from scipy import special
+
+    gap, errors = float(np.mean(a) - np.mean(b)), [float(np.var(some, ddof=1)) / len(some) for some in (a, b)]
+    if not any(errors):
+        return gap, gap
+    freedom = sum(errors) ** 2 / sum(error**2 / (len(some) - 1) for some, error in zip((a, b), errors, strict=True))
+    half = float(special.stdtrit(freedom, (1 + CONFIDENCE) / 2)) * math.sqrt(sum(errors))
+    return gap - half, gap + half
 
 
 def _t_interval(samples: Any) -> Interval:
