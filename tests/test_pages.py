@@ -26,6 +26,7 @@ MODELS = ("opt-125m", "smollm2-135m")
 KEY = small.PPL.key
 BASE = pruners.Wanda(0.5)
 OTHER = pruners.SparseGPT(0.5)
+ENDS = ("\n", "\r", "\r\n", "\v", "\f", "\x1c", "\x85", "\u2028", "\u2029")
 
 
 def table(methods, measures=(small.PPL,), models=MODELS, seeds=(0, 1)) -> Table:
@@ -71,6 +72,13 @@ def test_generated_text_is_shown_letter_by_letter():
     assert cells(page.splitlines()[-3]) == ["Dense", r"\|W\| 50 %"]
 
 
+@pytest.mark.parametrize("end", ENDS)
+def test_generated_text_keeps_to_its_cell_whatever_ends_its_lines(end):
+    row = {"prompt": "a", "decoding": "greedy", "text": f"x{end}y"} | dict.fromkeys(generation.NUMBERS, 0.5)
+    page = generation.page({"Dense": [row]})
+    assert cells(page.splitlines()[-1]) == ["x<br>y"]
+
+
 def cells(line: str) -> list[str]:
     return [cell.strip().replace("\0", r"\|") for cell in line.replace(r"\|", "\0").strip("| ").split("|")]
 
@@ -101,8 +109,27 @@ def test_one_seed_of_a_baseline_can_be_chosen_and_is_named(tmp_path):
 def test_a_table_of_one_cells_seeds_compares_them_with_the_first(tmp_path):
     declared = table((BASE,), models=MODELS[:1])
     made = filled(declared, tmp_path, likelihoods)
-    pairs = comparisons._pairs(made, comparisons.baselines(declared, made, [tmp_path]))
-    assert [(row.seed, base.seed) for row, base in pairs] == [(1, 0)]
+    base = comparisons.baselines(declared, made, [tmp_path])
+    assert [(row.seed, base.seed) for row, base in comparisons._pairs(made, base)] == [(1, 0)]
+    page = comparisons.page(declared, made, base)
+    assert "\n\nThe baseline's other seeds are compared with its seed 0.\n" in page
+    assert "does not have" not in page
+
+
+def test_a_cell_without_a_seed_is_said_to_be_one(tmp_path):
+    declared = table((BASE, pruners.Magnitude(0.5)), models=MODELS[:1], seeds=(0, 1, 2))
+    made = filled(declared, tmp_path, likelihoods)
+    page = comparisons.page(declared, made, comparisons.baselines(declared, made, [tmp_path]))
+    assert "\n\nCells without a seed are compared with its seed 0.\n" in page
+    assert "does not have" not in page
+
+
+def test_a_cell_of_another_order_has_a_seed_that_the_baseline_has():
+    made = made_up.rows(table((BASE, OTHER), models=MODELS[:1], seeds=(0,)))
+    base, row = made
+    told = replace(row, run=replace(row.run, windows=replace(row.run.windows, order=3)))
+    based = replace(base, run=replace(base.run, windows=replace(base.run.windows, order=1)))
+    assert comparisons._without_pair(told, based) == "Cells of an order of windows that the baseline does not have"
 
 
 def test_tests_name_the_model_and_the_seed_of_their_cell(tmp_path):
@@ -165,10 +192,11 @@ def test_some_rows_go_by_their_label_where_they_are_all_of_it():
 
 
 def test_bars_and_ends_of_lines_stay_in_their_cell():
-    text = marked(pd.DataFrame({"a|b": ["x|y\nz"]}))
-    assert text.splitlines()[0].strip("| ") == r"a\|b"
-    assert text.splitlines()[-1].strip("| ") == r"x\|y z"
-    assert len(text.splitlines()) == 3
+    for end in ENDS:
+        text = marked(pd.DataFrame({"a|b": [f"x|y{end}z"]}))
+        assert text.splitlines()[0].strip("| ") == r"a\|b"
+        assert text.splitlines()[-1].strip("| ") == r"x\|y z"
+        assert len(text.splitlines()) == 3
 
 
 @pytest.mark.parametrize("documents", [1_000, 10_042])

@@ -149,8 +149,8 @@ def _who(pairs: Sequence[Pair]) -> list[dict[str, str]]:
 
 def _seed(row: Row) -> str:
     """With the order of its windows, where that is not as they were drawn."""
-    order = row.run.windows.order if row.run.windows else None
-    parts = [str(row.seed)] * (row.seed is not None) + [f"order {order}"] * (order is not None)
+    seed, order = row.draw
+    parts = [str(seed)] * (seed is not None) + [f"order {order}"] * (order is not None)
     return ", ".join(parts) or MISSING
 
 
@@ -174,10 +174,21 @@ def _said(table: Table, pairs: Sequence[Pair]) -> list[str]:
     ]
     if chosen := [f"{base.label} of {model}" for model, base in bases.items() if not base.is_dense]:
         lines.append(f"Compared with {', '.join(chosen)}; --baseline LABEL chooses another cell.")
-    if others := {_seed(base) for row, base in pairs if _seed(base) not in (MISSING, _seed(row))}:
-        of = " or ".join(sorted(others))
-        lines.append(f"Cells of a seed that the baseline does not have are compared with its seed {of}.")
-    return lines
+    others: dict[str, set[str]] = {}
+    for row, base in pairs:
+        if _seed(base) not in (MISSING, _seed(row)):
+            others.setdefault(_without_pair(row, base), set()).add(_seed(base))
+    return lines + [f"{who} are compared with its seed {' or '.join(sorted(of))}." for who, of in others.items()]
+
+
+def _without_pair(row: Row, base: Row) -> str:
+    """Which cells are beside a baseline of another seed."""
+    if row.label == base.label:
+        return "The baseline's other seeds"
+    if _seed(row) == MISSING:
+        return "Cells without a seed"
+    what = "an order of windows" if row.seed == base.seed else "a seed"
+    return f"Cells of {what} that the baseline does not have"
 
 
 def _not_compared(pairs: Sequence[Pair], frame: pd.DataFrame, tests: Sequence[TaskTest]) -> list[str]:

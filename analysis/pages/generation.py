@@ -12,7 +12,7 @@ import pandas as pd
 
 from analysis.rows import Row
 from analysis.tables.frames import MISSING
-from analysis.tables.markdown import marked
+from analysis.tables.markdown import ENDS, marked
 from experiments.spec import Generation
 from pruners.interface.suggest import UsageError
 
@@ -67,4 +67,4 @@ def _mean(rows: Sequence[Mapping[str, Any]], number: str) -> str:
 
 def _plain(text: str) -> str:
     """On one line, with nothing in it that a reader of Markdown or HTML would take for a mark."""
-    return MARKS.sub(r"\\\g<0>", html.escape(text)).replace("\n", "<br>")
+    return ENDS.sub("<br>", MARKS.sub(r"\\\g<0>", html.escape(text)))

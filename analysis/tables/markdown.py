@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +22,7 @@ GRID = (
     "slash the paper's value if it has one."
 )
 WORDS = ("Method", "Model", "Setting", "Measured", "Verdict")
+ENDS = re.compile(r"\r\n|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")  # of lines, as `str.splitlines` knows them
 LONG = 30  # lines that a reader can still compare
 
 
@@ -115,4 +117,4 @@ def marked(frame: pd.DataFrame, bold: pd.DataFrame | None = None, words: Sequenc
 
 def _in_a_cell(text: str) -> str:
     """Bars and ends of lines would end the cell."""
-    return " ".join(text.split("\n")).replace("|", "\\|")
+    return ENDS.sub(" ", text).replace("|", "\\|")
