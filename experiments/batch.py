@@ -263,6 +263,10 @@ class _Worker:
             at=records.now(),
         )
         self.watcher.failed(failure)
+        root, data_dir, again = self.settings.root, self.settings.data_dir, self.settings.again
+        record = records.find(root, self.table, cell.id)
+        if record is not None and found.stands(record, cell.run, root, data_dir, again):
+            return  # only its model could not be kept
         try:
             records.write_failure(failure, self.settings.root)
         except atomic.StorageError as second:

@@ -81,12 +81,16 @@ def _id(run: Run, identity: dict[str, str]) -> str:
 
 def _refuse_namesakes(made: Sequence[Cell]) -> None:
     """UsageError where two cells are made of different classes of one name, which no id tells apart."""
-    first: dict[tuple[str, str], type[Any]] = {}
+    first: dict[str, dict[str, list[type[Any]]]] = {}
     for cell in made:
+        named: dict[str, list[type[Any]]] = {}
         for kind in code.kinds(cell.run):
-            other = first.setdefault((cell.id, kind.__name__.lower()), kind)
+            named.setdefault(kind.__name__.lower(), []).append(kind)
+        before = first.setdefault(cell.id, named)
+        pairs = (pair for name in named.keys() & before.keys() for pair in zip(before[name], named[name], strict=False))
+        for other, kind in pairs:
             if other is not kind:
-                one, two = (f"{part.__module__}.{part.__name__}" for part in (other, kind))
+                one, two = (f"{part.__module__}.{part.__qualname__}" for part in (other, kind))
                 raise UsageError(
                     f"{one} and {two} are called alike, so that {cell.label} would have one record for both; give one "
                     "class another name."

@@ -17,6 +17,11 @@ from pathlib import Path
 from pruners.lazy import torch
 
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "safetensors", "accelerate", "lm-eval", "triton")
+OF_A_HOOK = (  # where another repository lies, as `git rev-parse --local-env-vars` lists it without its settings
+    "GIT_ALTERNATE_OBJECT_DIRECTORIES", "GIT_CONFIG", "GIT_OBJECT_DIRECTORY", "GIT_DIR", "GIT_WORK_TREE",
+    "GIT_IMPLICIT_WORK_TREE", "GIT_GRAFT_FILE", "GIT_INDEX_FILE", "GIT_NO_REPLACE_OBJECTS", "GIT_REPLACE_REF_BASE",
+    "GIT_PREFIX", "GIT_INTERNAL_SUPER_PREFIX", "GIT_SHALLOW_FILE", "GIT_COMMON_DIR",
+)  # fmt: skip
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
@@ -111,6 +116,6 @@ def commit() -> tuple[str | None, bool | None]:
 def _git(*arguments: str) -> str | None:
     with suppress(OSError, subprocess.CalledProcessError):
         command = ["git", "-C", str(REPOSITORY), *arguments]
-        ours = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # a hook's are not
+        ours = {name: value for name, value in os.environ.items() if name not in OF_A_HOOK}
         return subprocess.run(command, capture_output=True, text=True, check=True, env=ours).stdout.strip()
     return None

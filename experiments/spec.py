@@ -219,7 +219,7 @@ class Run:
     `model` is a name of the catalogue, a local folder, or NAME=FOLDER for a folder that is a model of the catalogue;
     `identity` is filled in by `experiments.models` (hub id and revision, or a fingerprint of the folder), so that two
     models never share an id.  Raises TypeError or ValueError for fields that make no cell, such as two measures of one
-    key (`merged` makes one of tasks).
+    key that `merged` does not make one of.
     """
 
     model: Text
@@ -240,10 +240,11 @@ class Run:
                 raise TypeError(f"Run: {name} is made with its settings, or None; got {checks.typed(value)}.")
         if self.tuning and not hasattr(self.recovery, "learning_rate"):
             raise ValueError("Run: tuning chooses the learning rate of a recovery, and there is none.")
-        keys = [getattr(what, "key", repr(what)) for what in self.measures]
-        if twice := [key for key in dict.fromkeys(keys) if keys.count(key) > 1]:
+        if _twice(self.measures):
+            object.__setattr__(self, "measures", merged(self.measures))
+        if twice := _twice(self.measures):
             raise ValueError(
-                f"Run: {keys.count(twice[0])} measures have the key {twice[0]!r}, under which a record holds one "
+                f"Run: {len(twice)} measures have the key {_key(twice[0])!r}, under which a record holds one "
                 "result; make one measure of them, or leave out all but one."
             )
 
@@ -344,7 +345,15 @@ class Table:
             takes.bind(row, *column)
         except TypeError as error:
             raise UsageError(f"{self._at(row, column)}: run does not take them: {error}.") from error
-        run = self.run(row, *column)
+        try:
+            run = self.run(row, *column)
+        except UsageError:
+            raise
+        except (ValueError, TypeError) as error:
+            told = f"{self._at(row, column)}: {error}"
+            if isinstance(error, ValueError):
+                raise UsageError(told) from error
+            raise TypeError(told).with_traceback(error.__traceback__) from error  # told with the line in its own code
         if run is not None and not isinstance(run, Run):
             raise UsageError(f"{self._at(row, column)}: run gives a Run, or None for no cell; got {checks.typed(run)}.")
         for what in run.measures if run else ():
@@ -354,6 +363,17 @@ class Table:
 
     def _at(self, row: Any, column: tuple[Any, ...]) -> str:
         return f"{self.called}, row {checks.shown(row)}, column {checks.shown(column)}"
+
+
+def _key(what: Any) -> Any:
+    return getattr(what, "key", repr(what))
+
+
+def _twice(measures: Sequence[Any]) -> list[Any]:
+    """The first measures that share a key; empty where none do."""
+    keys = [_key(what) for what in measures]
+    shared = [key for key in keys if keys.count(key) > 1]
+    return [what for what, key in zip(measures, keys, strict=True) if key in shared[:1]]
 
 
 def merged(measures: Sequence[Any]) -> tuple[Any, ...]:
@@ -371,12 +391,10 @@ def merged(measures: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def _fit(one: Any, other: ZeroShot) -> bool:
-    """Whether one measure can say what both do: two means of a name, and two metrics of a task, need two."""
+    """Whether one measure can say what both do: two means of a name need two."""
     if not isinstance(one, ZeroShot) or one.key != other.key:
         return False
-    tasks = dict(one.metrics)
-    agree = all(tasks.get(task, metric) == metric for task, metric in other.metrics)
-    return agree if one.convention is None else one.metrics == other.metrics
+    return one.convention is None or one.metrics == other.metrics
 
 
 def needs_windows(method: Any) -> bool:

@@ -10,6 +10,7 @@ import os
 import signal
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
@@ -70,6 +71,7 @@ class Work:
         failed: dict[str, str] = {}  # by cell the table where it failed
         message = ""
         with redaction.quiet_logs(), kept.lasting():
+            self._load()
             for table, ids in self._parts():
                 outcome = self._run(table, [id for id in ids if id not in failed])
                 for name, labels in total.items():
@@ -147,6 +149,15 @@ class Work:
         others = dict.fromkeys(table for tables in self.cells.values() for table in tables[1:])
         yield from ((table, [id for id, tables in self.cells.items() if table in tables[1:]]) for table in others)
 
+    def _load(self) -> None:
+        """Of every table, before the first of them is run; a table that cannot be read is told in its turn."""
+        from experiments.store import code
+        from pruners.interface.suggest import UsageError
+
+        for table, ids in self._parts():
+            with suppress(UsageError):
+                code.load(cell.run for cell in cli.declared(self.asked(table)) if cell.id in ids)
+
     def _run(self, table: str, ids: list[str]) -> dict[str, list[str]]:
         from experiments import batch
 
@@ -212,7 +223,9 @@ class Work:
         from experiments.store import records
 
         for id in ids:
-            failure = records.load_failures(self.root, failed[id])[id]
+            failure = records.load_failures(self.root, failed[id]).get(id)
+            if failure is None:  # its record stands there, and only its model could not be kept
+                continue
             records.write_failure(failure.model_copy(update={"table": table, "sha256": ""}), self.root)
 
     def log(self, table: str = "") -> Events:

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import importlib
 import json
 import os
 import sys
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
 import small_table as small
-from own_work import METHOD, needs_model
+from own_work import METHOD, SHORT, needs_model, prune
 
 import eval as evaluation
 import pruners
-from experiments import cells, papers
+from experiments import cells, cli, papers, rates
 from experiments.__main__ import main
 from experiments.batch import Outcome, run_table
+from experiments.rates import RateGrid, Tuning
+from experiments.recovery import Documents, Retraining
 from experiments.settings import Settings
-from experiments.spec import MaskPatterns, Run, ZeroShot
-from experiments.store import code, records
+from experiments.spec import MaskPatterns, Run, Windows, ZeroShot
+from experiments.store import code, modules, own_files, records
+from pruners.retrain import Trainable
+from slurm.__main__ import main as slurm
 
 C4 = "c4/c4_en_train_docs_0000-0799.jsonl"
 PIQA = [{"goal": f"Goal {n}", "sol1": f"one {n}", "sol2": f"two {n}", "label": n % 2} for n in range(4)]
@@ -111,6 +118,86 @@ def test_our_own_code_is_read_and_imported_before_the_first_cell(monkeypatch):
     code.load([asked])
     assert "eval.patterns" in sys.modules
     before = code.of(asked)
+    edited_on_disk(monkeypatch)
+    assert code.of(asked) == before
+
+
+def edited_on_disk(monkeypatch) -> None:
     monkeypatch.setattr(Path, "read_text", lambda *arguments, **how: "edited = 1\n")
     monkeypatch.setattr(Path, "read_bytes", lambda *arguments: b"edited = 1\n")
+
+
+def forget_sources(monkeypatch) -> None:
+    """As a new process, which has read nothing yet."""
+    for name in ("_text", "source", "_imports"):
+        monkeypatch.setattr(modules, name, cache(getattr(modules, name).__wrapped__))
+
+
+RETRAINING = Retraining(Trainable(norms=True), Documents("c4/train", 4, 32), 2, 1e-3, batch_size=2)
+PLAIN = Run("m", pruners.Magnitude(sparsity=0.5), None, (small.PPL,))
+TUNING = Tuning(RateGrid((1e-3, 1e-2), Windows("c4/train", 2, 32)), PLAIN.method)
+TUNED = Run("m", None, None, (small.PPL,), recovery=RETRAINING, tuning=TUNING)
+
+
+@pytest.mark.parametrize(
+    ("loaded", "asked"),
+    [([TUNED], rates.choice(TUNED)), ([replace(PLAIN, quantised=True), PLAIN], replace(PLAIN, quantised=True))],
+)
+def test_all_that_a_run_needs_is_read_before_it(loaded, asked, monkeypatch):
+    before = code.of(asked)
+    forget_sources(monkeypatch)
+    code.load(loaded)
+    edited_on_disk(monkeypatch)
     assert code.of(asked) == before
+
+
+def test_a_file_is_read_where_it_is_imported(ria, tmp_path):
+    helper = tmp_path / "m_helper_of_ria.py"
+    helper.write_text("power = 1\n")
+    ria.write_text(f"import m_helper_of_ria\n{METHOD}")
+    sys.path.insert(0, str(tmp_path))
+    try:
+        cli.resolve(argparse.Namespace(plugin=[ria]))
+        before = {path: path.read_bytes() for path in (ria, helper)}
+        for path in before:
+            path.write_text("edited = 1\n")
+        assert {path: own_files.bytes_of(path) for path in before} == before
+    finally:
+        sys.path.remove(str(tmp_path))
+
+
+def edited_once_measured(monkeypatch, path: Path) -> None:
+    """The file has another text once anything is measured, and was not read where it was imported."""
+    from eval import perplexity
+
+    work = perplexity.perplexity
+    monkeypatch.setattr(own_files, "hold", lambda made: None)
+
+    def measured(*arguments, **options):
+        path.write_text(METHOD.replace("* x.norm", "* -x.norm"))
+        return work(*arguments, **options)
+
+    monkeypatch.setattr(perplexity, "perplexity", measured)
+
+
+def test_a_method_that_is_edited_while_the_dense_model_is_measured_is_recorded_as_it_was(
+    ria, tmp_path, data, monkeypatch
+):
+    edited_once_measured(monkeypatch, ria)
+    words = f"--method ria --sparsity 0.5 --plugin {ria} {SHORT}"
+    assert prune(words, ["--results", str(tmp_path / "r"), "--data-dir", str(data)]) == 0
+    (record,) = (found for found in records.load(tmp_path / "r", "adhoc").values() if found.spec["method"])
+    assert record.code["file"] == {"ria.py": hashlib.sha256(METHOD.encode()).hexdigest()}
+
+
+def test_a_method_that_is_edited_while_a_job_runs_an_earlier_table_is_recorded_as_it_was(
+    ria, tmp_path, data, monkeypatch
+):
+    monkeypatch.setattr(papers, "TABLES", dict(papers.TABLES))
+    tables = tmp_path / "two.py"
+    tables.write_text(TABLES.replace("{model!r}", repr(str(small.MODEL))))
+    edited_once_measured(monkeypatch, ria)
+    words = ["--plugin", str(ria), "--results", str(tmp_path / "r"), "--data-dir", str(data), "--executor", "debug"]
+    assert slurm(["submit", f"{tables}:first", f"{tables}:second", *words]) == 0
+    (record,) = records.load(tmp_path / "r", "second").values()
+    assert record.code["file"] == {"ria.py": hashlib.sha256(METHOD.encode()).hexdigest()}

@@ -175,12 +175,18 @@ def test_tasks_that_a_limit_or_a_name_makes_alike_are_one_measure():
     assert toy == (protocols.tasks("mmlu", "rte", limit=2),)
 
 
+def test_tasks_of_one_key_are_one_measure_of_a_run():
+    one = Run(str(small.MODEL), None, None, (protocols.tasks("rte"), protocols.tasks("sciq")))
+    assert one == replace(one, measures=(protocols.tasks("rte", "sciq"),))
+    both = (ZeroShot(None, (("rte", "acc"),)), small.PPL, ZeroShot(None, (("rte", "acc_norm"),)))
+    merged_once = (ZeroShot(None, (("rte", "acc"), ("rte", "acc_norm"))), small.PPL)
+    assert replace(one, measures=both).measures == merged_once
+
+
 @pytest.mark.parametrize(
     "measures",
     [
-        (protocols.tasks("rte"), protocols.tasks("sciq")),
         (Efficiency(repetitions=3), Efficiency(repetitions=5)),
-        merged([ZeroShot(None, (("rte", "acc"),)), ZeroShot(None, (("rte", "acc_norm"),))]),
         merged([ZeroShot("mine", (("rte", "acc"),)), ZeroShot("mine", (("sciq", "acc"),))]),
     ],
 )

@@ -16,6 +16,7 @@ from experiments.store import records
 from slurm import launch
 from slurm.__main__ import main as slurm
 from slurm.__main__ import parser
+from slurm.work import Work
 
 CHANGED = "The model or the table was changed after this cell was submitted; submit it again."
 
@@ -93,6 +94,28 @@ def test_a_model_of_another_record_counts_for_none_and_is_not_written_over(mine,
     assert (folder / "README.md").read_text() == card
     assert main([*words, "--save-models", str(tmp_path / "other")]) == 0
     assert main([*words, "--save-models", str(tmp_path / "other")]) == 0
+
+
+@needs_model
+@pytest.mark.parametrize("command", [main, slurm])
+def test_a_model_whose_card_is_its_user_s_is_the_cell_s_all_the_same(command, mine, where, tmp_path, capsys):
+    kept = ["--save-models", str(tmp_path / "kept"), "--only", "Magnitude 50 %"]
+    words = ["run", str(mine), *where, *kept] if command is main else ["submit", str(mine), *where, *kept, *HERE]
+    assert command(words) == 0
+    (folder,) = (tmp_path / "kept/mine").iterdir()
+    (folder / "README.md").write_text("My own model.")
+    capsys.readouterr()
+    assert command(words) == 0
+    assert ("0 done now, 1 before" if command is main else "cells submitted: 0") in capsys.readouterr().err
+    (folder / "record.json").unlink()
+    command(words)
+    assert not records.load_failures(tmp_path / "results", "mine")  # whose record stands
+    assert len(records.load(tmp_path / "results", "mine")) == 1
+
+
+def test_a_cell_that_failed_beside_its_record_leaves_no_failure_to_share(tmp_path):
+    Work({"results": str(tmp_path)})._share_failures("other", ["id"], {"id": "first"})
+    assert not records.load_failures(tmp_path, "other")
 
 
 @needs_model

@@ -6,7 +6,7 @@ import json
 import pydoc
 from argparse import Namespace
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import small_table as small
@@ -76,6 +76,33 @@ def test_imported_methods_of_one_name_are_refused(one, other, said, tmp_path, mo
     made = [pydoc.locate(name)(sparsity=0.5) for name in (one, other)]
     runs = [Run("smollm2-135m", method, None, (Perplexity("ptb/test", 64),)) for method in made]
     with pytest.raises(UsageError, match=said) if said else nullcontext():
+        cells.cells(runs)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_one_method_may_have_parts_whose_classes_are_called_alike(swapped):
+    class A:
+        @dataclass(frozen=True)
+        class Power:
+            n: int = 1
+
+    class B:
+        @dataclass(frozen=True)
+        class Power:
+            n: int = 1
+
+    @dataclass(frozen=True)
+    class Both(pruners.Magnitude):
+        one: object = None
+        other: object = None
+
+        def score(self, name, weight, x, dense):
+            return weight.abs()
+
+    parts = (A.Power(), B.Power())
+    methods = [Both(sparsity=0.5, one=one, other=other) for one, other in (parts, parts[::-1])]
+    runs = [Run("smollm2-135m", method, None, (Perplexity("ptb/test", 64),)) for method in methods[: 1 + swapped]]
+    with pytest.raises(UsageError, match=r"A\.Power and .*B\.Power are called alike") if swapped else nullcontext():
         cells.cells(runs)
 
 

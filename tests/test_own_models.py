@@ -97,6 +97,11 @@ def test_what_is_kept_is_never_written_over_and_a_finished_cell_is_kept_later(wh
     assert prune(asked.replace("0.5", "0.4"), where) == 2
     assert "already holds a model, of the record" in capsys.readouterr().err
     assert (tmp_path / "kept/README.md").read_text() == card
+    (tmp_path / "kept/README.md").write_text("Mine.")
+    assert prune(asked, where) == 0
+    (tmp_path / "kept/record.json").unlink()
+    (tmp_path / "kept/README.md").write_text(card)  # as an earlier version said it
+    assert prune(asked, where) == 0
     (tmp_path / "kept/README.md").unlink()
     assert prune(asked, where) == 2
     assert "already exists and is not empty" in capsys.readouterr().err

@@ -12,7 +12,8 @@ from own_work import TABLE, needs_model
 
 import pruners
 from experiments import cli, provenance
-from experiments.__main__ import main
+from experiments.__main__ import main, parser
+from experiments.own import comparison
 from experiments.store import found
 
 HEAD = """
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.spec import Perplexity, Run, Table, Windows
+from experiments.spec import Perplexity, Run, Table, Windows, ZeroShot
 from pruners.unstructured import Unstructured
 
 
@@ -39,6 +40,10 @@ def run(method, model):
 
 def declared(rows=(None,), columns=(("opt-125m",),), run=run, label=None):
     return Table("mine", "Mine", rows, columns, run, label=label)
+
+
+def means(task):
+    return ZeroShot("mine", ((task, "acc"),))
 
 
 def of(power):
@@ -62,11 +67,19 @@ FAULTS = {
     RUN.format("3"): r"row None, column \('opt-125m',\): run gives a Run, or None for no cell; got 3 \(int\)",
     RUN.format("Run(model, None, None, ('ptb/test',))"): r"column .*: 'ptb/test' \(str\) is no measure",
     RUN.format("Run(model, None, None, (Perplexity,))"): r"column .*: the class Perplexity itself is no measure",
+    RUN.format(
+        "Run(model, None, Windows('c4/train', 0, 32), ())"
+    ): r"column .*: Windows: count is a whole number.* got 0\.",
+    RUN.format("Run(model, None, None, (means('rte'), means('sciq')))"): (
+        r"row None, column \('opt-125m',\): Run: 2 measures have the key 'mean.mine@0shot'"
+    ),
     "declared(label=lambda run: 'x')": r"label gives two texts, for the method and its setting; got 'x'",
 }
 RAISED = {
     "declared(label=lambda run: {}['x'])": "KeyError: x",
-    RUN.format("Run(model, 'wanda', None, ())"): r"TypeError: Run: method is made with its settings, .*'wanda' \(str\)",
+    RUN.format("Run(model, 'wanda', None, ())"): (
+        r"TypeError: The table mine \(.*\), row None, column \('opt-125m',\): Run: method is made .*'wanda' \(str\)"
+    ),
 }
 
 
@@ -117,6 +130,34 @@ def test_two_tables_of_one_name_are_refused(tmp_path, capsys):
     assert "c.py declares two tables called mine" in capsys.readouterr().err
 
 
+def test_tasks_that_are_asked_twice_are_listed_with_both_metrics(own, tmp_path, capsys):
+    metrics = "(('piqa', 'acc_norm'),)), ZeroShot(None, (('rte', 'acc'),))"
+    assert own(RUN.format(f"Run(model, None, None, (ZeroShot(None, {metrics}))")) == 0
+    assert "piqa.acc_norm@0shot, rte.acc@0shot" in capsys.readouterr().out
+    words = ["--tasks", "piqa", "--results", str(tmp_path / "results")]
+    assert main(["show", str(tmp_path / "mine.py"), *words]) == 0
+    assert "piqa.acc_norm@0shot, rte.acc@0shot, piqa.acc@0shot" in capsys.readouterr().out
+
+
+def test_a_mean_of_a_command_line_that_has_the_name_of_a_table_s_own_is_refused_with_the_table(own, tmp_path, capsys):
+    assert own(RUN.format("Run(model, None, None, (ZeroShot('wanda', (('rte', 'acc'),)),))")) == 0
+    words = ["--tasks", "wanda", "--results", str(tmp_path / "results")]
+    assert main(["show", str(tmp_path / "mine.py"), *words]) == 2
+    assert re.search(r"The table mine \(.*mine.py\): Run: 2 measures have the key", capsys.readouterr().err)
+
+
+@needs_model
+def test_a_comparison_that_an_earlier_version_wrote_is_the_same(tmp_path, monkeypatch, capsys):
+    (tmp_path / "m").symlink_to(small.MODEL)
+    monkeypatch.chdir(tmp_path)
+    asked = parser().parse_args(["compare", "./m", "--methods", "magnitude", "--settings", "0.5", "--results", "r"])
+    path = comparison.file(asked)
+    text = path.read_text()
+    path.write_text(text.replace(f"('{tmp_path / 'm'}',)", "('./m',)"))
+    assert path.read_text() != text
+    assert comparison.file(asked).read_text() == text
+
+
 @needs_model
 def test_a_comparison_names_its_models_wherever_it_is_read(tmp_path, monkeypatch, capsys):
     (tmp_path / "m").symlink_to(small.MODEL)
@@ -161,6 +202,12 @@ def test_a_record_s_commit_is_this_code_s_also_within_a_hook_of_another_reposito
     monkeypatch.setenv("GIT_DIR", str(tmp_path))
     monkeypatch.setenv("GIT_WORK_TREE", str(tmp_path))
     assert provenance._git("rev-parse", "HEAD") == before
+
+
+def test_a_setting_of_git_in_the_environment_is_heard(monkeypatch):
+    for name, value in (("COUNT", "1"), ("KEY_0", "own.setting"), ("VALUE_0", "heard")):
+        monkeypatch.setenv(f"GIT_CONFIG_{name}", value)
+    assert provenance._git("config", "own.setting") == "heard"
 
 
 def test_a_reason_that_is_a_sentence_ends_with_one_full_stop(monkeypatch):

@@ -118,8 +118,11 @@ def test_a_choice_that_is_made_again_reaches_the_cells_that_took_it(first, tmp_p
         text.write_text("".join(reversed(text.read_text().splitlines(keepends=True))))
     capsys.readouterr()
     assert run_table("tiny", tables["tiny"], settings).done
-    said = "The learning rate of Magnitude + norms 60 % is not the one that is chosen now; rerunning."
-    assert said in capsys.readouterr().err
+    said = {
+        "choice": "is not the one that is chosen now",
+        "cell": "was chosen on another text or by other code and is chosen again",
+    }
+    assert f"The learning rate of Magnitude + norms 60 % {said[first]}; rerunning." in capsys.readouterr().err
     (record,) = records.load(tmp_path, "tiny").values()
     (chosen,) = records.load(tmp_path, "tiny.rates").values()
     assert record.achieved["rate_choice"]["losses"] == chosen.measures[grid.key]["losses"]

@@ -152,6 +152,19 @@ def test_a_password_that_is_a_table_s_name_or_a_part_of_a_digest_spoils_no_recor
     assert list(records.load(tmp_path, "tiny")) == [made.id]
 
 
+def test_a_password_that_is_a_year_leaves_the_time_of_a_record(tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_PROXY", "http://me:2030@proxy:80")
+    made = small.record(small.table().runs()[0])
+    made = made.model_copy(update={"made_by": made.made_by.model_copy(update={"at": "2030-01-01T00:00:00+00:00"})})
+    assert records.read(records.write(made, tmp_path)).made_by == made.made_by
+
+
+def test_a_password_that_is_an_executor_or_a_job_leaves_what_was_sent(monkeypatch):
+    monkeypatch.setenv("MY_PROXY", "http://me:slurm@proxy:80")
+    sent = {"executor": "slurm", "after": ["slurm_1"], "collected": {"a": "slurm"}, "same": ["--method", "slurm"]}
+    assert sent.items() <= checksummed_json.loads(checksummed_json.dumps(sent)).items()
+
+
 def test_a_failure_of_an_earlier_version_is_shown_without_secrets(tmp_path, monkeypatch, capsys):
     table = small.table()
     monkeypatch.setitem(papers.TABLES, "tiny", table)

@@ -33,9 +33,12 @@ def resolve(asked: argparse.Namespace) -> None:
     if not files and not source and not several:
         return
     from experiments.own import tables
+    from experiments.store import own_files
     from pruners.interface import plugin
 
     plugin.use(files)
+    for file in files:
+        own_files.hold(plugin.module(file))
     plugins = [str(file) for file in files]
     options = ["--plugin", *plugins] if plugins else []
     options += ["--rehearse"] if getattr(asked, "rehearse", False) else []

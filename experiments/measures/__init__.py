@@ -180,7 +180,7 @@ def _perplexity_work(what: spec.Perplexity) -> int:
 
 def _zero_shot_work(what: spec.ZeroShot) -> int:
     """Takes an example in the prompt to be as long as a document with all its choices, which is rather long."""
-    documents = sum(_documents(task, what.limit) for task, _ in what.metrics)
+    documents = sum(_documents(task, what.limit) for task in dict(what.metrics))
     return documents * DOCUMENT_TOKENS * (1 + what.examples)
 
 

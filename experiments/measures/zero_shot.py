@@ -40,7 +40,7 @@ def measure(
     what: ZeroShot, model: Any, tokenizer: Any, data_dir: Path | None, place: Place, progress: Progress | None = None
 ) -> Values:
     """Scores by protocol key; under `what.key` the mean over all its tasks, and which tasks are missing and why."""
-    found, missing = documents([task for task, _ in what.metrics], data_dir, what.examples)
+    found, missing = documents(dict(what.metrics), data_dir, what.examples)
     values: Values = {what.key: {"missing": missing, **({"examples": what.examples} if what.examples else {})}}
     if not found:
         return values

@@ -106,10 +106,8 @@ def file(asked: argparse.Namespace) -> Path:
     """
     tables.check_name(asked.name, "of --name")
     names = ("methods", "settings", "seeds", "measures", "tasks", "limit", "calibration", "nsamples", "seqlen", "dtype")
-    told: dict[str, Any] = {
-        "models": tuple(catalogue.absolute(canonical(model)) for model in asked.models),
-        "name": asked.name,
-    }
+    typed = tuple(map(canonical, asked.models))
+    told: dict[str, Any] = {"models": tuple(map(catalogue.absolute, typed)), "name": asked.name}
     told |= {name: getattr(asked, name) for name in names if getattr(asked, name)}
     try:
         runs = comparison(**told).runs()  # before anything is written, whatever is wrong with it
@@ -119,13 +117,12 @@ def file(asked: argparse.Namespace) -> Path:
     if unread and not any(run.calibrates for run in runs):
         raise UsageError(f"None of {', '.join(asked.methods)} uses calibration text; leave out {', '.join(unread)}.")
     lengths.check(*runs)
-    arguments = "".join(f"\n    {name}={value!r}," for name, value in told.items())
     files = [str(file.expanduser().resolve()) for file in asked.plugin]
     plugins = f"from pruners.interface.plugin import use\n\nuse({files!r})\n" if files else ""
-    text = FILE.format(plugins=plugins, arguments=f"{arguments}\n")
+    text, before = (_text(told | {"models": models}, plugins) for models in (told["models"], typed))
     path: Path = asked.results / f"{asked.name}.py"
     try:
-        different = path.exists() and atomic.read(path) != text
+        different = path.exists() and atomic.read(path) not in (text, before)  # of a version that took paths as typed
     except (OSError, ValueError) as error:
         raise UsageError(
             f"{path} is no file that compare wrote or can read; choose another --name, or move it away."
@@ -134,6 +131,11 @@ def file(asked: argparse.Namespace) -> Path:
         raise UsageError(f"{path} declares a different comparison; choose another --name for this one.")
     atomic.write(path, text)
     return path
+
+
+def _text(arguments: dict[str, Any], plugins: str) -> str:
+    given = "".join(f"\n    {name}={value!r}," for name, value in arguments.items())
+    return FILE.format(plugins=plugins, arguments=f"{given}\n")
 
 
 def show(path: Path, asked: argparse.Namespace) -> int:

@@ -22,7 +22,7 @@ from experiments.models import kept, lengths
 from experiments.own import defaults, options, saved
 from experiments.recovery import Documents, Retraining
 from experiments.spec import Run, Windows
-from experiments.store import records
+from experiments.store import code, records
 from experiments.store.records import Record
 from pruners.interface.suggest import UsageError, unknown
 from pruners.retrain import Reconstruction
@@ -72,13 +72,14 @@ def run(asked: argparse.Namespace) -> int:
     _refuse_unfit(runs[-1])
     lengths.check(*runs)
     settings = cli.settings(asked)
-    if asked.save:
-        settings = replace(settings, save={found[-1].id: asked.save})
-        if not batch.finished(found[-1:], records.load(asked.results, TABLE), settings):
-            _refuse_unkept(runs[-1], asked.save)
+    settings = replace(settings, save={found[-1].id: asked.save}) if asked.save else settings
+    finished = batch.finished(found, records.load(asked.results, TABLE), settings)
+    if asked.save and found[-1].id not in finished:
+        _refuse_unkept(runs[-1], asked.save)
     for line in _choices(runs[-1]):
         cli.say(line)
     watchers = cli.watchers(asked)
+    code.load(cell.run for cell in found if cell.id not in finished)  # of both, before the first is measured
     with kept.lasting():
         outcome = batch.run_table(TABLE, found[:1], settings, watchers)
         if not outcome.failed:  # what fails on the dense model would fail on the pruned one

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ Calibration: {calibration}.{retraining}
 
 Record {id} of the table {table}, made {at} on {device} by commit {commit} with {packages}.{licence}
 """
-MADE = re.compile(r"^Record (?P<id>\w+) of the table \S+, made (?P<at>\S+) on ", re.MULTILINE)  # in a card
+MADE = "record.json"  # in the folder: of which record the model is
+CARD_MADE = re.compile(r"^Record (?P<id>\w+) of the table \S+, made (?P<at>\S+) on ", re.MULTILINE)  # older
 STOCK = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -57,17 +59,17 @@ def places(cells: list[Cell], folder: Path, table: str) -> dict[str, Path]:
 
 
 def holds(folder: Path, record: Record) -> bool:
-    """Whether the model that this very record measured lies there, by its card."""
+    """Whether the model that this very record measured lies there, whatever its card says by now."""
     return (folder / "config.json").is_file() and _made(folder) == (record.id, record.made_by.at)
 
 
 def _made(folder: Path) -> tuple[str, str] | None:
     """Of which record the model there is, by its id and when it was made; None where that is not said."""
-    try:
-        told = MADE.search(atomic.read(folder / "README.md"))
-    except (OSError, ValueError):
-        return None
-    return (told["id"], told["at"]) if told else None
+    for name, read in ((MADE, json.loads), ("README.md", CARD_MADE.search)):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            told: Any = read(atomic.read(folder / name))
+            return told["id"], told["at"]
+    return None
 
 
 def check(run: Run, folder: Path) -> None:
@@ -93,6 +95,7 @@ def write(model: Any, tokenizer: Any, run: Run, record: Record, folder: Path, ro
 
     with storage.filling(folder) as partial, quiet():
         checkpoint.save(model, tokenizer, partial)
+        (partial / MADE).write_text(json.dumps({"id": record.id, "at": record.made_by.at}) + "\n", encoding="utf-8")
         (partial / "README.md").write_text(card(run, record, partial, folder.name, root), encoding="utf-8")
 
 

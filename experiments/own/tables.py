@@ -14,6 +14,7 @@ from typing import Any
 
 from experiments import papers
 from experiments.spec import Table
+from experiments.store import own_files
 from pruners.interface import plugin
 from pruners.interface.suggest import UsageError, unknown
 
@@ -37,6 +38,7 @@ def find(asked: str) -> Table:
                 papers.TABLES[asked] = found
         return papers.find(asked)
     made = plugin.module(file)
+    own_files.hold(made)
     plugin.taken(made)
     variables = {key: thing for key, thing in vars(made).items() if isinstance(thing, Table)}
     declared: dict[str, Table] = {}

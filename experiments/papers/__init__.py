@@ -42,8 +42,8 @@ def runs(
     """The table's runs in reading order, on another model or in another number format where asked.
 
     `limit` cuts zero-shot tasks to their first so many documents, which gives them protocol keys of their own; `tasks`,
-    a task set or tasks of lm-eval, are measured besides.  UsageError for a model that is not there, and for a `limit`
-    where there is no such task.
+    a task set or tasks of lm-eval, are measured besides.  UsageError for a model that is not there, for a `limit`
+    where there is no such task, and for tasks whose mean would have the name of another.
     """
     if model is not None:
         model = models.canonical(model)
@@ -53,9 +53,12 @@ def runs(
         raise UsageError(f"{table.name} has no zero-shot tasks, to which --limit applies; leave it out.")
     if dtype:
         asked = [replace(run, dtype=dtype) for run in asked]
-    if tasks:
-        asked = [replace(run, measures=merged((*run.measures, _named(tasks, run)))) for run in asked]
-    return [replace(run, measures=merged(_limited(run.measures, limit))) for run in asked] if limit else asked
+    try:
+        if tasks:
+            asked = [replace(run, measures=merged((*run.measures, _named(tasks, run)))) for run in asked]
+        return [replace(run, measures=merged(_limited(run.measures, limit))) for run in asked] if limit else asked
+    except ValueError as error:  # two means of one name
+        raise error if isinstance(error, UsageError) else UsageError(f"{table.called}: {error}") from error
 
 
 def _named(tasks: Sequence[str], run: Run) -> ZeroShot:

@@ -10,9 +10,9 @@ from typing import Any
 from experiments.store.redaction import cleaned
 
 FOUND_BY = ("id", "spec", "key")
-RECORDED = ("table", "data", "code", "samples", "tried", "rate_choice", "commit", "model_commit", "revision")
+RECORDED = ("table", "data", "code", "samples", "tried", "rate_choice", "commit", "model_commit", "revision", "at")
 DIGESTS = ("sha256", "token_sha256", "documents_sha256", "state", "digest", "files")
-SENT = ("name", "tables", "jobs", "root")  # to a cluster
+SENT = ("name", "tables", "jobs", "root", "executor", "collected", "same", "after")  # to a cluster
 COMPARED = frozenset((*RECORDED, *DIGESTS, *SENT))
 
 

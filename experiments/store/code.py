@@ -19,7 +19,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from experiments import measures, provenance
+from experiments import measures, provenance, rates
 from experiments.recovery import Retraining
 from experiments.spec import Run
 from experiments.store import modules, own_files
@@ -60,10 +60,11 @@ def made_by(recorded: dict[str, Any], run: Run) -> str:
 
 
 def load(runs: Iterable[Run]) -> None:
-    """Import and read now what these runs are made of, and which commit this is, so that what is edited while they run
-    is neither run nor recorded as what ran."""
+    """Import and read now what these runs and the choices of their learning rates are made of, and which commit this
+    is, so that what is edited while they run is neither run nor recorded as what ran."""
     names: set[str] = set()
-    for run in {tuple(kinds(run)): run for run in runs}.values():
+    every = (one for run in runs for one in ((run, rates.choice(run)) if run.tuning else (run,)))
+    for run in {(*kinds(run), run.quantised): run for run in every}.values():
         of(run)
         parts = (_of_method(run.method), _of_recovery(run.recovery), *map(_of_measure, run.measures))
         names |= {name for part in parts for name in part if modules.package(name) in modules.PACKAGES}

@@ -1,4 +1,4 @@
-"""Whether a stored record still counts for a run: made from the same texts, by the same code."""
+"""Whether a stored record still counts for a run: from the same texts, at the same learning rate, by the same code."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from experiments.store import code, records
 from experiments.store.records import Record
 
 ABSENT = (FileNotFoundError, ModuleNotFoundError)
+OTHER_RATE = "The learning rate of {} is not the one that is chosen now; rerunning."
+OTHER_CHOICE = "The learning rate of {} was chosen on another text or by other code and is chosen again; rerunning."
 
 
 def stands(record: Record, run: Run, root: Path, data_dir: Path | None, again: bool = False) -> bool:
@@ -29,16 +31,21 @@ def stands(record: Record, run: Run, root: Path, data_dir: Path | None, again: b
 
 
 def chosen_anew(record: Record, run: Run, root: Path, data_dir: Path | None, again: bool = False) -> bool:
-    """Whether the learning rate of a tuned run, whose choice is another cell, is by now another than the record's, or
-    is to be chosen again."""
+    """Whether the learning rate of a tuned run is by now another than the record's, or is to be chosen again."""
+    return bool(_why_anew(record, run, root, data_dir, again))
+
+
+def _why_anew(record: Record, run: Run, root: Path, data_dir: Path | None, again: bool) -> str:
+    """What is no longer so of the learning rate of a tuned run, whose choice is another cell; empty where it stands."""
     about = record.achieved.get("rate_choice")
     if not about or not run.tuning:
-        return False
+        return ""
     choice = records.find(root, run.tuning.table, about["record"])
     if choice is None:  # nothing to compare with; the record has the text that its rate was chosen on
-        return False
-    now = choice.measures[run.tuning.grid.key]["learning_rate"]
-    return now != about["learning_rate"] or not stands(choice, rates.choice(run), root, data_dir, again)
+        return ""
+    if choice.measures[run.tuning.grid.key]["learning_rate"] != about["learning_rate"]:
+        return OTHER_RATE
+    return "" if stands(choice, rates.choice(run), root, data_dir, again) else OTHER_CHOICE
 
 
 def finished(
@@ -53,20 +60,20 @@ def finished(
 
 
 def lines(recorded: Sequence[tuple[Cell, Record]], root: Path, data_dir: Path | None, again: bool = False) -> list[str]:
-    """What a user is told of the records of these cells: which were made from other texts or at another learning rate,
-    how many by other code."""
+    """What a user is told of the records of these cells: which were made from other texts or at a learning rate that
+    is not or no longer chosen, how many by other code."""
     other: dict[str, list[str]] = {}
-    anew: list[str] = []
+    anew: dict[str, list[str]] = {}
     makers: Counter[str] = Counter()
     for cell, record in recorded:
         texts = other_data(record, data_dir)
         for text in texts:
             other.setdefault(text, []).append(cell.label)
-        if not texts and chosen_anew(record, cell.run, root, data_dir, again):
-            anew.append(cell.label)
+        if not texts and (why := _why_anew(record, cell.run, root, data_dir, again)):
+            anew.setdefault(why, []).append(cell.label)
         elif not texts:
             makers[code.made_by(record.code, cell.run)] += 1
-    told = [f"The learning rate of {_some(anew)} is not the one that is chosen now; rerunning."] if anew else []
+    told = [why.format(_some(labels)) for why, labels in anew.items()]
     return [*(_from_other(text, labels) for text, labels in other.items()), *told, *_by_other(makers, again)]
 
 

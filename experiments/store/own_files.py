@@ -15,6 +15,7 @@ from functools import cache
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import decode_source, find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from experiments.store import modules
@@ -45,9 +46,18 @@ def imported_by(kind: type[Any], user: type[Any] | None = None) -> dict[str, Pat
 
     What is installed is followed within the package of `user` alone, whose classes are asked for; the class's own.
     """
-    home = modules.package((user or kind).__module__)
-    name, found = kind.__module__, dict[str, Path]()
-    waiting = list(_named(text_of(kind), getattr(sys.modules.get(name), "__package__", None) or ""))
+    return _imported(kind.__module__, text_of(kind), modules.package((user or kind).__module__))
+
+
+def hold(made: ModuleType) -> None:
+    """Read now a module of one's own that has just been imported, with all that it imports, so that what is edited
+    later is not taken for what runs."""
+    _imported(made.__name__, read(Path(str(made.__file__))), modules.package(made.__name__))
+
+
+def _imported(name: str, text: str, home: str) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    waiting = list(_named(text, getattr(sys.modules.get(name), "__package__", None) or ""))
     while waiting:
         module = waiting.pop()
         if module in (name, *found) or (spec := _spec_of_own(module, home)) is None:
