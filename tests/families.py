@@ -67,6 +67,7 @@ TINY: dict[str, dict[str, Any]] = {  # what differs from SIZES; `type: variant` 
     "chatglm": {"inner_hidden_size": 24, "bos_token_id": 92, "mask_token_id": 88, "gmask_token_id": 89},
 }
 EXPERTS = ("mixtral", "qwen3_moe")  # kinds whose MLPs are routed experts
+DENSE = [kind for kind in TINY if kind not in EXPERTS]  # structured pruning knows them
 
 
 def model_type(kind: str) -> str:

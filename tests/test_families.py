@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
-from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,10 +13,6 @@ import torch
 from safetensors.torch import save_file
 from torch.testing import assert_close
 from transformers import (
-    CONFIG_MAPPING,
-    AutoModelForCausalLM,
-    GPTNeoConfig,
-    GPTNeoForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
 )
@@ -29,15 +21,13 @@ import pruners
 from experiments.store.blocks import PrunedBlocks
 from pruners import anatomy, apply, checkpoint
 from pruners.apply import Kept
-from pruners.families import FAMILIES, Family
-from pruners.retrain import LoRA, LoRAPrune, MaskLoRA, Reconstruction, ScaleLoRA, Trainable, finetune
+from pruners.families import FAMILIES
 from pruners.run import inputs, matrices
 from pruners.run.stream import Stream
 from pruners.weights import opening
-from tests.families import EXPERTS, TINY, model_type, tiny, windows
+from tests.families import DENSE, EXPERTS, TINY, model_type, tiny, windows
 
 NO_STATIC_CACHE = "falcon: alibi"  # of whose dense model transformers makes an error
-DENSE = [kind for kind in TINY if kind not in EXPERTS]  # structured pruning knows them
 
 
 def test_every_family_has_a_tiny_model():
@@ -390,101 +380,6 @@ def test_a_block_of_zeros_passes_its_input_on_or_is_refused(kind):
         assert_close(silent(windows(kind)).logits, dropped(windows(kind)).logits, rtol=1e-5, atol=1e-5)
 
 
-ADVICE = re.compile(r"To add it, name its blocks and projections in pruners/families\.py: (FAMILIES\[.*)\.$")
-ADVISED = {  # what the dots of the advice stand for, by model type
-    "qwen2": {
-        "blocks": "model.layers",
-        "qkv": tuple(f"self_attn.{which}_proj" for which in "qkv"),
-        "output": "self_attn.o_proj",
-        "inward": ("mlp.gate_proj", "mlp.up_proj"),
-        "outward": "mlp.down_proj",
-    },
-    "gpt_neo": {
-        "blocks": "transformer.h",
-        "qkv": tuple(f"attn.attention.{which}_proj" for which in "qkv"),
-        "output": "attn.attention.out_proj",
-        "inward": ("mlp.c_fc",),
-        "outward": "mlp.c_proj",
-    },
-}
-
-
-def gpt_neo():
-    sizes = {"vocab_size": 96, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "intermediate_size": 24}
-    return GPTNeoForCausalLM(GPTNeoConfig(**sizes, attention_types=[[["global", "local"], 1]], window_size=6)).eval()
-
-
-@pytest.mark.parametrize("name", ADVISED)
-def test_the_advice_for_an_unknown_family_is_all_it_takes(name, monkeypatch, tmp_path):
-    model = gpt_neo() if name == "gpt_neo" else tiny(name)
-    monkeypatch.delitem(FAMILIES, name, raising=False)
-    with pytest.raises(ValueError, match=f"^Unknown decoder family '{name}'") as refused:
-        pruners.prune(model, pruners.Magnitude())
-    (advice,) = ADVICE.findall(str(refused.value))
-    monkeypatch.setitem(FAMILIES, name, None)  # to be undone whatever the advice makes of it
-    line = re.sub(r"(\w+)=\.\.\.", lambda found: f"{found[1]}={ADVISED[name][found[1]]!r}", advice)
-    exec(line, {"FAMILIES": FAMILIES, "Family": Family})
-    tokens = windows("llama")
-    pruners.prune(model, pruners.Flap(ratio=0.4), tokens)
-    pruners.prune(model, pruners.Wanda(sparsity=0.5), tokens)
-    checkpoint.save(model, None, tmp_path / "out")
-    again, _ = checkpoint.load(tmp_path / "out")
-    assert type(again).__name__.startswith("Pruned")
-    assert torch.equal(again(tokens).logits, model(tokens).logits)
-
-
-def test_layers_that_a_block_goes_round_are_refused(monkeypatch):
-    model = tiny("bloom")
-    model.config.slow_but_exact = True
-    with pytest.raises(ValueError, match=r"^With slow_but_exact=True a BloomForCausalLM multiplies by slices .* False"):
-        pruners.prune(model, pruners.Magnitude())
-    monkeypatch.setitem(FAMILIES, "bloom", replace(FAMILIES["bloom"], calls_layers={}))
-    for block in anatomy.blocks(model):
-        block.attention.slow_but_exact, block.attention.pretraining_tp = True, 2
-    with pytest.raises(
-        ValueError, match=r"transformer\.h\.0\.self_attention\.dense was not called while its block ran"
-    ):
-        pruners.prune(model, pruners.Wanda(), windows("bloom"))
-
-
-def test_models_that_read_more_than_text_are_refused():
-    text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 96}
-    sight = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["gemma3"](text_config=text, vision_config=sight))
-    with pytest.raises(ValueError, match=r"\(gemma3\) is multimodal, .* use a transformers\.Gemma3ForCausalLM"):
-        pruners.prune(model, pruners.Magnitude())
-
-
-@pytest.mark.parametrize("entry", [{"qkv": ("a", "b")}, {"layout": "stacked"}, {"layout": "sideways"}], ids=str)
-def test_an_entry_that_is_none_is_refused(entry):
-    with pytest.raises(ValueError, match="three projections in qkv, or one whose layout is stacked or grouped"):
-        replace(FAMILIES["llama"], **entry)
-
-
-def test_an_entry_that_names_what_is_not_there_is_refused(monkeypatch):
-    monkeypatch.setitem(FAMILIES, "phi", FAMILIES["llama"])
-    with pytest.raises(ValueError, match=r"model\.layers\.0 does not match its family's entry"):
-        anatomy.blocks(tiny("phi"))
-
-
-@pytest.mark.parametrize(
-    ("name", "reason"),
-    [
-        ("deepseek_v2", "latent vector that all heads share"),
-        ("deepseek_v3", "latent vector that all heads share"),
-        ("gpt_oss", "matrices are transposed"),
-    ],
-)
-def test_architectures_that_no_entry_describes_are_refused_with_the_reason(name, reason):
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 96, "pad_token_id": 0}
-    config = CONFIG_MAPPING[name](**sizes)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(ValueError, match=reason):
-        pruners.prune(model, pruners.Magnitude())
-
-
 @pytest.mark.parametrize("kind", EXPERTS)
 @pytest.mark.parametrize("method", [pruners.Flap(), pruners.MagnitudeSP(), pruners.LLMPruner(granularity="layer")])
 def test_experts_lose_no_heads_or_channels(kind, method):
@@ -561,76 +456,6 @@ def test_gradients_over_windows_are_those_of_a_plain_loop(kind, norm):
 def elsewhere(index, lonely):
     """Tokens of one expert go to its neighbour."""
     return torch.where(index == lonely, lonely + 1, index)
-
-
-FUSED = ("phi3", "gpt2", "falcon", "mixtral", "qwen3_moe")  # matrices that are no nn.Linear of their own
-
-
-@pytest.mark.parametrize("kind", TINY)
-def test_full_retraining_trains_every_parameter(kind):
-    """Routers of experts and norms of more dimensions than one among them."""
-    model = tiny(kind)
-    with model_trained(model, Trainable.full()) as attached:
-        assert set(attached.tensors) == {name for name, _ in model.named_parameters()}
-        assert attached.share == 1
-
-
-def test_norms_of_every_shape_are_norms():
-    model = tiny("cohere: q/k norm")
-    with model_trained(model, Trainable(norms=True)) as attached:
-        assert set(attached.tensors) == {name for name, _ in model.named_parameters() if "norm" in name}
-
-
-@contextmanager
-def model_trained(model, trainable):
-    attached = trainable.attach(model)
-    try:
-        yield attached
-    finally:
-        attached.detach()
-
-
-@pytest.mark.parametrize("kind", FUSED)
-def test_pruned_weights_stay_zero_in_retraining(kind):
-    model = tiny(kind)
-    pruners.prune(model, pruners.Magnitude(sparsity=0.5))
-    held = {name: linear.weight == 0 for b in anatomy.blocks(model) for name, linear in named(b)}
-    before = {name: linear.weight.clone() for b in anatomy.blocks(model) for name, linear in named(b)}
-    finetune(model, Trainable.full(), windows(kind), steps=2, learning_rate=1e-2)
-    for block in anatomy.blocks(model):
-        for name, linear in named(block):
-            assert torch.equal(linear.weight == 0, held[name])
-            assert not torch.equal(linear.weight, before[name])
-
-
-def named(block):
-    return [(f"{block.name}.{name}", linear) for name, linear in block.linears().items()]
-
-
-@pytest.mark.parametrize("adapters", [MaskLoRA, ScaleLoRA, LoRAPrune, partial(LoRA, merge=True)], ids=str)
-@pytest.mark.parametrize("kind", [kind for kind in DENSE if kind != "gpt2"])  # whose layers take none
-def test_adapters_train_in_every_family(kind, adapters):
-    """Also where a projection has got a bias, to whose output Falcon adds in place."""
-    model = tiny(kind)
-    pruners.prune(model, pruners.Flap(ratio=0.3), windows(kind))
-    report = finetune(
-        model, Trainable(adapters=adapters(rank=2)), windows(kind), steps=8, learning_rate=1e-2, batch_size=4
-    )
-    assert report.losses[-1] < report.losses[0]
-
-
-@pytest.mark.parametrize("kind", FUSED)
-def test_blocks_are_rebuilt(kind):
-    model, steps = tiny(kind), Reconstruction(Trainable(norms=True, biases=True), steps=20, learning_rate=1e-2)
-    report = pruners.prune(model, pruners.Wanda(sparsity=0.5), windows(kind), reconstruct=steps)
-    assert report.achieved == pytest.approx(0.5, abs=0.02)
-    assert all(block["final"] < block["initial"] for block in report.reconstruction)
-
-
-@pytest.mark.parametrize(("kind", "name"), [("gpt2", "attn.c_attn"), ("mixtral", "mlp.experts.0.gate")])
-def test_adapters_beside_what_is_no_linear_layer_are_refused(kind, name):
-    with pytest.raises(ValueError, match=rf"{name} is not a torch\.nn\.Linear, which adapters need; train biases"):
-        Trainable(adapters=LoRA(2)).attach(tiny(kind))
 
 
 @pytest.mark.parametrize(("kind", "longest"), [("bloom", None), ("mpt", 64), ("gpt2", 64)])
