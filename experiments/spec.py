@@ -219,7 +219,7 @@ class Run:
     `model` is a name of the catalogue, a local folder, or NAME=FOLDER for a folder that is a model of the catalogue;
     `identity` is filled in by `experiments.models` (hub id and revision, or a fingerprint of the folder), so that two
     models never share an id.  Raises TypeError or ValueError for fields that make no cell, such as two measures of one
-    key that `merged` does not make one of.
+    key; tasks that are asked in the same way become one measure.
     """
 
     model: Text
@@ -241,7 +241,7 @@ class Run:
         if self.tuning and not hasattr(self.recovery, "learning_rate"):
             raise ValueError("Run: tuning chooses the learning rate of a recovery, and there is none.")
         if _twice(self.measures):
-            object.__setattr__(self, "measures", merged(self.measures))
+            object.__setattr__(self, "measures", _merged(self.measures))
         if twice := _twice(self.measures):
             raise ValueError(
                 f"Run: {len(twice)} measures have the key {_key(twice[0])!r}, under which a record holds one "
@@ -376,7 +376,7 @@ def _twice(measures: Sequence[Any]) -> list[Any]:
     return [what for what, key in zip(measures, keys, strict=True) if key in shared[:1]]
 
 
-def merged(measures: Sequence[Any]) -> tuple[Any, ...]:
+def _merged(measures: Sequence[Any]) -> tuple[Any, ...]:
     """The measures, each once; tasks that are asked in the same way as one measure, since they have one key."""
     found: list[Any] = []
     for what in dict.fromkeys(measures):

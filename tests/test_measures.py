@@ -32,7 +32,7 @@ from experiments.models import catalogue
 from experiments.recovery import Retraining
 from experiments.selection import rehearsal
 from experiments.settings import Settings
-from experiments.spec import Efficiency, Generation, Perplexity, Run, Table, ZeroShot, merged
+from experiments.spec import Efficiency, Generation, Perplexity, Run, Table, ZeroShot
 from experiments.store import records
 from pruners.retrain import Trainable
 
@@ -187,7 +187,7 @@ def test_tasks_of_one_key_are_one_measure_of_a_run():
     "measures",
     [
         (Efficiency(repetitions=3), Efficiency(repetitions=5)),
-        merged([ZeroShot("mine", (("rte", "acc"),)), ZeroShot("mine", (("sciq", "acc"),))]),
+        (ZeroShot("mine", (("rte", "acc"),)), ZeroShot("mine", (("sciq", "acc"),))),
     ],
 )
 def test_two_measures_of_one_key_are_refused(measures):

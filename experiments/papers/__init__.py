@@ -8,7 +8,7 @@ from typing import Any
 
 from experiments import models, protocols
 from experiments.papers import embedded, flap, gblm, headlines, llm_pruner, llm_pruner_chatglm, perp, wanda_sparsegpt
-from experiments.spec import Run, Table, ZeroShot, merged
+from experiments.spec import Run, Table, ZeroShot
 from pruners.interface.suggest import UsageError, unknown
 
 MODULES = (
@@ -55,8 +55,8 @@ def runs(
         asked = [replace(run, dtype=dtype) for run in asked]
     try:
         if tasks:
-            asked = [replace(run, measures=merged((*run.measures, _named(tasks, run)))) for run in asked]
-        return [replace(run, measures=merged(_limited(run.measures, limit))) for run in asked] if limit else asked
+            asked = [replace(run, measures=(*run.measures, _named(tasks, run))) for run in asked]
+        return [replace(run, measures=_limited(run.measures, limit)) for run in asked] if limit else asked
     except ValueError as error:  # two means of one name
         raise error if isinstance(error, UsageError) else UsageError(f"{table.called}: {error}") from error
 

@@ -14,7 +14,7 @@ from typing import Any
 from experiments import papers
 from experiments.labels import labels
 from experiments.recovery import Instructions
-from experiments.spec import Run, Table, merged
+from experiments.spec import Run, Table
 
 RESULTS = Path("results/rehearsal")
 AT_MOST = {
@@ -76,7 +76,7 @@ def small(run: Run) -> Run:
     return replace(
         run,
         windows=_shrunk(run.windows),
-        measures=merged([_shrunk(what) for what in run.measures]),
+        measures=tuple(_shrunk(what) for what in run.measures),
         recovery=_shrunk(run.recovery),
         tuning=replace(run.tuning, grid=_shrunk(run.tuning.grid)) if run.tuning else None,
         rehearsal=True,
