@@ -214,6 +214,17 @@ def test_a_task_of_which_only_a_part_was_at_hand_is_said_to_be_one(documents, tm
     assert ("all documents;" in note) == (not part)
 
 
+def test_a_task_with_two_metrics_says_once_what_did_not_fit(tmp_path):
+    asked = ZeroShot(None, (("arc_easy", "acc"), ("arc_easy", "acc_norm"), ("boolq", "acc")))
+    declared = table((None,), measures=(asked,), models=MODELS[:1], seeds=(0,))
+    made_up.fill(declared, tmp_path, answers=False)
+    (row,) = rows.rows(declared, tmp_path)
+    for key in asked.keys:
+        row.measure(key)["truncated"] = 2
+    told = [note.partition(":")[0] for note in notes.notes(declared, [row]) if "did not fit the model" in note]
+    assert told == ["arc_easy", "boolq"]
+
+
 def test_bars_in_a_method_or_a_claim_break_no_page(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(statements, "frame", lambda *_, **__: pd.DataFrame({"Claim": ["a|b"], "Paper": ["c"]}))
     assert main(["claims", "--results", str(tmp_path)]) == 0

@@ -45,11 +45,12 @@ def _missing(what: ZeroShot, row: Row) -> list[str]:
 
 def _truncated(what: ZeroShot, row: Row) -> list[str]:
     scores = [(task, row.measure(what.task_key(task, metric)) or {}) for task, metric in what.metrics]
-    return [
-        f"{task}: the beginning of {score['truncated']} of {score['documents']} documents did not fit the model."
+    told = {  # once a task, of whose several metrics each has the same documents
+        f"{task}: the beginning of {score['truncated']} of {score['documents']} documents did not fit the model.": None
         for task, score in scores
         if score.get("truncated")
-    ]
+    }
+    return list(told)
 
 
 def _solved(what: OpenAnswers, row: Row) -> list[str]:
