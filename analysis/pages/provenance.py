@@ -46,6 +46,7 @@ def _done(row: Row, record: Record) -> dict[str, Any]:
         "Sparsity": {"requested": record.achieved.get("asked"), "achieved": record.sparsity},
         "Texts": {name: _flat(source) for name, source in record.data.items()},
         "Made by": _maker(record.made_by),
+        **({"Made before by": _before(record)} if record.before else {}),
         "Cost": {**{f"{stage}, s": taken for stage, taken in record.cost.seconds.items()}, **_memory(record)},
         "Record": {"file": f"results/runs/{record.table}/{record.id}.json", "sha256": record.sha256},
     }
@@ -54,6 +55,14 @@ def _done(row: Row, record: Record) -> dict[str, Any]:
 def _maker(made: MadeBy) -> dict[str, Any]:
     told = _flat(made.model_dump(exclude={"packages", "dirty"}, exclude_none=True))
     return {**told, "uncommitted changes": "yes" if made.dirty else "no", **made.packages}
+
+
+def _before(record: Record) -> dict[str, str]:
+    """By commit of other code, whether the cell had the same numbers."""
+    return {
+        f"commit {(one.commit or 'unknown')[:10]}, {one.at}": "the same numbers" if one.same else "other numbers"
+        for one in record.before
+    }
 
 
 def _named(row: Row) -> str:

@@ -11,7 +11,7 @@ from analysis.tables import measured_notes
 from analysis.tables.frames import OTHER_CODE
 from experiments.labels import beside_model
 from experiments.spec import Table
-from experiments.store.records import Record
+from experiments.store.records import Before, Record
 
 AWAY = {"host": "in CPU memory", "disk": "on the disk"}
 
@@ -169,11 +169,26 @@ def _withheld(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _of_other_code(rows: Sequence[Row], again: str) -> Iterator[str]:
-    if others := [row for row in rows if row.code == "other"]:
-        yield (
-            f"{OTHER_CODE} made by a different version of the method's or measures' code: {called(others, rows)}; "
-            f"python -m experiments run {again} --again reruns them."
-        )
+    """With what cells of the same code say of it that were made again by the code of here."""
+    told: dict[tuple[int, int], list[Row]] = {}
+    for row in rows:
+        if row.code == "other" and row.record:
+            found = [one.same for other in rows for one in _before(other) if one.code == row.record.code]
+            told.setdefault((sum(found), len(found)), []).append(row)
+    for (same, made), others in told.items():
+        which = f"a different version of the method's or measures' code: {called(others, rows)}"
+        remedy = f"python -m experiments run {again} --again reruns them"
+        cells = f"{made} cell{'s' * (made > 1)} of that version made again by this one"
+        if not made:
+            yield f"{OTHER_CODE} made by {which}; {remedy}."
+        elif same == made:
+            yield f"{OTHER_CODE} made by {which}; {cells} had the same numbers, to the bit."
+        else:
+            yield f"{OTHER_CODE} made by {which}; of {cells}, {made - same} had other numbers; {remedy}."
+
+
+def _before(row: Row) -> list[Before]:
+    return row.record.before if row.record and row.code == "same" else []
 
 
 def _missing(rows: Sequence[Row], again: str) -> list[str]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.store import atomic, found, records
+from experiments.store import again, atomic, found, records
 from experiments.store.records import BadRecordError, Record
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def adopt(root: Path, table: str, cell: Cell, data_dir: Path | None) -> Record |
         with atomic.replacing(records.folder(root, table) / path.name) as temporary:
             shutil.copyfile(path, temporary)
     taken = record.model_copy(update={"table": table, "sha256": ""})
-    records.write(taken, root)
+    again.write(taken, root)
     return taken
 
 

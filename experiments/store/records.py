@@ -58,6 +58,16 @@ class MadeBy(BaseModel):
     processes: int = 1
 
 
+class Before(BaseModel):
+    """Code by which the cell had a record from the same texts before; `same`: with the same numbers, to the bit."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    code: dict[str, Any]
+    commit: str | None
+    at: str
+    same: bool
+
+
 class _Stored(BaseModel):
     """What records and failures share; `sha256` is filled in on writing and covers every other field."""
 
@@ -75,7 +85,7 @@ class Record(_Stored):
 
     `measures` is keyed by protocol key, `data` by corpus, `dense_gate` by the protocol keys that the dense model was
     held against; `resumed` counts broken-off starts; `code` holds the digests of `code.of`, empty in records of an
-    earlier day.
+    earlier day; `before` says by which other code the cell was made before, and whether with the same numbers.
     """
 
     suffix: ClassVar[str] = ".json"
@@ -87,6 +97,7 @@ class Record(_Stored):
     made_by: MadeBy
     resumed: int = 0
     code: dict[str, Any] = Field(default_factory=dict)
+    before: list[Before] = Field(default_factory=list)
 
     @property
     def sparsity(self) -> float:
