@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import pytest
 import small_table as small
 from own_work import TABLE, needs_model
 
-from experiments import batch
+from experiments import batch, cells
 from experiments.__main__ import main
+from experiments.own import saved
 from experiments.store import records
 from slurm import launch
 from slurm.__main__ import main as slurm
@@ -75,6 +77,15 @@ def test_models_are_saved_of_cells_that_have_a_record(command, mine, where, tmp_
     capsys.readouterr()
     assert command(again) == 0
     assert ("0 done now, 2 before" if command is main else "cells submitted: 0") in capsys.readouterr().err
+
+
+@needs_model
+def test_models_of_cells_with_long_names_have_folders_with_room_for_more(tmp_path):
+    table = replace(small.table(), label=lambda run: ("a long name " * 30, repr(run.method)))
+    found = cells.cells(table.runs(), table)
+    names = {place.name for place in saved.places(found, tmp_path, "tiny").values()}
+    assert len(names) == len(found) - 1
+    assert max(map(len, names)) < 140
 
 
 @needs_model

@@ -37,6 +37,7 @@ Calibration: {calibration}.{retraining}
 
 Record {id} of the table {table}, made {at} on {device} by commit {commit} with {packages}.{licence}
 """
+LONGEST = 120  # characters of a folder's name before the id; file systems take 255 bytes
 MADE = "record.json"  # in the folder: of which record the model is
 CARD_MADE = re.compile(r"^Record (?P<id>\w+) of the table \S+, made (?P<at>\S+) on ", re.MULTILINE)  # older
 STOCK = """```python
@@ -169,4 +170,5 @@ def _read_same(one: dict[str, Any], other: dict[str, Any] | None) -> bool:
 
 
 def _slug(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower()
+    """Short enough for a name of a file, of which others are made while it is written."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower()[:LONGEST].rstrip("-")
