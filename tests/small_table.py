@@ -17,7 +17,7 @@ from experiments.batch import Outcome, run_table
 from experiments.recovery import Retraining
 from experiments.settings import Settings
 from experiments.spec import Perplexity, Run, Table, Windows
-from experiments.store import records
+from experiments.store import code, records
 from experiments.store.described import digest
 from pruners.retrain import Trainable
 
@@ -73,6 +73,7 @@ def record(run: Run, **changes) -> records.Record:
             commit="a" * 40, dirty=False, device="cpu", dtype=run.dtype, packages={"torch": "2"}, python="3", seed=0,
             batch_size=8, at=records.now(),
         ),
+        "code": code.of(run),
     }  # fmt: skip
     return records.Record(**{"id": digest(spec), "table": "tiny", "spec": spec, **fields, **changes})
 

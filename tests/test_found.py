@@ -210,7 +210,12 @@ def test_a_table_marks_what_other_code_made(tmp_path, data, capsys, tiny_table):
     with (tmp_path / "tiny.csv").open() as file:
         assert [row["code"] for row in csv.DictReader(file)] == ["same", "other"]
     records.write(magnitude.model_copy(update={"code": {}}), tmp_path)
-    assert "†" not in shown(tmp_path, capsys)
+    text = shown(tmp_path, capsys)
+    assert "Magnitude †" in text
+    assert (
+        "† made before records stored the version of the method's and measures' code: Magnitude 50 %; python -m "
+        "experiments run" in text
+    )
 
 
 def test_a_table_withholds_numbers_of_other_texts_where_it_is_told_which(

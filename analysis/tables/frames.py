@@ -137,7 +137,7 @@ def text(rows: Sequence[Row]) -> pd.DataFrame:
     return pd.DataFrame(
         [
             {
-                "Method": f"{row.method} {OTHER_CODE}" if row.code == "other" else row.method,
+                "Method": f"{row.method} {OTHER_CODE}" if row.code in ("other", "unknown") else row.method,
                 **({"Model": row.run.model_name} if several else {}),
                 "Setting": row.setting,
                 **({"Seed": MISSING if row.seed is None else str(row.seed)} if drawn else {}),

@@ -175,9 +175,9 @@ def _of_other_code(rows: Sequence[Row], again: str) -> Iterator[str]:
         if row.code == "other" and row.record:
             found = [one.same for other in rows for one in _before(other) if one.code == row.record.code]
             told.setdefault((sum(found), len(found)), []).append(row)
+    remedy = f"python -m experiments run {again} --again reruns them"
     for (same, made), others in told.items():
         which = f"a different version of the method's or measures' code: {called(others, rows)}"
-        remedy = f"python -m experiments run {again} --again reruns them"
         cells = f"{made} cell{'s' * (made > 1)} of that version made again by this one"
         if not made:
             yield f"{OTHER_CODE} made by {which}; {remedy}."
@@ -185,6 +185,9 @@ def _of_other_code(rows: Sequence[Row], again: str) -> Iterator[str]:
             yield f"{OTHER_CODE} made by {which}; {cells} had the same numbers, to the bit."
         else:
             yield f"{OTHER_CODE} made by {which}; of {cells}, {made - same} had other numbers; {remedy}."
+    if undated := [row for row in rows if row.code == "unknown"]:
+        which = "before records stored the version of the method's and measures' code"
+        yield f"{OTHER_CODE} made {which}: {called(undated, rows)}; {remedy}."
 
 
 def _before(row: Row) -> list[Before]:
