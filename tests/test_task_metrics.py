@@ -109,3 +109,20 @@ def test_a_class_whose_metrics_are_known_only_then_leaves_its_task_missing(stori
     what = ZeroShot("mine", (("squadv2", "acc"),))
     values = zero_shot.measure(what, *stories, tmp_path, zero_shot.Place(tmp_path / "id", tmp_path))
     assert values[what.key]["missing"]["squadv2"]["reason"] == "lm-eval scores it by exact, not by a mean acc"
+
+
+@needs_shared
+def test_a_mean_beyond_one_is_no_accuracy(stories, tmp_path, monkeypatch):
+    means, values = {"bleu": 30.0, "acc": 0.5}, {"bleu": [40.0, 20.0], "acc": [1.0, 0.0]}
+    score = zs.TaskScore(2, None, 1, "", 0, means, {"bleu": 10.0, "acc": 0.5}, values)
+    monkeypatch.setattr(zero_shot, "documents", lambda *_: ({"truthfulqa_gen": {}}, {}))
+    monkeypatch.setattr(zero_shot, "provenance", lambda *_: {})
+    monkeypatch.setattr(zs, "zero_shot", lambda *_, **__: zs.ZeroShotResult({"truthfulqa_gen": score}, {}, []))
+    for metric, lacking in (("bleu", ["its bleu goes up to 40 and is no share of documents"]), ("acc", [])):
+        what = ZeroShot("mine", (("truthfulqa_gen", metric),))
+        found = zero_shot.measure(what, *stories, tmp_path, zero_shot.Place(tmp_path / "id", tmp_path))
+        assert found[what.task_key("truthfulqa_gen", "bleu")]["value"] == 30.0
+        assert "score" not in found[what.task_key("truthfulqa_gen", "bleu")]
+        assert found[what.task_key("truthfulqa_gen", "acc")]["score"] == 0.5
+        assert [entry["reason"] for entry in found[what.key]["missing"].values()] == lacking
+        assert ("score" in found[what.key]) == (not lacking)

@@ -65,14 +65,13 @@ def measure(
             "is of one text."
         )
     missing |= {task: {"reason": reason, "tried": origins[task]} for task, reason in result.missing.items()}
-    for task, metric in what.metrics:  # of a task that is a class of its own, the metrics are known only now
-        if task in result.tasks and metric not in result.tasks[task].per_document:
-            reason = f"lm-eval scores it by {', '.join(result.tasks[task].metrics)}, not by a mean {metric}"
+    for task, metric in what.metrics:
+        if task in result.tasks and (reason := _no_score(result.tasks[task], metric)):
             missing[task] = {"reason": reason, "tried": origins[task]}
     for task, score in result.tasks.items():
         values |= _task(what, task, score)
     values[what.key] |= {
-        **_mean(what, {task: score.per_document for task, score in result.tasks.items()}),
+        **({} if missing else _mean(what, {task: score.per_document for task, score in result.tasks.items()})),
         "lm_eval": result.lm_eval,
         **({"every_request_by_itself": result.apart} if result.apart else {}),
         "samples": ranks.here().first(lambda: _keep(result.samples, what, place)),
@@ -164,15 +163,26 @@ def _task(what: ZeroShot, task: str, score: Any) -> Values:
     }
     return {
         what.task_key(task, metric): {"score": value, "standard_error": score.standard_errors[metric], **about}
-        if metric in score.per_document
-        else {"value": value, **about}  # no mean over documents, such as a perplexity
+        if not _no_score(score, metric)
+        else {"value": value, **about}
         for metric, value in score.metrics.items()
     }
 
 
+def _no_score(score: Any, metric: str) -> str:
+    """Why a metric of a task is no share that a table shows in per cent, such as a perplexity or BLEU; empty for one.
+
+    Of a task that is a class of its own, the metrics are known only now.
+    """
+    if metric not in score.per_document:
+        return f"lm-eval scores it by {', '.join(score.metrics)}, not by a mean {metric}"
+    beyond = [value for value in score.per_document[metric] if not 0 <= value <= 1]
+    return f"its {metric} goes up to {max(beyond, key=abs):g} and is no share of documents" if beyond else ""
+
+
 def _mean(what: ZeroShot, scores: Mapping[str, Mapping[str, list[float]]]) -> dict[str, Any]:
-    """The task set's mean with its interval; nothing where a task is missing, since another mean is no such mean."""
-    if not what.convention or any(metric not in scores.get(task, ()) for task, metric in what.metrics):
+    """The task set's mean with its interval, of all its tasks: another mean is no such mean."""
+    if not what.convention:
         return {}
     from eval.intervals import mean_over_tasks
 
