@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from transformers import (
 )
 
 import pruners
+from experiments.store import pruned_weights
 from experiments.store.blocks import PrunedBlocks
 from pruners import anatomy, apply, checkpoint
 from pruners.apply import Kept
@@ -429,6 +431,20 @@ def test_an_expert_without_tokens_loses_its_smallest_weights_and_is_told(kind, m
         gone = down.argsort(1).argsort(1) < down.shape[1] // 2
         assert torch.equal(block.linear(f"mlp.experts.{lonely}.down").weight == 0, gone)
     assert report.achieved == pytest.approx(0.5, abs=0.02)
+
+
+def test_what_shares_pruned_weights_is_told_of_experts_without_tokens(tmp_path):
+    pruned, method = [], pruners.Wanda(0.5)
+    for _ in range(2):
+        model = tiny("mixtral")
+        for block in anatomy.blocks(model):
+            block.experts.register_forward_pre_hook(lambda _, args: (args[0], elsewhere(args[1], 2), args[2]))
+        prune = partial(pruners.prune, model, method, windows("mixtral"))
+        pruned.append((model, pruned_weights.shared(tmp_path, {"model": "mixtral"}, model, method, prune)))
+    (first, made), (second, found) = pruned
+    assert found.seconds == {}  # nothing was pruned
+    assert found.without_tokens == made.without_tokens != []
+    assert all(map(torch.equal, first.state_dict().values(), second.state_dict().values()))
 
 
 @pytest.mark.parametrize("norm", ["l1", "l2"])

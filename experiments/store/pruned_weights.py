@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from experiments.store import blocks, cache
 from pruners import Report, anatomy
+from pruners.lazy import torch
 from pruners.run.report import Projection
 from pruners.weights import homes
+
+WITHOUT_TOKENS = "without_tokens"  # of the report, which nothing can be taken from but the pruning itself
 
 
 def shared(root: Path, key: dict[str, Any], model: Any, method: Any, prune: Callable[[], Report]) -> Report:
@@ -28,9 +32,9 @@ def shared(root: Path, key: dict[str, Any], model: Any, method: Any, prune: Call
         for block in anatomy.blocks(model):
             with homes.held(block.module):
                 kept |= {name: _copy(weights) for name, weights in blocks.weights(block).items()}
-        return kept
+        return kept | {WITHOUT_TOKENS: _as_tensor(done[0].without_tokens)}
 
-    tensors = cache.statistics(root, {**key, "of": "whole blocks"}, weights)
+    tensors = cache.statistics(root, {**key, "of": "whole blocks and experts without tokens"}, weights)
     if done:
         return done[0]
     projections = []
@@ -41,7 +45,17 @@ def shared(root: Path, key: dict[str, Any], model: Any, method: Any, prune: Call
             projections += [
                 Projection.of(f"{block.name}.{name}", linear, method.asked) for name, linear in block.linears().items()
             ]
-    return Report(repr(method), method.asked, projections)
+    return Report(repr(method), method.asked, projections, without_tokens=_as_names(tensors[WITHOUT_TOKENS]))
+
+
+def _as_tensor(names: list[str]) -> torch.Tensor:
+    """The cache holds tensors alone."""
+    return torch.tensor(list(json.dumps(names).encode()), dtype=torch.uint8)
+
+
+def _as_names(kept: torch.Tensor) -> list[str]:
+    names: list[str] = json.loads(bytes(kept.tolist()))
+    return names
 
 
 def _copy(weights: Any) -> Any:
