@@ -26,6 +26,10 @@ from analysis.rows import Row, repeats
 from eval.intervals import CONFIDENCE, half_width, normal_half_width
 from experiments.spec import Run, Table
 
+NOTE = (
+    "± beside the paper: half the interval in which a repeat of the experiment would land, which is wider than that of "
+    "the mean; of a single perplexity the relative distance at which independent reruns have landed."
+)
 MATCHES, DIFFERS, MISSING, UNPUBLISHED = "matches", "differs", "missing", "not published"
 REPEATS = {"Flap": 0.04, "WandaSP": 0.13, "LLMPruner": 0.09, "LLMPruner l2": 0.3}
 OTHERS = 0.01  # dense, and pruned without structure: BESA's reruns land within 0.3 %, Wanda's seeds vary by 0.15 %
@@ -150,7 +154,7 @@ class Cell:
 
 
 def cells(table: Table, rows: Sequence[Row]) -> list[Cell]:
-    """Every number that the table declares, in its order, as often as the paper prints it, but at least once."""
+    """Every number that the table declares, in its order, as often as the paper prints it, but as the mean at least."""
     printed: dict[tuple[str, ...], list[Published]] = {}
     for cell in published.of(table.published):
         printed.setdefault((*cell.key[:-1], cell.metric.partition(",")[0]), []).append(cell)
@@ -159,7 +163,10 @@ def cells(table: Table, rows: Sequence[Row]) -> list[Cell]:
         for key, metric in quantities(group[0].run):
             row = group[0]
             place = (row.run.model_name, *row.words, key, metric)
-            for paper in printed.get(place, [None]) if row.run.is_of_catalogue else [None]:
+            papers: list[Published | None] = [*(printed.get(place, []) if row.run.is_of_catalogue else [])]
+            if not any(_fold(paper) == "mean" for paper in papers):
+                papers.insert(0, None)
+            for paper in papers:
                 seen = (row.run.model_name, row.method, row.setting)
                 found.append(Cell(*seen, key, metric, group, paper, _fold(paper), row.words))
     return found
@@ -190,7 +197,8 @@ def text(found: Sequence[Cell]) -> pd.DataFrame:
 def counts(found: Sequence[Cell]) -> str:
     """One sentence: how many cells match, differ, cannot be compared or are missing."""
     kinds = pd.Series([cell.verdict.partition(":")[0] for cell in found]).value_counts()
-    return ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+    several = {MATCHES: "match", DIFFERS: "differ"}
+    return ", ".join(f"{count} {several.get(str(kind), kind) if count > 1 else kind}" for kind, count in kinds.items())
 
 
 def printed(value: float | None, cell: Cell, sign: str = "") -> str:

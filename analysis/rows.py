@@ -103,12 +103,15 @@ class Row:
     def measure(self, key: str) -> dict[str, Any] | None:
         """What was measured under this very protocol key, if anything.
 
-        `COST` is what the cell itself took: hours of retraining, of all processes together.
+        `COST` is what the cell itself took: hours of retraining, of all processes together, and the share of the
+        parameters that it trained.
         """
         if self.record and key == COST:
             recovery = self.record.achieved.get("recovery") or {}
             seconds, processes = recovery.get("seconds"), recovery.get("processes", 1)
-            return {"retraining_hours": processes * seconds / 3600} if seconds is not None else None
+            if seconds is None:
+                return None
+            return {"retraining_hours": processes * seconds / 3600, "trained_share": recovery.get("share")}
         return self.record.measures.get(key) if self.record else None
 
 

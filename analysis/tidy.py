@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,13 @@ from pruners.interface.suggest import UsageError
 
 Words = tuple[str, str]
 Declared = dict[str, dict[Words, Run]]  # by the keys of a spec; of several words it is none's
+logger = logging.getLogger(__name__)
 WRITERS = {".csv": "to_csv", ".parquet": "to_parquet"}
 
 
 def frame(*results: Path | str, data_dir: Path | None = None) -> pd.DataFrame:
-    """A row for each value of each trustworthy record under the results folders (default: `results`).
+    """A row for each value of each trustworthy record under the results folders (default: `results`); a record that
+    several have is read from the first of them.
 
     Columns: `results` (the folder), `table`, `id`; `label` and `setting`, the paper's words for the cell, on whatever
     model and in whatever dtype (its method with every hyperparameter where no table here declares it); `model`,
@@ -45,8 +48,20 @@ def frame(*results: Path | str, data_dir: Path | None = None) -> pd.DataFrame:
     Rehearsals are left out, with `data_dir` also records of other texts than lie there and of learning rates that are
     by now chosen anew.  Raises FileNotFoundError for a folder without records.
     """
-    rows = [row for root in results or ("results",) for row in _folder(Path(root), data_dir)]
-    return pd.DataFrame(rows)
+    first: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for root in dict.fromkeys(map(Path, results or ("results",))):
+        found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for row in _folder(root, data_dir):
+            found.setdefault((row["table"], row["id"]), []).append(row)
+        for place, values in found.items():
+            read = first.setdefault(place, values)
+            if list(map(_number, read)) != list(map(_number, values)):
+                logger.warning("%s differs between %s, which is read, and %s.", place[1], read[0]["results"], root)
+    return pd.DataFrame([row for values in first.values() for row in values])
+
+
+def _number(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return row["measure"], row["metric"], row["value"]
 
 
 def write(made: pd.DataFrame, path: Path) -> Path:

@@ -137,12 +137,18 @@ def seed(run: Run) -> int | None:
 
 def seed_of(spec: Mapping[str, Any]) -> int | None:
     """The same of a run as its record tells it."""
+    part = drawn_part(spec)
+    return None if part is None else int(spec[part]["seed"])
+
+
+def drawn_part(spec: Mapping[str, Any]) -> str | None:
+    """Of which part of the spec the seed is; None of a cell for which nothing is drawn."""
     windows, method, after = (spec.get(part) or {} for part in ("windows", "method", "recovery"))
     if windows and (windows["sampling"] != "first" or windows["corpus"] in WRITTEN):
-        return int(windows["seed"])
+        return "windows"
     if "seed" in method and method.get("importance", "random") == "random":
-        return int(method["seed"])
-    return after.get("seed")
+        return "method"
+    return "recovery" if after.get("seed") is not None else None
 
 
 def apart(runs: Sequence[Run], words: Sequence[tuple[str, str]]) -> list[str]:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import small_table as small
 
+import pruners
 from analysis import rows, significance
 from analysis.claims import judge, statements
 from analysis.claims.evidence import difference
@@ -106,6 +107,22 @@ def test_fewer_than_two_common_seeds_are_compared_unpaired(drawn):
     assert (low + high) / 2 == pytest.approx(np.mean(a) - np.mean(b))
     assert 2.776 * spread < (high - low) / 2 < 2.79 * spread  # t of all but 4 degrees of freedom
     assert difference(first, perplexities(10.1, 11.1, 12.1), 1.0)[1] < 0
+
+
+def test_a_seed_by_which_something_else_is_drawn_is_no_common_one():
+    first, second = perplexities(10.0, 11.0, 12.0), perplexities(10.1, 11.1, 12.1, method="Other")
+    paired, unpaired = difference(first, second, 1.0), difference(first, seeds(second, 3, 4, 5), 1.0)
+    shorter = [
+        replace(row, run=replace(row.run, windows=replace(row.run.windows, length=row.run.windows.length // 2)))
+        for row in second.rows
+    ]
+    assert difference(first, replace(second, rows=tuple(shorter)), 1.0) == pytest.approx(unpaired)
+    random = [
+        replace(row, run=replace(row.run, windows=None, method=pruners.Random(0.5, seed=seed)))
+        for seed, row in enumerate(second.rows)
+    ]
+    assert difference(first, replace(second, rows=tuple(random)), 1.0) == pytest.approx(unpaired)
+    assert unpaired[1] - unpaired[0] > 10 * (paired[1] - paired[0])
 
 
 def test_unpaired_seeds_without_a_spread():

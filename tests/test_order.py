@@ -17,6 +17,7 @@ import pruners
 from analysis import rows
 from analysis.__main__ import main as analysis
 from analysis.pages import spread
+from analysis.tables import frames
 from eval.mask_sample import agreement, mask_sample
 from eval.mask_sample import rows as rows_of
 from experiments import cells, labels, papers
@@ -208,7 +209,7 @@ def test_the_spread_of_orders_draws_and_texts_is_told(tmp_path, capsys, monkeypa
     assert analysis(["spread", "tiny", "--results", str(tmp_path)]) == 0
     lines = [[part.strip() for part in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
     found = {(line[1], line[3]): line for line in lines if len(line) > 5 and line[1] in ("SparseGPT", "Flap")}
-    assert {axis: found["SparseGPT", axis][4] for _, axis in found} == {
+    assert {axis: found["SparseGPT", axis][5] for _, axis in found} == {
         "order of the windows": "3", "draw of the windows": "2", "text": "2",
     }  # fmt: skip
     stored = records.load(tmp_path, "tiny").values()
@@ -218,10 +219,41 @@ def test_the_spread_of_orders_draws_and_texts_is_told(tmp_path, capsys, monkeypa
         if (record.spec["method"] or {}).get("name") == "sparsegpt"
         and {**record.spec["windows"], "order": 0} == {**base.told(), "order": 0}
     ]
-    assert found["SparseGPT", "order of the windows"][7] == f"{min(orders):,.3f} to {max(orders):,.3f}"
-    agreed = {key: [float(share) for share in line[9].split(", ")] for key, line in found.items()}
+    assert found["SparseGPT", "order of the windows"][8] == f"{min(orders):,.3f} to {max(orders):,.3f}"
+    agreed = {key: [float(share) for share in line[10].split(", ")] for key, line in found.items()}
     assert agreed["SparseGPT", "draw of the windows"][0] < agreed["SparseGPT", "order of the windows"][0] <= 1
     assert 0.3 < agreed["Flap", "text"][0] < 1
+
+
+def test_every_text_has_its_own_spread_of_draws_and_every_draw_its_own_of_texts(tmp_path):
+    places = [(corpus, seed) for corpus in ("c4/train", "embedded/c4") for seed in (0, 1)]
+    table = Table(
+        "tiny", "Tiny", (pruners.Wanda(0.5),), tuple(("smollm2-135m", *place) for place in places),
+        lambda method, model, corpus, seed: Run(model, method, Windows(corpus, 4, 32, seed), (small.PPL,)),
+    )  # fmt: skip
+    for value, run in enumerate(table.runs(), start=10):
+        told = small.record(run).measures[small.PPL.key]
+        records.write(small.record(run, measures={small.PPL.key: {**told, "perplexity": float(value)}}), tmp_path)
+    page = spread.page(table, rows.rows(table, tmp_path))
+    lines = [[part.strip() for part in line.split("|")[1:-1]] for line in page.splitlines() if "Wanda" in line]
+    assert [(line[3], line[4], line[8]) for line in lines] == [
+        ("draw of the windows", "c4/train", "10.000 to 11.000"),
+        ("draw of the windows", "embedded/c4", "12.000 to 13.000"),
+        ("text", "seed 0", "10.000 to 12.000"),
+        ("text", "seed 1", "11.000 to 13.000"),
+    ]
+
+
+def test_rows_that_differ_in_their_order_are_told_apart(tmp_path):
+    table = Table(
+        "tiny", "Tiny", (pruners.Wanda(0.5),), tuple(("smollm2-135m", order) for order in (None, 0, 1)),
+        lambda method, model, order: Run(model, method, replace(small.WINDOWS, order=order), (small.PPL,)),
+    )  # fmt: skip
+    for run in table.runs():
+        records.write(small.record(run), tmp_path)
+    made = rows.rows(table, tmp_path)
+    assert list(frames.text(made)["Seed"]) == ["0", "0, order 0", "0, order 1"]
+    assert list(frames.numbers(made)["order"])[1:] == [0, 1]
 
 
 def test_committed_draws_have_a_spread_and_a_table_without_records_has_none():

@@ -21,6 +21,7 @@ from experiments import papers
 from experiments.measures.asked import DenseAnswers, OpenAnswers
 from experiments.spec import Run, Table, ZeroShot
 from experiments.store import records
+from pruners.interface.suggest import UsageError
 
 MODELS = ("opt-125m", "smollm2-135m")
 KEY = small.PPL.key
@@ -180,9 +181,32 @@ def test_notes_name_model_and_seed_where_not_all_cells_of_a_label_are_meant(tmp_
             records.write(small.record(run, code=other), tmp_path)
     told = notes.notes(declared, rows.rows(declared, tmp_path))
     assert [note for note in told if "failed" in note] == [
-        f"Wanda 50 %, {MODELS[1]}, seed {seed} failed: out of memory" for seed in (0, 1)
+        *(f"Wanda 50 %, {MODELS[1]}, seed {seed} failed: out of memory" for seed in (0, 1)),
+        "2 of 6 cells failed, and are tried again by: python -m experiments run tiny",
     ]
     assert any(f"code: Wanda 50 %, {MODELS[0]}, seed 1;" in note for note in told)
+
+
+def test_a_structured_method_that_misses_what_was_asked_says_so(tmp_path):
+    declared = table((pruners.LLMPruner(ratio=0.25), pruners.Flap(ratio=0.2)), models=MODELS[:1])
+    for run in declared.runs():
+        removed = 0.15 if isinstance(run.method, pruners.LLMPruner) else 0.199
+        shares = {"asked_shares": {"decoder": 0.2}, "achieved_shares": {"decoder": removed}}
+        records.write(small.record(run, achieved={"asked": 0.2, "sparsity": removed, "structure": shares}), tmp_path)
+    told = [note for note in notes.notes(declared, rows.rows(declared, tmp_path)) if "requested" in note]
+    assert told == [
+        "LLMPruner 25 %: 15.0% of the decoder blocks' parameters removed, 20.0% requested, as groups of heads and "
+        "channels go whole."
+    ]
+
+
+def test_a_baseline_nobody_knows_is_answered_by_the_names_that_are_taken(tmp_path):
+    declared = table((None, BASE), models=MODELS[:1])
+    made = filled(declared, tmp_path, likelihoods)
+    with pytest.raises(UsageError, match=r"Known: Dense, Wanda 50 %, Wanda 50 %, seed 0, Wanda 50 %, seed 1\."):
+        comparisons.baselines(declared, made, [tmp_path], "wanda 51 %")
+    against = comparisons.baselines(declared, made, [tmp_path], "wanda 50 %, seed 1")
+    assert "every cell minus Wanda 50 %, seed 1**" in comparisons.page(declared, made, against)
 
 
 def test_some_rows_go_by_their_label_where_they_are_all_of_it():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -98,9 +99,18 @@ def test_the_seed_is_that_of_what_is_drawn():
     assert seed_of({"method": {"name": "magnitude"}, **retrained}) == 5
 
 
-def test_two_folders_stand_side_by_side(made):
-    both = analysis.frame(RESULTS, RESULTS)
-    assert len(both) == 2 * len(made)
+def test_a_record_of_two_folders_is_read_from_the_first(made, tmp_path, caplog):
+    (tmp_path / "runs").mkdir()
+    shutil.copytree(RESULTS / "runs" / "embedded.gblm", tmp_path / "runs" / "embedded.gblm")
+    assert len(analysis.frame(tmp_path, RESULTS)) == len(made)
+    assert "differs between" not in caplog.text
+    record = next(iter(records.load(tmp_path, "embedded.gblm").values()))
+    changed = {key: {**told, "perplexity": 3.0} for key, told in record.measures.items()}
+    records.write(record.model_copy(update={"measures": changed}), tmp_path)
+    both = analysis.frame(RESULTS, tmp_path)
+    assert len(both) == len(made)
+    assert 3.0 not in set(both[both.id == record.id].value)
+    assert f"{record.id} differs between {RESULTS}, which is read, and {tmp_path}." in caplog.text
 
 
 def of_csv(path: Path) -> list[float]:

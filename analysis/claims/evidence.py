@@ -8,20 +8,24 @@ Wherever one of both has several seeds the seeds are compared; a single run spea
     one accuracy       from both intervals over documents, as if unpaired, which is the cautious side
     one timing         from the notches around both medians, on the same machine
 
-What the same seed draws moves both cells alike, so that the difference within it says more than both numbers apart; a
-seed that only one of them has says nothing of such a difference, and to pair it with any other would be arbitrary.
+What the same seed draws, such as the same windows, moves both cells alike, so that the difference within it says more
+than both numbers apart; a seed that only one of them has, or by which it draws something else, says nothing of such a
+difference, and to pair it with any other would be arbitrary.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from analysis.compare import Cell
+from analysis.rows import Row
 from eval.intervals import CONFIDENCE, half_width
+from experiments.labels import drawn_part
 
 # Times the quartiles' distance / sqrt(n), as a median's standard error is 1.25 / 1.35 of it (McGill et al. 1978):
 NOTCH = 1.57  # two notches apart tell two medians apart at 95 %
@@ -61,10 +65,18 @@ def _drawn(cell: Cell | float) -> dict[Hashable, float]:
     """The values by what was drawn for them; by nothing that could be common where that does not tell them apart."""
     if isinstance(cell, float):
         return {NOTHING: cell}
-    told = [(row.draw, (row.measure(cell.key) or {}).get(cell.metric)) for row in cell.rows]
+    told = [(_draw(row), (row.measure(cell.key) or {}).get(cell.metric)) for row in cell.rows]
     known = [(draw, value) for draw, value in told if value is not None]
     found: dict[Hashable, float] = dict(known)
     return found if len(found) == len(known) else {object(): value for _, value in known}
+
+
+def _draw(row: Row) -> Hashable:
+    """Equal for rows for which the same was drawn: of windows also as many, as long and of the same text."""
+    if row.draw == NOTHING:
+        return NOTHING
+    part = drawn_part(row.run.spec())
+    return row.draw, replace(row.run.windows, seed=0, order=None) if part == "windows" and row.run.windows else part
 
 
 def _perplexities(left: Cell, right: Cell | float, factor: float) -> Interval | str:

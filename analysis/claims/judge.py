@@ -18,7 +18,8 @@ from analysis.rows import COST, Folders, Row, declared
 from experiments import papers
 
 HIGHER = ("score", "tokens_per_second", "column_dispersion")
-EXACT = ("parameters", "macs", "weight_bytes", "retraining_hours")
+PAID = ("retraining_hours", "trained_share")  # of a cell's own making
+EXACT = ("parameters", "macs", "weight_bytes", *PAID)
 Words = tuple[str, str]  # the paper's for a method and its setting
 Sign = int | str | None  # +1 holds, -1 fails, 0 or a reason cannot be told, None has no numbers
 
@@ -38,13 +39,12 @@ class Better:
 
 @dataclass(frozen=True)
 class Place:
-    """Where to look: a declared table, or (without runs of ours) a printed one as `published`."""
+    """Where to look: a declared table."""
 
     table: str
     models: tuple[str, ...]
     key: str
     metric: str = "perplexity"
-    published: str | None = None
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,8 @@ class Claim:
 
 @dataclass
 class Answer:
-    """`verdict` is holds, holds so far (some comparisons have no numbers yet), fails, undecided or no numbers.
+    """`verdict` is holds, holds so far (some comparisons have no numbers yet), fails, undecided, no numbers, or no
+    cells where no table has those that it compares.
 
     `untuned` are cells without which a claim is undecided, as their learning rates were not chosen.
 
@@ -129,7 +130,7 @@ class Ours:
                 yield f"{model} {found.method} {found.setting}"
 
     def _declared(self, place: Place, model: str, words: Words) -> Cell | None:
-        if place.table and place.table not in self._known:
+        if place.table not in self._known:
             self._known[place.table] = {
                 (cell.model, *cell.words, cell.key, cell.metric): cell for cell in self._cells(place)
             }
@@ -139,7 +140,7 @@ class Ours:
         table = papers.find(place.table)
         made = declared(table, self.root, table.runs(), self.data_dir)
         found = [cell for cell in cells(table, made) if cell.fold == "mean"]
-        paid = (replace(cell, key=COST, metric="retraining_hours", published=None) for cell in found)
+        paid = [replace(cell, key=COST, metric=what, published=None) for cell in found for what in PAID]
         return [*found, *paid]
 
 
@@ -151,17 +152,19 @@ def _is_untuned(row: Row) -> bool:
 
 
 def on_paper(claim: Claim) -> Answer:
-    """By the paper's own numbers; what it does not print is counted and decides nothing."""
+    """By the paper's own numbers; those that are not at hand, or in no paper, are counted and decide nothing."""
     asked = list(_asked(claim.places, claim.comparisons))
     signs = [_sign(_printed(place, model, side.left), _number(place, model, side.right), side, place)
              for place, model, side in asked]  # fmt: skip
-    return replace(_judged(signs, asked, "holds"), lack="not printed")
+    return replace(_judged(signs, asked, "holds"), lack="without its numbers here")
 
 
 def on_ours(claim: Claim, ours: Ours, noise: bool = False) -> Answer:
     """By our numbers: on the paper's models where any of its comparisons was run, otherwise on the stand-in."""
+    verdict = "no cells"
     for places, comparisons in scopes(claim):
         asked = [one for one in _asked(places, comparisons) if ours.declares(*one)]
+        verdict = "no numbers" if asked else verdict
         signs = [(_noisy if noise else _plain)(ours, *one) for one in asked]
         if any(sign is not None for sign in signs):
             answer = _judged(signs, asked, "holds so far")
@@ -171,7 +174,7 @@ def on_ours(claim: Claim, ours: Ours, noise: bool = False) -> Answer:
             answer.where = ", ".join(dict.fromkeys(model for (_, model, _), sign in zip(asked, signs, strict=True)
                                                    if sign is not None))  # fmt: skip
             return answer
-    return Answer("no numbers")
+    return Answer(verdict)
 
 
 def scopes(claim: Claim) -> tuple[tuple[tuple[Place, ...], tuple[Better, ...]], ...]:
@@ -222,9 +225,8 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _printed(place: Place, model: str, words: Words) -> float | None:
-    source = place.published or papers.find(place.table).published
     key = (model, *words, place.key, place.metric)
-    return next((cell.value for cell in published.of(source) if cell.key == key), None)
+    return next((cell.value for cell in published.of(papers.find(place.table).published) if cell.key == key), None)
 
 
 def _number(place: Place, model: str, right: Words | float) -> float | None:

@@ -14,8 +14,8 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.rows import Row, declared, keys
-from analysis.tables.frames import MISSING, columns, measured_on
+from analysis.rows import Row, called, declared, keys
+from analysis.tables.frames import MISSING, columns, drawn_as, measured_on
 from analysis.tables.markdown import marked
 from eval.answers import read_samples
 from eval.intervals import Interval, holm, mcnemar, mean_difference, perplexity_difference
@@ -54,7 +54,8 @@ def baselines(table: Table, rows: Sequence[Row], roots: Sequence[Path], label: s
         return {model: [row] for model, row in _dense(table, rows, roots).items()} or _first(rows)
     named = [row for row in rows if label.lower() in _names(row)]
     if not named:
-        raise UsageError(unknown("baseline", label, [row.label for row in rows]))
+        known = dict.fromkeys(name for row in rows for name in (row.label, row.name))
+        raise UsageError(unknown("baseline", label, list(known)))
     found = _by_model(named)
     if not found:
         raise UsageError(
@@ -115,8 +116,8 @@ def page(table: Table, rows: Sequence[Row], against: Baselines) -> str:
     pairs = _pairs(rows, against)
     _refuse_other_texts(pairs)
     frame, tests = differences(table, pairs), task_tests(table, pairs)
-    names = list(dict.fromkeys(base.label for _, base in pairs))
-    parts = [f"**{table.title}: every cell minus {' or '.join(names)}** (`{table.name}`)"]
+    names = called(list({id(base): base for _, base in pairs}.values()), [*rows, *(base for _, base in pairs)])
+    parts = [f"**{table.title}: every cell minus {names}** (`{table.name}`)"]
     if len(frame.columns) > len(_who(pairs)[0]):
         parts += [marked(frame, words=WORDS), *_said(table, pairs)]
         parts.append("In brackets: 95 % interval of a paired bootstrap over windows or documents.")
@@ -138,20 +139,13 @@ def differences(table: Table, pairs: Sequence[Pair]) -> pd.DataFrame:
 
 def _who(pairs: Sequence[Pair]) -> list[dict[str, str]]:
     """A line a pair: the cell, and by seeds where they tell cells or baselines apart."""
-    seeds = {"Seed": [_seed(row) for row, _ in pairs], "Baseline's seed": [_seed(base) for _, base in pairs]}
+    seeds = {"Seed": [drawn_as(row) for row, _ in pairs], "Baseline's seed": [drawn_as(base) for _, base in pairs]}
     drawn = {head: found for head, found in seeds.items() if len({*found} - {MISSING}) > 1}
     return [
         {"Method": row.method, "Setting": row.setting, "Model": row.run.model_name}
         | {head: found[at] for head, found in drawn.items()}
         for at, (row, _) in enumerate(pairs)
     ]
-
-
-def _seed(row: Row) -> str:
-    """With the order of its windows, where that is not as they were drawn."""
-    seed, order = row.draw
-    parts = [str(seed)] * (seed is not None) + [f"order {order}"] * (order is not None)
-    return ", ".join(parts) or MISSING
 
 
 def task_tests(table: Table, pairs: Sequence[Pair]) -> list[TaskTest]:
@@ -176,8 +170,8 @@ def _said(table: Table, pairs: Sequence[Pair]) -> list[str]:
         lines.append(f"Compared with {', '.join(chosen)}; --baseline LABEL chooses another cell.")
     others: dict[str, set[str]] = {}
     for row, base in pairs:
-        if _seed(base) not in (MISSING, _seed(row)):
-            others.setdefault(_without_pair(row, base), set()).add(_seed(base))
+        if drawn_as(base) not in (MISSING, drawn_as(row)):
+            others.setdefault(_without_pair(row, base), set()).add(drawn_as(base))
     return lines + [f"{who} are compared with its seed {' or '.join(sorted(of))}." for who, of in others.items()]
 
 
@@ -185,7 +179,7 @@ def _without_pair(row: Row, base: Row) -> str:
     """Which cells are beside a baseline of another seed."""
     if row.label == base.label:
         return "The baseline's other seeds"
-    if _seed(row) == MISSING:
+    if drawn_as(row) == MISSING:
         return "Cells without a seed"
     what = "an order of windows" if row.seed == base.seed else "a seed"
     return f"Cells of {what} that the baseline does not have"
@@ -209,15 +203,15 @@ def _pairs(rows: Sequence[Row], against: Baselines) -> list[Pair]:
     bases = {id(row) for found in against.values() for row in found}
     measured = [row for row in rows if row.record and row.run.model in against]
     if others := [row for row in measured if id(row) not in bases]:
-        return [(row, _of_its_seed(row, against[row.run.model])) for row in others]
+        return [(row, _of_itsdrawn_as(row, against[row.run.model])) for row in others]
     found = [(row, against[row.run.model][0]) for row in measured if row is not against[row.run.model][0]]
     if not found:
         raise UsageError("No other cell of the table has a record, so there is nothing to compare.")
     return found
 
 
-def _of_its_seed(row: Row, bases: Sequence[Row]) -> Row:
-    alike = [base for same in (_seed, lambda row: row.seed) for base in bases if same(base) == same(row)]
+def _of_itsdrawn_as(row: Row, bases: Sequence[Row]) -> Row:
+    alike = [base for same in (drawn_as, lambda row: row.seed) for base in bases if same(base) == same(row)]
     return [*alike, *bases][0]
 
 

@@ -36,8 +36,8 @@ WORDS = {"holds": "hold", "holds so far": "hold so far", "fails": "fail", "undec
 READING = (
     "Mean perplexity on SmolLM2-135M-Instruct (4-bit GGUF weights, widened; here in bfloat16, where `prune` and "
     "`compare` take its own format, float32), small enough for two CPU cores; lower is better. ± is half the 95 % "
-    "interval of the mean over three calibration seeds; without ± it is one run, because the method is "
-    "deterministic or only one seed was run. Bold: better than every other method by a 95 % interval of the "
+    "interval of the mean over three seeds, of calibration or of whatever the method draws; without ± it is one run, "
+    "because the method draws nothing. Bold: better than every other method by a 95 % interval of the "
     "paired difference, "
     "except the dense model. The papers' models are 20 to 500 times as large and lose less: compare directions, not "
     "values."
@@ -151,15 +151,17 @@ def _calibration(made: Sequence[Row]) -> str:
 
 def _origin(made: Sequence[Row]) -> str:
     done = [row.record.made_by for row in made if row.record]
+    dated = sum(row.code in ("other", "unknown") for row in made)
+    older = f", {dated} of them by an earlier version of the code" if dated else ""
     commits = _listed((by.commit or "no commit")[:10] + (" with changes" if by.dirty else "") for by in done)
     places = _listed(f"{by.dtype} on {by.device}, torch {by.packages['torch']}" for by in done)
-    return f"{len(done)} of {len(made)} cells; {places}; commit {commits}."
+    return f"{len(done)} of {len(made)} cells{older}; {places}; commit {commits}."
 
 
 def _claims(judged: Sequence[Verdict]) -> str:
     return CLAIMS.format(
         count=len(judged),
-        printed=_counts((one.paper.verdict for one in judged), "without printed numbers"),
+        printed=_counts((one.paper.verdict for one in judged), "whose numbers are not at hand"),
         noisy=_counts((one.noisy.verdict for one in judged), "not run yet"),
     )
 
@@ -167,7 +169,8 @@ def _claims(judged: Sequence[Verdict]) -> str:
 def _counts(verdicts: Iterable[str], otherwise: str) -> str:
     counted = Counter(verdicts)
     said = [f"{counted[verdict]} {words}" for verdict, words in WORDS.items() if counted[verdict]]
-    return ", ".join([*said, f"{counted['no numbers']} {otherwise}"] if counted["no numbers"] else said)
+    said += [f"{counted['no numbers']} {otherwise}"] if counted["no numbers"] else []
+    return ", ".join([*said, f"{counted['no cells']} without a cell here"] if counted["no cells"] else said)
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -23,9 +23,10 @@ from pruners.interface.suggest import UsageError
 
 AXES = {"order": "order of the windows", "seed": "draw of the windows", "corpus": "text"}
 NOTE = (
-    "Each line compares cells that differ in this alone. Masks agree where both keep a weight or both remove it (of "
-    "structured methods: a row of queries, keys, values, gate or up), at places that are the same in every cell: mean "
-    "and lowest of all pairs; 1 where the masks are equal in every bit."
+    "Each line compares cells that differ in this alone, with what they share beside it. Masks agree where both keep a "
+    "weight or both remove it (of structured methods: a row of queries, keys, values, gate or up), at places that are "
+    "the same in every cell: mean and lowest of all pairs; 1 where the masks are equal in every bit, — where they were "
+    "not kept."
 )
 
 
@@ -51,22 +52,38 @@ def _alike(rows: Sequence[Row]) -> list[list[Row]]:
 
 
 def _lines(group: Sequence[Row]) -> Iterator[dict[str, str]]:
-    """Of each axis, along which the first cell's other fields stay as they are, and of each perplexity."""
-    first = group[0]
-    assert first.run.windows
+    """Of each axis a line for all cells that differ in it alone, and of each perplexity."""
     for axis, words in AXES.items():
-        along = [row for row in group if _without(row.run.windows, axis) == _without(first.run.windows, axis)]
-        for what in first.run.measures if len(along) > 1 else ():
-            if isinstance(what, Perplexity):
-                yield {
-                    "Model": first.run.model_name,
-                    "Method": first.method,
-                    "Setting": setting(first.run.method),
-                    "What varies": words,
-                    "Cells": str(len(along)),
-                    **_perplexities(what.key, along),
-                    "Masks agree": _agreement(along),
-                }
+        along: dict[str, list[Row]] = {}
+        for row in group:
+            along.setdefault(repr(_without(row.run.windows, axis)), []).append(row)
+        for cells in along.values():
+            yield from _told(cells, words, _fixed(cells[0], axis, group)) if len(cells) > 1 else ()
+
+
+def _told(cells: Sequence[Row], words: str, fixed: str) -> Iterator[dict[str, str]]:
+    first = cells[0]
+    for what in first.run.measures:
+        if isinstance(what, Perplexity):
+            yield {
+                "Model": first.run.model_name,
+                "Method": first.method,
+                "Setting": setting(first.run.method),
+                "What varies": words,
+                "At": fixed,
+                "Cells": str(len(cells)),
+                **_perplexities(what.key, cells),
+                "Masks agree": _agreement(cells),
+            }
+
+
+def _fixed(row: Row, axis: str, group: Sequence[Row]) -> str:
+    """The text and the draw that these cells share, where others of the group have another."""
+    windows = [one.run.windows for one in group]
+    assert row.run.windows
+    parts = {"corpus": row.run.windows.corpus, "seed": f"seed {row.run.windows.seed}"}
+    moving = [name for name in parts if name != axis and len({getattr(one, name) for one in windows}) > 1]
+    return ", ".join(parts[name] for name in moving) or "—"
 
 
 def _without(windows: Windows | None, axis: str) -> dict[str, Any]:

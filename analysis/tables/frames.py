@@ -140,7 +140,7 @@ def text(rows: Sequence[Row]) -> pd.DataFrame:
                 "Method": f"{row.method} {OTHER_CODE}" if row.code in ("other", "unknown") else row.method,
                 **({"Model": row.run.model_name} if several else {}),
                 "Setting": row.setting,
-                **({"Seed": MISSING if row.seed is None else str(row.seed)} if drawn else {}),
+                **({"Seed": drawn_as(row)} if drawn else {}),
                 "Sparsity": _share(row),
                 **{column.title: column.text(row) for column in found},
             }
@@ -160,6 +160,7 @@ def _numbers(row: Row, found: Sequence[Column]) -> dict[str, Any]:
         "method": row.method,
         "setting": row.setting,
         "seed": row.seed,
+        "order": row.draw[1],
         "model": row.run.model_name,
         "dtype": row.run.dtype,
         "id": row.record.id if row.record else None,
@@ -170,6 +171,13 @@ def _numbers(row: Row, found: Sequence[Column]) -> dict[str, Any]:
         **values,
         "failure": row.failure.message if row.failure and not row.record else None,
     }
+
+
+def drawn_as(row: Row) -> str:
+    """Its seed, with the order of its windows where that is not as they were drawn."""
+    seed, order = row.draw
+    parts = [str(seed)] * (seed is not None) + [f"order {order}"] * (order is not None)
+    return ", ".join(parts) or MISSING
 
 
 def _share(row: Row) -> str:

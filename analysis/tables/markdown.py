@@ -87,7 +87,9 @@ def _beside(table: Table, found: Sequence[Cell]) -> list[Cell]:
     """What stands beside the paper, or what a grid does not show of several seeds."""
     if not compare.tells_more(found):
         return []
-    return [cell for cell in found if table.published or not grid.is_headline(cell)]
+    if table.published:
+        return list(found)
+    return [cell for cell in found if len(cell.rows) > 1 and not grid.is_headline(cell)]
 
 
 def _list(found: Sequence[Cell], listed: Sequence[Cell]) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -95,8 +97,10 @@ def _list(found: Sequence[Cell], listed: Sequence[Cell]) -> tuple[pd.DataFrame, 
 
 
 def _notes(table: Table, rows: Sequence[Row], found: Sequence[compare.Cell], again: str) -> list[str]:
-    grid = [GRID] if _is_wide(found) else []
-    return [*grid, *notes(table, rows, again), *([significance.NOTE] if significance.competes(found) else [])]
+    grid = [GRID] if _grids(found) else []
+    beside = [compare.NOTE] if any(cell.published and cell.half_width for cell in found) else []
+    marks = [significance.NOTE] if significance.competes(found) else []
+    return [*grid, *beside, *notes(table, rows, again), *marks]
 
 
 def _heading(table: Table, found: Sequence[compare.Cell]) -> str:

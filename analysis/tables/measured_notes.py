@@ -15,14 +15,14 @@ def notes(rows: Sequence[Row], again: str) -> list[str]:
 
     `again` are the arguments of a command about the same cells.
     """
-    found: list[str] = []
+    found: dict[str, None] = {}  # two measures may say the same
     for what in dict.fromkeys(what for row in rows for what in row.run.measures):
         done = [row for row in rows if row.measure(what.key) is not None]
         for sentences in SENTENCES.get(type(what), ()):
-            found += _merged(done, what, sentences)
+            found |= dict.fromkeys(_merged(done, what, sentences))
         if isinstance(what, Generation) and done:
-            found.append(f"{what.key}: the texts are written by python -m analysis generation {again}")
-    return found
+            found |= {f"{what.key}: the texts are written by python -m analysis generation {again}": None}
+    return list(found)
 
 
 def _tasks(what: ZeroShot, row: Row) -> list[str]:
@@ -66,7 +66,7 @@ def _as_dense(what: DenseAnswers, row: Row) -> list[str]:
     prompts = (row.measure(what.key) or {})["prompts"]
     return [
         f"{what.key}: greedy answers of {what.new_tokens} tokens to {prompts} fixed prompts, compared with "
-        "the dense model's."
+        "the dense model's; one that does not differ counts with all its tokens."
     ]
 
 

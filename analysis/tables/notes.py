@@ -13,6 +13,7 @@ from experiments.labels import beside_model
 from experiments.spec import Table
 from experiments.store.records import Before, Record
 
+TOLD = 0.01  # of the parameters, by which what was removed misses what was asked
 AWAY = {"host": "in CPU memory", "disk": "on the disk"}
 
 
@@ -37,6 +38,7 @@ def notes(table: Table, rows: Sequence[Row], again: str = "") -> list[str]:
         *_away(rows),
         *_distinct(f"Only a part of {name} was available." for row in rows for name in row.partial),
         *(f"{row.name} failed: {row.failure.message}" for row in rows if row.failure and not row.record),
+        *_not_as_asked(rows),
         *_withheld(rows),
         *_of_other_code(rows, again),
         *_missing(rows, again),
@@ -100,7 +102,8 @@ def _trained(record: Record) -> str | None:
     if not recovery:
         return None
     text = recovery.get("text") or {}
-    on = f" x {text['length']:,} tokens of {text['corpus']}" if text else " calibration windows"
+    windows = f" calibration window{'s' * (recovery['batch_size'] > 1)}"
+    on = f" x {text['length']:,} tokens of {text['corpus']}" if text else windows
     steps = f"{recovery['steps']:,} steps" if recovery["steps"] > 1 else "1 step"
     chosen = "rate_choice" in record.achieved or recovery.get("learning_rate") is None
     rate = "" if chosen else f", learning rate {recovery['learning_rate']:g}"
@@ -163,6 +166,19 @@ def _origin(record: Record) -> str:
     return f"{model} in {made.dtype} on {made.device}, {commit}, torch {made.packages['torch']}."
 
 
+def _not_as_asked(rows: Sequence[Row]) -> Iterator[str]:
+    """Of structured methods, which can remove no part of a head or of a group of heads."""
+    told: dict[str, list[Row]] = {}
+    for row in rows:
+        structure = row.record.achieved.get("structure") if row.record else None
+        if structure and "asked_shares" in structure:
+            asked, removed = (structure[which]["decoder"] for which in ("asked_shares", "achieved_shares"))
+            if abs(asked - removed) > TOLD:
+                told.setdefault(f"{removed:.1%} of the decoder blocks' parameters removed, {asked:.1%}", []).append(row)
+    for shares, some in told.items():
+        yield f"{called(some, rows)}: {shares} requested, as groups of heads and channels go whole."
+
+
 def _withheld(rows: Sequence[Row]) -> Iterator[str]:
     for why in dict.fromkeys(why for row in rows for why in row.withheld):
         yield f"Not shown, as {why}: {called([row for row in rows if why in row.withheld], rows)}."
@@ -195,8 +211,13 @@ def _before(row: Row) -> list[Before]:
 
 
 def _missing(rows: Sequence[Row], again: str) -> list[str]:
-    missing = sum(row.state == "missing" for row in rows)
-    return [f"{missing} of {len(rows)} cells are missing: python -m experiments run {again}"] if missing else []
+    told = {"missing": "are missing", "failed": "failed, and are tried again by"}
+    counted = {words: sum(row.state == state for row in rows) for state, words in told.items()}
+    return [
+        f"{count} of {len(rows)} cells {words}: python -m experiments run {again}"
+        for words, count in counted.items()
+        if count
+    ]
 
 
 def _distinct(sentences: Iterable[str | None]) -> list[str]:

@@ -34,6 +34,7 @@ SHORT = Perplexity("embedded/wiki", window=512, limit=8)
 COUNT = 32
 ALPHA = 100 * 128 / COUNT  # the gradient term grows with the number of windows, and 100 belongs to 128
 SPARED = llm_pruner_tables.SPARED[0.2]
+GROUPS = "25 % of groups"  # beside settings that are shares of the parameters
 IMPORTANCES = {"L2": "l2", "Random": "random", "Vector (Block)": "vector", "Element^2 (Block)": "element2",
                "Element^1 (Block)": "element1"}  # fmt: skip
 
@@ -101,7 +102,8 @@ def _by(importance: str, model: str, seed: int) -> LLMPruner:
 
 llm_pruner = Table(
     name="embedded.llm_pruner",
-    title="25 % of the groups of blocks 4 to 27, which the paper calls 20 %, by importance",
+    title="25 % of the groups of blocks 4 to 27, which the paper calls 20 %, by importance; of this model's 3 groups "
+    "of heads none can go, so that only MLP channels do",
     rows=(None, *IMPORTANCES.values()),
     columns=tuple(product((MODEL,), SEEDS)),
     run=lambda importance, model, seed: drawn(
@@ -115,6 +117,7 @@ llm_pruner = Table(
         if run.method is None
         else ({value: name for name, value in IMPORTANCES.items()}[run.method.importance], "20 %")
     ),
+    titles={"20 %": GROUPS},
 )
 
 
@@ -141,7 +144,7 @@ architectures = Table(
     ),
     columns=tuple(product((MODEL, "gemma-3-270m-q4"), SEEDS)),
     run=_short,
-    label=label,
+    label=lambda run: (label(run)[0], GROUPS) if isinstance(run.method, LLMPruner) else label(run),
 )
 
 # Post-training at a twentieth of the length on the first 4,096 tokens, six times: enough to see it overfit.  Of the
@@ -177,7 +180,7 @@ as_released = with_dense(
         run=_as_released,
         label=lambda run: (
             f"Element^1 (Block), scored in {run.method.score_dtype or run.dtype}",
-            f"20 %, {TUNINGS[run.recovery]}",
+            f"{GROUPS}, {TUNINGS[run.recovery]}",
         ),
         rates="One learning rate, ten times the paper's, which was not chosen among others",
     )
@@ -209,7 +212,8 @@ def recovered(row: tuple[Any, Any], model: str, sparsity: float, seed: int) -> R
 
 perp = Table(
     name="embedded.perp",
-    title="Recovery by training a small share of the parameters",
+    title="Recovery by training a small share of the parameters, 32 steps of 2 x 128 tokens, or by reconstruction, 32 "
+    "calibration windows a block",
     rows=(
         (None, None),
         (Magnitude, None),
@@ -224,8 +228,9 @@ perp = Table(
     run=recovered,
     rates=(
         "Each row's learning rate is the best of a grid in factors of two to three by the perplexity on text that was "
-        "not trained on, at magnitude 50 % (LOG.md has the grid)"
+        "not trained on, at magnitude 50 % (LOG.md has the grid, of which ScaleLoRA's is the lowest)"
     ),
+    titles={"Magnitude + norms, biases": "Magnitude + norms"},  # the model has no biases
 )
 
 WAYS = tuple(product(GRANULARITIES, ("pruned", "dense")))
