@@ -193,6 +193,13 @@ def test_a_single_window_has_no_spread(tmp_path):
     assert "standard error" not in markdown.markdown(table(), made)
 
 
+def test_all_wrong_is_not_said_to_be_certain(tmp_path):
+    for score, error, told in ((0.0, 0.0, "0.0"), (1.0, 0.0, "100.0"), (0.5, 0.1, "50.0 ± 10.0")):
+        row = rows.Row("m", "s", table().runs()[0], small.record(table().runs()[0], measures={KEY: {
+            "score": score, "standard_error": error}}), None)  # fmt: skip
+        assert frames.text([row])[f"{KEY}, %"][0] == told
+
+
 def test_other_protocols_have_their_own_column(tmp_path):
     both = table(measures=(small.PPL, Perplexity("ptb/test", window=128)))
     for run in both.runs():

@@ -89,7 +89,8 @@ class Column:
         digits = self.quantity.digits if abs(self.quantity.scale * value) < 1000 else 0
         quartiles = [self._print(self._field(row, name), digits) for name in self.quantity.quartiles]
         spread = f" [{', '.join(quartiles)}]" if quartiles else ""
-        return self._print(value, digits) + (f" ± {self._print(error, digits)}" if error is not None else spread)
+        # all right or all wrong has a standard error of 0, which would say that it is certain
+        return self._print(value, digits) + (f" ± {self._print(error, digits)}" if error else spread)
 
     def _print(self, value: float | None, digits: int) -> str:
         return MISSING if value is None else f"{self.quantity.scale * value:,.{digits}f}"
