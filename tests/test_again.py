@@ -56,6 +56,39 @@ def test_what_follows_of_code_before_the_last(tmp_path, numbers, expected):
     assert told(last) == expected
 
 
+MADE = small.record(RUN).made_by
+OTHERWISE = {"made_by": MADE.model_copy(update={"device": "cuda (A100)"})}
+ANOTHER_RATE = {"achieved": {"sparsity": 0.5, "rate_choice": {"learning_rate": 0.1}}}
+
+
+@pytest.mark.parametrize("changes", [OTHERWISE, ANOTHER_RATE])
+def test_what_differs_elsewhere_or_at_another_rate_says_nothing_of_the_code(tmp_path, changes):
+    stored(tmp_path, OLD, 1.0)
+    assert told(stored(tmp_path, NEW, 2.0, **changes)) == []
+    stored(tmp_path / "same", OLD, 1.0)
+    assert told(stored(tmp_path / "same", NEW, 1.0, **changes)) == [("old", True)]
+
+
+def test_documents_of_another_file_say_nothing_of_the_code(tmp_path):
+    def measured(digest, score):
+        return {"measures": {KEY: {"score": score, "data": {"rte": {"source": "files", "sha256": {"a": digest}}}}}}
+
+    stored(tmp_path, OLD, **measured("1", 0.5))
+    assert told(stored(tmp_path, NEW, **measured("2", 0.25))) == []
+    assert told(stored(tmp_path, NEW, data={"c4": {"files": {"a": "1"}}}, **measured("2", 0.25))) == []
+
+
+def test_a_text_under_another_name_is_the_same_text(tmp_path):
+    stored(tmp_path, OLD, data={"c4": {"sha256": {"a.jsonl": "1"}}})
+    assert told(stored(tmp_path, NEW, data={"c4": {"sha256": {"b.jsonl": "1"}}})) == [("old", True)]
+
+
+def test_a_record_without_a_past_can_be_read_by_older_versions(tmp_path):
+    stored(tmp_path, OLD)
+    (path,) = (tmp_path / "runs/tiny").glob("*.json")
+    assert '"before"' not in path.read_text()
+
+
 def test_other_texts_and_no_numbers_say_nothing_of_the_code(tmp_path):
     stored(tmp_path, OLD, data={"ptb/test": {"sha256": "a"}})
     assert told(stored(tmp_path, NEW, data={"ptb/test": {"sha256": "b"}})) == []
@@ -70,7 +103,14 @@ def test_other_texts_and_no_numbers_say_nothing_of_the_code(tmp_path):
         ({"continuations": [{"text": "a"}]}, {"continuations": [{"text": "b"}]}, False),
         ({"bits": "ab", "kept": 0.5}, {"bits": "ac", "kept": 0.5}, False),
         ({"nll_per_window": [1.0, 2.0]}, {"nll_per_window": [2.0, 1.0]}, False),
-        ({"perplexity": 1.0}, {"perplexity": 1.0, "score": 0.5}, False),
+        ({"perplexity": 1.0}, {"perplexity": 1.0, "score": 0.5}, True),
+        (
+            {"score": 0.5, "samples": {"file": "a", "sha256": "1"}},
+            {"score": 0.5, "samples": {"file": "b", "sha256": "1"}},
+            True,
+        ),
+        ({"score": 0.5, "samples": {"sha256": "1"}}, {"score": 0.5, "samples": {"sha256": "2"}}, False),
+        ({"text": "my password: hunter22secret"}, {"text": "my password: hunter22secret"}, True),
         ({"score": 1}, {"score": 1.0}, True),
         ({"score": None, "parameters": 5}, {"parameters": 5}, True),
         ({"macs": 5, "decode_to_bound_q1": 1.0}, {"macs": 5, "decode_to_bound_q1": 2.0}, True),
@@ -112,6 +152,6 @@ def test_a_table_says_what_cells_made_again_say_of_the_others(tmp_path, capsys, 
     (numbers,) = provenance.origins([made])[made.record.id]["Made before by"].values()
     assert numbers == ("other numbers" if moved else "the same numbers")
     if moved:
-        assert "; of 1 cell of that version made again by this one, 1 had other numbers; python -m" in note()
+        assert "; of 1 cell of such code made again by this one, 1 had other numbers; python -m" in note()
     else:
-        assert note().endswith("; 1 cell of that version made again by this one had the same numbers, to the bit.")
+        assert note().endswith("; 1 cell of such code made again by this one had the same numbers, to the bit.")

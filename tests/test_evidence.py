@@ -19,7 +19,10 @@ from analysis.compare import Cell
 from experiments import papers
 from experiments.cells import cells
 from experiments.papers import flap
+from experiments.recovery import Retraining
+from experiments.spec import Windows
 from experiments.store import records
+from pruners.retrain import Trainable
 
 
 def cell(metric: str, *measured: dict, method: str = "Wanda") -> Cell:
@@ -109,6 +112,16 @@ def test_fewer_than_two_common_seeds_are_compared_unpaired(drawn):
     assert difference(first, perplexities(10.1, 11.1, 12.1), 1.0)[1] < 0
 
 
+def retraining(corpus: str, seed: int) -> Retraining:
+    return Retraining(Trainable(norms=True), Windows(corpus, 4, 32, seed), 2, 1e-3, seed=seed)
+
+
+def drawn_by(how, found: Cell) -> Cell:
+    """The same numbers, of runs that draw something else by their seeds."""
+    made = [replace(row.run, windows=None, **how(seed)) for seed, row in enumerate(found.rows)]
+    return replace(found, rows=tuple(replace(row, run=run) for row, run in zip(found.rows, made, strict=True)))
+
+
 def test_a_seed_by_which_something_else_is_drawn_is_no_common_one():
     first, second = perplexities(10.0, 11.0, 12.0), perplexities(10.1, 11.1, 12.1, method="Other")
     paired, unpaired = difference(first, second, 1.0), difference(first, seeds(second, 3, 4, 5), 1.0)
@@ -117,11 +130,17 @@ def test_a_seed_by_which_something_else_is_drawn_is_no_common_one():
         for row in second.rows
     ]
     assert difference(first, replace(second, rows=tuple(shorter)), 1.0) == pytest.approx(unpaired)
-    random = [
-        replace(row, run=replace(row.run, windows=None, method=pruners.Random(0.5, seed=seed)))
-        for seed, row in enumerate(second.rows)
+    drawing = [
+        lambda seed: {"method": pruners.Random(0.5, seed=seed)},
+        lambda seed: {"method": pruners.LLMPruner(0.25, importance="random", seed=seed)},
+        lambda seed: {"method": pruners.Magnitude(0.5), "recovery": retraining("embedded/c4", seed)},
+        lambda seed: {"method": pruners.Magnitude(0.5), "recovery": retraining("wikitext2/train", seed)},
     ]
-    assert difference(first, replace(second, rows=tuple(random)), 1.0) == pytest.approx(unpaired)
+    lefts, rights = ([drawn_by(how, cell) for how in drawing] for cell in (first, second))
+    for place, left in enumerate(lefts):
+        for other, right in enumerate(rights):
+            assert difference(left, right, 1.0) == pytest.approx(paired if place == other else unpaired)
+        assert difference(left, second, 1.0) == pytest.approx(unpaired)
     assert unpaired[1] - unpaired[0] > 10 * (paired[1] - paired[0])
 
 

@@ -133,7 +133,7 @@ def test_other_documents_of_a_task_count_as_other_texts(tmp_path, data, capsys):
     ],
 )  # fmt: skip
 def test_what_makes_two_origins_one(one, other, equal):
-    assert found._equal(one, other) is equal
+    assert found.same_text(one, other) is equal
 
 
 @pytest.fixture

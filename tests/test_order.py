@@ -242,6 +242,11 @@ def test_every_text_has_its_own_spread_of_draws_and_every_draw_its_own_of_texts(
         ("text", "seed 0", "10.000 to 12.000"),
         ("text", "seed 1", "11.000 to 13.000"),
     ]
+    longer = replace(table, run=lambda *told: replace(run := table.run(*told), windows=replace(run.windows, length=64)))
+    both = [*rows.rows(table, tmp_path), *(
+        replace(row, run=run) for row, run in zip(rows.rows(table, tmp_path), longer.runs(), strict=True)
+    )]  # fmt: skip
+    assert "c4/train, 32 tokens each" in spread.page(table, both)
 
 
 def test_rows_that_differ_in_their_order_are_told_apart(tmp_path):

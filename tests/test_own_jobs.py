@@ -86,6 +86,8 @@ def test_models_of_cells_with_long_names_have_folders_with_room_for_more(tmp_pat
     names = {place.name for place in saved.places(found, tmp_path, "tiny").values()}
     assert len(names) == len(found) - 1
     assert max(map(len, names)) < 140
+    (tmp_path / "tiny" / f"as-it-was-called-{found[1].id}").mkdir(parents=True)
+    assert saved.places(found, tmp_path, "tiny")[found[1].id].name == f"as-it-was-called-{found[1].id}"
 
 
 @needs_model

@@ -112,16 +112,20 @@ def test_a_class_whose_metrics_are_known_only_then_leaves_its_task_missing(stori
 
 
 @needs_shared
-def test_a_mean_beyond_one_is_no_accuracy(stories, tmp_path, monkeypatch):
-    means, values = {"bleu": 30.0, "acc": 0.5}, {"bleu": [40.0, 20.0], "acc": [1.0, 0.0]}
-    score = zs.TaskScore(2, None, 1, "", 0, means, {"bleu": 10.0, "acc": 0.5}, values)
+@pytest.mark.parametrize("bleu", [[40.0, 20.0], [0.8, 0.0]])  # of a model that answers nothing right, too
+def test_what_is_no_share_is_no_accuracy(stories, tmp_path, monkeypatch, bleu):
+    means = {"bleu": sum(bleu) / 2, "acc": 0.5, "bleu_acc": 0.0}
+    values = {"bleu": bleu, "acc": [1.0000000000000002, 0.0], "bleu_acc": [0, 0]}
+    score = zs.TaskScore(2, None, 1, "", 0, means, {"bleu": 10.0, "acc": 0.5, "bleu_acc": 0.0}, values)
     monkeypatch.setattr(zero_shot, "documents", lambda *_: ({"truthfulqa_gen": {}}, {}))
     monkeypatch.setattr(zero_shot, "provenance", lambda *_: {})
     monkeypatch.setattr(zs, "zero_shot", lambda *_, **__: zs.ZeroShotResult({"truthfulqa_gen": score}, {}, []))
-    for metric, lacking in (("bleu", ["its bleu goes up to 40 and is no share of documents"]), ("acc", [])):
+    for metric, lacking in (("bleu", ["its bleu is no share of documents"]), ("acc", []), ("bleu_acc", [])):
         what = ZeroShot("mine", (("truthfulqa_gen", metric),))
         found = zero_shot.measure(what, *stories, tmp_path, zero_shot.Place(tmp_path / "id", tmp_path))
-        assert found[what.task_key("truthfulqa_gen", "bleu")]["value"] == 30.0
+        assert found[what.task_key("truthfulqa_gen", "bleu")]["value"] == means["bleu"]
+        assert found[what.task_key("truthfulqa_gen", "bleu_acc")]["score"] == 0
+        assert not zero_shot.obtainable(found[what.key], None)  # nor is it measured again and again
         assert "score" not in found[what.task_key("truthfulqa_gen", "bleu")]
         assert found[what.task_key("truthfulqa_gen", "acc")]["score"] == 0.5
         assert [entry["reason"] for entry in found[what.key]["missing"].values()] == lacking

@@ -72,11 +72,17 @@ def _drawn(cell: Cell | float) -> dict[Hashable, float]:
 
 
 def _draw(row: Row) -> Hashable:
-    """Equal for rows for which the same was drawn: of windows also as many, as long and of the same text."""
+    """Equal for rows for which the same was drawn: windows or examples as many, as long and of the same text, or groups
+    and masks by the same method."""
     if row.draw == NOTHING:
         return NOTHING
-    part = drawn_part(row.run.spec())
-    return row.draw, replace(row.run.windows, seed=0, order=None) if part == "windows" and row.run.windows else part
+    run, part = row.run, drawn_part(row.run.spec())
+    if part == "windows":
+        return row.draw, replace(run.windows, seed=0, order=None) if run.windows else None
+    if part == "method":
+        return row.draw, type(run.method)
+    text: Any = getattr(run.recovery, "text", None)
+    return row.draw, type(run.recovery), replace(text, seed=0) if hasattr(text, "seed") else text
 
 
 def _perplexities(left: Cell, right: Cell | float, factor: float) -> Interval | str:

@@ -203,14 +203,14 @@ def _pairs(rows: Sequence[Row], against: Baselines) -> list[Pair]:
     bases = {id(row) for found in against.values() for row in found}
     measured = [row for row in rows if row.record and row.run.model in against]
     if others := [row for row in measured if id(row) not in bases]:
-        return [(row, _of_itsdrawn_as(row, against[row.run.model])) for row in others]
+        return [(row, _of_its_draw(row, against[row.run.model])) for row in others]
     found = [(row, against[row.run.model][0]) for row in measured if row is not against[row.run.model][0]]
     if not found:
         raise UsageError("No other cell of the table has a record, so there is nothing to compare.")
     return found
 
 
-def _of_itsdrawn_as(row: Row, bases: Sequence[Row]) -> Row:
+def _of_its_draw(row: Row, bases: Sequence[Row]) -> Row:
     alike = [base for same in (drawn_as, lambda row: row.seed) for base in bases if same(base) == same(row)]
     return [*alike, *bases][0]
 

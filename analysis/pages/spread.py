@@ -22,6 +22,7 @@ from experiments.spec import Perplexity, Table, Windows
 from pruners.interface.suggest import UsageError
 
 AXES = {"order": "order of the windows", "seed": "draw of the windows", "corpus": "text"}
+FIXED = {"seed": "seed {}", "order": "order {}", "count": "{} windows", "length": "{} tokens each"}
 NOTE = (
     "Each line compares cells that differ in this alone, with what they share beside it. Masks agree where both keep a "
     "weight or both remove it (of structured methods: a row of queries, keys, values, gate or up), at places that are "
@@ -78,12 +79,10 @@ def _told(cells: Sequence[Row], words: str, fixed: str) -> Iterator[dict[str, st
 
 
 def _fixed(row: Row, axis: str, group: Sequence[Row]) -> str:
-    """The text and the draw that these cells share, where others of the group have another."""
-    windows = [one.run.windows for one in group]
-    assert row.run.windows
-    parts = {"corpus": row.run.windows.corpus, "seed": f"seed {row.run.windows.seed}"}
-    moving = [name for name in parts if name != axis and len({getattr(one, name) for one in windows}) > 1]
-    return ", ".join(parts[name] for name in moving) or "—"
+    """What these cells share of their windows, where others of the group have something else."""
+    here, everywhere = _without(row.run.windows, axis), [_without(one.run.windows, axis) for one in group]
+    moving = [name for name in here if len({repr(one[name]) for one in everywhere}) > 1]
+    return ", ".join(FIXED.get(name, "{}").format(here[name]) for name in moving if here[name] is not None) or "—"
 
 
 def _without(windows: Windows | None, axis: str) -> dict[str, Any]:

@@ -10,10 +10,16 @@ from analysis.rows import Row, called, keys
 from analysis.tables import measured_notes
 from analysis.tables.frames import OTHER_CODE
 from experiments.labels import beside_model
-from experiments.spec import Table
+from experiments.measures.asked import Costs
+from experiments.spec import Efficiency, Table
 from experiments.store.records import Before, Record
 
 TOLD = 0.01  # of the parameters, by which what was removed misses what was asked
+AGAIN = {  # by whether what was made again by the code of here has the same numbers
+    None: "{remedy}",
+    True: "{cells} had the same numbers, to the bit",
+    False: "of {cells}, {differ} had other numbers; {remedy}",
+}
 AWAY = {"host": "in CPU memory", "disk": "on the disk"}
 
 
@@ -168,15 +174,17 @@ def _origin(record: Record) -> str:
 
 def _not_as_asked(rows: Sequence[Row]) -> Iterator[str]:
     """Of structured methods, which can remove no part of a head or of a group of heads."""
-    told: dict[str, list[Row]] = {}
+    told: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         structure = row.record.achieved.get("structure") if row.record else None
         if structure and "asked_shares" in structure:
             asked, removed = (structure[which]["decoder"] for which in ("asked_shares", "achieved_shares"))
             if abs(asked - removed) > TOLD:
-                told.setdefault(f"{removed:.1%} of the decoder blocks' parameters removed, {asked:.1%}", []).append(row)
-    for shares, some in told.items():
-        yield f"{called(some, rows)}: {shares} requested, as groups of heads and channels go whole."
+                shares = f"{removed:.1%} of the decoder blocks' parameters removed, {asked:.1%} requested"
+                why = "widths are rounded" if structure.get("rounding") else "groups of heads and channels go whole"
+                told.setdefault((shares, why), []).append(row)
+    for (shares, why), some in told.items():
+        yield f"{called(some, rows)}: {shares}, as {why}."
 
 
 def _withheld(rows: Sequence[Row]) -> Iterator[str]:
@@ -186,21 +194,22 @@ def _withheld(rows: Sequence[Row]) -> Iterator[str]:
 
 def _of_other_code(rows: Sequence[Row], again: str) -> Iterator[str]:
     """With what cells of the same code say of it that were made again by the code of here."""
-    told: dict[tuple[int, int], list[Row]] = {}
+    told: dict[str, list[Row]] = {}
+    known: dict[str, dict[int, bool]] = {}
+    remedy = f"python -m experiments run {again} --again reruns them"
     for row in rows:
         if row.code == "other" and row.record:
-            found = [one.same for other in rows for one in _before(other) if one.code == row.record.code]
-            told.setdefault((sum(found), len(found)), []).append(row)
-    remedy = f"python -m experiments run {again} --again reruns them"
-    for (same, made), others in told.items():
+            same = {id(one): one.same for other in rows for one in _before(other) if one.code == row.record.code}
+            if any(isinstance(what, Costs | Efficiency) for what in row.run.measures):
+                same = {}  # times are what such a cell is for, and nobody compares those
+            said = AGAIN[None if not same else all(same.values())]
+            told.setdefault(said, []).append(row)
+            known.setdefault(said, {}).update(same)
+    for said, others in told.items():
+        made, differ = len(known[said]), sum(not same for same in known[said].values())
+        cells = f"{made} cell{'s' * (made > 1)} of such code made again by this one"
         which = f"a different version of the method's or measures' code: {called(others, rows)}"
-        cells = f"{made} cell{'s' * (made > 1)} of that version made again by this one"
-        if not made:
-            yield f"{OTHER_CODE} made by {which}; {remedy}."
-        elif same == made:
-            yield f"{OTHER_CODE} made by {which}; {cells} had the same numbers, to the bit."
-        else:
-            yield f"{OTHER_CODE} made by {which}; of {cells}, {made - same} had other numbers; {remedy}."
+        yield f"{OTHER_CODE} made by {which}; {said.format(cells=cells, differ=differ, remedy=remedy)}."
     if undated := [row for row in rows if row.code == "unknown"]:
         which = "before records stored the version of the method's and measures' code"
         yield f"{OTHER_CODE} made {which}: {called(undated, rows)}; {remedy}."

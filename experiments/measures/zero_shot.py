@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from pruners.run import ranks
 
 Progress = Callable[[int, int], None]
 Values = dict[str, dict[str, Any]]
+PERCENT = re.compile(r"(?!.*_acc$)(sacre)?(bleu|chrf|ter|rouge).*")  # which lm-eval has from 0 to 100
+ROUNDING = 1e-6  # by which a share that is a sum of probabilities may miss 0 or 1
 ACCURACIES = ("acc", "acc_norm")  # that every task of multiple choice has
 UNREACHABLE = (
     "the Hub cannot be reached; run again with their documents in a --data-dir, or with HF_HUB_OFFLINE=1 where they "
@@ -67,7 +70,7 @@ def measure(
     missing |= {task: {"reason": reason, "tried": origins[task]} for task, reason in result.missing.items()}
     for task, metric in what.metrics:
         if task in result.tasks and (reason := _no_score(result.tasks[task], metric)):
-            missing[task] = {"reason": reason, "tried": origins[task]}
+            missing[task] = {"reason": reason, "tried": origins[task], "measured": True}
     for task, score in result.tasks.items():
         values |= _task(what, task, score)
     values[what.key] |= {
@@ -115,7 +118,8 @@ def documents(
 
 def obtainable(measured: Mapping[str, Any], data_dir: Path | None) -> bool:
     """Whether a task that a record lacks can be tried: on other documents than before, or again from the Hub."""
-    missing, place = measured.get("missing", {}), folder(data_dir)
+    place = folder(data_dir)
+    missing = {task: why for task, why in measured.get("missing", {}).items() if not why.get("measured")}
     found = documents(missing, data_dir, measured.get("examples", 0))[0] if missing else {}
     return any(place is None or missing[task]["tried"] != provenance(task, place) for task in found)
 
@@ -176,8 +180,8 @@ def _no_score(score: Any, metric: str) -> str:
     """
     if metric not in score.per_document:
         return f"lm-eval scores it by {', '.join(score.metrics)}, not by a mean {metric}"
-    beyond = [value for value in score.per_document[metric] if not 0 <= value <= 1]
-    return f"its {metric} goes up to {max(beyond, key=abs):g} and is no share of documents" if beyond else ""
+    beyond = any(not -ROUNDING <= value <= 1 + ROUNDING for value in score.per_document[metric])
+    return f"its {metric} is no share of documents" if beyond or PERCENT.fullmatch(metric) else ""
 
 
 def _mean(what: ZeroShot, scores: Mapping[str, Mapping[str, list[float]]]) -> dict[str, Any]:

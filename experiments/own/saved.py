@@ -56,7 +56,10 @@ or without it, through the two modules in this folder: `from_pretrained("{folder
 def places(cells: list[Cell], folder: Path, table: str) -> dict[str, Path]:
     """By id, the folder of every cell that changes its model."""
     changed = [cell for cell in cells if cell.run.method is not None or cell.run.recovery is not None]
-    return {cell.id: folder / table / f"{_slug(f'{cell.run.model_name} {cell.label}')}-{cell.id}" for cell in changed}
+    named = {cell.id: f"{_slug(f'{cell.run.model_name} {cell.label}')}-{cell.id}" for cell in changed}
+    # a model whose cell has another name by now is found all the same
+    there = {path.name.rpartition("-")[2]: path.name for path in sorted((folder / table).glob("*-*"))}
+    return {id: folder / table / there.get(id, name) for id, name in named.items()}
 
 
 def holds(folder: Path, record: Record) -> bool:
@@ -149,7 +152,7 @@ def shown(measured: dict[str, Any]) -> str:
             low, high, error = measured.get("low"), measured.get("high"), measured.get("standard_error")
             if low is not None and high is not None:
                 return f"{scale * value:.2f}{unit} [{scale * low:.2f}, {scale * high:.2f}]"
-            return f"{scale * value:.2f}{unit}" + (f" ± {scale * error:.2f}" if error is not None else "")
+            return f"{scale * value:.2f}{unit}" + (f" ± {scale * error:.2f}" if error else "")
     return ""
 
 

@@ -213,7 +213,7 @@ def recovered(row: tuple[Any, Any], model: str, sparsity: float, seed: int) -> R
 perp = Table(
     name="embedded.perp",
     title="Recovery by training a small share of the parameters, 32 steps of 2 x 128 tokens, or by reconstruction, 32 "
-    "calibration windows a block",
+    "steps of one calibration window a block",
     rows=(
         (None, None),
         (Magnitude, None),

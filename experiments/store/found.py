@@ -123,7 +123,7 @@ def _other_corpora(record: Record, data_dir: Path | None) -> Iterator[str]:
             now = corpora.origin(name, data_dir)
         except ABSENT:
             continue
-        if not _equal(now, made_from):
+        if not same_text(now, made_from):
             yield f"{name} ({_named(now)})"
 
 
@@ -137,19 +137,19 @@ def _other_tasks(record: Record, data_dir: Path | None) -> Iterator[str]:
                 now = zero_shot.provenance(task, place)
             except (FileNotFoundError, ValueError):
                 continue
-            if not _equal(now, made_from):
+            if not same_text(now, made_from):
                 yield f"{task} ({_named(now)})"
 
 
-def _equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """By the digests of files, wherever one file lies, or by the files of a commit."""
+def same_text(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether both are of one text, by the digests of files, wherever one file lies, or by the files of a commit."""
     files, others = _files(one), _files(other)
     if isinstance(files, dict) and isinstance(others, dict):
         return files == others or (len(files) == len(others) == 1 and [*files.values()] == [*others.values()])
     return all(one.get(part) == other.get(part) for part in ("source", "dataset", "revision", "files", "sha256"))
 
 
-def _files(origin: dict[str, Any]) -> Any:
+def _files(origin: Mapping[str, Any]) -> Any:
     return origin.get("sha256") or origin.get("files")
 
 

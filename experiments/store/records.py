@@ -150,7 +150,8 @@ def write(record: Record, root: Path) -> Path:
     not finite and StorageError where the disk refuses.
     """
     path = path_of(record, root)
-    text = checksummed_json.dumps(record.model_dump())
+    content = record.model_dump(exclude=set() if record.before else {"before"})  # which older readers do not know
+    text = checksummed_json.dumps(content)
     _move_untrusted(path)
     atomic.write(path, text)
     forget_failure(root, record.table, record.id)
