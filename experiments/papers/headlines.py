@@ -233,6 +233,7 @@ perp = Table(
     titles={"Magnitude + norms, biases": "Magnitude + norms"},  # the model has no biases
 )
 
+REBUILT = "Wanda + reconstruction (weights)"
 WAYS = tuple(product(GRANULARITIES, ("pruned", "dense")))
 BY_WAY = Reconstruction(Trainable(weights=True), STEPS, learning_rate=1e-3, batch_size=1)
 
@@ -254,5 +255,6 @@ granularity = with_dense(
         run=_by_way,
         label=label,
         rates="One learning rate for every row, that of all weights in embedded.perp",
+        titles={REBUILT + inputs: f"{REBUILT} by block{inputs}" for inputs in ("", ", dense inputs")},
     )
 )
