@@ -200,6 +200,18 @@ def test_a_structured_method_that_misses_what_was_asked_says_so(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(("sparsity", "odd"), [(0.5011, True), (0.4991, True), (0.50002, False)])
+def test_a_sparsity_that_is_not_quite_as_requested_is_explained(tmp_path, sparsity, odd):
+    declared = table((None, BASE), models=MODELS[:1])
+    for run in declared.runs():
+        records.write(small.record(run, achieved={"asked": 0.5, "sparsity": sparsity if run.method else 0.0}), tmp_path)
+    told = [note for note in notes.notes(declared, rows.rows(declared, tmp_path)) if "quite" in note]
+    said = (
+        "Sparsity that is not quite as requested, as a row loses whole weights and equal ones go together: Wanda 50 %."
+    )
+    assert told == [said] * odd
+
+
 def test_a_baseline_nobody_knows_is_answered_by_the_names_that_are_taken(tmp_path):
     declared = table((None, BASE), models=MODELS[:1])
     made = filled(declared, tmp_path, likelihoods)

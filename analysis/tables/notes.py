@@ -13,7 +13,9 @@ from experiments.labels import beside_model
 from experiments.measures.asked import Costs
 from experiments.spec import Efficiency, Table
 from experiments.store.records import Before, Record
+from pruners.unstructured import Unstructured
 
+SEEN = 0.0003  # of the weights, which a column of per cent with two digits shows
 TOLD = 0.01  # of the parameters, by which what was removed misses what was asked
 AGAIN = {  # by whether what was made again by the code of here has the same numbers
     None: "{remedy}",
@@ -185,6 +187,19 @@ def _not_as_asked(rows: Sequence[Row]) -> Iterator[str]:
                 told.setdefault((shares, why), []).append(row)
     for (shares, why), some in told.items():
         yield f"{called(some, rows)}: {shares}, as {why}."
+    if odd := [row for row in rows if _is_odd(row)]:
+        yield (
+            f"Sparsity that is not quite as requested, as a row loses whole weights and equal ones go together: "
+            f"{called(odd, rows)}."
+        )
+
+
+def _is_odd(row: Row) -> bool:
+    """Of methods that remove single weights; where training has filled them again, another note says so."""
+    achieved = row.record.achieved if row.record else {}
+    if achieved.get("structure") or not isinstance(row.run.method, Unstructured) or "sparsity" not in achieved:
+        return False
+    return abs(achieved["sparsity"] - row.run.method.asked) > SEEN
 
 
 def _withheld(rows: Sequence[Row]) -> Iterator[str]:
