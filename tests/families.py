@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+import pruners
 from pruners.interface import contract
 
 WIDTH, LENGTH, WINDOW = 32, 16, 6
@@ -68,6 +69,7 @@ TINY: dict[str, dict[str, Any]] = {  # what differs from SIZES; `type: variant` 
 }
 EXPERTS = ("mixtral", "qwen3_moe")  # kinds whose MLPs are routed experts
 DENSE = [kind for kind in TINY if kind not in EXPERTS]  # structured pruning knows them
+EVERY_BLOCK = pruners.LLMPruner(ratio=0.5, attention_blocks=(0, 3), mlp_blocks=(0, 3))  # of a tiny model
 
 
 def model_type(kind: str) -> str:

@@ -6,20 +6,14 @@ import json
 import os
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch.testing import assert_close
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-)
 
 import pruners
-from experiments.store import pruned_weights
 from experiments.store.blocks import PrunedBlocks
 from pruners import anatomy, apply, checkpoint
 from pruners.apply import Kept
@@ -27,7 +21,7 @@ from pruners.families import FAMILIES
 from pruners.run import inputs, matrices
 from pruners.run.stream import Stream
 from pruners.weights import opening
-from tests.families import DENSE, EXPERTS, TINY, model_type, tiny, windows
+from tests.families import DENSE, EVERY_BLOCK, TINY, model_type, tiny, windows
 
 NO_STATIC_CACHE = "falcon: alibi"  # of whose dense model transformers makes an error
 
@@ -182,9 +176,6 @@ def test_norms_that_no_configuration_can_say_are_not_saved_until_the_heads_are_c
         assert torch.equal(opened(windows(kind)).logits, model(windows(kind)).logits)
 
 
-EVERY_BLOCK = pruners.LLMPruner(ratio=0.5, attention_blocks=(0, 3), mlp_blocks=(0, 3))
-
-
 @pytest.mark.parametrize("kind", DENSE)
 def test_structured_methods_say_what_they_leave(kind):
     for method in (pruners.Flap(target_parameters=0.3), EVERY_BLOCK):
@@ -279,78 +270,6 @@ def test_models_from_a_folder_are_cut_saved_and_opened(kind, method, tmp_path):
             assert_close(again(tokens).logits, model(tokens).logits, rtol=1e-6, atol=1e-6)
 
 
-PHI3 = "phi3"
-
-
-def twins():
-    """A Phi-3 and the LLaMA with the same weights, q/k/v and gate/up apart."""
-    fused = tiny(PHI3)
-    config = fused.config
-    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    names += ("intermediate_size", "max_position_embeddings", "rms_norm_eps", "pad_token_id", "tie_word_embeddings")
-    apart = LlamaForCausalLM(LlamaConfig(**{name: getattr(config, name) for name in names})).eval()
-    weights = fused.state_dict()
-    for block in anatomy.blocks(fused):
-        name, d = block.name, block.head_dim
-        sizes = [block.heads * d, block.kv_heads * d, block.kv_heads * d]
-        for which, part in zip("qkv", weights.pop(f"{name}.self_attn.qkv_proj.weight").split(sizes), strict=True):
-            weights[f"{name}.self_attn.{which}_proj.weight"] = part
-        gate, up = weights.pop(f"{name}.mlp.gate_up_proj.weight").chunk(2)
-        weights |= {f"{name}.mlp.gate_proj.weight": gate, f"{name}.mlp.up_proj.weight": up}
-    apart.load_state_dict(weights)
-    fused.config.sliding_window = None
-    return fused, apart
-
-
-def fused_again(block):
-    """The weights of a LLaMA block in Phi-3's order."""
-    w = {name: linear.weight.data for name, linear in block.linears().items()}
-    return [
-        torch.cat([w[f"self_attn.{which}_proj"] for which in "qkv"]),
-        w["self_attn.o_proj"],
-        torch.cat([w["mlp.gate_proj"], w["mlp.up_proj"]]),
-        w["mlp.down_proj"],
-    ]
-
-
-def test_a_phi_3_computes_what_its_llama_twin_does():
-    fused, apart = twins()
-    assert_close(fused(windows(PHI3)).logits, apart(windows(PHI3)).logits, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "method",
-    [pruners.Wanda(0.5), pruners.GBLM(0.5), pruners.Wanda(pattern="2:4"), pruners.SparseGPT(pattern="2:4")],
-    ids=repr,
-)
-def test_a_phi_3_gets_the_masks_of_its_llama_twin(method):
-    fused, apart = twins()
-    for model in (fused, apart):
-        pruners.prune(model, method, windows(PHI3))
-    for one, other in zip(anatomy.blocks(fused), anatomy.blocks(apart), strict=True):
-        for linear, expected in zip(one.linears().values(), fused_again(other), strict=True):
-            assert torch.equal(linear.weight == 0, expected == 0)
-
-
-@pytest.mark.parametrize(
-    "method",
-    [
-        pruners.Flap(ratio=0.4),
-        pruners.WandaSP(ratio=0.5),
-        EVERY_BLOCK,
-        pruners.LLMPruner(ratio=0.5, importance="l2", reduction="max", attention_blocks=(0, 3), mlp_blocks=(0, 3)),
-    ],
-    ids=repr,
-)
-def test_a_phi_3_keeps_the_units_of_its_llama_twin(method):
-    fused, apart = twins()
-    for model in (fused, apart):
-        pruners.prune(model, method, windows(PHI3))
-    for one, other in zip(anatomy.blocks(fused), anatomy.blocks(apart), strict=True):
-        for linear, expected in zip(one.linears().values(), fused_again(other), strict=True):
-            assert_close(linear.weight.data, expected, rtol=1e-6, atol=1e-7)
-
-
 NARROWED = ("llama", "mistral", "opt", "qwen2", "smollm3")
 
 
@@ -382,71 +301,6 @@ def test_a_block_of_zeros_passes_its_input_on_or_is_refused(kind):
         assert_close(silent(windows(kind)).logits, dropped(windows(kind)).logits, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", EXPERTS)
-@pytest.mark.parametrize("method", [pruners.Flap(), pruners.MagnitudeSP(), pruners.LLMPruner(granularity="layer")])
-def test_experts_lose_no_heads_or_channels(kind, method):
-    model = tiny(kind)
-    for call in (pruners.prune, pruners.gather):
-        with pytest.raises(ValueError, match=r"has routed experts, .*; use an unstructured method"):
-            call(model, method, windows(kind))
-
-
-@pytest.mark.parametrize("kind", EXPERTS)
-def test_experts_are_scored_by_the_tokens_that_reach_them(kind):
-    model, tokens = tiny(kind), windows(kind)
-    dense, routed = tiny(kind), []
-    experts = anatomy.blocks(dense)[0].experts
-    hook = experts.register_forward_pre_hook(lambda _, args: routed.append([a.clone() for a in args]))
-    dense(tokens)
-    hook.remove()
-    hidden, index, _ = routed[0]
-    pruners.prune(model, pruners.Wanda(sparsity=0.5), tokens)
-    for expert in range(4):
-        x = hidden[(index == expert).any(-1)]
-        gate, up = experts.gate_up_proj[expert].chunk(2)
-        inner = torch.nn.functional.silu(x @ gate.T) * (x @ up.T)
-        for name, weight, read in (("gate", gate, x), ("up", up, x), ("down", experts.down_proj[expert], inner)):
-            score = weight.abs() * read.norm(dim=0)
-            gone = score.argsort(1).argsort(1) < score.shape[1] // 2
-            found = anatomy.blocks(model)[0].linear(f"mlp.experts.{expert}.{name}")
-            assert torch.equal(found.weight == 0, gone)
-
-
-@pytest.mark.parametrize("kind", EXPERTS)
-@pytest.mark.parametrize("method", [pruners.Wanda(0.5), pruners.SparseGPT(0.5), pruners.Gradient(0.5)], ids=repr)
-def test_an_expert_without_tokens_loses_its_smallest_weights_and_is_told(kind, method):
-    model = tiny(kind)
-    lonely = 2
-    for block in anatomy.blocks(model):
-        if block.experts is not None:
-            block.experts.register_forward_pre_hook(lambda _, args: (args[0], elsewhere(args[1], lonely), args[2]))
-    before = {name: w.clone() for name, w in model.named_parameters()}
-    report = pruners.prune(model, method, windows(kind))
-    blocks = [block for block in anatomy.blocks(model) if block.experts is not None]
-    names = [f"{b.name}.mlp.experts.{lonely}.{which}" for b in blocks for which in ("gate", "up", "down")]
-    assert report.without_tokens == report.to_dict()["without_tokens"] == names
-    assert "no calibration token reached by magnitude" in str(report)
-    for block in blocks:
-        down = before[f"{block.name}.mlp.experts.down_proj"][lonely].abs()
-        gone = down.argsort(1).argsort(1) < down.shape[1] // 2
-        assert torch.equal(block.linear(f"mlp.experts.{lonely}.down").weight == 0, gone)
-    assert report.achieved == pytest.approx(0.5, abs=0.02)
-
-
-def test_what_shares_pruned_weights_is_told_of_experts_without_tokens(tmp_path):
-    pruned, method = [], pruners.Wanda(0.5)
-    for _ in range(2):
-        model = tiny("mixtral")
-        for block in anatomy.blocks(model):
-            block.experts.register_forward_pre_hook(lambda _, args: (args[0], elsewhere(args[1], 2), args[2]))
-        prune = partial(pruners.prune, model, method, windows("mixtral"))
-        pruned.append((model, pruned_weights.shared(tmp_path, {"model": "mixtral"}, model, method, prune)))
-    (first, made), (second, found) = pruned
-    assert found.seconds == {}  # nothing was pruned
-    assert found.without_tokens == made.without_tokens != []
-    assert all(map(torch.equal, first.state_dict().values(), second.state_dict().values()))
-
-
 @pytest.mark.parametrize("norm", ["l1", "l2"])
 @pytest.mark.parametrize("kind", TINY)
 def test_gradients_over_windows_are_those_of_a_plain_loop(kind, norm):
@@ -467,11 +321,6 @@ def test_gradients_over_windows_are_those_of_a_plain_loop(kind, norm):
             expected = matrices.view(linear, whole.sqrt() if norm == "l2" else whole)
             assert_close(found[f"{block.name}.{name}"], expected, rtol=1e-4, atol=1e-7)
             assert found[f"{block.name}.{name}"].any()
-
-
-def elsewhere(index, lonely):
-    """Tokens of one expert go to its neighbour."""
-    return torch.where(index == lonely, lonely + 1, index)
 
 
 @pytest.mark.parametrize(("kind", "longest"), [("bloom", None), ("mpt", 64), ("gpt2", 64)])
