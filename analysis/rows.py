@@ -55,6 +55,11 @@ class Row:
         return code.made_by(self.record.code, self.run) if self.record else None
 
     @property
+    def is_dated(self) -> bool:
+        """Whether the record is, or may be, of an earlier version of the code."""
+        return self.code in ("other", "unknown")
+
+    @property
     def state(self) -> str:
         return "done" if self.record else "failed" if self.failure else "missing"
 
@@ -145,15 +150,15 @@ def declared(table: Table, root: Folders, runs: Sequence[Run], data_dir: Path | 
     places = folders(root)
     stored = {place: records.load(place, table.name) for place in places}
     failures = {place: records.load_failures(place, table.name) for place in places}
-    _tell_apart(stored)
-    done, broken = _by_key(_merged(stored)), _by_key(_merged(failures))
+    tell_apart(stored)
+    done, broken = _by_key(merged(stored)), _by_key(merged(failures))
     words = labels(runs, table.label)
     titles = distinct(runs, [table.title_of(told) for told in words])
     made = [
         Row(*title, run, _newest(done[run_key(run)], run), _newest(broken[run_key(run)], run), words=told, called=name)
         for run, title, told, name in zip(runs, titles, words, apart(runs, titles), strict=True)
     ]
-    made = [replace(row, folder=_holder(row.record, stored)) for row in made]
+    made = [replace(row, folder=holder(row.record, stored)) for row in made]
     return [_as_now(row, data_dir) for row in made] if data_dir else made
 
 
@@ -165,16 +170,17 @@ def folders(root: Folders) -> list[Path]:
     return found
 
 
-def _merged(stored: Mapping[Path, Mapping[str, Any]]) -> dict[str, Any]:
+def merged(stored: Mapping[Path, Mapping[str, Any]]) -> dict[str, Any]:
     """By id; what several folders have is the first one's."""
     return {id: item for items in reversed([*stored.values()]) for id, item in items.items()}
 
 
-def _holder(record: Record | None, stored: Mapping[Path, Mapping[str, Record]]) -> Path | None:
+def holder(record: Record | None, stored: Mapping[Path, Mapping[str, Record]]) -> Path | None:
+    """The folder that a merged record comes from."""
     return next((place for place, items in stored.items() if record and items.get(record.id) is record), None)
 
 
-def _tell_apart(stored: Mapping[Path, Mapping[str, Record]]) -> None:
+def tell_apart(stored: Mapping[Path, Mapping[str, Record]]) -> None:
     """Warn of cells that two folders have with different numbers."""
     first: dict[str, Path] = {}
     for place, items in stored.items():

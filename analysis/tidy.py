@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import functools
 import json
-import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from analysis.rows import folders, holder, merged, tell_apart
 from analysis.tables.frames import QUANTITIES
 from experiments import papers
 from experiments.labels import SETTINGS, distinct, labels, seed_of
@@ -29,7 +29,6 @@ from pruners.interface.suggest import UsageError
 
 Words = tuple[str, str]
 Declared = dict[str, dict[Words, Run]]  # by the keys of a spec; of several words it is none's
-logger = logging.getLogger(__name__)
 WRITERS = {".csv": "to_csv", ".parquet": "to_parquet"}
 
 
@@ -48,20 +47,9 @@ def frame(*results: Path | str, data_dir: Path | None = None) -> pd.DataFrame:
     Rehearsals are left out, with `data_dir` also records of other texts than lie there and of learning rates that are
     by now chosen anew.  Raises FileNotFoundError for a folder without records.
     """
-    first: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for root in dict.fromkeys(map(Path, results or ("results",))):
-        found: dict[tuple[str, str], list[dict[str, Any]]] = {}
-        for row in _folder(root, data_dir):
-            found.setdefault((row["table"], row["id"]), []).append(row)
-        for place, values in found.items():
-            read = first.setdefault(place, values)
-            if list(map(_number, read)) != list(map(_number, values)):
-                logger.warning("%s differs between %s, which is read, and %s.", place[1], read[0]["results"], root)
-    return pd.DataFrame([row for values in first.values() for row in values])
-
-
-def _number(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return row["measure"], row["metric"], row["value"]
+    roots = folders([Path(root) for root in results or ("results",)])
+    tables = dict.fromkeys(folder.name for root in roots for folder in records.folders(root))
+    return pd.DataFrame([row for table in tables for row in _table(table, roots, data_dir)])
 
 
 def write(made: pd.DataFrame, path: Path) -> Path:
@@ -78,15 +66,17 @@ def refuse_place(path: Path) -> None:
         raise UsageError(f"{path} would lie in {path.parent}, which is no folder; make it, or correct the path.")
 
 
-def _folder(root: Path, data_dir: Path | None) -> Iterator[dict[str, Any]]:
-    for folder in records.folders(root):
-        known = functools.cache(functools.partial(_declared, folder.name))
-        for record in records.load(root, folder.name).values():
-            if record.spec.get("rehearsal"):
-                continue
-            words, run = _whose(record, known)
-            if not (data_dir and _outdated(record, run, root, data_dir)):
-                yield from _values(record, {"results": str(root), **_cell(record, words, run)})
+def _table(table: str, roots: Sequence[Path], data_dir: Path | None) -> Iterator[dict[str, Any]]:
+    stored = {root: records.load(root, table) for root in roots}
+    tell_apart(stored)
+    known = functools.cache(functools.partial(_declared, table))
+    for record in merged(stored).values():
+        root = holder(record, stored)
+        if root is None or record.spec.get("rehearsal"):
+            continue
+        words, run = _whose(record, known)
+        if not (data_dir and _outdated(record, run, root, data_dir)):
+            yield from _values(record, {"results": str(root), **_cell(record, words, run)})
 
 
 def _outdated(record: Record, run: Run | None, root: Path, data_dir: Path) -> bool:

@@ -110,7 +110,7 @@ def test_a_record_of_two_folders_is_read_from_the_first(made, tmp_path, caplog):
     both = analysis.frame(RESULTS, tmp_path)
     assert len(both) == len(made)
     assert 3.0 not in set(both[both.id == record.id].value)
-    assert f"{record.id} differs between {RESULTS}, which is read, and {tmp_path}." in caplog.text
+    assert f"{record.id} differs between {RESULTS}, which is shown, and {tmp_path}." in caplog.text
 
 
 def of_csv(path: Path) -> list[float]:

@@ -151,7 +151,7 @@ def _calibration(made: Sequence[Row]) -> str:
 
 def _origin(made: Sequence[Row]) -> str:
     done = [row.record.made_by for row in made if row.record]
-    dated = sum(row.code in ("other", "unknown") for row in made)
+    dated = sum(row.is_dated for row in made)
     older = f", {dated} of them by an earlier version of the code" if dated else ""
     commits = _listed((by.commit or "no commit")[:10] + (" with changes" if by.dirty else "") for by in done)
     places = _listed(f"{by.dtype} on {by.device}, torch {by.packages['torch']}" for by in done)

@@ -138,7 +138,7 @@ def text(rows: Sequence[Row]) -> pd.DataFrame:
     return pd.DataFrame(
         [
             {
-                "Method": f"{row.method} {OTHER_CODE}" if row.code in ("other", "unknown") else row.method,
+                "Method": f"{row.method} {OTHER_CODE}" if row.is_dated else row.method,
                 **({"Model": row.run.model_name} if several else {}),
                 "Setting": row.setting,
                 **({"Seed": drawn_as(row)} if drawn else {}),
