@@ -53,10 +53,11 @@ def test_a_comparison_of_nonsense_is_refused(tmp_path, capsys):
     ("name", "said"),
     [
         ("../evil", "The table '../evil' of --name needs a name that can be a folder"),
+        ("n" * 101, "of --name needs a name that can be a folder: at most 100 letters"),
         ("flap.perplexity", "is called like one of the papers' tables"),
         ("bytes", "bytes.py is no file that compare wrote or can read; choose another --name"),
         ("folder", "folder.py is no file that compare wrote or can read; choose another --name"),
-        ("n" * 300, "is no file that compare wrote or can read; choose another --name"),
+        ("n" * 300, "of --name needs a name that can be a folder: at most 100 letters"),
     ],
 )
 def test_a_comparison_whose_file_has_no_place_is_refused_and_writes_nothing(name, said, where, tmp_path, capsys):

@@ -19,7 +19,7 @@ from pruners.interface import plugin
 from pruners.interface.suggest import UsageError, unknown
 
 GROUP = "llm_pruning.tables"
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # files and artifacts are called by it and more
 
 
 def find(asked: str) -> Table:
@@ -96,7 +96,8 @@ def check_name(name: str, where: str) -> None:
     """UsageError for a table whose name is no folder's or that of a paper's table; `where` it is declared."""
     if not NAME.fullmatch(name):
         raise UsageError(
-            f"The table {name!r} {where} needs a name that can be a folder: letters, digits, '.', '-' and '_'."
+            f"The table {name!r} {where} needs a name that can be a folder: at most 100 letters, digits, '.', '-' and "
+            "'_'."
         )
     if name in papers.TABLES and name in papers.PAPERS:
         raise UsageError(f"The table {name} {where} is called like one of the papers' tables; choose another name.")
