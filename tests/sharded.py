@@ -251,7 +251,8 @@ def rank(work: Any, number: int, count: int, port: int, folder: Path) -> None:
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     fork = multiprocessing.get_context("fork")  # one process that has loaded torch is enough
-    for work, count in ((four, 4), (one, 1), (two, 2), (hung, 2), (hung_table, 3)):
+    table = [(hung_table, 3)] if small.MODEL.is_dir() else []  # whose cells are of that model
+    for work, count in ((four, 4), (one, 1), (two, 2), (hung, 2), *table):
         TOLD = fork.Event()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

@@ -202,6 +202,7 @@ def test_ids_are_those_of_before_where_the_last_step_is_kept():
     assert describe(replace(POST_TRAINING, keep="best"))["check_every"] == 200
 
 
+@needs_shared
 def test_labels_and_estimates_know_of_it():
     assert label(BEST) == " + norms, best of every 3 steps"
     assert work_tokens(BEST, None) == work_tokens(PLAIN, None) + 3 * 3 * 32

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import small_table as small
+from conftest import needs_shared
 
 import analysis.__main__ as analysis
 import pruners
@@ -177,6 +178,7 @@ def test_the_hint_below_a_table_repeats_the_selection(tiny, tmp_path, capsys):
     assert shlex.split(hint[1]) == [*words[:3], "--dtype", "float16", *words[5:]]
 
 
+@needs_shared
 def test_a_fault_of_a_table_is_no_complaint_about_what_was_asked(tiny, tmp_path, capsys, monkeypatch):
     def faulty(run):
         return {"wanda": ("Wanda", "")}[run.model]

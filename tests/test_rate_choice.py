@@ -177,6 +177,7 @@ def test_costs_are_those_of_the_cell(tmp_path):
     assert 0 < found["peak_bytes"] <= record.cost.peak_bytes
 
 
+@needs_shared
 def test_a_choice_costs_as_many_trainings_as_it_tries_and_wants_all_weights():
     tuned, chosen = (cells.cells([one])[0] for one in (run(RETRAINING, 0.5), choice(run(RETRAINING, 0.5))))
     training = tuned.work - cells.OVERHEAD_TOKENS - measures.work_tokens(small.PPL)

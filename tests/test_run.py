@@ -277,6 +277,7 @@ def test_durations_are_short():
     assert [duration(s) for s in (3.4, 120, 7200)] == ["3 s", "2 min", "2.0 h"]
 
 
+@needs_model
 def test_a_command_whose_reader_has_gone_stops_and_fails_no_cell(data, tmp_path):
     """As before `| head`."""
     program = (

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import small_table as small
+from conftest import needs_shared
 from test_slurm import GPU, found, with_changes, work
 
 from analysis.__main__ import main as analysis
@@ -370,6 +371,7 @@ mine = small.table(name="mine")
 """
 
 
+@needs_shared
 def test_what_collects_a_table_of_a_file_on_another_model_reports_it_and_status_says_what_is_lacking(
     tmp_path, monkeypatch, capsys
 ):

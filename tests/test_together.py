@@ -129,6 +129,7 @@ def test_a_rank_that_is_lost_ends_all_with_its_sentence_and_fewer_go_on(data, tm
     assert outcome.done == [asked[0].label]
 
 
+@needs_shared
 def test_what_ranks_cannot_share_is_refused_before_any_work(monkeypatch, tmp_path):
     asked = cells.cells(launched.table().runs())
     with pytest.raises(

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import small_table as small
 import wandb
+from conftest import needs_shared
 
 import pruners
 from experiments import batch, callbacks, cells
@@ -77,6 +78,7 @@ def terminal(monkeypatch) -> Iterator[None]:
     os.close(keys)
 
 
+@needs_shared
 def test_on_a_terminal_without_a_login_nothing_is_asked(tmp_path, monkeypatch):
     for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
