@@ -42,9 +42,11 @@ def parser() -> argparse.ArgumentParser:
     top = cli.Parser(prog="python -m analysis", description=(__doc__ or "").splitlines()[0])
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     table = commands.add_parser(
-        "table", help="print a table as Markdown; write .md, .csv and .tex under the results folder"
+        "table",
+        help="print a table as Markdown, the paper's numbers alone where none of its cells was run; write .md, .csv "
+        "and .tex under the results folder",
     )
-    table.set_defaults(command=_table)
+    table.set_defaults(command=_table, paper=True)
     figure = commands.add_parser(
         "figure", help="draw the table's figures (default: its main ones), as .svg and .png under the results folder"
     )
@@ -136,14 +138,33 @@ def _folder(text: str) -> Path:
 
 
 def _table(asked: argparse.Namespace) -> None:
+    from analysis.rows import NoRecordsError
     from analysis.tables import markdown
     from experiments.papers import find
 
-    table, made = find(asked.table), _rows(asked)
+    table = find(asked.table)
+    try:
+        made = _rows(asked)
+    except NoRecordsError as error:
+        made = _of_the_paper(asked) if asked.paper else []
+        if not made:
+            raise
+        cli.say_lines([f"{error} The paper's values stand alone."])
     again = cli.same_cells(asked)
     paths = markdown.write(table, made, asked.results[0] / _stem(asked), again)
     print(markdown.markdown(table, made, again))
     print(f"Written: {', '.join(map(str, paths))}", file=sys.stderr)
+
+
+def _of_the_paper(asked: argparse.Namespace) -> list[Row]:
+    """The cells that were asked for, none of which has a record; none where the paper prints no number of them."""
+    from analysis import compare
+    from analysis.rows import declared
+    from experiments import papers
+
+    table = papers.find(asked.table)
+    made = declared(table, asked.results, papers.runs(table, asked.model, asked.dtype, asked.limit, asked.tasks))
+    return made if any(cell.published for cell in compare.cells(table, made)) else []
 
 
 def _figure(asked: argparse.Namespace) -> None:
@@ -244,7 +265,7 @@ def _everything(asked: argparse.Namespace) -> int:
     unwritten: dict[str, str] = {}
     failed = False
     for what, write, one in [*parts, ("claims", _claims, asked), ("report", _report, asked)]:
-        told = {"measure": None, "kind": None, "figures": None, "variants": variants}
+        told = {"measure": None, "kind": None, "figures": None, "variants": variants, "paper": False}
         try:
             write(argparse.Namespace(**{**vars(one), **told}))
         except (NoRecordsError, UndrawableError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import small_table as small
 from PIL import Image
 
 import pruners
-from analysis import compare, rows
+from analysis import compare, published, rows
 from analysis.__main__ import main
 from analysis.figures import perplexity, style
 from analysis.pages import comparisons
@@ -92,6 +93,22 @@ def test_commands_take_several_results_folders(tmp_path):
         "claims.csv", "embedded.gblm.csv", "embedded.gblm.md", "embedded.gblm.tex", "embedded.gblm.verdicts.csv",
     ]  # fmt: skip
     assert not list((tmp_path / "b").glob("*.*"))
+
+
+def test_a_table_that_was_never_run_shows_what_the_paper_prints(tmp_path, capsys):
+    where = ["--results", str(tmp_path)]
+    assert main(["table", "flap.perplexity", "--model", "llama-13b", *where]) == 0
+    shown = capsys.readouterr()
+    paper = {cell.value for cell in published.of("flap: table 1") if cell.model == "llama-13b" and cell.value}
+    assert len(paper) > 5
+    assert all(f"— / {value:.2f} |" in shown.out for value in paper)
+    assert "No record of flap.perplexity for llama-13b" in shown.err
+    assert "The paper's values stand alone." in shown.err
+    for nothing_printed in (["perp.mixtral"], ["embedded.demo"], ["flap.perplexity", "--model", "opt-125m"]):
+        assert main(["table", *nothing_printed, *where]) != 0
+        assert "stand alone" not in capsys.readouterr().err
+    assert main(["everything", "flap.perplexity", *where, "--unwritten", str(tmp_path / "unwritten.json")]) == 0
+    assert "table of flap.perplexity" in json.loads((tmp_path / "unwritten.json").read_text())
 
 
 def test_numbers_are_unrounded_and_gaps_are_empty(made):
