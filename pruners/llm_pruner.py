@@ -46,12 +46,13 @@ from pruners.calibrate import PLAIN, Execution, Progress
 from pruners.interface import checks
 from pruners.interface.checks import Count, Rule, Seed, Text
 from pruners.lazy import Float, Int, Tensor, nn, torch
-from pruners.run import gradients, matrices
+from pruners.run import gradients, inputs, matrices
 from pruners.run.report import Report, Size, State, Structure
 from pruners.structured import Scores, Structured
 from pruners.weights import aside, dtypes, homes
 
-TOKENS_AT_ONCE = 2048  # in a backward pass: above the papers' 10 x 64, and a bound on memory
+TOKENS_AT_ONCE = {"cpu": 640}  # in a backward pass: the papers' 10 x 64, as more takes memory there and saves no time
+TOKENS_AT_MOST = 2048  # on other devices
 TAYLOR = ("vector", "element1", "element2", "element_mix", "squared")
 IMPORTANCES = (*TAYLOR, "l1", "l2", "random")
 REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -135,9 +136,23 @@ def index_scores(
         if importance in ("element2", "element_mix"):
             gradients.backward(model, windows, weights, second_order, progress=progress, left=keep_squares)
         if importance != "element2":
-            at_once = max(1, TOKENS_AT_ONCE // windows.shape[1])
+            at_once = _at_once(model, windows, next(iter(weights.values())).device.type)
             gradients.of_mean_loss(model, windows, weights, first_order, at_once=at_once, progress=progress)
     return {name: part.cpu() for name, part in found.items()}
+
+
+def _at_once(model: nn.Module, windows: Int[Tensor, "count length"], device: str) -> int:
+    """Windows in a backward pass: all of them where they predict unlike numbers of tokens, as the loss is one mean over
+    all tokens, and else what the device takes."""
+    predicted = (inputs.labels(model.config, windows)[:, 1:] != inputs.IGNORED).sum(1)
+    if (predicted != predicted[0]).any():
+        return len(windows)
+    return max(1, tokens_at_once(device) // windows.shape[1])
+
+
+def tokens_at_once(device: str) -> int:
+    """In a backward pass on that kind of device, e.g. `cpu`."""
+    return TOKENS_AT_ONCE.get(device, TOKENS_AT_MOST)
 
 
 def _rule(model: nn.Module, name: str, importance: str) -> str:
@@ -213,7 +228,7 @@ class LLMPruner(Structured):
     def gather(self, model: nn.Module, windows: Tensor, how: Execution = PLAIN) -> dict[str, Tensor]:
         """Scores of the dense model by parameter, one a row or column, for every ratio, reduction, range and scope.
 
-        Backward passes take as many windows at once as `TOKENS_AT_ONCE` holds.
+        Backward passes take `tokens_at_once`, or all windows where these predict unlike numbers of tokens.
         """
         return self._index_scores(model, windows, how.progress)
 
@@ -316,7 +331,10 @@ class LLMPruner(Structured):
         if self.importance == "random":
             return torch.rand(width, generator=torch.Generator().manual_seed(self.seed), dtype=torch.float32)
         by_index = dense or self._index_scores(model, None, None)
-        return REDUCTIONS[self.reduction](torch.stack(list(by_index.values())).double())
+        scores = torch.stack(list(by_index.values())).double()
+        if self.reduction == "prod":
+            return scores.log().sum(0)  # of the same order; the product of hundreds of factors is 0
+        return REDUCTIONS[self.reduction](scores)
 
     def _index_scores(
         self, model: nn.Module, windows: Tensor | None, progress: Progress | None

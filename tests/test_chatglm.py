@@ -291,8 +291,13 @@ def test_what_does_not_fit_is_refused():
         ({"num_attention_heads": 7}, "is not divisible by num_attention_heads 7"),
         ({"num_attention_heads": 6}, "needs a multiple of 4"),
         ({"num_attention_heads": 0}, "is not divisible by num_attention_heads 0"),
+        ({"eos_token_id": [9, 10]}, "ends with one token"),
     ],
 )
 def test_another_architecture_of_the_name_is_refused(changes, told):
     with pytest.raises(ValueError, match=told):
         ChatGLMConfig(**(ODD | changes))
+
+
+def test_the_end_of_an_answer_may_be_a_list_of_one():
+    assert ChatGLMConfig(**(ODD | {"eos_token_id": [9]})).eos_token_id == 9

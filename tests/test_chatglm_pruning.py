@@ -144,3 +144,20 @@ def test_windows_of_other_contents_are_replayed_with_masks_of_their_own():
     with torch.no_grad():
         expected = model(tokens[rows], output_hidden_states=True).hidden_states[1]
         assert_close(stream.run(block, rows), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_dialogues_of_unlike_length_share_one_loss(monkeypatch):
+    """However few tokens go at once: their mean is over tokens, of which one dialogue has more than another."""
+    monkeypatch.setattr(llm_pruner, "TOKENS_AT_ONCE", {"cpu": 64})
+    model, answers = odd(), (1, 2, 1, 40, 3)
+    rows = [[10, 11, 12, 5, 8, *range(20, 20 + answer), 9] for answer in answers]
+    windows = torch.tensor([row + [3] * (48 - len(row)) for row in rows])
+    labels = windows.masked_fill(windows == 3, -100)
+    labels[:, :4] = -100
+    method = LLMPruner(importance="element1", attention_blocks=(0, 0), mlp_blocks=(0, 2))
+    found = pruners.gather(model, method, windows)
+    model(windows, labels=labels).loss.backward()
+    for index, layer in enumerate(model.transformer.layers):
+        weight = layer.mlp.dense_h_to_4h.weight
+        expected = (weight * weight.grad).abs().sum(1)
+        assert_close(found[f"transformer.layers.{index}.mlp.dense_h_to_4h.weight"], expected, rtol=1e-4, atol=1e-9)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from fractions import Fraction
 
 import pytest
 import torch
@@ -95,11 +97,21 @@ def test_group_scores_equal_full_gradient_arithmetic(kind, windows, importance):
 def test_windows_that_go_through_in_parts_give_the_same_scores(kind, windows, importance, monkeypatch):
     dims = pruners.LLMPruner(importance=importance, **BLOCKS)._dims(tiny(kind))
     at_once = llm_pruner.index_scores(tiny(kind), windows, importance, dims)
-    monkeypatch.setattr(llm_pruner, "TOKENS_AT_ONCE", 4 * windows.shape[1])
+    monkeypatch.setattr(llm_pruner, "TOKENS_AT_ONCE", {"cpu": 4 * windows.shape[1]})
     assert len(windows) % 4  # the last part is smaller
     in_parts = llm_pruner.index_scores(tiny(kind), windows, importance, dims)
     for name, whole in at_once.items():
         assert_close(in_parts[name], whole, rtol=2e-3, atol=1e-7)  # sums of both signs cancel
+
+
+def test_the_product_over_all_blocks_has_an_order():
+    """90 scores a channel, about 1e-8 each, have a product that no float64 holds."""
+    draw = torch.Generator().manual_seed(0)
+    scores = {str(index): 1e-8 * torch.rand(32, generator=draw) for index in range(90)}
+    method = pruners.LLMPruner(granularity="channel", reduction="prod")
+    found = method._channel_scores(tiny("llama multi-head"), scores)
+    exact = [math.prod(Fraction(float(part[channel])) for part in scores.values()) for channel in range(32)]
+    assert found.argsort().tolist() == sorted(range(32), key=exact.__getitem__)
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean", "max", "prod", "first", "last"])

@@ -28,13 +28,30 @@ def without_figures(page):
     return re.sub(r'data:image/svg\+xml,[^"]*', "", page)
 
 
-def test_nothing_drifted_from_the_records():
-    for path, text in readme.written(RESULTS).items():
+@pytest.fixture(scope="module")
+def written():
+    return readme.written(RESULTS)
+
+
+def test_nothing_drifted_from_the_records(written):
+    for path, text in written.items():
         assert path.is_file(), DRIFTED.format(path)
         kept = path.read_text(encoding="utf-8")
         if path.suffix == ".svg" and f"Matplotlib v{matplotlib.__version__}," not in kept:
             continue  # another release of matplotlib draws the same numbers a little differently
         assert without_figures(kept) == without_figures(text), DRIFTED.format(path)
+
+
+def test_the_report_shows_every_kept_table_and_draws_it(written):
+    (page,) = (text for path, text in written.items() if path.name == "report.html")
+    sections = dict(re.findall(r'<section id="(embedded[.][a-z_]+)-section">(.*?)</section>', page, re.S))
+    kept = {path.name for path in (RESULTS / "runs").iterdir() if list(path.glob("*.json"))} - {readme.REHEARSAL}
+    assert sections.keys() == kept
+    for name, section in sections.items():
+        assert "data:image/svg+xml" in section or name in ("embedded.generation", "embedded.speed"), name
+        assert ("How far the calibration windows move" in section) == (name in ("embedded.order", "embedded.sources"))
+    left = page.partition("Not on this page</h2>")[2].partition("</ul>")[0]
+    assert not [name for name in kept if f"<code>{name}</code>" in left]
 
 
 @pytest.fixture

@@ -94,10 +94,10 @@ def test_text_from_records_cannot_become_markup(root, tmp_path):
     assert "<script>alert" not in report.html(tmp_path)
 
 
-def test_of_many_tables_only_what_the_papers_draw_is_drawn_unless_asked(root, page, tmp_path, monkeypatch, capsys):
+def test_of_many_cells_only_what_the_papers_draw_is_drawn_unless_asked(root, page, tmp_path, monkeypatch, capsys):
     hint = f"Figures: <code>python -m analysis figure gblm.perplexity --results {root}</code>"
     assert hint not in page
-    monkeypatch.setattr(report, "FEW_TABLES", 0)
+    monkeypatch.setattr(report, "FEW_CELLS", 0)
     few = report.html(root)
     assert few.count("data:image/svg+xml") == 0
     assert hint in few

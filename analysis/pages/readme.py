@@ -27,6 +27,7 @@ from experiments.store import atomic, records
 
 KEPT = {"embedded.gblm": "GBLM-Pruner", "embedded.flap": "FLAP", "embedded.llm_pruner": "LLM-Pruner",
         "embedded.perp": "PERP"}  # fmt: skip
+REHEARSAL = "embedded.demo"  # its records are of whoever runs it, and in no repository
 FOLDER = "embedded"  # under results: the report and the figures
 BEGIN, END = "<!-- results: by `python -m analysis readme`, not by hand -->", "<!-- end of results -->"
 TABLES_BEGIN, TABLES_END = "<!-- tables: by `python -m analysis readme`, not by hand -->", "<!-- end of tables -->"
@@ -101,11 +102,12 @@ def replaced(readme: Path, told: str, tables: str) -> str:
 
 @contextmanager
 def _kept(root: Path) -> Iterator[Path]:
-    """A results folder with the kept tables alone."""
+    """A results folder with the tables alone whose records the repository has."""
     with tempfile.TemporaryDirectory() as name:
         (Path(name) / "runs").mkdir()
-        for table in KEPT:
-            records.folder(Path(name), table).symlink_to(records.folder(root, table).resolve())
+        for table in TABLES:
+            if table.startswith("embedded.") and table != REHEARSAL:
+                records.folder(Path(name), table).symlink_to(records.folder(root, table).resolve())
         yield Path(name)
 
 

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from analysis import compare, coverage, figures
 from analysis.claims import statements
 from analysis.figures import style
-from analysis.pages import provenance
+from analysis.pages import provenance, spread
 from analysis.rows import Folders, NoRecordsError, Row, folders, rows
 from analysis.tables import frames, grid
 from analysis.tables.grid import Pivot, Verdict
@@ -28,7 +28,7 @@ from experiments import cli, papers
 from experiments.spec import Table
 
 TEMPLATE = "report.html"
-FEW_TABLES = 12  # with records; of so many every figure is drawn, which takes a second or so each
+FEW_CELLS = 600  # with records; of so many every figure is drawn, which takes half a minute
 Variant = tuple[str | None, str | None, int | None, Sequence[str]]  # model, dtype, limit and tasks
 DECLARED: Variant = (None, None, None, ())
 NO_VARIANTS: Mapping[str, Variant] = {}
@@ -38,7 +38,7 @@ TELLING = ("sparsity", "steps", "parameters", "masks")  # kinds that say what no
 @dataclass(frozen=True)
 class Section:
     """One table that has records; `done` counts them, `made` are its rows, `again` the arguments of a command for the
-    same cells, `place` is its anchor on the page."""
+    same cells, `place` is its anchor on the page, `spread` how far other calibration windows move its numbers."""
 
     name: str
     place: str
@@ -50,6 +50,7 @@ class Section:
     claims: list[Verdict]
     beside: Grid | None
     own: Grid
+    spread: Grid | None
     notes: list[str]
     figures: list[Drawn]
     made: list[Row]
@@ -85,7 +86,7 @@ def html(
     """The page; NoRecordsError where there is no record at all.  Its hints name `root` as a reader knows it.
 
     With `data_dir` records of other texts than lie there are withheld.  Without `every_figure`, which is the default
-    where more than FEW_TABLES tables have records, only what the papers draw and do not print is drawn; the page names
+    where more than FEW_CELLS cells have records, only what the papers draw and do not print is drawn; the page names
     the command for the others.  `variants` are by table the model, dtype, limit and tasks of cells that are shown, too,
     behind those that the table declares.
     """
@@ -96,7 +97,8 @@ def html(
         for variant in _variants(table, variants)
         if (made := _rows(table, root, data_dir, variant))
     ]
-    every = len({table.name for table, *_ in found}) <= FEW_TABLES if every_figure is None else every_figure
+    done = sum(row.record is not None for _, _, made in found for row in made)
+    every = done <= FEW_CELLS if every_figure is None else every_figure
     sections = [_section(table, made, place, every, variant) for table, variant, made in found]
     if not sections:
         where = " or ".join(map(str, folders(root)))
@@ -119,7 +121,9 @@ def _environment() -> Environment:
                        trim_blocks=True, lstrip_blocks=True)  # fmt: skip
     # origins are told in a reader's order
     made.policies["json.dumps_kwargs"] = {"sort_keys": False, "separators": (",", ":")}
-    made.globals.update(value=grid.value, against=grid.against, ids=provenance.ids, printed=compare.printed)
+    made.globals.update(
+        value=grid.value, against=grid.against, ids=provenance.ids, printed=compare.printed, spread_note=spread.NOTE
+    )
     return made
 
 
@@ -153,6 +157,7 @@ def _section(table: Table, made: list[Row], known_as: Folders, every: bool, vari
         claims=[],
         beside=_grid(compare.text(found), [provenance.ids(cell.rows) for cell in found]) if table.published else None,
         own=_grid(frames.text(made), [provenance.ids([row]) for row in made]),
+        spread=_spread(made),
         notes=notes(table, made, again),
         again=again,
         figures=list(_figures(table, made, every)),
@@ -170,6 +175,14 @@ def _judged(section: Section, found: Sequence[Verdict]) -> Section:
 def _grid(frame: pd.DataFrame, behind: list[list[str]]) -> Grid:
     lines = [[str(value) for value in line] for line in frame.itertuples(index=False)]
     return Grid([str(head) for head in frame.columns], lines, behind)
+
+
+def _spread(made: Sequence[Row]) -> Grid | None:
+    """Where the order or the text of calibration windows varies; what seeds alone do, ± says."""
+    told = spread.lines(made)
+    if all(line["What varies"] == spread.AXES["seed"] for line, _ in told):
+        return None
+    return _grid(pd.DataFrame([line for line, _ in told]), [provenance.ids(cells) for _, cells in told])
 
 
 def _methods(sections: Iterator[list[Row]]) -> list[str]:

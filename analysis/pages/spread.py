@@ -33,14 +33,19 @@ NOTE = (
 
 def page(table: Table, rows: Sequence[Row]) -> str:
     """Markdown; UsageError where no two measured cells differ in their calibration windows alone."""
-    lines = [line for group in _alike(rows) for line in _lines(group)]
-    if not lines:
+    told = [line for line, _ in lines(rows)]
+    if not told:
         raise UsageError(
             f"No two measured cells of {table.name} differ only in the order, draw or text of their calibration "
             "windows; run more of them, or another table (embedded.order, embedded.sources)."
         )
-    frame = marked(pd.DataFrame(lines), words=list(lines[0]))
+    frame = marked(pd.DataFrame(told), words=list(told[0]))
     return "\n\n".join([f"**{title(table, rows)}** (`{table.name}`)", frame, NOTE]) + "\n"
+
+
+def lines(rows: Sequence[Row]) -> list[tuple[dict[str, str], list[Row]]]:
+    """Each with the cells that it compares; none where no two measured cells differ in their windows alone."""
+    return [line for group in _alike(rows) for line in _lines(group)]
 
 
 def _alike(rows: Sequence[Row]) -> list[list[Row]]:
@@ -52,7 +57,7 @@ def _alike(rows: Sequence[Row]) -> list[list[Row]]:
     return list(groups.values())
 
 
-def _lines(group: Sequence[Row]) -> Iterator[dict[str, str]]:
+def _lines(group: Sequence[Row]) -> Iterator[tuple[dict[str, str], list[Row]]]:
     """Of each axis a line for all cells that differ in it alone, and of each perplexity."""
     for axis, words in AXES.items():
         along: dict[str, list[Row]] = {}
@@ -62,11 +67,11 @@ def _lines(group: Sequence[Row]) -> Iterator[dict[str, str]]:
             yield from _told(cells, words, _fixed(cells[0], axis, group)) if len(cells) > 1 else ()
 
 
-def _told(cells: Sequence[Row], words: str, fixed: str) -> Iterator[dict[str, str]]:
+def _told(cells: list[Row], words: str, fixed: str) -> Iterator[tuple[dict[str, str], list[Row]]]:
     first = cells[0]
     for what in first.run.measures:
         if isinstance(what, Perplexity):
-            yield {
+            line = {
                 "Model": first.run.model_name,
                 "Method": first.method,
                 "Setting": setting(first.run.method),
@@ -76,6 +81,7 @@ def _told(cells: Sequence[Row], words: str, fixed: str) -> Iterator[dict[str, st
                 **_perplexities(what.key, cells),
                 "Masks agree": _agreement(cells),
             }
+            yield line, cells
 
 
 def _fixed(row: Row, axis: str, group: Sequence[Row]) -> str:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from experiments.placement.shapes import Shape, shape_of
 from experiments.recovery import Retraining
 from experiments.spec import Efficiency, Perplexity, Run, ZeroShot
-from pruners.llm_pruner import TOKENS_AT_ONCE
+from pruners.llm_pruner import tokens_at_once
 from pruners.retrain import Reconstruction, Trainable
 from pruners.retrain.trainable import HEAD
 from pruners.retrain.units import GRANULARITIES
@@ -166,7 +166,8 @@ def _group_scores(cell: Cell) -> list[Items]:
     tokens = windows.count * windows.length
     blocks = 1 if cell.away else shape.blocks
     squares = method.importance == "element_mix"
-    at_once = windows.length if method.importance == "element2" else max(windows.length, min(tokens, TOKENS_AT_ONCE))
+    room = tokens_at_once("cuda" if cell.on_gpu else "cpu")
+    at_once = windows.length if method.importance == "element2" else max(windows.length, min(tokens, room))
     summed = 4 * shape.block * blocks * ((at_once < tokens and method.importance != "element2") + squares)
     matrix = max(shape.parameter, shape.embedded * (method.granularity == "channel"))
     handled = (20 if squares else 16) * matrix  # its gradient as it comes and averaged, and what it is scored by

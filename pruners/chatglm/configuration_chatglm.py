@@ -55,6 +55,12 @@ class ChatGLMConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         _refuse_others(kwargs, self.position_encoding_2d)
+        if not isinstance(self.eos_token_id, int):  # transformers takes lists, too
+            if len(self.eos_token_id) != 1:
+                raise ValueError(
+                    f"eos_token_id is {self.eos_token_id}; an answer of ChatGLM-6B ends with one token, <eop>."
+                )
+            (self.eos_token_id,) = self.eos_token_id
         for name in ("quantization_bit", "pre_seq_len", "prefix_projection"):
             kwargs.pop(name, None)
         if PUBLISHED in str(kwargs.get("auto_map")):  # the published folder's own code, which never runs here

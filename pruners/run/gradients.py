@@ -180,7 +180,8 @@ def of_mean_loss(
     """`consume(name, gradient, 1.0)` sees each weight's gradient of the mean loss over all windows once, in float32.
 
     Up to `at_once` windows go through the model together; where there are more, their gradients are added up in
-    float32, one copy of the weights, or of one block's where the weights are away from home.
+    float32, one copy of the weights, or of one block's where the weights are away from home.  Windows that predict
+    unlike numbers of tokens (ChatGLM's dialogues) must go together: batches count by their windows.
     """
     sums: dict[str, Tensor] = {}
     seen: Counter[str] = Counter()
