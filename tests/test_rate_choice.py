@@ -15,8 +15,9 @@ from analysis.rows import declared, rows
 from analysis.tables.notes import notes
 from experiments import cells, estimate, measures, papers, rates
 from experiments.batch import run_table
+from experiments.labels import seed
 from experiments.measures.asked import Costs
-from experiments.papers import perp
+from experiments.papers import headlines, perp
 from experiments.placement.needs import needs_all_weights
 from experiments.rates import RateGrid, Tuning, choice
 from experiments.recovery import Retraining
@@ -228,3 +229,13 @@ def test_the_embedded_table_says_how_its_rates_were_chosen():
     table = papers.find("embedded.perp")
     assert "best of a grid" in table.rates
     assert table.rates in " ".join(notes(table, []))
+
+
+def test_the_grid_of_perps_tables_reaches_beyond_every_rate_that_was_best():
+    taken = [*headlines.RATES.values(), headlines.RECONSTRUCTION.learning_rate]
+    assert min(perp.RATES) < min(taken)
+    assert max(taken) < max(perp.RATES)
+    assert {*headlines.RATES.values(), headlines.RECONSTRUCTION.learning_rate} <= set(headlines.GRID.rates)
+    chosen = {run.recovery for run in papers.find("embedded.rates").runs()}
+    rows = papers.find("embedded.perp").runs()
+    assert {run.recovery for run in rows if run.recovery and seed(run) == 0} == chosen
