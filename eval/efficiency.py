@@ -36,7 +36,8 @@ NO_SPEED_UP = (
 )
 TWO_FOUR = (
     "2:4: no speed-up from dense kernels. Semi-structured kernels can help compute-bound prefill on devices that have "
-    "them; decoding is bound by bandwidth."
+    "them; decoding is bound by bandwidth. vLLM and llm-compressor dropped the format in March 2026 "
+    "(github.com/vllm-project/vllm/pull/36799, llm-compressor/pull/2452)."
 )
 
 

@@ -209,7 +209,9 @@ def _summary(chosen: Sequence[Cell], done: Sequence[Cell], data_dir: Path | None
     cost = f"; {others} take {hours}" if fitting else ""
     cost += f", {len(away)} of them with weights in CPU memory or on disk" if away else ""
     lacking = dict.fromkeys(text for cell in left for text in estimate.lacking(cell.run, data_dir))
+    partial = dict.fromkeys(text for cell in left for text in estimate.partial(cell.run, data_dir))
     missing = [f"Not on this machine: {'; '.join(lacking)}."] if lacking else []
+    missing += [f"Only in part in the data folder: {'; '.join(partial)}."] if partial else []
     return "\n".join([f"{len(done)} of {len(chosen)} cells are done{cost}.", *_too_large(large, card, cards), *missing])
 
 

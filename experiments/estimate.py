@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 from experiments import measures, models, rates
 from experiments.cells import Cell, ordered, same_model
 from experiments.data import corpora as corpora_here
-from experiments.data import sources, wheels
+from experiments.data import eval_tasks, sources, wheels
 from experiments.data.corpora import find as find_corpus
 from experiments.measures import dense_gate, zero_shot
 from experiments.models import hub
@@ -123,6 +124,23 @@ def lacking(run: Run, data_dir: Path | None = None) -> list[str]:
     texts = (text for name in corpora_of(run) for text in _corpus(name, folder))
     tasks = (text for what in run.measures if isinstance(what, ZeroShot) for text in _documents(what, folder))
     return [*_model(run.model), *texts, *_short(run, data_dir), *tasks]
+
+
+def partial(run: Run, data_dir: Path | None = None) -> list[str]:
+    """The corpora and tasks of which the data folder has only a part, with which a cell runs all the same."""
+    if (folder := zero_shot.folder(data_dir)) is None:
+        return []
+    there: dict[str, tuple[int, int]] = {}
+    for name in corpora_of(run):
+        source = find_corpus(name)
+        if not (source.package or source.written):
+            with suppress(FileNotFoundError):  # which is told as lacking
+                there[name] = sources.count(sources.local(name, source, folder)), source.rows
+    for what in run.measures:
+        for task in (task for task, _ in what.metrics) if isinstance(what, ZeroShot) and not what.limit else ():
+            if (asked := eval_tasks.asked_file(task, folder)) is not None:
+                there[task] = sources.count(asked), eval_tasks.documents(task) or 0
+    return [f"{name} ({found:,} of {all_of:,} records)" for name, (found, all_of) in there.items() if found < all_of]
 
 
 def corpora_of(run: Run) -> list[str]:

@@ -3,6 +3,7 @@ import json
 import logging
 import random
 import re
+from dataclasses import replace
 from importlib.metadata import files
 from pathlib import Path
 
@@ -12,9 +13,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+import pruners
+from experiments import estimate
 from experiments.data import corpora
 from experiments.models import gguf
-from experiments.spec import Windows
+from experiments.spec import Perplexity, Run, Windows, ZeroShot
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 DATA = SHARED / "data"
@@ -371,3 +374,26 @@ def test_alpaca_records_become_prompts_with_their_answers():
     assert text.startswith("Below is an instruction that describes a task. Write a response")
     assert "### Input:" not in text
     assert text.partition("### Response:\n")[2]
+
+
+def test_texts_of_which_only_a_part_is_at_hand_are_told_before_a_cell_runs(tmp_path):
+    """Both of a corpus and of a task's documents; gzipped or not, and blank lines are no records."""
+    for place, lines in (
+        ("c4/c4_en_train_docs_0000-0799.jsonl", ['{"text": "a"}', "", '{"text": "b"}']),
+        ("wikitext2/rows_test.jsonl", ['{"text": "a"}'] * 4_358),
+        ("tasks/boolq_validation.jsonl", ['{"passage": "a", "question": "b", "label": 0}'] * 2),
+    ):
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        (tmp_path / place).write_text("\n".join(lines) + "\n")
+    packed = tmp_path / "c4/c4_en_train_docs_0000-0799.jsonl.gz"
+    asked = (Perplexity("wikitext2/test", 128), ZeroShot(None, (("boolq", "acc"), ("rte", "acc"))))
+    run = Run("llama-7b", pruners.Wanda(sparsity=0.5), Windows("c4/train", 8, 128), asked)
+    told = ["c4/train (2 of 356,317 records)", "boolq (2 of 3,270 records)"]
+    assert estimate.partial(run, tmp_path) == told
+    plain = packed.with_suffix("")
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    plain.unlink()
+    assert estimate.partial(run, tmp_path) == told
+    assert estimate.partial(replace(run, measures=asked[:1]), None) == []
+    limited = replace(asked[1], limit=2)
+    assert estimate.partial(replace(run, measures=(limited,)), tmp_path) == told[:1]

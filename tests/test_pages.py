@@ -250,6 +250,18 @@ def test_a_task_of_which_only_a_part_was_at_hand_is_said_to_be_one(documents, tm
     assert ("all documents;" in note) == (not part)
 
 
+def test_rows_that_were_asked_in_unlike_ways_say_so(tmp_path):
+    asked = ZeroShot("wanda", (("boolq", "acc"),))
+    declared = table((None, BASE), measures=(asked,), models=MODELS[:1], seeds=(0,))
+    made_up.fill(declared, tmp_path, answers=False)
+    dense, pruned = rows.rows(declared, tmp_path)
+    assert not [note for note in notes.notes(declared, [dense, pruned]) if "by itself" in note]
+    pruned.measure(asked.key)["every_request_by_itself"] = "it takes no position_ids"
+    (note,) = [note for note in notes.notes(declared, [dense, pruned]) if "by itself" in note]
+    assert note.startswith(pruned.name)
+    assert note.endswith("every request was computed by itself, with its whole context: it takes no position_ids.")
+
+
 def test_a_task_with_two_metrics_says_once_what_did_not_fit(tmp_path):
     asked = ZeroShot(None, (("arc_easy", "acc"), ("arc_easy", "acc_norm"), ("boolq", "acc")))
     declared = table((None,), measures=(asked,), models=MODELS[:1], seeds=(0,))

@@ -98,6 +98,23 @@ def test_a_model_that_drops_the_mask_or_the_positions_is_found_out(dtype, droppe
     assert ("Every request is computed separately" in caplog.text) == bool(dropped)
 
 
+@pytest.mark.parametrize("dropped", [None, "attention_mask", "position_ids"])
+def test_what_rounding_alone_does_in_half_precision_is_no_difference(dropped, monkeypatch):
+    """Pruned and dense models of a table are asked in one way, however much of them the rounding takes."""
+    monkeypatch.setitem(sharing.TOLERANCE, torch.bfloat16, 0.0)
+    model = tiny("llama")
+    for name, weight in model.named_parameters():
+        if "q_proj" in name or "k_proj" in name:
+            weight.data *= 20
+    model.to(torch.bfloat16)
+    forward = model.model.forward
+    changes = {dropped: None} if dropped else {}
+    monkeypatch.setattr(model.model, "forward", lambda *args, **kwargs: forward(*args, **(kwargs | changes)))
+    assert bool(sharing.why_apart(model)) == bool(dropped)
+    monkeypatch.setattr(sharing, "ROUNDINGS", 0)
+    assert sharing.why_apart(model)
+
+
 def test_what_is_not_known_to_take_a_mask_is_asked_apart():
     model = tiny("llama")
     model.config._attn_implementation = "flash_attention_2"

@@ -43,6 +43,12 @@ def _missing(what: ZeroShot, row: Row) -> list[str]:
     return [f"{what.key} lacks {', '.join(lacking)}: {reason}." for reason, lacking in tasks.items()]
 
 
+def _apart(what: ZeroShot, row: Row) -> list[str]:
+    """Rounding differs between the two ways, so that rows asked in unlike ways say so."""
+    why = (row.measure(what.key) or {}).get("every_request_by_itself")
+    return [f"{what.key}: every request was computed by itself, with its whole context: {why}."] if why else []
+
+
 def _truncated(what: ZeroShot, row: Row) -> list[str]:
     scores = [(task, row.measure(what.task_key(task, metric)) or {}) for task, metric in what.metrics]
     told = {  # once a task, of whose several metrics each has the same documents
@@ -113,7 +119,7 @@ def _zeros(what: Efficiency, row: Row) -> list[str]:
 
 
 SENTENCES: dict[type, tuple[Callable[[Any, Row], list[str]], ...]] = {
-    ZeroShot: (_tasks, _missing, _truncated),
+    ZeroShot: (_tasks, _apart, _missing, _truncated),
     OpenAnswers: (_solved,),
     DenseAnswers: (_as_dense,),
     Efficiency: (_counted, _timed, _noisy, _zeros, _semi_structured),

@@ -7,10 +7,12 @@ branch `refs/convert/parquet` where the Hub keeps its own conversion; Alpaca-cle
 
 from __future__ import annotations
 
+import gzip
 import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -186,7 +188,7 @@ def origin(name: str, source: Source, folder: str | Path | None = None) -> dict[
             "files": _digests(path, path.name),
         }
     if folder:
-        path = _local(name, source, Path(folder).expanduser())
+        path = local(name, source, Path(folder).expanduser())
         return {"files": _digests(path, str(path.relative_to(Path(folder).expanduser())))}
     if source.hub is None:
         raise FileNotFoundError(f"{name} is not on the Hub; name a data folder that holds {source.local[0]}.")
@@ -221,10 +223,22 @@ def fetch(source: Source) -> None:
 def version(name: str, source: Source, folder: str | Path | None) -> str | None:
     """What changes with the content of the local file that `read` reads; None for packages and the Hub."""
     return (
-        digests.sha256(_local(name, source, Path(folder).expanduser()))
+        digests.sha256(local(name, source, Path(folder).expanduser()))
         if folder and not (source.package or source.written)
         else None
     )
+
+
+def count(path: Path) -> int:
+    """Lines with anything in them, which are the records of a file of JSON lines; read once for a file as it is."""
+    state = path.stat()
+    return _counted(path, (state.st_size, state.st_mtime_ns, state.st_ino))
+
+
+@lru_cache(maxsize=64)
+def _counted(path: Path, state: tuple[int, ...]) -> int:
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        return sum(bool(line.strip()) for line in file)
 
 
 def _digests(path: Path, name: str) -> dict[str, str]:
@@ -239,13 +253,14 @@ def _from_package(source: Source, package: str) -> Records:
 
 
 def _from_folder(name: str, source: Source, folder: Path) -> Records:
-    path = _local(name, source, folder)
+    path = local(name, source, folder)
     optional = () if source.column else ("input",)
     read = json_lines.read(path, _texts(source), optional)
     return Records(read, {"files": _digests(path, str(path.relative_to(folder)))})
 
 
-def _local(name: str, source: Source, folder: Path) -> Path:
+def local(name: str, source: Source, folder: Path) -> Path:
+    """The file of a data folder that holds the corpus; FileNotFoundError, with what it may be called, for none."""
     paths = [folder / f"{file}{zipped}" for file in source.local for zipped in ("", ".gz")]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
