@@ -77,6 +77,8 @@ def generate(
 ) -> list[Continuation]:
     """Each prompt's greedy and sampled continuation by at most `new_tokens` tokens.
 
+    LLM-Pruner's released script has five prompts of its own and counts the prompt in its 128 tokens.
+
     The same seed gives the same text on the same device and no random state is left changed.  The ranks of a launch
     share the continuations.  Raises ValueError for no or an empty prompt, for one that does not fit the model's
     positions with its continuation, and for a tokenizer that does not belong to the model.

@@ -67,7 +67,8 @@ def zero_shot(name: str, limit: int | None = None, parameters: int = 0, released
     """The zero-shot tasks of the paper `name`, with the metrics that enter its mean.
 
     `limit` keeps the first so many documents of each task; without one, models of 60e9 `parameters` and more are asked
-    as many as the paper asked them.  `released_marks` is ZeroShot's.  Raises ValueError with the nearest names for an
+    as many as the paper asked them (the released codes go by names, `65b` and `70b`, and ask OPT-66B everything).
+    `released_marks` is ZeroShot's.  Raises ValueError with the nearest names for an
     unknown task set.
     """
     if name not in TASK_SETS:

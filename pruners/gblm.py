@@ -8,7 +8,8 @@ windows N: it grows with N (l1) or sqrt(N) (l2) while the activation term does n
 papers' N = 128; for another N, alpha * 128 / N (l1) or alpha * sqrt(128 / N) (l2) keeps the balance.
 
 Departures of the released code: gradients in float16 without loss scaling and l1 accumulated in float16 (here float32
-or better, scaled); model.train() during the gradient pass, which drops out activations of OPT (here off).
+or better, scaled), its l2 kept in float16 after the root; model.train() during the gradient pass, which drops out
+activations of OPT (here off).  Its `--gradient_inv`, which divides by G + 1e-8 and which no table uses, is not here.
 """
 
 from __future__ import annotations

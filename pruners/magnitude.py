@@ -44,7 +44,10 @@ class Magnitude(Grouped):
 
 @dataclass(frozen=True)
 class Random(Unstructured):
-    """Uniform scores within rows, drawn from `seed` and the projection's name, the same on every device."""
+    """Uniform scores within rows, drawn from `seed` and the projection's name, the same on every device.
+
+    PERP's released `random` has one threshold for each matrix instead.
+    """
 
     seed: Seed = 0
 

@@ -94,7 +94,8 @@ def per_matrix(score: Float[Tensor, "out inp"], sparsity: float) -> Bool[Tensor,
     """One threshold for the matrix, sorted(score)[int(out * inp * sparsity)]: what does not exceed it goes.
 
     That is the released codes' rule: one weight more than asked, and all that tie with it (a few in 10,000 weights of
-    quantised or half-precision checkpoints).  In SparseGPT that one weight changes the rest of its row.
+    quantised or half-precision checkpoints).  In SparseGPT that one weight changes the rest of its row.  Nothing goes
+    at sparsity 0, where that rule would still remove the lowest.
     """
     if sparsity == 0:
         return torch.zeros_like(score, dtype=torch.bool)

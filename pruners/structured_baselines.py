@@ -5,7 +5,7 @@
     S[i] = sqrt(sum_o W[o, i]^2)          magnitude-sp: no data
 
 An et al. 2024, arXiv:2312.11983.  A head's score is the sum over its channels.  Every block loses the same share of its
-heads and of its channels, rounded down; the remaining weights are not changed.
+heads and of its channels, rounded down, equal scores in order; the remaining weights are not changed.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ TERMS = {
 
 metric_ablation = Table(
     name="gblm.metric_ablation",
-    title="Terms of the metric (table 4)",
+    title="Terms of the metric (tables 4 and 5)",
     rows=tuple(TERMS),
     columns=(("llama-2-7b",),),
     run=lambda method, model: Run(model, method, WINDOWS, PPL, "float16"),

@@ -227,14 +227,16 @@ def stopped(step: int, model: str, share: float) -> Run:
     return replace(run, recovery=replace(POST_TRAINING, stop=step)) if step else run
 
 
-tuning_steps = Table(
-    name="llm_pruner.tuning_steps",
-    title="Perplexity and accuracy by step of recovery (table 15)",
-    rows=tuple(range(0, 1600, 200)),
-    columns=(("llama-7b", 0.2),),
-    run=stopped,
-    published="llm_pruner: table 15",
-    label=lambda run: ("Element^1 (Block)", f"20 %, LoRA step {run.recovery.stop if run.recovery else 0}"),
+tuning_steps = with_dense(
+    Table(
+        name="llm_pruner.tuning_steps",
+        title="Perplexity and accuracy by step of recovery (table 15)",
+        rows=tuple(range(0, 1600, 200)),
+        columns=(("llama-7b", 0.2),),
+        run=stopped,
+        published="llm_pruner: table 15",
+        label=lambda run: ("Element^1 (Block)", f"20 %, LoRA step {run.recovery.stop if run.recovery else 0}"),
+    )
 )
 
 KEPT = {None: "not tuned", "last": "tuned, last step", "best": "tuned, best of every 200 steps"}
