@@ -53,6 +53,7 @@ bench: .venv/ready
 	$(RUN) -m tests.bench
 	$(RUN) -m tests.bench_retrain
 	$(RUN) -m tests.bench_eval
+	$(RUN) -m tests.bench_scaling
 
 env: .venv/ready
 

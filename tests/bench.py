@@ -119,20 +119,23 @@ def _row(name: str, figures: dict[str, tuple[float, float]]) -> tuple[Any, ...]:
 
 
 def _keep(figures: dict[str, tuple[float, float]], folder: Path) -> None:
-    commit, dirty = provenance.commit()
     told = {
         "model": MODEL,
         "windows": [WINDOWS.count, WINDOWS.length],
         "threads": torch.get_num_threads(),
         "jobs": {name: {"seconds": round(s, 3), "peak_gib": round(p, 3)} for name, (s, p) in figures.items()},
-        "made_by": {
-            "commit": commit,
-            "dirty": dirty,
-            "device": provenance.device_name(torch.device("cpu")),
-            "at": str(now()),
-        },
+        "made_by": made_by(),
     }
     (folder / "pruning.json").write_text(json.dumps(told, indent=1) + "\n")
+
+
+def made_by() -> dict[str, Any]:
+    """Of what is timed: the code, the processor and when."""
+    commit, dirty = provenance.commit()
+    told = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    model = next((line.partition(":")[2].strip() for line in told.splitlines() if line.startswith("model name")), None)
+    device = provenance.device_name(torch.device("cpu"))
+    return {"commit": commit, "dirty": dirty, "device": device, "cpu": model, "at": str(now())}
 
 
 if __name__ == "__main__":

@@ -1,16 +1,17 @@
 """Times evaluation on the embedded model against the plain ways of doing it, in the same run.
 
-    python -m tests.bench_eval --data-dir FOLDER [--documents N]     about ten minutes on one core
+    python -m tests.bench_eval [--data-dir FOLDER] [--documents N]     about ten minutes on one core
 
 Perplexity: tokens/s against a loop over windows, one at a time, with the window's logits held.  Zero-shot: documents
 per CPU second of requests that share what they begin with, beside every request by itself and lm-eval's
-`simple_evaluate` at batch 1 and 8, by turns on the same documents.  FOLDER holds `tasks/`; without it the tasks come
-from the Hub.
+`simple_evaluate` at batch 1 and 8, by turns on the same documents.  FOLDER (default: $PRUNING_DATA_DIR) holds `tasks/`;
+without one the tasks come from the Hub.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -32,6 +33,7 @@ from eval.zero_shot import zero_shot
 from experiments import models, protocols
 from experiments.data import corpora
 from experiments.measures import zero_shot as measure
+from tests.bench import made_by
 
 MODEL, CORPUS, WINDOW, WINDOWS = "smollm2-135m", "embedded/wiki", 512, 8
 DOCUMENTS = 10  # of each task
@@ -85,18 +87,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--documents", type=int, default=DOCUMENTS, help="of each task")
+    parser.add_argument("--results", type=Path, default=Path("results/bench"))
     args = parser.parse_args()
+    args.results.mkdir(parents=True, exist_ok=True)
     sources, missing = measure.documents(dict(protocols.zero_shot("llm_pruner").metrics), args.data_dir)
     logging.disable(logging.WARNING)
     model, tokenizer = models.load(MODEL)
     tokens = corpora.token_ids(CORPUS, tokenizer)[: WINDOWS * WINDOW]
     print(f"{MODEL}, {torch.get_num_threads()} threads, {REPEATS} times", flush=True)
     plain_s, ours_s = _perplexities(model, tokens)
+    kept: dict[str, Any] = {"model": MODEL, "threads": torch.get_num_threads(), "perplexity": plain_s / ours_s}
     row = ("perplexity, tokens/s", tokens.numel() / plain_s, tokens.numel() / ours_s, plain_s / ours_s)
     print(tabulate([row], ("", "plain", "here", "times faster"), floatfmt=".2f"), flush=True)
     if sources:
         told = _zero_shots(model, tokenizer, sources, args.documents)
         print(tabulate(told, ("zero-shot", "documents/CPU s", "here: times faster"), floatfmt=".2f"))
+        kept |= {"documents": args.documents, "zero_shot": {name: ratio for name, _, ratio in told}}
+    kept |= {"missing": list(missing), "made_by": made_by()}
+    (args.results / "evaluation.json").write_text(json.dumps(kept, indent=1) + "\n")
     print("\n".join(f"{task}: {entry['reason']}" for task, entry in missing.items()))
 
 

@@ -22,12 +22,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import pruners
-from experiments import models, provenance
+from experiments import models
 from experiments.data import corpora
 from experiments.spec import Windows
-from experiments.store.records import now
 from pruners.retrain import LoRA, MaskLoRA, ScaleLoRA, Trainable, finetune
 from pruners.retrain.masks import BitMask
+from tests.bench import made_by
 
 WINDOWS = Windows("embedded/c4", count=16, length=128, sampling="first")
 
@@ -101,19 +101,13 @@ def _work(name: str, where: str, steps: int) -> dict[str, float]:
 
 
 def _keep(figures: dict[str, Any], asked: argparse.Namespace) -> None:
-    commit, dirty = provenance.commit()
     told = {
         "model": asked.model,
         "steps": asked.steps,
         "batch": [2, WINDOWS.length],
         "threads": torch.get_num_threads(),
         "jobs": figures,
-        "made_by": {
-            "commit": commit,
-            "dirty": dirty,
-            "device": provenance.device_name(torch.device("cpu")),
-            "at": str(now()),
-        },
+        "made_by": made_by(),
     }
     (asked.results / "retraining.json").write_text(json.dumps(told, indent=1) + "\n")
 
