@@ -4,8 +4,8 @@
     python -m tests.bench_scaling wanda sparsegpt
 
 1 is linear.  Time linear in the weights has slope 2 over the width; SparseGPT's solving has 3 there; attention has 2
-over the length.  CPU seconds of one thread, the faster of two; each slope is a least-squares line, along which the other
-sizes stay at MIDDLE.
+over the length.  CPU seconds of one thread, the faster of two; each slope is that of a least-squares line, along which
+the other sizes stay at MIDDLE.
 """
 
 from __future__ import annotations
