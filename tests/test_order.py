@@ -208,8 +208,8 @@ def test_the_spread_of_orders_draws_and_texts_is_told(tmp_path, capsys, monkeypa
     assert len(run_table("tiny", cells.cells(table.runs(), table), settings).done) == 11
     assert analysis(["spread", "tiny", "--results", str(tmp_path)]) == 0
     lines = [[part.strip() for part in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
-    found = {(line[1], line[3]): line for line in lines if len(line) > 5 and line[1] in ("SparseGPT", "Flap")}
-    assert {axis: found["SparseGPT", axis][5] for _, axis in found} == {
+    found = {(line[0], line[2]): line for line in lines if len(line) > 5 and line[0] in ("SparseGPT", "Flap")}
+    assert {axis: found["SparseGPT", axis][4] for _, axis in found} == {
         "order of the windows": "3", "draw of the windows": "2", "text": "2",
     }  # fmt: skip
     stored = records.load(tmp_path, "tiny").values()
@@ -219,8 +219,8 @@ def test_the_spread_of_orders_draws_and_texts_is_told(tmp_path, capsys, monkeypa
         if (record.spec["method"] or {}).get("name") == "sparsegpt"
         and {**record.spec["windows"], "order": 0} == {**base.told(), "order": 0}
     ]
-    assert found["SparseGPT", "order of the windows"][8] == f"{min(orders):,.3f} to {max(orders):,.3f}"
-    agreed = {key: [float(share) for share in line[10].split(", ")] for key, line in found.items()}
+    assert found["SparseGPT", "order of the windows"][6] == f"{min(orders):,.3f} to {max(orders):,.3f}"
+    agreed = {key: [float(share) for share in line[8].split(", ")] for key, line in found.items()}
     assert agreed["SparseGPT", "draw of the windows"][0] < agreed["SparseGPT", "order of the windows"][0] <= 1
     assert 0.3 < agreed["Flap", "text"][0] < 1
 
@@ -236,7 +236,7 @@ def test_every_text_has_its_own_spread_of_draws_and_every_draw_its_own_of_texts(
         records.write(small.record(run, measures={small.PPL.key: {**told, "perplexity": float(value)}}), tmp_path)
     page = spread.page(table, rows.rows(table, tmp_path))
     lines = [[part.strip() for part in line.split("|")[1:-1]] for line in page.splitlines() if "Wanda" in line]
-    assert [(line[3], line[4], line[8]) for line in lines] == [
+    assert [(line[2], line[3], line[6]) for line in lines] == [
         ("draw of the windows", "c4/train", "10.000 to 11.000"),
         ("draw of the windows", "embedded/c4", "12.000 to 13.000"),
         ("text", "seed 0", "10.000 to 12.000"),

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from dataclasses import replace
 from html import escape, unescape
+from pathlib import Path
 
 import pytest
 import small_table as small
@@ -30,6 +31,7 @@ FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
     "--disable-sync", "--no-first-run", "--enable-logging=stderr", "--virtual-time-budget=4000",
 )  # fmt: skip
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 VALUES = {("Dense", ""): 5.68, ("Magnitude", "50 %"): 17.4, ("Wanda", "50 %"): 7.3, ("SparseGPT", "50 %"): 7.5}
 PROBE = """<script>
 const column = (id, index) => [...document.getElementById(id).tBodies[0].rows].filter(row => !row.hidden)
@@ -166,6 +168,21 @@ def test_one_sparsity_that_methods_reach_more_or_less_is_no_sweep(tmp_path):
         sweeps.by_sparsity(table, rows.rows(table, tmp_path))
 
 
+@pytest.mark.parametrize("name", ["embedded.sources", "embedded.architectures", "embedded.order"])
+def test_cells_of_one_sparsity_each_are_no_sweep(name):
+    """They differ in text or model or kind of method; a line through them would be one of nothing."""
+    table = papers.find(name)
+    with pytest.raises(ValueError, match=r"needs at least two sparsities and there (is 1|are 0)"):
+        sweeps.by_sparsity(table, rows.rows(table, RESULTS))
+
+
+def test_cells_that_were_tuned_have_a_line_of_their_own():
+    table = papers.find("embedded.perp")
+    (axes,) = sweeps.by_sparsity(table, rows.rows(table, RESULTS)).axes
+    assert all(len(line.get_xdata()) == 2 for line in axes.lines)
+    assert {"Wanda", "Wanda + reconstruction (MaskLoRA, norms)"} <= {line.get_label() for line in axes.lines}
+
+
 def test_the_sweep_has_a_line_a_method(tmp_path):
     table = papers.find("gblm.sparsity")
     for run in table.runs():
@@ -200,7 +217,7 @@ def test_what_is_kept_and_the_losses_are_drawn_by_block_and_step(tmp_path):
 
 def test_perplexity_by_step_has_a_line_a_corpus(tmp_path):
     table = papers.find("llm_pruner.tuning_steps")
-    for step, run in enumerate(table.runs()):
+    for step, run in enumerate(table.runs(), start=-1):  # the dense model first, which is no step
         measured = {what.key: {"perplexity": 20.0 + 10 * i - step} for i, what in enumerate(run.measures[:2])}
         record = small.record(run, measures=measured).model_copy(update={"table": table.name})
         records.write(record, tmp_path)

@@ -11,13 +11,14 @@ from analysis import compare
 from analysis.compare import Cell
 from analysis.figures.style import grid, legend, look, refuse_few, use_log
 from analysis.rows import Row
+from experiments.labels import setting
 from experiments.spec import Table
 
 
 def by_sparsity(table: Table, rows: Sequence[Row]) -> Figure:
-    """Perplexity over the sparsity that was reached, a panel a model and a line a method.
+    """Perplexity over the sparsity that was reached, a panel a model and a line for cells that differ in nothing else.
 
-    Of several protocol keys the first; ValueError for fewer than two sparsities.
+    Of several protocol keys the first; ValueError where no line has two sparsities.
     """
     done = [
         cell
@@ -26,12 +27,15 @@ def by_sparsity(table: Table, rows: Sequence[Row]) -> Figure:
     ]
     key = done[0].key if done else ""
     swept = [cell for cell in done if cell.key == key and _is_swept(cell)]
-    refuse_few(len({cell.rows[0].run.method.asked for cell in swept}), "sparsities", table)
-    methods = list(dict.fromkeys(cell.method for cell in swept))
+    asked: dict[tuple[str, str], set[float]] = {}
+    for cell in swept:
+        asked.setdefault((cell.model, _line(cell)), set()).add(cell.rows[0].run.method.asked)
+    refuse_few(max(map(len, asked.values()), default=0), "sparsities", table)
+    names = list(dict.fromkeys(map(_line, swept)))
     models = list(dict.fromkeys(cell.model for cell in swept))
     figure, panels = grid(table.title, len(models), (4.4, 3.2), sharey=False)
     for axes, model in zip(panels, models, strict=True):
-        _draw_lines(axes, [cell for cell in swept if cell.model == model], methods)
+        _draw_lines(axes, [cell for cell in swept if cell.model == model], names)
         axes.set_title(model, loc="left", fontsize=9)
         axes.set(xlabel="weights removed, %", ylabel=f"perplexity, {key}")
     legend(figure, panels)
@@ -62,12 +66,18 @@ def _is_swept(cell: Cell) -> bool:
     return not cell.is_dense and getattr(cell.rows[0].run.method, "pattern", None) is None
 
 
-def _draw_lines(axes: Axes, cells: Sequence[Cell], methods: Sequence[str]) -> None:
+def _line(cell: Cell) -> str:
+    """The method, and what the setting says besides the sparsity, such as `tuned` or a calibration text."""
+    rest = cell.setting.replace(setting(cell.rows[0].run.method), "", 1).strip(", ")
+    return f"{cell.method}, {rest}" if rest else cell.method
+
+
+def _draw_lines(axes: Axes, cells: Sequence[Cell], names: Sequence[str]) -> None:
     lines: dict[str, set[tuple[float, float]]] = {}
     for cell in cells:
-        lines.setdefault(cell.method, set()).add((100 * _reached(cell), cell.ours or 0.0))
+        lines.setdefault(_line(cell), set()).add((100 * _reached(cell), cell.ours or 0.0))
     for name, points in lines.items():
-        axes.plot(*zip(*sorted(points), strict=True), label=name, **look(methods.index(name)))
+        axes.plot(*zip(*sorted(points), strict=True), label=name, **look(names.index(name)))
     axes.grid(color="0.92")
     use_log(axes, [y for points in lines.values() for _, y in points])
 

@@ -44,8 +44,17 @@ def page(table: Table, rows: Sequence[Row]) -> str:
 
 
 def lines(rows: Sequence[Row]) -> list[tuple[dict[str, str], list[Row]]]:
-    """Each with the cells that it compares; none where no two measured cells differ in their windows alone."""
-    return [line for group in _alike(rows) for line in _lines(group)]
+    """Each with the cells that it compares; none where no two measured cells differ in their windows alone.
+
+    A model that all have in common stands in the title, a protocol in the head of the perplexities.
+    """
+    told = [line for group in _alike(rows) for line in _lines(group)]
+    same = [name for name in ("Model", "Measured") if len({line[name] for line, _ in told}) == 1]
+    heads = {"Perplexity": f"perplexity {told[0][0]['Measured']}"} if "Measured" in same else {}
+    return [
+        ({heads.get(name, name): text for name, text in line.items() if name not in same}, cells)
+        for line, cells in told
+    ]
 
 
 def _alike(rows: Sequence[Row]) -> list[list[Row]]:
