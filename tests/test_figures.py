@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import replace
-from itertools import product
+from itertools import pairwise, product
 
 import made_up
 import numpy as np
@@ -123,6 +123,31 @@ def test_every_model_and_every_method_has_its_bar(tmp_path):
     ]
     assert [bar.get_width() for bar in left.patches] == [10.0, 10.0, 11.0, 11.0, 11.0, 11.0]
     assert left.get_xlabel().endswith(", s")
+
+
+def test_a_cell_that_went_on_after_a_kill_has_no_time_of_its_own(tmp_path):
+    declared = table(("opt-125m",))
+    made = fill(declared, tmp_path)
+    again = [
+        replace(row, record=row.record.model_copy(update={"resumed": 1})) if row.method == "Wanda" else row
+        for row in made
+    ]
+    (axes,) = cost.cost(declared, again).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["Magnitude", "SparseGPT"]
+
+
+def test_long_names_have_room_for_their_lines(tmp_path):
+    made = fill(table(("opt-125m",)), tmp_path)
+    long = [
+        replace(row, method=row.method and f"{row.method} and then a reconstruction of everything that is left")
+        for row in made
+    ]
+    for draw in (perplexity.perplexity, cost.cost):
+        figure = draw(table(("opt-125m",)), long)
+        figure.canvas.draw()
+        boxes = [label.get_window_extent() for label in figure.axes[0].get_yticklabels()]
+        tops = sorted((box.y0, box.y1) for box in boxes)
+        assert all(upper[0] >= lower[1] - 1 for lower, upper in pairwise(tops))
 
 
 def test_statistics_from_the_cache_cost_what_they_took_and_memory_is_the_accelerators(tmp_path):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.figures.style import COLOURS, grid, refuse_few
+from analysis.figures.style import COLOURS, LINE, grid, named, refuse_few
 from analysis.rows import Row
 from experiments.spec import Table
 
@@ -16,22 +16,24 @@ from experiments.spec import Table
 def cost(table: Table, rows: Sequence[Row]) -> Figure:
     """Pruning time by method, the mean of its cells as a bar and each as a mark; on accelerators peak memory, too.
 
-    Statistics that a cell found in the cache count as long as they took the cell that made them.  A CPU's peak is that
-    of a process that ran other cells before, and not shown.  ValueError for fewer than two cells that prune.
+    Statistics that a cell found in the cache count as long as they took the cell that made them; a cell that went on
+    after a kill knows only what it took since, and is left out.  A CPU's peak is that of a process that ran other cells
+    before, and not shown.  ValueError for fewer than two cells that prune.
     """
-    done = [row for row in rows if not row.is_dense and row.record]
+    done = [row for row in rows if not row.is_dense and row.record and not row.record.resumed]
     refuse_few(len(done), "pruned cells", table)
     several = len({row.run.model for row in rows if row.record}) > 1
     made = _statistics(done)
     seconds: dict[str, list[float]] = {}
     memory: dict[str, list[float]] = {}
     for row, record in ((row, row.record) for row in done if row.record):
-        name = f"{row.method}, {row.run.model_name}" if several else row.method
+        name = named(f"{row.method}, {row.run.model_name}" if several else row.method)
         own = sum(record.cost.seconds.get(stage, 0.0) for stage in ("prune", "retrain"))
         seconds.setdefault(name, []).append(own + made.get(_shared(row), 0.0))
         if record.made_by.device.startswith("cuda"):
             memory.setdefault(name, []).append(record.cost.peak_bytes / 2**30)
-    figure, panels = grid(table.title, 1 + bool(memory), (3.2, 0.4 + 0.22 * len(seconds)))
+    high = sum(max(0.22, LINE * (name.count("\n") + 1) + 0.06) for name in seconds)
+    figure, panels = grid(table.title, 1 + bool(memory), (3.2, 0.4 + high))
     unit = 60 if max(map(max, seconds.values())) > 300 else 1
     _draw_bars(panels[0], {name: [one / unit for one in many] for name, many in seconds.items()}, COLOURS[0])
     panels[0].set(xlabel=f"statistics, pruning and retraining, {'min' if unit > 1 else 's'}")

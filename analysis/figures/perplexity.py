@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.figures.style import COLOURS, grid, legend, look, one_key, use_log
+from analysis.figures.style import COLOURS, LINE, grid, legend, look, named, one_key, use_log
 from analysis.rows import Row, repeats
 from eval.intervals import half_width
 from experiments.spec import Table
@@ -82,7 +81,8 @@ def _by_method(table: Table, rows: Sequence[Row], key: str, what: Quantity) -> F
         for name, points in (("method", pruned), ("setting", pruned), ("model", found))
     )
     most = max((len({p.setting for p in pruned if p.method == method}) for method in methods), default=1)
-    height = 0.55 + len(methods) * max(0.36, (0.18 if most <= LABELLED else 0.1) * most + 0.08)
+    lines = max((named(method).count("\n") + 1 for method in methods), default=1)
+    height = 0.55 + len(methods) * max(0.36, LINE * lines + 0.06, (0.18 if most <= LABELLED else 0.1) * most + 0.08)
     figure, panels = grid(table.title, len(models), (4.6, max(1.4, height)))
     for axes, model in zip(panels, models, strict=True):
         _draw(axes, [point for point in found if point.model == model], methods, settings, most <= LABELLED)
@@ -169,7 +169,7 @@ def _label(axes: Axes, drawn: dict[Point, float], colour: str) -> None:
 
 
 def _dress(axes: Axes, points: Sequence[Point], methods: list[str]) -> None:
-    axes.set_yticks(range(len(methods)), [textwrap.fill(method, 26) for method in methods])
+    axes.set_yticks(range(len(methods)), list(map(named, methods)))
     axes.set_ylim(max(1, len(methods)) - 0.5, -0.5)  # the dense model alone has no line
     for line in range(1, len(methods), 2):
         axes.axhspan(line - 0.5, line + 0.5, color="0.965", linewidth=0, zorder=0)

@@ -22,6 +22,7 @@ from pruners.interface.suggest import UsageError, unknown
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
 LINES = ("-", "--", ":", "-.")
+LINE = 0.15  # inches of a line of a label
 LOG_ABOVE = 4.0  # largest over smallest perplexity
 STYLE: dict[Any, Any] = {
     "font.size": 9,
@@ -49,6 +50,11 @@ def grid(
     for axes in panels[count:]:
         axes.set_visible(False)
     return figure, panels[:count]
+
+
+def named(method: str) -> str:
+    """As a label beside an axis, in lines that leave room for the axis."""
+    return textwrap.fill(method, 26)
 
 
 def wrapped(text: str, width: float) -> str:
