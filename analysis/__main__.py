@@ -89,7 +89,7 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--figures", choices=("few", "all"),
         help="all figures, or only those of results that the papers plot without printing numbers (few); default: "
-        "all if few tables have records",
+        "all if there are few records",
     )  # fmt: skip
     readme = commands.add_parser("readme", help="update the README's tables and results from the committed records")
     readme.set_defaults(command=_readme)

@@ -134,13 +134,25 @@ def partial(run: Run, data_dir: Path | None = None) -> list[str]:
     for name in corpora_of(run):
         source = find_corpus(name)
         if not (source.package or source.written):
-            with suppress(FileNotFoundError):  # which is told as lacking
+            with suppress(FileNotFoundError, ValueError):  # told as lacking, or by the cell where it is damaged
                 there[name] = sources.count(sources.local(name, source, folder)), source.rows
-    for what in run.measures:
-        for task in (task for task, _ in what.metrics) if isinstance(what, ZeroShot) and not what.limit else ():
-            if (asked := eval_tasks.asked_file(task, folder)) is not None:
-                there[task] = sources.count(asked), eval_tasks.documents(task) or 0
-    return [f"{name} ({found:,} of {all_of:,} records)" for name, (found, all_of) in there.items() if found < all_of]
+    for what in (what for what in run.measures if isinstance(what, ZeroShot) and not what.limit):
+        found, _ = zero_shot.documents([task for task, _ in what.metrics], folder, what.examples)
+        for task, changes in found.items():
+            there[task] = sum(map(sources.count, _asked_files(changes))), eval_tasks.documents(task) or 0
+    short = {text.partition(" (")[0] for text in _short(run, data_dir)}
+    return [
+        f"{name} ({count:,} of {whole:,} records)"
+        for name, (count, whole) in there.items()
+        if 0 < count < whole and name not in short
+    ]
+
+
+def _asked_files(changes: dict[str, Any]) -> list[Path]:
+    """Of a task's configuration the file of the split that is asked, the last; of a group those of its tasks."""
+    if files := changes.get("dataset_kwargs"):
+        return [Path(list(files["data_files"].values())[-1])]
+    return [path for part in changes.values() for path in _asked_files(part)]
 
 
 def corpora_of(run: Run) -> list[str]:

@@ -20,8 +20,9 @@ size and grouping works; KV heads go with their query heads.
 `reference=True` is the released code's arithmetic, departures from the formulas above included: a running variance that
 skips the first window, the attention metric squared, a head that costs 170 channels (512/3 as an integer) whatever its
 size, the unit at the threshold removed too, means in float16, and no support for grouped-query attention (refused).
-Units of one score are counted in order there, too; the released UL keeps all that tie at the threshold and its AL-MM
-removes them (dead channels tie).  That variance is 0 after one window, so it needs two or more to rank anything.
+Units of one score are counted in order there, too, but in AL-AM; the released UL keeps all that tie at the threshold
+and its AL-MM removes them (dead channels tie).  That variance is 0 after one window, so it needs two or more to rank
+anything.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 import pruners
 from experiments import estimate
+from experiments.__main__ import main
 from experiments.data import corpora
 from experiments.models import gguf
 from experiments.spec import Perplexity, Run, Windows, ZeroShot
@@ -397,3 +398,24 @@ def test_texts_of_which_only_a_part_is_at_hand_are_told_before_a_cell_runs(tmp_p
     assert estimate.partial(replace(run, measures=asked[:1]), None) == []
     limited = replace(asked[1], limit=2)
     assert estimate.partial(replace(run, measures=(limited,)), tmp_path) == told[:1]
+
+
+@pytest.mark.parametrize("kind", ["cut off", "not gzip", "a folder", "empty"])
+def test_what_cannot_be_counted_keeps_nobody_from_looking_at_a_table(kind, tmp_path, capsys):
+    for name in ("c4/c4_en_train_docs_0000-0799.jsonl.gz", "tasks/boolq_validation.jsonl.gz"):
+        place = tmp_path / name
+        place.parent.mkdir()
+        whole = gzip.compress(b'{"text": "a"}\n' * 100)
+        if kind == "a folder":
+            place.mkdir()
+        else:
+            place.write_bytes({"cut off": whole[:30], "not gzip": b"hello", "empty": gzip.compress(b"")}[kind])
+    assert main(["show", "gblm.zero_shot", "--data-dir", str(tmp_path), "--results", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "Only in part" not in shown
+    assert "boolq" in shown.partition("Not on this machine")[2]
+
+
+def test_a_group_of_tasks_is_counted_over_all_of_its_tasks():
+    parts = {part: {"dataset_kwargs": {"data_files": {"dev": "a", "test": f"{part}.jsonl"}}} for part in "xy"}
+    assert estimate._asked_files(parts) == [Path("x.jsonl"), Path("y.jsonl")]

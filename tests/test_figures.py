@@ -137,6 +137,17 @@ def test_a_cell_that_went_on_after_a_kill_has_no_time_of_its_own(tmp_path):
     assert [label.get_text() for label in axes.get_yticklabels()] == ["Magnitude", "SparseGPT"]
 
 
+def test_statistics_of_a_cell_that_went_on_after_a_kill_are_nobodys_cost(tmp_path):
+    runs = [Run("opt-125m", pruners.GBLM(sparsity=share), small.WINDOWS, (small.PPL,)) for share in (0.3, 0.5, 0.6)]
+    for run, took, resumed in zip(runs, (100.0, 0.1, 0.1), (1, 0, 0), strict=True):
+        record = small.record(run)
+        record.cost.seconds.update(statistics=took, prune=5.0)
+        records.write(record.model_copy(update={"resumed": resumed}), tmp_path)
+    declared = Table("tiny", "", tuple(runs), (("opt-125m",),), lambda run, model: run)
+    with pytest.raises(ValueError, match="pruned cells and there are 0"):
+        cost.cost(declared, rows.rows(declared, tmp_path))
+
+
 def test_long_names_have_room_for_their_lines(tmp_path):
     made = fill(table(("opt-125m",)), tmp_path)
     tail = "and then a reconstruction of everything that is left, on inputs of the dense model"
@@ -148,6 +159,7 @@ def test_long_names_have_room_for_their_lines(tmp_path):
         assert len(boxes) == 15
         gaps = [upper[0] - lower[1] for lower, upper in pairwise(boxes)]
         assert min(gaps) > -2, gaps
+        assert figure.axes[0].get_window_extent().width > 100
 
 
 def test_statistics_from_the_cache_cost_what_they_took_and_memory_is_the_accelerators(tmp_path):

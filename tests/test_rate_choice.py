@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import small_table as small
@@ -227,7 +228,7 @@ def test_a_claim_about_tuned_training_is_undecided_without_a_choice_within_its_g
 
 def test_the_embedded_table_says_how_its_rates_were_chosen():
     table = papers.find("embedded.perp")
-    assert "best of a grid" in table.rates
+    assert "best of six" in table.rates
     assert table.rates in " ".join(notes(table, []))
 
 
@@ -239,3 +240,18 @@ def test_the_grid_of_perps_tables_reaches_beyond_every_rate_that_was_best():
     chosen = {run.recovery for run in papers.find("embedded.rates").runs()}
     rows = papers.find("embedded.perp").runs()
     assert {run.recovery for run in rows if run.recovery and seed(run) == 0} == chosen
+
+
+def test_the_rates_of_embedded_perp_are_those_that_were_chosen():
+    table = papers.find("embedded.rates")
+    made = declared(table, Path(__file__).resolve().parents[1] / "results", table.runs())
+    told = {row.run.recovery: next(iter(row.record.measures.values())) for row in made}
+    assert not any(measured["at_edge"] for measured in told.values())
+    rebuilt = told.pop(headlines.RECONSTRUCTION)
+    assert {recovery: measured["learning_rate"] for recovery, measured in told.items()} == {
+        recovery: recovery.learning_rate for recovery in told
+    }
+    by_rate = dict(zip(rebuilt["rates"], rebuilt["losses"], strict=True))  # as the table's note says
+    assert rebuilt["learning_rate"] == 5e-3
+    assert headlines.RECONSTRUCTION.learning_rate == 1e-2
+    assert round(by_rate[1e-2] - by_rate[5e-3], 2) == 0.06

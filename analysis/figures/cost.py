@@ -16,20 +16,22 @@ from experiments.spec import Table
 def cost(table: Table, rows: Sequence[Row]) -> Figure:
     """Pruning time by method, the mean of its cells as a bar and each as a mark; on accelerators peak memory, too.
 
-    Statistics that a cell found in the cache count as long as they took the cell that made them; a cell that went on
-    after a kill knows only what it took since, and is left out.  A CPU's peak is that of a process that ran other cells
-    before, and not shown.  ValueError for fewer than two cells that prune.
+    Statistics that a cell found in the cache count as long as they took the cell that made them.  A cell that went on
+    after a kill knows only what its pruning took since: it is left out, and so are those that share statistics which
+    it made.  A CPU's peak is that of a process that ran other cells before, and not shown.  ValueError for fewer than
+    two cells that prune.
     """
-    done = [row for row in rows if not row.is_dense and row.record and not row.record.resumed]
+    pruned = [row for row in rows if not row.is_dense and row.record]
+    makers = _makers(pruned)
+    done = [row for row in pruned if not (_is_resumed(row) or _is_resumed(makers[_shared(row)]))]
     refuse_few(len(done), "pruned cells", table)
     several = len({row.run.model for row in rows if row.record}) > 1
-    made = _statistics(done)
     seconds: dict[str, list[float]] = {}
     memory: dict[str, list[float]] = {}
     for row, record in ((row, row.record) for row in done if row.record):
         name = named(f"{row.method}, {row.run.model_name}" if several else row.method)
         own = sum(record.cost.seconds.get(stage, 0.0) for stage in ("prune", "retrain"))
-        seconds.setdefault(name, []).append(own + made.get(_shared(row), 0.0))
+        seconds.setdefault(name, []).append(own + _statistics(makers[_shared(row)]))
         if record.made_by.device.startswith("cuda"):
             memory.setdefault(name, []).append(record.cost.peak_bytes / 2**30)
     high = sum(max(0.22, LINE * (name.count("\n") + 1) + 0.06) for name in seconds)
@@ -57,14 +59,24 @@ def _draw_bars(axes: Axes, values: dict[str, list[float]], colour: str) -> None:
         axes.plot(*zip(*marks, strict=True), linestyle="none", marker="|", markersize=4, color="0.1", zorder=3)
 
 
-def _statistics(done: Sequence[Row]) -> dict[str, float]:
-    """Seconds that it took to make statistics, which cells share through the cache."""
-    made: dict[str, float] = {}
-    for row in done:
-        took = row.record.cost.seconds.get("statistics", 0.0) if row.record else 0.0
-        made[_shared(row)] = max(made.get(_shared(row), 0.0), took)
-    return made
+def _makers(pruned: Sequence[Row]) -> dict[str, Row]:
+    """By what cells share through the cache the one that it took longest to have it; of one that shares none itself."""
+    makers: dict[str, Row] = {}
+    for row in pruned:
+        makers[_shared(row)] = max(makers.get(_shared(row), row), row, key=_statistics)
+    return makers
+
+
+def _statistics(row: Row) -> float:
+    """Seconds in which this cell made or found them."""
+    return row.record.cost.seconds.get("statistics", 0.0) if row.record else 0.0
+
+
+def _is_resumed(row: Row) -> bool:
+    return bool(row.record and row.record.resumed)
 
 
 def _shared(row: Row) -> str:
-    return repr((row.run.model, row.run.dtype, row.run.windows, getattr(row.run.method, "statistics_key", None)))
+    method = row.run.method
+    key = getattr(method, "statistics_key", None)
+    return repr((row.run.model, row.run.dtype, row.run.windows, key) if key else id(row))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
@@ -11,8 +12,9 @@ from analysis import compare
 from analysis.compare import Cell
 from analysis.figures.style import grid, legend, look, refuse_few, use_log
 from analysis.rows import Row
-from experiments.labels import setting
 from experiments.spec import Table
+
+SHARE = re.compile(r"^[\d.]+ %( of groups)?(, )?")  # in the paper's words, which need not be the method's
 
 
 def by_sparsity(table: Table, rows: Sequence[Row]) -> Figure:
@@ -68,7 +70,7 @@ def _is_swept(cell: Cell) -> bool:
 
 def _line(cell: Cell) -> str:
     """The method, and what the setting says besides the sparsity, such as `tuned` or a calibration text."""
-    rest = cell.setting.replace(setting(cell.rows[0].run.method), "", 1).strip(", ")
+    rest = SHARE.sub("", cell.setting)
     return f"{cell.method}, {rest}" if rest else cell.method
 
 

@@ -1,7 +1,7 @@
 """Generates the README's results, report and figures from the records that the repository keeps.
 
-Only those: whatever else was run in this checkout moves nothing, so a test can say whether README still tells what the
-records do.
+Those are of the embedded models: whatever else was run in this checkout moves nothing, so a test can say whether README
+still tells what the records do.
 """
 
 from __future__ import annotations

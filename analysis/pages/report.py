@@ -28,7 +28,7 @@ from experiments import cli, papers
 from experiments.spec import Table
 
 TEMPLATE = "report.html"
-FEW_CELLS = 600  # with records; of so many every figure is drawn, which takes half a minute
+FEW_CELLS = 600  # with records; of up to so many every figure is drawn, which takes half a minute
 Variant = tuple[str | None, str | None, int | None, Sequence[str]]  # model, dtype, limit and tasks
 DECLARED: Variant = (None, None, None, ())
 NO_VARIANTS: Mapping[str, Variant] = {}

@@ -18,13 +18,14 @@ ARGUMENTS = ("attention_mask", "position_ids", "logits_to_keep")
 BY_LENGTH = ("dynamic", "longrope")  # rotary angles that depend on how long the longest sequence is
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of logits' spread
 ROUNDINGS = 3  # times what rounding does to the logits of each alone
+MOST = 0.3  # of logits' spread, however much rounding does: no mask or no positions do more
 LENGTH = 12  # of the documents that are computed both ways
 
 
 def why_apart(model: PreTrainedModel) -> str | None:
     """Why each request needs a row of its own; None where requests in one row get the logits that they get alone.
 
-    A property of the family, or what two small passes say.
+    A property of the family, or what three small passes say.
     """
     return _property(model) or _difference(model)
 
@@ -72,7 +73,11 @@ def _difference(model: PreTrainedModel) -> str | None:
     Half precision rounds more where a model has lost more, so that no one tolerance fits: documents that are the
     beginnings of longer ones say how far rounding alone goes.
     """
-    length, rows = min(LENGTH, window(model) or LENGTH), len(model.get_input_embeddings().get_parameter("weight"))
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2 * LENGTH
+    length, rows = (
+        min(LENGTH, window(model) or LENGTH, most // 2),
+        len(model.get_input_embeddings().get_parameter("weight")),
+    )
     spaced = torch.linspace(0, rows - 1, 3 * length + 2)[1:-1].long()  # ordinary tokens; special ones are at the ends
     first, second, third = spaced.view(length, 3).T.clone()
     second[: length // 2] = first[: length // 2]
@@ -91,6 +96,8 @@ def _difference(model: PreTrainedModel) -> str | None:
         return f"it refuses such a row ({type(error).__name__}: {error})"
     expected, longer, got = found[0], found[1][:, :length], found[2][0][made.places]
     spread, rounding = (expected - expected.mean()).norm(), (longer - expected).norm()
-    if (got - expected.flatten(0, 1)).norm() <= max(TOLERANCE[model.dtype] * spread, ROUNDINGS * rounding):
+    if (got - expected.flatten(0, 1)).norm() <= max(
+        TOLERANCE[model.dtype] * spread, min(ROUNDINGS * rounding, MOST * spread)
+    ):
         return None
     return "its logits in one row are not those of each alone"

@@ -82,16 +82,6 @@ def documents(task: str) -> int | None:
     return SOURCES[task].documents if task in SOURCES else None
 
 
-def asked_file(task: str, data_dir: Path) -> Path | None:
-    """The file whose documents a task asks; None for a group, which has several, and where there is none."""
-    if task not in SOURCES or is_group(task):
-        return None
-    try:
-        return _first(list(SOURCES[task].splits.values())[-1], Path(data_dir))
-    except FileNotFoundError:
-        return None
-
-
 def changes(task: str, data_dir: Path | None, part: str = "", examples: int = 0) -> dict[str, Any]:
     """The task's configuration as far as its documents are concerned: {} reads the Hub.  `part` is a task of a group.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import re
 import sys
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -230,15 +231,23 @@ def version(name: str, source: Source, folder: str | Path | None) -> str | None:
 
 
 def count(path: Path) -> int:
-    """Lines with anything in them, which are the records of a file of JSON lines; read once for a file as it is."""
+    """Lines with anything in them, which are the records of a file of JSON lines; read once for a file as it is.
+
+    ValueError for what is no such file, or a damaged one.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is not a regular file, so no records are counted in it.")
     state = path.stat()
     return _counted(path, (state.st_size, state.st_mtime_ns, state.st_ino))
 
 
 @lru_cache(maxsize=64)
 def _counted(path: Path, state: tuple[int, ...]) -> int:
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        return sum(bool(line.strip()) for line in file)
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            return sum(bool(line.strip()) for line in file)
+    except (EOFError, zlib.error, OSError) as error:  # of which gzip's own is one
+        raise ValueError(f"{path} cannot be read to its end ({error}); fetch it again.") from error
 
 
 def _digests(path: Path, name: str) -> dict[str, str]:

@@ -40,7 +40,7 @@ SETTINGS: tuple[dict[str, Any], ...] = (
     {"pattern": "4:8"},
 )
 STEPS, RELEASED_RATE, BATCH = 1000, 5e-4, 2
-RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # norms alone and reconstruction take the highest
+RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # reconstruction was best at 1e-2
 KEPT_BACK = 32  # windows of the validation split
 SMALL = Trainable(biases=True, norms=True)
 SUBSETS = (

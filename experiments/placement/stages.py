@@ -166,7 +166,7 @@ def _group_scores(cell: Cell) -> list[Items]:
     tokens = windows.count * windows.length
     blocks = 1 if cell.away else shape.blocks
     squares = method.importance == "element_mix"
-    room = tokens_at_once("cuda" if cell.on_gpu else "cpu")
+    room = tokens if windows.sampling == "dialogues" else tokens_at_once("cuda" if cell.on_gpu else "cpu")
     at_once = windows.length if method.importance == "element2" else max(windows.length, min(tokens, room))
     summed = 4 * shape.block * blocks * ((at_once < tokens and method.importance != "element2") + squares)
     matrix = max(shape.parameter, shape.embedded * (method.granularity == "channel"))
