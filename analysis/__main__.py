@@ -151,8 +151,8 @@ def _table(asked: argparse.Namespace) -> None:
             raise
         cli.say_lines([f"{error} The paper's values stand alone."])
     again = cli.same_cells(asked)
+    print(markdown.markdown(table, made, again))  # for who may not write there, too
     paths = markdown.write(table, made, asked.results[0] / _stem(asked), again)
-    print(markdown.markdown(table, made, again))
     print(f"Written: {', '.join(map(str, paths))}", file=sys.stderr)
 
 
@@ -233,8 +233,8 @@ def _claims(asked: argparse.Namespace) -> None:
 
     cli.refuse_absent(asked.data_dir)
     made = statements.frame(asked.results, data_dir=asked.data_dir)
-    atomic.write(asked.results[0] / "claims.csv", made.to_csv(index=False))
     print(markdown.marked(made, words=list(made.columns)))
+    atomic.write(asked.results[0] / "claims.csv", made.to_csv(index=False))
 
 
 def _report(asked: argparse.Namespace) -> None:
@@ -294,8 +294,8 @@ def _frame(asked: argparse.Namespace) -> None:
 
 def _write(text: str, asked: argparse.Namespace, ending: str) -> None:
     path = asked.results[0] / f"{_stem(asked)}.{ending}.md"
-    atomic.write(path, text)
     print(text)
+    atomic.write(path, text)
     print(f"Written: {path}", file=sys.stderr)
 
 

@@ -193,6 +193,7 @@ class _Worker:
         except atomic.StorageError as error:
             self.watcher.started(cell, 0)
             self._fail(cell, error)
+            self._refuse_full(error)
         return True
 
     def _is_done(self, cell: Cell) -> bool:
@@ -217,18 +218,19 @@ class _Worker:
             record = execute(cell.run, self.table, self.settings, self.board, resumed)
         except (BrokenPipeError, RankLostError):  # nobody reads, or a process is lost: no fault of the cell
             raise
-        except Exception as error:  # whatever it was, the other cells go on and the table shows it
+        except (Exception, SystemExit) as error:  # whatever it was, the other cells go on and the table shows it
             self._fail(cell, error)
             if not self.together.met(place):
                 raise RankLostError(
                     f"{errors.sentence(error)} The other processes did not meet this error, and stop."
                 ) from error
+            self._refuse_full(error)
         else:
             shutil.rmtree(unfinished(self.settings.root, self.table, cell.id), ignore_errors=True)
             self.outcome.done.append(cell.label)
             self.watcher.finished(record, records.path_of(record, self.settings.root))
             seconds = time.monotonic() - started
-            self.board.finish(cell.work, f"{cell.label}: {_headline(record)} in {duration(seconds)}")
+            self.board.finish(cell.work, f"{cell.label}: {record.headline} in {duration(seconds)}")
 
     @contextmanager
     def _started(self, cell: Cell, *, wait: bool) -> Iterator[int]:
@@ -248,12 +250,21 @@ class _Worker:
             with suppress(OSError):  # somebody removed the folder; the cell is done
                 marker.unlink()
 
-    def _fail(self, cell: Cell, error: Exception) -> None:
+    def _refuse_full(self, error: BaseException) -> None:
+        """StorageError, which ends the table, where no cell could be kept any more: its work would be for nothing."""
+        if isinstance(error, atomic.StorageError):
+            try:
+                atomic.check_writable(records.folder(self.settings.root, self.table))
+            except atomic.StorageError as full:
+                told = f"{str(full).rstrip('.')}. The other cells were not begun; the same command runs them"
+                raise atomic.StorageError(f"{told} once records can be written.") from error
+
+    def _fail(self, cell: Cell, error: BaseException) -> None:
         self.outcome.failed.append(cell.label)
         self._keep_failure(cell, error)
         self.board.finish(cell.work, f"{cell.label}: failed: {errors.sentence(error)}")
 
-    def _keep_failure(self, cell: Cell, error: Exception) -> None:
+    def _keep_failure(self, cell: Cell, error: BaseException) -> None:
         failure = Failure(
             id=cell.id,
             table=self.table,
@@ -290,13 +301,3 @@ def _pace(chosen: Sequence[Cell], finished: Mapping[str, Record]) -> float | Non
     """Seconds per unit of work in the records at hand; None without one."""
     known = [(finished[cell.id].cost.seconds["total"], cell.work) for cell in chosen if cell.id in finished]
     return sum(seconds for seconds, _ in known) / sum(work for _, work in known) if known else None
-
-
-def _headline(record: Record) -> str:
-    values = [f"{key} {value['perplexity']:.2f}" for key, value in record.measures.items() if "perplexity" in value]
-    means = [
-        f"{key} {100 * value['score']:.1f} %"
-        for key, value in record.measures.items()
-        if key.startswith("mean.") and "score" in value
-    ]
-    return ", ".join([f"sparsity {record.sparsity_told}", *values, *means])

@@ -27,8 +27,10 @@ def sentence(error: BaseException) -> str:
             "Out of memory: try a smaller --batch-size, --dtype bfloat16, another --device, or a table with fewer or "
             f"shorter calibration windows ({_first_line(error)})."
         )
+    if isinstance(error, SystemExit):
+        return f"sys.exit({error.code!r}) was called ({_place(error) or 'by a library'})"
     message = _first_line(error)
-    if isinstance(error, ValueError | OSError | ImportError) and " " in message:
+    if (isinstance(error, ValueError | OSError | ImportError) or _is_declared(error)) and " " in message:
         return message
     told = f"{type(error).__name__}: {message}"
     place = _place(error)
@@ -37,7 +39,12 @@ def sentence(error: BaseException) -> str:
 
 def is_fault(error: BaseException) -> bool:
     """Whether the program is to blame."""
-    return isinstance(error, FAULTS) and not isinstance(error, ValueError | FloatingPointError)
+    return isinstance(error, FAULTS) and not (isinstance(error, ValueError | FloatingPointError) or _is_declared(error))
+
+
+def _is_declared(error: BaseException) -> bool:
+    """Of a class that this project has made for what may happen, such as training that diverges."""
+    return type(error).__module__.partition(".")[0] in ("pruners", "eval", "experiments", "analysis", "slurm")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

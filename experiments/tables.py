@@ -54,7 +54,7 @@ def _fitting(asked: argparse.Namespace, chosen: Sequence[Cell]) -> _Table:
     cli.say_lines(selection.left_out(asked.table, {cell.label: large[cell.id] for cell in chosen if cell.id in large}))
     fitting = [cell for cell in chosen if cell.id not in large]
     code.load(cell.run for cell in fitting if cell.id in todo)  # of every table, before the first of them is run
-    return _Table(asked, settings, fitting, len(large), cli.watchers(asked))
+    return _Table(asked, settings, fitting, len(large), cli.watchers(asked, asked.table))
 
 
 def _too_large(

@@ -165,7 +165,7 @@ class Work:
         declared = cli.declared(asked)
         chosen = [cell for cell in declared if cell.id in ids]
         gone = self._gone(table, set(ids), declared)
-        watchers = [self.log(table), *cli.watchers(asked)] if ranks.rank() == 0 else []
+        watchers = [self.log(table), *cli.watchers(asked, table)] if ranks.rank() == 0 else []
         outcome = batch.run_table(asked.table, chosen, cli.settings(asked, chosen), watchers)
         failed = [cell.id for cell in chosen if cell.label in outcome.failed]
         return {

@@ -168,3 +168,7 @@ def test_every_special_sign_is_escaped():
     assert latex.escaped("-3.5") == "$-$3.5"
     assert latex.escaped(f"{OTHER_CODE} 1–2") == r"$\dagger$ 1--2"
     assert latex.escaped("日") == "$<$U+65E5$>$"
+
+
+def test_letters_of_europe_are_themselves():
+    assert latex.escaped("späce ünï Łódź † 模") == r"späce ünï Łódź $\dagger$ $<$U+6A21$>$"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import small_table as small
 from own_work import SHORT, needs_model, prune
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MambaConfig
 
 import pruners
 from analysis import frame
@@ -21,6 +21,7 @@ from analysis.rows import Row
 from analysis.tables import frames
 from experiments import labels
 from experiments.__main__ import main
+from experiments.models import folders
 from experiments.own import defaults, meanings, options, saved
 from experiments.own import prune as own
 from experiments.recovery import Retraining
@@ -335,6 +336,27 @@ def test_the_defaults_are_the_papers():
 
 
 @needs_model
+def test_a_model_of_few_blocks_has_a_default_too_and_what_was_asked_stands_beside(where, capsys):
+    words = "--method llm_pruner --calibration c4/train --nsamples 2 --seqlen 32 --measure ptb/test@64[:4]"
+    assert defaults.hyperparameters("llm_pruner", str(small.MODEL))["mlp_blocks"] == (0, 5)
+    assert prune(f"{words} --ratio 0.3", where) == 0
+    assert re.search(r"^sparsity requested +0\.3000", capsys.readouterr().out, re.M)
+
+
+@needs_model
+def test_weights_and_biases_takes_the_cells_of_one_model(where, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert prune(f"--method wanda --sparsity 0.5 {SHORT} --wandb", where) == 0
+    assert len(list((tmp_path / "results/wandb").glob("offline-run-*"))) == 2
+
+
+def test_a_model_without_attention_heads_is_told_in_a_sentence(tmp_path):
+    MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=64).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"a 'mamba' model, which has no attention heads; only decoders with"):
+        folders.shape(tmp_path)
+
+
+@needs_model
 @pytest.mark.parametrize(
     ("method", "said"),
     [("wanda --pattern 2:7", "2:7 needs rows of a multiple of 7 weights"), ("gblm --pattern 5:9", "a multiple of 9")],
@@ -350,7 +372,7 @@ def test_a_pattern_that_divides_no_width_is_refused_before_anything_is_measured(
     ("method", "said"),
     [
         ("magnitude --settings 2:7", "magnitude 2:7: failed: 2:7 needs rows"),
-        (f"llm_pruner --settings 0.2 {SHORT}", "failed: attention_blocks=(4, 3) is not a half-open range within"),
+        (f"wanda --settings 2:7 {SHORT}", "wanda 2:7: failed: 2:7 needs rows"),
     ],
 )
 def test_a_cell_that_does_not_work_on_the_model_costs_no_dense_measure(method, said, where, capsys, monkeypatch):

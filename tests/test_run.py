@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -22,7 +23,9 @@ from experiments.batch import run_table
 from experiments.progress import Board, duration
 from experiments.settings import Settings
 from experiments.spec import Perplexity
-from experiments.store import locks, records
+from experiments.store import atomic, locks, records
+from pruners.retrain.schedule import Diverged
+from pruners.weights.storage import StorageError
 
 needs_model = pytest.mark.skipif(not small.MODEL.is_dir(), reason=f"{small.MODEL} is absent")
 
@@ -148,6 +151,45 @@ def test_one_failing_cell_is_recorded_and_does_not_stop_the_others(tmp_path, dat
     assert "multiple of 7" in failure.message
     assert failure.traceback[-1].startswith("ValueError")
     assert "Wanda 3:7: failed" in capsys.readouterr().err
+
+
+@needs_model
+def test_a_disk_that_fills_ends_the_table_and_tells_what_was_measured(tmp_path, data, monkeypatch, capsys):
+    def full(record, root):
+        monkeypatch.setattr(atomic, "check_writable", refuse)
+        raise StorageError("no space left on device; free some.")
+
+    def refuse(folder):
+        raise StorageError(f"{folder} is full.")
+
+    monkeypatch.setattr(records, "write", full)
+    methods = [pruners.Magnitude(sparsity=sparsity) for sparsity in (0.3, 0.4, 0.5)]
+    with pytest.raises(StorageError, match=r"is full\. The other cells were not begun; the same command"):
+        small.run(tmp_path, data, methods)
+    shown = capsys.readouterr().err
+    assert shown.count("Measured, and not kept: sparsity 0.3") == 1
+    assert "Magnitude 40 %" not in shown
+    monkeypatch.undo()
+    assert len(small.run(tmp_path, data, methods).done) == 3
+
+
+@needs_model
+def test_a_method_that_calls_exit_fails_alone(tmp_path, data, monkeypatch):
+    def leave(self, *arguments):
+        sys.exit(3)
+
+    monkeypatch.setattr(pruners.Wanda, "score", leave)
+    outcome = small.run(tmp_path, data, (pruners.Wanda(), None))
+    assert (outcome.failed, outcome.done) == (["Wanda 50 %"], ["Dense"])
+    (failure,) = records.load_failures(tmp_path, "tiny").values()
+    assert re.fullmatch(r"sys\.exit\(3\) was called \(.*test_run\.py.*\)", failure.message)
+
+
+def test_what_this_project_declares_is_no_bug_of_it():
+    with pytest.raises(Diverged) as raised:
+        raise Diverged("Retraining diverged at step 3 of 3; use a lower learning rate")
+    assert errors.sentence(raised.value) == "Retraining diverged at step 3 of 3; use a lower learning rate"
+    assert not errors.is_fault(raised.value)
 
 
 @needs_model

@@ -22,6 +22,7 @@ TEX = {
     **{"–": "--", "≤": r"$\leq$", "≥": r"$\geq$"},
     **{"<": "$<$", ">": "$>$", "|": r"\textbar{}", '"': "''", "[": "{[}", "*": "{*}"},
 }
+EUROPEAN = 0x180  # the code point behind Latin Extended-A
 STACKED = r" \\ "
 NEGATIVE = re.compile(r"-[\d.]")
 BREAK = re.compile(r".+?(?: |(?=@)|(?=\.[a-z])|$)")  # where the head of a column may be broken
@@ -110,4 +111,6 @@ def _head(name: str, column: pd.Series, side: str) -> str:
 
 
 def _plain(sign: str) -> str:
-    return sign if sign.isascii() and sign.isprintable() else f"$<$U+{ord(sign):04X}$>$"
+    """As it is where any LaTeX of today has it: ASCII, and Europe's letters in UTF-8."""
+    known = sign.isascii() or (sign.isalpha() and ord(sign) < EUROPEAN)
+    return sign if known and sign.isprintable() else f"$<$U+{ord(sign):04X}$>$"

@@ -158,12 +158,12 @@ def settings(asked: argparse.Namespace, found: Sequence[Cell] = ()) -> Settings:
     )
 
 
-def watchers(asked: argparse.Namespace) -> list[Watcher]:
+def watchers(asked: argparse.Namespace, table: str) -> list[Watcher]:
     if asked.wandb is None:
         return []
     from experiments.wandb_callback import Wandb  # wandb takes a second to import
 
-    return [Wandb(asked.wandb, asked.table, asked.results)]
+    return [Wandb(asked.wandb, table, asked.results)]
 
 
 def refuse_absent(data_dir: Path | None) -> None:

@@ -80,6 +80,11 @@ def _shape(folder: Path, config: bytes, tokenizer: bytes) -> Shape:
         raise ValueError(
             f"The config.json of {folder} describes a model without decoder blocks; there is nothing to prune."
         )
+    if not hasattr(text, "num_attention_heads"):
+        raise ValueError(
+            f"The config.json of {folder} describes a {empty.config.model_type!r} model, which has no attention heads; "
+            "only decoders with attention are known here."
+        )
     marks = bool(getattr(empty.config, "text_prefix", ()))
     return Shape(text.num_hidden_layers, text.num_attention_heads, positions, empty.num_parameters(), marks)
 

@@ -14,6 +14,7 @@ from pruners.retrain import LoRA, LoRAPrune, MaskLoRA, Reconstruction, ScaleLoRA
 
 LONGEST = gblm.WINDOWS.length  # that of Wanda, SparseGPT and GBLM-Pruner on the models of their first versions
 WINDOWS = {"flap": flap.WIKITEXT, "wanda_sp": flap.C4, "magnitude_sp": flap.C4, "llm_pruner": llm_pruner.WINDOWS}
+DEEP = 7  # blocks of which LLM-Pruner spares six
 TRAINABLE = {
     "full": Trainable.full(),
     "weights": Trainable(weights=True),
@@ -60,8 +61,10 @@ def seed(kind: type[Any], value: int) -> dict[str, int]:
 
 
 def hyperparameters(method: str, model: str) -> dict[str, Any]:
-    """Where the class's own default belongs to the depth of one model: LLM-Pruner spares blocks from both ends."""
+    """Where the class's own default belongs to the depth of one model: LLM-Pruner spares blocks from both ends, the
+    first four and the last two, where there are DEEP or more."""
     if method != "llm_pruner":
         return {}
-    made: LLMPruner = llm_pruner.sparing(4, 2, model, ratio=0.2)
+    spared = (4, 2) if llm_pruner.depth(model) >= DEEP else (0, 0)  # of few blocks none would be left
+    made: LLMPruner = llm_pruner.sparing(*spared, model, ratio=0.2)
     return {"attention_blocks": made.attention_blocks, "mlp_blocks": made.mlp_blocks}

@@ -32,8 +32,9 @@ MEANINGS = {
     "importance": f"score of a group: {', '.join(IMPORTANCES)}",
     "reduction": f"how scores of a group's matrices are combined: {', '.join(REDUCTIONS)}",
     "granularity": "what is removed: block (heads and channels in blocks), channel (of the residual stream) or layer",
-    "attention_blocks": "blocks whose heads are pruned: the first, and the one after the last",
-    "mlp_blocks": "blocks whose MLP channels are pruned: the first, and the one after the last",
+    "attention_blocks": "blocks whose heads are pruned: the first, and the one after the last; unless given all but "
+    "the first four and the last two, or all of fewer than seven",
+    "mlp_blocks": "blocks whose MLP channels are pruned, likewise",
     "scope": "local: the ratio in each block; global: all blocks ranked together",
     "steps": "steps of the optimizer",
     "learning_rate": "highest learning rate, after the warm-up",

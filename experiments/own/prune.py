@@ -78,7 +78,7 @@ def run(asked: argparse.Namespace) -> int:
         _refuse_unkept(runs[-1], asked.save)
     for line in _choices(runs[-1]):
         cli.say(line)
-    watchers = cli.watchers(asked)
+    watchers = cli.watchers(asked, TABLE)
     code.load(cell.run for cell in found if cell.id not in finished)  # of both, before the first is measured
     with kept.lasting():
         outcome = batch.run_table(TABLE, found[:1], settings, watchers)
@@ -245,6 +245,7 @@ def beside(found: Sequence[Cell], known: dict[str, Record]) -> str:
     shown = [key for key, value in pruned.measures.items() if saved.shown(value)]
     lines = [(key, saved.shown(dense.measures[key]), saved.shown(pruned.measures[key])) for key in shown]
     lines.append(("sparsity of the pruned weights", "", pruned.sparsity_told))
+    lines.append(("sparsity requested", "", f"{pruned.achieved['asked']:.4f}"))
     lines.append(("cost", _cost(dense), _cost(pruned)))
     return tabulate(lines, ("", *names), disable_numparse=True)
 

@@ -22,7 +22,7 @@ from experiments.run.measuring import measure, pass_dense_gate
 from experiments.run.session import Session, gated, made_model, open_session, peak_bytes
 from experiments.settings import Settings
 from experiments.spec import Run, ZeroShot
-from experiments.store import again, code, records
+from experiments.store import again, atomic, code, records
 from experiments.store.records import Record
 from pruners.run import inputs
 
@@ -104,7 +104,11 @@ def _refuse_changed(read: Mapping[str, str | None], data_dir: Path | None) -> No
 
 def _keep(record: Record, folder: Path | None, session: Session) -> None:
     root, subject = session.settings.root, session.subject
-    again.write(record, root)
+    try:
+        again.write(record, root)
+    except atomic.StorageError:
+        session.board.say(f"Measured, and not kept: {record.headline}.")
+        raise
     if folder:
         session.board.stage("saving")
         saved.write(subject.model, subject.tokenizer.inner, session.run, record, folder, root)

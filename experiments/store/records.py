@@ -114,6 +114,17 @@ class Record(_Stored):
         filled = adapters.get("merge") and not self.achieved.get("structure") and self.sparsity < self.achieved["asked"]
         return f"{self.sparsity:.4f}" + (" (merging LoRA filled pruned weights)" if filled else "")
 
+    @property
+    def headline(self) -> str:
+        """Its sparsity and main numbers, in a line."""
+        values = [f"{key} {value['perplexity']:.2f}" for key, value in self.measures.items() if "perplexity" in value]
+        means = [
+            f"{key} {100 * value['score']:.1f} %"
+            for key, value in self.measures.items()
+            if key.startswith("mean.") and "score" in value
+        ]
+        return ", ".join([f"sparsity {self.sparsity_told}", *values, *means])
+
 
 class Failure(_Stored):
     """Why a cell has no record: one sentence and the last lines of the traceback."""
