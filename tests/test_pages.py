@@ -212,6 +212,17 @@ def test_a_sparsity_that_is_not_quite_as_requested_is_explained(tmp_path, sparsi
     assert told == [said] * odd
 
 
+def test_a_model_that_was_sparse_before_is_not_explained_by_rounding(tmp_path):
+    declared = table((None, BASE), models=MODELS[:1])
+    for run in declared.runs():
+        records.write(small.record(run, achieved={"asked": 0.5, "sparsity": 0.7 if run.method else 0.0}), tmp_path)
+    (told,) = [note for note in notes.notes(declared, rows.rows(declared, tmp_path)) if "requested" in note]
+    assert told == (
+        "Far more zeros than requested, as the model had zeros before it was pruned or gives many weights the same "
+        "score: Wanda 50 %."
+    )
+
+
 def test_a_baseline_nobody_knows_is_answered_by_the_names_that_are_taken(tmp_path):
     declared = table((None, BASE), models=MODELS[:1])
     made = filled(declared, tmp_path, likelihoods)

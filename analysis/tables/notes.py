@@ -17,6 +17,7 @@ from pruners.unstructured import Unstructured
 
 SEEN = 0.0003  # of the weights, which a column of per cent with two digits shows
 TOLD = 0.01  # of the parameters, by which what was removed misses what was asked
+MANY = 0.02  # of the weights, by which rounding and a few equal scores cannot miss it
 AGAIN = {  # by whether what was made again by the code of here has the same numbers
     None: "{remedy}",
     True: "{cells} had the same numbers, to the bit",
@@ -187,7 +188,13 @@ def _not_as_asked(rows: Sequence[Row]) -> Iterator[str]:
                 told.setdefault((shares, why), []).append(row)
     for (shares, why), some in told.items():
         yield f"{called(some, rows)}: {shares}, as {why}."
-    if odd := [row for row in rows if _is_odd(row)]:
+    off = [row for row in rows if _is_odd(row)]
+    if sparse := [row for row in off if row.record and row.record.achieved["sparsity"] - row.run.method.asked > MANY]:
+        yield (
+            "Far more zeros than requested, as the model had zeros before it was pruned or gives many weights the same "
+            f"score: {called(sparse, rows)}."
+        )
+    if odd := [row for row in off if row not in sparse]:
         yield (
             f"Sparsity that is not quite as requested, as a row loses whole weights and equal ones go together: "
             f"{called(odd, rows)}."
