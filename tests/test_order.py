@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 import pruners
 from analysis import rows
 from analysis.__main__ import main as analysis
-from analysis.pages import spread
+from analysis.pages import report, spread
 from analysis.tables import frames
 from eval.mask_sample import agreement, mask_sample
 from eval.mask_sample import rows as rows_of
@@ -268,3 +268,19 @@ def test_committed_draws_have_a_spread_and_a_table_without_records_has_none():
     assert len(lines) == 6  # Wanda, SparseGPT and GBLM at two settings
     with pytest.raises(UsageError, match=r"No two measured cells of embedded.gblm differ only"):
         spread.page(table, [])
+
+
+@pytest.mark.parametrize(
+    ("changes", "more"),
+    [({"order": 1}, True), ({"corpus": "embedded/c4"}, True), ({"seed": 9}, False), ({"count": 9}, False),
+     ({"count": 9, "corpus": "embedded/c4"}, False)],
+)  # fmt: skip
+def test_the_report_shows_a_spread_where_more_than_the_seed_varies(changes, more, tmp_path):
+    columns = tuple(("smollm2-135m", one) for one in (small.WINDOWS, replace(small.WINDOWS, **changes)))
+    table = Table("tiny", "Tiny", (pruners.Wanda(0.5),), columns,
+                  lambda method, model, windows: Run(model, method, windows, (small.PPL,)))  # fmt: skip
+    for run in table.runs():
+        records.write(small.record(run), tmp_path)
+    made = rows.rows(table, tmp_path)
+    assert spread.tells_more_than_seeds(made) == more
+    assert (report._spread(made) is not None) == more

@@ -181,9 +181,9 @@ def _grid(frame: pd.DataFrame, behind: list[list[str]]) -> Grid:
 
 def _spread(made: Sequence[Row]) -> Grid | None:
     """Where the order or the text of calibration windows varies; what seeds alone do, ± says."""
-    told = spread.lines(made)
-    if all(line["What varies"] == spread.AXES["seed"] for line, _ in told):
+    if not spread.tells_more_than_seeds(made):
         return None
+    told = spread.lines(made)
     return _grid(pd.DataFrame([line for line, _ in told]), [provenance.ids(cells) for _, cells in told])
 
 

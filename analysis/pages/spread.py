@@ -43,6 +43,16 @@ def page(table: Table, rows: Sequence[Row]) -> str:
     return "\n\n".join([f"**{title(table, rows)}** (`{table.name}`)", frame, NOTE]) + "\n"
 
 
+def tells_more_than_seeds(rows: Sequence[Row]) -> bool:
+    """Whether any two cells differ in the order or the text of their windows alone: what seeds do, ± says."""
+    for group in _alike(rows):
+        for axis in AXES.keys() - {"seed"}:
+            rest = [repr(_without(row.run.windows, axis)) for row in group]
+            if len(set(rest)) < len(rest):
+                return True
+    return False
+
+
 def lines(rows: Sequence[Row]) -> list[tuple[dict[str, str], list[Row]]]:
     """Each with the cells that it compares; none where no two measured cells differ in their windows alone.
 
@@ -82,7 +92,7 @@ def _told(cells: list[Row], words: str, fixed: str) -> Iterator[tuple[dict[str, 
         if isinstance(what, Perplexity):
             line = {
                 "Model": first.run.model_name,
-                "Method": first.method,
+                "Method": " / ".join(dict.fromkeys(row.method for row in cells)),
                 "Setting": setting(first.run.method),
                 "What varies": words,
                 "At": fixed,
