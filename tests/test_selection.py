@@ -52,6 +52,7 @@ def test_cells_are_chosen_by_model_seed_and_setting():
     assert chosen("seed=0", "seed=2", "model=LLaMA-13b", "2:4") == [
         "Wanda 2:4, llama-13b, seed 0", "Wanda 2:4, llama-13b, seed 2",
     ]  # fmt: skip
+    assert chosen("setting=0.5", "model=llama-7b") == chosen("setting=50%", "model=llama-7b")
     assert chosen("setting=50%", "model=llama-7b") == [f"Wanda 50 %, llama-7b, seed {seed}" for seed in (0, 1, 2)]
     assert chosen("Dense", "wanda 2:4, llama-7b, seed 1") == [
         "Dense, llama-7b", "Dense, llama-13b", "Wanda 2:4, llama-7b, seed 1",

@@ -166,15 +166,27 @@ def _rules(hint: Any) -> list[Rule]:
 
 
 def _first_sentence(box: str) -> str:
-    """Of tyro's framed complaint."""
-    lines = [line.strip("│ ").strip() for line in box.splitlines()]
-    said: list[str] = []
-    for line in lines:
-        if set(line) <= set("─╭╮╰╯ ") or line.startswith(("╭", "╰")):
-            if said:
-                break
-            continue
-        if not line:
-            break
-        said.append(line)
-    return re.sub(r"\{None\}\|", "", " ".join(said))
+    """Of tyro's framed complaint, whose title stands in the frame, or above a line of dashes without UTF-8."""
+    blocks: list[list[str]] = [[]]
+    for line in (line.strip("│| ").strip() for line in box.splitlines()):
+        if not line or set(line) <= set("─╭╮╰╯- ") or line.startswith(("╭", "╰")):
+            blocks.append([])
+        else:
+            blocks[-1].append(line)
+    said = [" ".join(block) for block in blocks if block] or ["these words are not understood"]
+    return _in_words(re.sub(r"\{None\}\|", "", next((text for text in said if ":" in text), said[0])))
+
+
+def _in_words(complaint: str) -> str:
+    """What is no number, without the words of tyro's own machinery."""
+    kinds = {
+        r"no type matching FLOAT .*instantiated from \[(?:'(.*)'|\"(.*)\")\]\.?": "a number, such as 0.5",
+        r"could not convert string to float: '(.*)'": "a number, such as 0.5",
+        r"invalid literal for int\(\) with base 10: '(.*)'": "a whole number",
+        r"Could not find valid parse for arguments: \[(.*)\]": "several numbers",
+    }
+    for form, kind in kinds.items():
+        if found := re.fullmatch(rf"Error parsing (--\S+): {form}", complaint):
+            option, *given = filter(None, found.groups())
+            return f"{option} is {kind}; got {''.join(given)!r}."
+    return complaint

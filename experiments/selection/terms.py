@@ -66,9 +66,18 @@ def _term(word: str, cells: Sequence[Cell]) -> tuple[str, str]:
             raise UsageError(unknown("cell of this table", word.lower(), shown | {cell.id for cell in cells}))
         return CELL, plain
     kind = name.lower()
+    value = _share(value) if kind == "setting" else value
     known = {one for cell in cells for one in values_of(cell, kind)}
     _refuse_unknown(kind, [_plain(value)], known)
     return kind, _plain(value)
+
+
+def _share(value: str) -> str:
+    """0.5 as 50 %, as tables call it; anything else as it is."""
+    try:
+        return f"{100 * share:g} %" if 0 < (share := float(value)) < 1 else value
+    except ValueError:
+        return value
 
 
 def _plain(text: str) -> str:
