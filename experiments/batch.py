@@ -218,7 +218,7 @@ class _Worker:
             record = execute(cell.run, self.table, self.settings, self.board, resumed)
         except (BrokenPipeError, RankLostError):  # nobody reads, or a process is lost: no fault of the cell
             raise
-        except (Exception, SystemExit) as error:  # whatever it was, the other cells go on and the table shows it
+        except Exception as error:  # whatever it was, the other cells go on and the table shows it
             self._fail(cell, error)
             if not self.together.met(place):
                 raise RankLostError(
@@ -250,7 +250,7 @@ class _Worker:
             with suppress(OSError):  # somebody removed the folder; the cell is done
                 marker.unlink()
 
-    def _refuse_full(self, error: BaseException) -> None:
+    def _refuse_full(self, error: Exception) -> None:
         """StorageError, which ends the table, where no cell could be kept any more: its work would be for nothing."""
         if isinstance(error, atomic.StorageError):
             try:
@@ -259,12 +259,12 @@ class _Worker:
                 told = f"{str(full).rstrip('.')}. The other cells were not begun; the same command runs them"
                 raise atomic.StorageError(f"{told} once records can be written.") from error
 
-    def _fail(self, cell: Cell, error: BaseException) -> None:
+    def _fail(self, cell: Cell, error: Exception) -> None:
         self.outcome.failed.append(cell.label)
         self._keep_failure(cell, error)
         self.board.finish(cell.work, f"{cell.label}: failed: {errors.sentence(error)}")
 
-    def _keep_failure(self, cell: Cell, error: BaseException) -> None:
+    def _keep_failure(self, cell: Cell, error: Exception) -> None:
         failure = Failure(
             id=cell.id,
             table=self.table,

@@ -27,8 +27,6 @@ def sentence(error: BaseException) -> str:
             "Out of memory: try a smaller --batch-size, --dtype bfloat16, another --device, or a table with fewer or "
             f"shorter calibration windows ({_first_line(error)})."
         )
-    if isinstance(error, SystemExit):
-        return f"sys.exit({error.code!r}) was called ({_place(error) or 'by a library'})"
     message = _first_line(error)
     if (isinstance(error, ValueError | OSError | ImportError) or _is_declared(error)) and " " in message:
         return message

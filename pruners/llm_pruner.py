@@ -136,7 +136,8 @@ def index_scores(
         if importance in ("element2", "element_mix"):
             gradients.backward(model, windows, weights, second_order, progress=progress, left=keep_squares)
         if importance != "element2":
-            at_once = _at_once(model, windows, next(iter(weights.values())).device.type)
+            device = next((weight.device.type for weight in weights.values()), "cpu")  # none where nothing is left
+            at_once = _at_once(model, windows, device)
             gradients.of_mean_loss(model, windows, weights, first_order, at_once=at_once, progress=progress)
     return {name: part.cpu() for name, part in found.items()}
 

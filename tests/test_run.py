@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
@@ -171,18 +170,6 @@ def test_a_disk_that_fills_ends_the_table_and_tells_what_was_measured(tmp_path, 
     assert "Magnitude 40 %" not in shown
     monkeypatch.undo()
     assert len(small.run(tmp_path, data, methods).done) == 3
-
-
-@needs_model
-def test_a_method_that_calls_exit_fails_alone(tmp_path, data, monkeypatch):
-    def leave(self, *arguments):
-        sys.exit(3)
-
-    monkeypatch.setattr(pruners.Wanda, "score", leave)
-    outcome = small.run(tmp_path, data, (pruners.Wanda(), None))
-    assert (outcome.failed, outcome.done) == (["Wanda 50 %"], ["Dense"])
-    (failure,) = records.load_failures(tmp_path, "tiny").values()
-    assert re.fullmatch(r"sys\.exit\(3\) was called \(.*test_run\.py.*\)", failure.message)
 
 
 def test_what_this_project_declares_is_no_bug_of_it():
