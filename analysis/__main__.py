@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
         help="print a table as Markdown, the paper's numbers alone where none of its cells was run; write .md, .csv "
         "and .tex under the results folder",
     )
-    table.set_defaults(command=_table, paper=True)
+    table.set_defaults(command=_table)
     figure = commands.add_parser(
         "figure", help="draw the table's figures (default: its main ones), as .svg and .png under the results folder"
     )
@@ -138,33 +138,32 @@ def _folder(text: str) -> Path:
 
 
 def _table(asked: argparse.Namespace) -> None:
+    """What the paper prints, alone, where none of these cells was run and it prints any of them."""
+    from analysis import compare
     from analysis.rows import NoRecordsError
+    from experiments.papers import find
+
+    try:
+        _table_of_records(asked)
+    except NoRecordsError as error:
+        if not any(cell.published for cell in compare.cells(find(asked.table), error.rows)):
+            raise
+        cli.say_lines([f"{error} The paper's values stand alone."])
+        _show(asked, error.rows)
+
+
+def _table_of_records(asked: argparse.Namespace) -> None:
+    _show(asked, _rows(asked))
+
+
+def _show(asked: argparse.Namespace, made: list[Row]) -> None:
     from analysis.tables import markdown
     from experiments.papers import find
 
-    table = find(asked.table)
-    try:
-        made = _rows(asked)
-    except NoRecordsError as error:
-        made = _of_the_paper(asked) if asked.paper else []
-        if not made:
-            raise
-        cli.say_lines([f"{error} The paper's values stand alone."])
-    again = cli.same_cells(asked)
+    table, again = find(asked.table), cli.same_cells(asked)
     print(markdown.markdown(table, made, again))  # for who may not write there, too
     paths = markdown.write(table, made, asked.results[0] / _stem(asked), again)
     print(f"Written: {', '.join(map(str, paths))}", file=sys.stderr)
-
-
-def _of_the_paper(asked: argparse.Namespace) -> list[Row]:
-    """The cells that were asked for, none of which has a record; none where the paper prints no number of them."""
-    from analysis import compare
-    from analysis.rows import declared
-    from experiments import papers
-
-    table = papers.find(asked.table)
-    made = declared(table, asked.results, papers.runs(table, asked.model, asked.dtype, asked.limit, asked.tasks))
-    return made if any(cell.published for cell in compare.cells(table, made)) else []
 
 
 def _figure(asked: argparse.Namespace) -> None:
@@ -259,13 +258,13 @@ def _everything(asked: argparse.Namespace) -> int:
     from analysis.rows import NoRecordsError
     from experiments.errors import sentence
 
-    ones, kinds = selection.each(asked), {"table": _table, "figures": _figure}
+    ones, kinds = selection.each(asked), {"table": _table_of_records, "figures": _figure}
     variants = {one.table: (one.model, one.dtype, one.limit, one.tasks) for one in ones}
     parts = [(f"{what} of {one.table}", write, one) for one in ones for what, write in kinds.items()]
     unwritten: dict[str, str] = {}
     failed = False
     for what, write, one in [*parts, ("claims", _claims, asked), ("report", _report, asked)]:
-        told = {"measure": None, "kind": None, "figures": None, "variants": variants, "paper": False}
+        told = {"measure": None, "kind": None, "figures": None, "variants": variants}
         try:
             write(argparse.Namespace(**{**vars(one), **told}))
         except (NoRecordsError, UndrawableError) as error:

@@ -28,7 +28,11 @@ Folders = Path | Sequence[Path]  # one results folder or several, the first of w
 
 
 class NoRecordsError(UsageError):
-    """No cell of a table was ever run as asked."""
+    """No cell of a table was ever run as asked; `rows` are those that would stand there."""
+
+    def __init__(self, message: str, rows: Sequence[Row] = ()) -> None:
+        super().__init__(message)
+        self.rows = list(rows)
 
 
 @dataclass(frozen=True)
@@ -138,7 +142,7 @@ def rows(
     made = declared(table, root, papers.runs(table, model, dtype, limit, tasks), data_dir)
     if all(row.state == "missing" and not row.withheld for row in made):
         again = cli.selection(table.name, folders(root)[0], model, dtype, limit, tasks, data_dir)
-        raise NoRecordsError(_nothing(table, root, [row.run for row in made], again))
+        raise NoRecordsError(_nothing(table, root, [row.run for row in made], again), made)
     return made
 
 

@@ -6,6 +6,7 @@ import sys
 import traceback
 from pathlib import Path
 
+from experiments.store import modules
 from experiments.store.redaction import redacted
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
@@ -42,7 +43,7 @@ def is_fault(error: BaseException) -> bool:
 
 def _is_declared(error: BaseException) -> bool:
     """Of a class that this project has made for what may happen, such as training that diverges."""
-    return type(error).__module__.partition(".")[0] in ("pruners", "eval", "experiments", "analysis", "slurm")
+    return modules.package(type(error).__module__) in modules.PACKAGES + modules.AROUND
 
 
 def is_out_of_memory(error: BaseException) -> bool:

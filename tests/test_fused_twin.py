@@ -48,6 +48,16 @@ def fused_again(block):
     ]
 
 
+def pruned(method):
+    """Every matrix of the one beside that of the other, fused, after the same pruning."""
+    fused, apart = twins()
+    for model in (fused, apart):
+        pruners.prune(model, method, windows(PHI3))
+    for one, other in zip(anatomy.blocks(fused), anatomy.blocks(apart), strict=True):
+        for linear, expected in zip(one.linears().values(), fused_again(other), strict=True):
+            yield linear.weight.data, expected
+
+
 def test_a_phi_3_computes_what_its_llama_twin_does():
     fused, apart = twins()
     assert_close(fused(windows(PHI3)).logits, apart(windows(PHI3)).logits, rtol=1e-5, atol=1e-5)
@@ -59,12 +69,8 @@ def test_a_phi_3_computes_what_its_llama_twin_does():
     ids=repr,
 )
 def test_a_phi_3_gets_the_masks_of_its_llama_twin(method):
-    fused, apart = twins()
-    for model in (fused, apart):
-        pruners.prune(model, method, windows(PHI3))
-    for one, other in zip(anatomy.blocks(fused), anatomy.blocks(apart), strict=True):
-        for linear, expected in zip(one.linears().values(), fused_again(other), strict=True):
-            assert torch.equal(linear.weight == 0, expected == 0)
+    for found, expected in pruned(method):
+        assert torch.equal(found == 0, expected == 0)
 
 
 @pytest.mark.parametrize(
@@ -78,9 +84,5 @@ def test_a_phi_3_gets_the_masks_of_its_llama_twin(method):
     ids=repr,
 )
 def test_a_phi_3_keeps_the_units_of_its_llama_twin(method):
-    fused, apart = twins()
-    for model in (fused, apart):
-        pruners.prune(model, method, windows(PHI3))
-    for one, other in zip(anatomy.blocks(fused), anatomy.blocks(apart), strict=True):
-        for linear, expected in zip(one.linears().values(), fused_again(other), strict=True):
-            assert_close(linear.weight.data, expected, rtol=1e-6, atol=1e-7)
+    for found, expected in pruned(method):
+        assert_close(found, expected, rtol=1e-6, atol=1e-7)

@@ -176,29 +176,27 @@ def test_cells_of_one_sparsity_each_are_no_sweep(name):
         sweeps.by_sparsity(table, rows.rows(table, RESULTS))
 
 
-def test_cells_that_were_tuned_have_a_line_of_their_own(tmp_path):
-    """In the paper's words, whose 20 % are 25 % of LLM-Pruner's groups."""
-    table = papers.find("flap.perplexity")
+def swept(name, model, root):
+    """By line of the figure its points, where every cell of the model has removed what was asked."""
+    table = papers.find(name)
     for run in table.runs():
-        if run.method is not None and run.model == "llama-7b":
+        if run.method is not None and run.model == model:
             record = small.record(run).model_copy(update={"table": table.name})
             record.achieved["sparsity"] = run.method.asked
-            records.write(record, tmp_path)
-    (axes,) = sweeps.by_sparsity(table, rows.rows(table, tmp_path)).axes
-    points = {line.get_label(): len(line.get_xdata()) for line in axes.lines}
+            records.write(record, root)
+    (axes,) = sweeps.by_sparsity(table, rows.rows(table, root)).axes
+    return {line.get_label(): len(line.get_xdata()) for line in axes.lines}
+
+
+def test_cells_that_were_tuned_have_a_line_of_their_own(tmp_path):
+    """In the paper's words, whose 20 % are 25 % of LLM-Pruner's groups."""
+    points = swept("flap.perplexity", "llama-7b", tmp_path)
     assert (points["FLAP"], points["LLM-Pruner"], points["LLM-Pruner, tuned"]) == (3, 2, 2)
     assert not [name for name in points if "%" in name]
 
 
 def test_the_sweep_has_a_line_a_method(tmp_path):
-    table = papers.find("gblm.sparsity")
-    for run in table.runs():
-        if run.method is not None and run.model == "llama-30b":
-            record = small.record(run).model_copy(update={"table": table.name})
-            record.achieved["sparsity"] = run.method.sparsity
-            records.write(record, tmp_path)
-    (axes,) = sweeps.by_sparsity(table, rows.rows(table, tmp_path)).axes
-    assert {line.get_label(): len(line.get_xdata()) for line in axes.lines} == {
+    assert swept("gblm.sparsity", "llama-30b", tmp_path) == {
         "Magnitude": 6, "SparseGPT": 6, "Wanda": 6, "GBLM-Pruner (l1)": 6,
     }  # fmt: skip
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.figures.style import COLOURS, LINE, grid, named, refuse_few
+from analysis.figures.style import COLOURS, grid, named, refuse_few, room
 from analysis.rows import Row
 from experiments.spec import Table
 
@@ -34,7 +34,7 @@ def cost(table: Table, rows: Sequence[Row]) -> Figure:
         seconds.setdefault(name, []).append(own + _statistics(makers[_shared(row)]))
         if record.made_by.device.startswith("cuda"):
             memory.setdefault(name, []).append(record.cost.peak_bytes / 2**30)
-    high = sum(max(0.22, LINE * (name.count("\n") + 1) + 0.06) for name in seconds)
+    high = sum(max(0.22, room(name)) for name in seconds)
     figure, panels = grid(table.title, 1 + bool(memory), (3.2, 0.4 + high))
     unit = 60 if max(map(max, seconds.values())) > 300 else 1
     _draw_bars(panels[0], {name: [one / unit for one in many] for name, many in seconds.items()}, COLOURS[0])

@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.figures.style import COLOURS, LINE, grid, legend, look, named, one_key, use_log
+from analysis.figures.style import COLOURS, grid, legend, look, named, one_key, room, use_log
 from analysis.rows import Row, repeats
 from eval.intervals import half_width
 from experiments.spec import Table
@@ -81,8 +81,8 @@ def _by_method(table: Table, rows: Sequence[Row], key: str, what: Quantity) -> F
         for name, points in (("method", pruned), ("setting", pruned), ("model", found))
     )
     most = max((len({p.setting for p in pruned if p.method == method}) for method in methods), default=1)
-    lines = max((named(method).count("\n") + 1 for method in methods), default=1)
-    height = 0.55 + len(methods) * max(0.36, LINE * lines + 0.06, (0.18 if most <= LABELLED else 0.1) * most + 0.08)
+    named_high = max((room(named(method)) for method in methods), default=0.0)
+    height = 0.55 + len(methods) * max(0.36, named_high, (0.18 if most <= LABELLED else 0.1) * most + 0.08)
     figure, panels = grid(table.title, len(models), (4.6, max(1.4, height)))
     for axes, model in zip(panels, models, strict=True):
         _draw(axes, [point for point in found if point.model == model], methods, settings, most <= LABELLED)

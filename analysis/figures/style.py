@@ -57,6 +57,11 @@ def named(method: str) -> str:
     return textwrap.fill(method, 26)
 
 
+def room(label: str) -> float:
+    """Inches that the lines of such a label take."""
+    return LINE * (label.count("\n") + 1) + 0.06
+
+
 def wrapped(text: str, width: float) -> str:
     """Lines that fit so many inches at 10 points."""
     return textwrap.fill(text, int(13 * width))

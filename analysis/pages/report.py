@@ -99,13 +99,13 @@ def html(
     ]
     done = sum(row.record is not None for _, _, made in found for row in made)
     every = done <= FEW_CELLS if every_figure is None else every_figure
-    every_one = [_section(table, made, place, every, variant) for table, variant, made in found]
-    if not every_one:
+    sections = [_section(table, made, place, every, variant) for table, variant, made in found]
+    if not sections:
         where = " or ".join(map(str, folders(root)))
         raise NoRecordsError(f"No record of any table under {where}. Run `python -m experiments run TABLE` first.")
     answered_first = sorted(grid.judged(statements.CLAIMS, root, data_dir), key=lambda one: not one.ours.of)
-    judged = [_judged(section, answered_first) for section in every_one]
-    sections = sorted(judged, key=lambda one: not (one.published or one.claims))  # papers' tables and stand-ins first
+    sections = [_judged(section, answered_first) for section in sections]
+    sections.sort(key=lambda one: not (one.published or one.claims))  # papers' tables and stand-ins first
     shown = {section.name for section in sections}
     return _environment().get_template(TEMPLATE).render(
         sections=sections,

@@ -45,12 +45,7 @@ def page(table: Table, rows: Sequence[Row]) -> str:
 
 def tells_more_than_seeds(rows: Sequence[Row]) -> bool:
     """Whether any two cells differ in the order or the text of their windows alone: what seeds do, ± says."""
-    for group in _alike(rows):
-        for axis in AXES.keys() - {"seed"}:
-            rest = [repr(_without(row.run.windows, axis)) for row in group]
-            if len(set(rest)) < len(rest):
-                return True
-    return False
+    return any(axis != "seed" for axis, *_ in _along(rows))
 
 
 def lines(rows: Sequence[Row]) -> list[tuple[dict[str, str], list[Row]]]:
@@ -58,7 +53,9 @@ def lines(rows: Sequence[Row]) -> list[tuple[dict[str, str], list[Row]]]:
 
     A model that all have in common stands in the title, a protocol in the head of the perplexities.
     """
-    told = [line for group in _alike(rows) for line in _lines(group)]
+    told = [
+        line for axis, cells, group in _along(rows) for line in _told(cells, AXES[axis], _fixed(cells[0], axis, group))
+    ]
     same = [name for name in ("Model", "Measured") if len({line[name] for line, _ in told}) == 1]
     heads = {"Perplexity": f"perplexity {told[0][0]['Measured']}"} if "Measured" in same else {}
     return [
@@ -76,14 +73,14 @@ def _alike(rows: Sequence[Row]) -> list[list[Row]]:
     return list(groups.values())
 
 
-def _lines(group: Sequence[Row]) -> Iterator[tuple[dict[str, str], list[Row]]]:
-    """Of each axis a line for all cells that differ in it alone, and of each perplexity."""
-    for axis, words in AXES.items():
-        along: dict[str, list[Row]] = {}
-        for row in group:
-            along.setdefault(repr(_without(row.run.windows, axis)), []).append(row)
-        for cells in along.values():
-            yield from _told(cells, words, _fixed(cells[0], axis, group)) if len(cells) > 1 else ()
+def _along(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row], list[Row]]]:
+    """An axis, cells that differ in it alone, and all that differ from them in their windows alone."""
+    for group in _alike(rows):
+        for axis in AXES:
+            along: dict[str, list[Row]] = {}
+            for row in group:
+                along.setdefault(repr(_without(row.run.windows, axis)), []).append(row)
+            yield from ((axis, cells, group) for cells in along.values() if len(cells) > 1)
 
 
 def _told(cells: list[Row], words: str, fixed: str) -> Iterator[tuple[dict[str, str], list[Row]]]:
