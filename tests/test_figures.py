@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from dataclasses import replace
 from itertools import pairwise, product
+from pathlib import Path
 
 import made_up
 import numpy as np
@@ -135,6 +136,24 @@ def test_a_cell_that_went_on_after_a_kill_has_no_time_of_its_own(tmp_path):
     ]
     (axes,) = cost.cost(declared, again).axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["Magnitude", "SparseGPT"]
+
+
+def test_a_choice_of_learning_rates_has_no_bar_of_what_pruning_costs():
+    declared = papers.find("embedded.rates")
+    with pytest.raises(ValueError, match="pruned cells and there are 0"):
+        cost.cost(declared, rows.rows(declared, Path(__file__).resolve().parents[1] / "results"))
+
+
+def test_a_long_legend_takes_nothing_from_the_panels(tmp_path):
+    made = fill(table(("opt-125m",)), tmp_path)
+    tail = "and a reconstruction of all that is left"
+    many = [replace(row, method=row.method and f"{row.method} {n} {tail}") for row in made for n in range(5)]
+    heights = []
+    for cells in (made, many):
+        figure = sweeps.by_sparsity(table(("opt-125m",)), cells)
+        drawn(figure)
+        heights.append(figure.axes[0].get_window_extent().height)
+    assert heights[1] > 0.9 * heights[0]
 
 
 def test_statistics_of_a_cell_that_went_on_after_a_kill_are_nobodys_cost(tmp_path):

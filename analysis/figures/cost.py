@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from analysis.figures.style import COLOURS, grid, named, refuse_few, room
 from analysis.rows import Row
+from experiments import rates
 from experiments.spec import Table
 
 
@@ -19,9 +20,9 @@ def cost(table: Table, rows: Sequence[Row]) -> Figure:
     Statistics that a cell found in the cache count as long as they took the cell that made them.  A cell that went on
     after a kill knows only what its pruning took since: it is left out, and so are those that share statistics which
     it made.  A CPU's peak is that of a process that ran other cells before, and not shown.  ValueError for fewer than
-    two cells that prune.
+    two cells that prune.  Choices of a learning rate cost something else.
     """
-    pruned = [row for row in rows if not row.is_dense and row.record]
+    pruned = [row for row in rows if row.record and not (row.is_dense or rates.grid(row.run))]
     makers = _makers(pruned)
     done = [row for row in pruned if not (_is_resumed(row) or _is_resumed(makers[_shared(row)]))]
     refuse_few(len(done), "pruned cells", table)

@@ -68,10 +68,11 @@ def wrapped(text: str, width: float) -> str:
 
 
 def legend(figure: Figure, panels: Iterable[Axes], note: str = "") -> None:
-    """One legend below all panels, `note` above its entries."""
+    """One legend below all panels, `note` above its entries; its lines make the figure higher, not the panels lower."""
     entries = {name: drawn for axes in panels for drawn, name in zip(*axes.get_legend_handles_labels(), strict=True)}
     widest = max(map(len, entries), default=1)
     columns = max(1, min(len(entries), int(13 * figure.get_figwidth() / (widest + 8))))
+    figure.set_figheight(figure.get_figheight() + 0.18 * max(0, math.ceil(len(entries) / columns) - 1))
     figure.legend(
         entries.values(), entries.keys(), loc="outside lower left", ncols=columns, frameon=False, fontsize=8.5,
         title=textwrap.fill(note, int(14 * figure.get_figwidth())) or None, title_fontsize=8, alignment="left",
