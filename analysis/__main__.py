@@ -20,7 +20,8 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -161,8 +162,8 @@ def _show(asked: argparse.Namespace, made: list[Row]) -> None:
     from experiments.papers import find
 
     table, again = find(asked.table), cli.same_cells(asked)
-    print(markdown.markdown(table, made, again))  # for who may not write there, too
-    paths = markdown.write(table, made, asked.results[0] / _stem(asked), again)
+    with _printed(markdown.markdown(table, made, again)):
+        paths = markdown.write(table, made, asked.results[0] / _stem(asked), again)
     print(f"Written: {', '.join(map(str, paths))}", file=sys.stderr)
 
 
@@ -232,8 +233,8 @@ def _claims(asked: argparse.Namespace) -> None:
 
     cli.refuse_absent(asked.data_dir)
     made = statements.frame(asked.results, data_dir=asked.data_dir)
-    print(markdown.marked(made, words=list(made.columns)))
-    atomic.write(asked.results[0] / "claims.csv", made.to_csv(index=False))
+    with _printed(markdown.marked(made, words=list(made.columns))):
+        atomic.write(asked.results[0] / "claims.csv", made.to_csv(index=False))
 
 
 def _report(asked: argparse.Namespace) -> None:
@@ -291,10 +292,19 @@ def _frame(asked: argparse.Namespace) -> None:
         print(f"Written: {tidy.write(made, asked.out)} ({len(made)} values)", file=sys.stderr)
 
 
+@contextmanager
+def _printed(text: str) -> Iterator[None]:
+    """Behind what is written, so that a reader such as `head` stops nothing, and where nothing may be written, too."""
+    try:
+        yield
+    finally:
+        print(text)
+
+
 def _write(text: str, asked: argparse.Namespace, ending: str) -> None:
     path = asked.results[0] / f"{_stem(asked)}.{ending}.md"
-    print(text)
-    atomic.write(path, text)
+    with _printed(text):
+        atomic.write(path, text)
     print(f"Written: {path}", file=sys.stderr)
 
 

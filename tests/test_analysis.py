@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from PIL import Image
 
 import pruners
 from analysis import compare, published, rows
-from analysis.__main__ import main
+from analysis.__main__ import main, parser
 from analysis.figures import perplexity, style
 from analysis.pages import comparisons
 from analysis.tables import frames, markdown, notes
@@ -109,6 +110,28 @@ def test_a_table_that_was_never_run_shows_what_the_paper_prints(tmp_path, capsys
         assert "stand alone" not in capsys.readouterr().err
     assert main(["everything", "flap.perplexity", *where, "--unwritten", str(tmp_path / "unwritten.json")]) == 0
     assert "table of flap.perplexity" in json.loads((tmp_path / "unwritten.json").read_text())
+
+
+@pytest.mark.parametrize("words", ["table flap.perplexity --model llama-13b", "claims", "spread embedded.gblm"])
+def test_what_is_shown_is_written_first_and_shown_where_nothing_may_be_written(words, tmp_path, capsys, monkeypatch):
+    shutil.copytree(Path(__file__).resolve().parents[1] / "results/runs/embedded.gblm", tmp_path / "runs/embedded.gblm")
+    command = [*words.split(), "--results", str(tmp_path)]
+
+    def refuse(*_, file=None, **__):
+        if file is None:
+            raise BrokenPipeError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.print", refuse)
+        asked = parser().parse_args(command)
+        with pytest.raises(BrokenPipeError):
+            asked.command(asked)
+    assert [path for path in tmp_path.iterdir() if path.is_file()]
+    with small.full_disk():
+        assert main(command) == 1
+    shown = capsys.readouterr()
+    assert shown.out.count("|") > 50
+    assert "choose another folder with --results" in shown.err
 
 
 def test_numbers_are_unrounded_and_gaps_are_empty(made):
