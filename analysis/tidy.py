@@ -26,6 +26,7 @@ from experiments.store.described import describe, digest
 from experiments.store.keys import run_key, stable_key
 from experiments.store.records import Record
 from pruners.interface.suggest import UsageError
+from pruners.weights import storage
 
 Words = tuple[str, str]
 Declared = dict[str, dict[Words, Run]]  # by the keys of a spec; of several words it is none's
@@ -53,9 +54,13 @@ def frame(*results: Path | str, data_dir: Path | None = None) -> pd.DataFrame:
 
 
 def write(made: pd.DataFrame, path: Path) -> Path:
-    """As CSV or Parquet, by the name's ending; UsageError for another one and for a folder that is not there."""
+    """As CSV or Parquet, by the name's ending; UsageError for another one and for a folder that is not there.
+
+    Whole or not at all; StorageError where the disk refuses.
+    """
     refuse_place(path)
-    getattr(made, WRITERS[path.suffix])(path, index=False)
+    with storage.replacing(path, "name another file") as temporary:
+        getattr(made, WRITERS[path.suffix])(temporary, index=False)
     return path
 
 

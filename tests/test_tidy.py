@@ -21,6 +21,7 @@ from experiments import papers
 from experiments.labels import labels, seed_of
 from experiments.spec import Run, Windows
 from experiments.store import code, records
+from pruners.weights.storage import StorageError
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
@@ -143,3 +144,13 @@ def test_the_notebook_runs_and_shows_what_it_says():
     assert (names["over_seeds"].loc["embedded.gblm"].loc["Wanda", "50 %"]["count"]) == 3
     assert names["axes"].get_legend() is not None
     names["plt"].close(names["figure"])
+
+
+@pytest.mark.parametrize("name", ["all.csv", "all.parquet"])
+def test_a_full_disk_is_told_in_a_sentence_and_leaves_the_file_as_it_was(name, tmp_path):
+    whole = pd.DataFrame({"number": range(5_000)})
+    tidy.write(whole.head(3), tmp_path / name)
+    before = (tmp_path / name).read_bytes()
+    with small.full_disk(), pytest.raises(StorageError, match=r"Cannot write .*; .*or name another file\."):
+        tidy.write(whole, tmp_path / name)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {name: before}
